@@ -1,0 +1,37 @@
+# On a fresh machine `make report` and `make test` set up .venv first; python3, pip and venv are enough.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+WORKERS ?= auto
+
+.PHONY: report test lint gpu compile-only train
+
+report: OUT ?= build/report
+report: $(READY)
+	$(RUN) -m perf report --out $(OUT)
+
+test: $(READY)
+	$(RUN) -m pytest -n $(WORKERS) --maxprocesses 8
+
+lint: $(READY)
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+compile-only: $(READY)
+	$(RUN) -m perf compile-only
+
+train: $(READY)
+	$(RUN) -m perf train
+
+# With the machine's own python3, which has torch, triton, pytest and pandas: nothing is installed.
+gpu: OUT ?= build/gpu
+gpu:
+	PYTHON=$(PYTHON) .ci/gpu $(OUT)
+
+$(READY): pyproject.toml constraints-dev.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints-dev.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Benchmarks and reports: `python -m perf report | compile-only | compare | record | train`."""

@@ -1,0 +1,29 @@
+"""`python -m perf COMMAND`: each command is a module with a `main`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "report": "measure on this machine and write rows.csv, report.md and report.html",
+    "compile-only": "compile every shipped kernel for GPUs that need not be there",
+    "compare": "the rows that moved between two reports",
+    "record": "add a report's GPU rows to perf/results",
+    "train": "train a small network on photographs with each loss",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Hand over to the command's module."""
+    if not arguments or arguments[0] not in COMMANDS:
+        width = max(map(len, COMMANDS))
+        listed = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+        print(f"usage: python -m perf COMMAND [options]\n\n{listed}", file=sys.stderr)
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    module = importlib.import_module(f"perf.{arguments[0].replace('-', '_')}")
+    return int(module.main(arguments[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,62 @@
+"""Goals held against what was measured and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from perf.cases import CodeGoal, Goal, Operation
+from perf.compile_only import KernelFacts
+from perf.rows import Row
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A goal and what came out; `value` is None where it takes a GPU that was not there."""
+
+    text: str
+    wanted: str
+    value: float | None
+
+    met: bool | None
+
+    @property
+    def verdict(self) -> str:
+        """In a word or two."""
+        return {None: "not measured", True: "met", False: "missed"}[self.met]
+
+
+def findings(
+    chosen: Sequence[Operation], rows: Sequence[Row], facts: Sequence[KernelFacts]
+) -> list[Finding]:
+    """One finding per goal of the operations."""
+    return [
+        _measured(operation, goal, rows) if isinstance(goal, Goal) else _counted(goal, facts)
+        for operation in chosen
+        for goal in operation.goals
+    ]
+
+
+def _measured(operation: Operation, goal: Goal, rows: Sequence[Row]) -> Finding:
+    asked = {"op": operation.name, "provider": "triton", "pass": "full", **goal.case.columns()}
+    found = [row for row in rows if all(row[name] == value for name, value in asked.items())]
+    value = found[0].get(goal.column) if found else None
+    if goal.at_least is not None:
+        wanted = f"at least {goal.at_least:g}"
+        return Finding(goal.text, wanted, value, None if value is None else value >= goal.at_least)
+    wanted = f"at most {goal.at_most:g}"
+    return Finding(goal.text, wanted, value, None if value is None else value <= goal.at_most)
+
+
+def _counted(goal: CodeGoal, facts: Sequence[KernelFacts]) -> Finding:
+    counts = [
+        loop.per_output
+        for fact in facts
+        if fact.kernel == goal.kernel and fact.target == goal.target
+        if all(fact.constants.get(name) == value for name, value in goal.constants.items())
+        for loop in fact.loops
+        if loop.name == goal.loop and loop.per_output is not None
+    ]
+    value = max(counts, default=None)
+    wanted = f"at most {goal.at_most:g}"
+    return Finding(goal.text, wanted, value, None if value is None else value <= goal.at_most)

@@ -1,0 +1,78 @@
+"""Peak memory of a computation: of the GPU's allocator, or counted tensor by tensor."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Bytes that the function holds at its peak beyond what is allocated before it runs."""
+    if device.type == "cuda":
+        return _gpu_peak(function, device)
+    return counted_peak(function)
+
+
+def counted_peak(function: Callable[[], object]) -> int:
+    """The same without an allocator to ask: the bytes of all tensors alive at the same time.
+
+    Works on torch's meta device too, where nothing is computed and full-size maps cost nothing.
+    What an operation allocates within itself is not seen.
+    """
+    with _Counter() as counter:
+        kept = function()
+    del kept
+    return counter.peak
+
+
+def _gpu_peak(function: Callable[[], object], device: torch.device) -> int:
+    gc.collect()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    kept = function()
+    torch.cuda.synchronize(device)
+    del kept
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+class _Counter(TorchDispatchMode):
+    """Follows every storage that an operation returns until it is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        # Weak references, so that no address is used again while it stands for something.
+        self._before: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        # A storage first seen as an input was there before.
+        for storage in _storages((args, kwargs)):
+            if storage._cdata not in self._alive:
+                self._before.setdefault(storage._cdata, StorageWeakRef(storage))
+        result = func(*args, **(kwargs or {}))
+        self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}
+        for storage in _storages(result):
+            if storage._cdata not in self._before:
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return result
+
+
+def _storages(values: object) -> list[torch.UntypedStorage]:
+    return [
+        leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)
+    ]

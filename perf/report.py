@@ -1,0 +1,185 @@
+"""The performance report of the machine it runs on: rows.csv, report.md and report.html.
+
+With a GPU every case is measured on it. Without one the same cases run at a reduced size on the
+CPU (reference only), the kernels are checked in Triton's interpreter and compiled for GPUs that
+are not there; nothing of that is called a speed.
+
+`python -m perf report [--ops ...] [--shapes ...] [--dtypes ...] [--quick] [--out FOLDER]`
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+
+from perf import compile_only, html, interpreted, markdown, rows
+from perf.cases import SHAPES, Case, Operation, operations
+from perf.compile_only import KernelFacts
+from perf.counted import CountedMemory, count
+from perf.goals import Finding, findings
+from perf.interpreted import Parity
+from perf.machine import Machine, this_machine
+from perf.measure import PARITY_FAILED, Bench, providers
+from perf.progress import Progress
+from perf.rows import Row
+from perf.timing import copy_bandwidth
+
+
+_CPU_CASES = 6
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to report on; None is everything."""
+
+    ops: Sequence[str] | None = None
+    shapes: Sequence[str] | None = None
+    dtypes: Sequence[str] | None = None
+    quick: bool = False
+    budget_s: float | None = None
+
+    def cases(self, operation: Operation, on_gpu: bool) -> list[Case]:
+        """The operation's cases that are asked for; on a CPU the first few stand for all."""
+        chosen = [
+            case
+            for case in operation.cases
+            if self.shapes is None or case.shape.name in self.shapes
+            if self.dtypes is None or case.dtype in self.dtypes
+            if on_gpu or case.schedule is None
+        ]
+        return chosen[: 1 if self.quick else None if on_gpu else _CPU_CASES]
+
+
+@dataclass
+class Report:
+    """All that was found out. `training` is a folder with train.md and train.png."""
+
+    machine: Machine
+    copy_GBps: float  # noqa: N815
+    rows: list[Row] = field(default_factory=list)
+    parity: list[Parity] = field(default_factory=list)
+    memory: list[CountedMemory] = field(default_factory=list)
+    facts: list[KernelFacts] = field(default_factory=list)
+    goals: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    training: Path | None = None
+    seconds: float = 0.0
+
+
+def make(choice: Choice) -> Report:
+    """Find out everything, with a progress bar on stderr. Interrupted, it keeps what it has."""
+    started = time.monotonic()
+    chosen = operations(choice.ops)
+    machine = this_machine()
+    plan = _plan(chosen, choice, machine.has_gpu)
+    bar = Progress(len(plan) + 1)
+    bar.announce("copy bandwidth")
+    report = Report(machine, copy_bandwidth(machine.device))
+    bar.step("copy bandwidth")
+    try:
+        _measure(report, plan, choice, bar)
+        _count_memory(report, plan)
+        if not machine.has_gpu:
+            _interpret(report, chosen, choice, bar)
+        _compile(report, chosen, choice, bar)
+    except KeyboardInterrupt:
+        report.notes.append("The report was interrupted; what came before is complete.")
+    report.rows = rows.with_comparisons(report.rows)
+    report.goals = findings(chosen, report.rows, report.facts)
+    report.seconds = time.monotonic() - started
+    bar.close()
+    return report
+
+
+def _plan(
+    chosen: Sequence[Operation], choice: Choice, on_gpu: bool
+) -> list[tuple[Operation, Case]]:
+    """Every operation's most telling case first, then every operation's second one, and so on."""
+    queues = [
+        [(operation, case) for case in choice.cases(operation, on_gpu)] for operation in chosen
+    ]
+    return [pair for turn in zip_longest(*queues) for pair in turn if pair is not None]
+
+
+def _measure(
+    report: Report, plan: Sequence[tuple[Operation, Case]], choice: Choice, bar: Progress
+) -> None:
+    bench = Bench(report.machine, report.copy_GBps)
+    started = time.monotonic()
+    left_out = 0
+    for operation, case in plan:
+        if choice.budget_s is not None and time.monotonic() - started > choice.budget_s:
+            left_out += 1
+            continue
+        bar.announce(f"{operation.name}: {case.text}")
+        gpu = report.machine.has_gpu
+        # On a CPU one case per operation shows what torch.compile does; each takes half a minute.
+        compiled = case.against_compile and (gpu or case is operation.cases[0])
+        asked = case if gpu else case.reduced()
+        candidates = providers(operation, gpu, compiled and not choice.quick)
+        report.rows += bench.rows(operation, asked, candidates)
+        bar.step(f"{operation.name}: {case.text}")
+    if left_out:
+        report.notes.append(f"{left_out} cases were left out to keep within the time allowed.")
+
+
+def _count_memory(report: Report, plan: Sequence[tuple[Operation, Case]]) -> None:
+    for operation, case in plan:
+        try:
+            report.memory.append(count(operation, case))
+        except Exception as error:  # the rest of the report does not depend on it
+            report.notes.append(
+                f"Memory of {operation.name} ({case.text}) was not counted: "
+                f"{type(error).__name__}: {error}"
+            )
+
+
+def _interpret(report: Report, chosen: Sequence[Operation], choice: Choice, bar: Progress) -> None:
+    work = [(op.name, i) for op in chosen for i in interpreted.cases(op, choice.quick)]
+    bar.more(len(work))
+    report.parity, trouble = interpreted.check(work, bar.step)
+    if trouble:
+        report.notes.append(f"The check in the interpreter broke off: {trouble}")
+
+
+def _compile(report: Report, chosen: Sequence[Operation], choice: Choice, bar: Progress) -> None:
+    work = compile_only.jobs(chosen, short=True)
+    if choice.quick:
+        work = [job for job in work if job[1] == 0]
+    bar.more(len(work))
+    report.facts = compile_only.table(work, progress=bar.step)
+
+
+def write(report: Report, out: Path) -> None:
+    """Write the report's files into a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "train.md").exists():
+        report.training = out
+    rows.write(out / "rows.csv", report.rows)
+    (out / "report.md").write_text(markdown.page(report), encoding="utf-8")
+    (out / "report.html").write_text(html.page(report), encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of `python -m perf report`; 1 if a kernel was wrong or must not ship."""
+    parser = argparse.ArgumentParser(
+        prog="python -m perf report", description=str(__doc__).split("\n")[0]
+    )
+    parser.add_argument("--ops", nargs="+", metavar="OP")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), metavar="SHAPE")
+    parser.add_argument("--dtypes", nargs="+", metavar="DTYPE")
+    parser.add_argument("--quick", action="store_true", help="one case per operation")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after this")
+    parser.add_argument("--out", type=Path, default=Path("build/report"), metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    choice = Choice(options.ops, options.shapes, options.dtypes, options.quick, options.budget)
+    report = make(choice)
+    write(report, options.out)
+    print(options.out / "report.html")
+    wrong = [p for p in report.parity if not p.passed]
+    wrong += [row for row in report.rows if row["timer"] == PARITY_FAILED]
+    return 1 if wrong or any(fact.fault for fact in report.facts) else 0

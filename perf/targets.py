@@ -1,0 +1,82 @@
+"""The GPUs that kernels are compiled for, with what limits them, and occupancy computed from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from triton.backends.compiler import GPUTarget
+
+_KIB = 1024
+
+
+@dataclass(frozen=True)
+class Target:
+    """One GPU architecture. A processor is an NVIDIA SM or an AMD compute unit.
+
+    Attributes:
+        registers: 32-bit registers per lane that the resident warps of one of the processor's
+            four schedulers share.
+        register_step: a warp is given registers per lane in steps of this.
+        shared_per_block: the most shared memory a block may ask for.
+        shared_reserved: what the driver takes from the processor's shared memory for every block.
+    """
+
+    name: str
+    gpus: str
+    gpu: GPUTarget
+    registers: int
+    register_step: int
+    warps: int
+    blocks: int
+    shared: int
+    shared_per_block: int
+    shared_reserved: int
+
+    def occupancy(self, registers: int, shared_bytes: int, num_warps: int) -> float:
+        """Resident warps over the most there can be, if nothing but resources limits them."""
+        per_lane = -(-max(registers, 1) // self.register_step) * self.register_step
+        warps = min(self.warps, 4 * (self.registers // per_lane))
+        blocks = min(self.blocks, warps // num_warps)
+        per_block = shared_bytes + self.shared_reserved
+        if per_block:
+            blocks = min(blocks, self.shared // per_block)
+        return blocks * num_warps / self.warps
+
+
+def _nvidia(capability: int, gpus: str, shared_kib: int) -> Target:
+    return Target(
+        name=f"sm_{capability}",
+        gpus=gpus,
+        gpu=GPUTarget("cuda", capability, 32),
+        registers=512,
+        register_step=8,
+        warps=64,
+        blocks=32,
+        shared=shared_kib * _KIB,
+        shared_per_block=(shared_kib - 1) * _KIB,
+        shared_reserved=1 * _KIB,
+    )
+
+
+_GFX942 = Target(
+    name="gfx942",
+    gpus="MI300",
+    gpu=GPUTarget("hip", "gfx942", 64),
+    registers=512,
+    register_step=8,
+    warps=32,
+    blocks=32,
+    shared=64 * _KIB,
+    shared_per_block=64 * _KIB,
+    shared_reserved=0,
+)
+
+TARGETS = {
+    target.name: target
+    for target in (
+        _nvidia(80, "A100", 164),
+        _nvidia(90, "H100, H200", 228),
+        _nvidia(100, "B200", 228),
+        _GFX942,
+    )
+}

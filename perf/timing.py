@@ -1,0 +1,94 @@
+"""Medians and quantiles of how long something takes, on a GPU or on the CPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+_QUANTILES = [0.5, 0.2, 0.8]
+_SHORT_MS = 0.1  # below this a pair of events measures the gap between launches
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds: the median, and the quantiles at 20 % and 80 %."""
+
+    p50: float
+    p20: float
+    p80: float
+    timer: str
+
+
+def time_call(function: Callable[[], object], device: torch.device) -> Timing:
+    """Time a function; on a GPU with a flushed cache, or in a CUDA graph if it is short."""
+    if device.type == "cpu":
+        return _quantiles(_cpu_times(lambda: None, lambda _: function()), "perf_counter")
+    timing = Timing(*triton.testing.do_bench(function, quantiles=_QUANTILES), "do_bench")
+    return _graph_timing(function) or timing if timing.p50 < _SHORT_MS else timing
+
+
+def time_backward(
+    forward: Callable[[], Any], backward: Callable[[Any], object], device: torch.device
+) -> Timing:
+    """Time `backward` on a new result of `forward` each time; only the backward pass counts.
+
+    A graph that is kept for a second backward pass would keep torch.compile from reusing buffers.
+    """
+    if device.type == "cpu":
+        return _quantiles(_cpu_times(forward, backward), "perf_counter")
+    return _quantiles(_gpu_times(forward, backward), "events")
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """GB/s of a large copy on the device, bytes read plus bytes written."""
+    count = 2**30 if device.type != "cpu" else 2**26
+    source = torch.empty(count, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    timing = time_call(lambda: target.copy_(source), device)
+    return 2 * count / timing.p50 / 1e6
+
+
+def _graph_timing(function: Callable[[], object]) -> Timing | None:
+    try:
+        quantiles = triton.testing.do_bench_cudagraph(function, quantiles=_QUANTILES)
+    except RuntimeError:
+        return None  # it cannot be captured: the gaps stay in
+    return Timing(*quantiles, "do_bench_cudagraph")
+
+
+def _gpu_times(forward: Callable[[], Any], backward: Callable[[Any], object]) -> list[float]:
+    flushed = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    times = []
+    end_of_run = time.monotonic() + 0.3
+    while len(times) < 10 or time.monotonic() < end_of_run:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        outputs = forward()
+        flushed.zero_()
+        begin.record()
+        backward(outputs)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return times[3:]  # the first ones warm up
+
+
+def _cpu_times(prepare: Callable[[], Any], function: Callable[[Any], object]) -> list[float]:
+    times = []
+    end_of_run = time.monotonic() + 0.25
+    while len(times) < 4 or (time.monotonic() < end_of_run and len(times) < 200):
+        prepared = prepare()
+        begin = time.perf_counter()
+        function(prepared)
+        times.append(1e3 * (time.perf_counter() - begin))
+    return times[1:]
+
+
+def _quantiles(times: list[float], timer: str) -> Timing:
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return Timing(statistics.median(times), fifths[0], fifths[3], timer)

@@ -1,0 +1,133 @@
+"""The frame around the losses: choice of backend, doctor, annotations."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels_reference
+import tritonloss
+from tritonloss import _backend, _doctor
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_backend_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.zeros(1)
+    monkeypatch.setattr(_backend, "INTERPRETED", True)
+    assert _backend.serves_triton(tensor)
+    with tritonloss.use_backend("reference"):
+        assert not _backend.serves_triton(tensor)
+        with tritonloss.use_backend("triton"):
+            assert _backend.serves_triton(tensor)
+        assert not _backend.serves_triton(tensor)
+    monkeypatch.setattr(_backend, "INTERPRETED", False)
+    assert not _backend.serves_triton(tensor)
+
+
+def test_kernels_on_a_cpu_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "INTERPRETED", False)
+    with tritonloss.use_backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        _backend.serves_triton(torch.zeros(1))
+
+
+def test_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="backend must be .* got 'cuda'"):
+        with tritonloss.use_backend("cuda"):
+            pass
+
+
+def test_backend_is_restored_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "INTERPRETED", True)
+    with pytest.raises(KeyError):
+        with tritonloss.use_backend("reference"):
+            raise KeyError
+    assert _backend.serves_triton(torch.zeros(1))
+
+
+def test_compiled_code_follows_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "INTERPRETED", True)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + 1 if _backend.serves_triton(tensor) else tensor + 2
+
+    tensor = torch.zeros(1)
+    assert compiled(tensor) == 1
+    with tritonloss.use_backend("reference"):
+        assert compiled(tensor) == 2
+    assert compiled(tensor) == 1
+
+
+def test_doctor_passes_and_says_so() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    doctor = subprocess.run(
+        [sys.executable, "-m", "tritonloss", "doctor"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+    assert doctor.stdout.splitlines()[-1] == "verdict: healthy"
+    for operator in _doctor.OPERATORS:
+        assert f"  {operator} on " in doctor.stdout
+
+
+def test_doctor_fails_on_a_wrong_kernel(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    def wrong(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        value = logits.sum()
+        return (value if _backend.serves_triton(logits) else 1.01 * value,)
+
+    def broken(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        raise RuntimeError("no such kernel")
+
+    def right(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (logits.sum(),)
+
+    said: list[str] = []
+    monkeypatch.setattr(_doctor, "OPERATORS", {"right": right})
+    assert _doctor.self_test(device, said.append) == 0
+    monkeypatch.setattr(_doctor, "OPERATORS", {"wrong": wrong, "broken": broken, "right": right})
+    assert _doctor.self_test(device, said.append) == 1
+    assert ["FAILED" in line for line in said] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_no_rounding_decides_the_self_test(device_type: str) -> None:
+    logits, target = _doctor.self_test_inputs(device_type)
+    for window in (3, 7):
+        options = {"window_size": window, "sigma": 1.5, "stability": 0.01}
+        e = kernels_reference.structural_difference(
+            logits.double(), target, ignore_index=255, **options
+        )
+        largest = kernels_reference.largest_difference(**options)
+        assert ((e / largest - 0.1).abs() > 2e-5).all()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("tritonloss/*.py")), ids=lambda path: path.stem)
+def test_everything_but_device_code_is_annotated(path: Path) -> None:
+    """What mypy cannot demand in files that hold kernels as well."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        if any("jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+            continue
+        arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        bare = [
+            argument.arg
+            for argument in arguments
+            if argument.annotation is None and argument.arg not in ("self", "cls")
+        ]
+        assert not bare, f"{node.name}: {bare}"
+        assert node.returns is not None, f"{node.name}: return type"

@@ -1,0 +1,104 @@
+"""Offsets past 2^31 elements: real ones, in files that are nearly all holes or on a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import tritonloss
+from tests.oracle import segmentation_case
+from tritonloss.functional import ssim, ssim_loss, structural_similarity_loss
+
+pytestmark = pytest.mark.parity
+
+FAR = 2**31 + 16
+
+
+def far_apart(tensor: Tensor, axis: int, directory: Path) -> Tensor:
+    """A copy whose neighbours along one axis lie 2^31 elements from each other."""
+    strides = list(torch.empty(tensor.shape, device="meta").stride())
+    strides[axis] = FAR
+    reach = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True))
+    path = directory / "sparse"
+    with path.open("wb") as file:
+        file.truncate(reach * tensor.element_size())
+    storage = torch.from_file(str(path), shared=True, size=reach, dtype=tensor.dtype)
+    return storage.as_strided(tensor.shape, strides).copy_(tensor)
+
+
+def statistics(x: Tensor, _: Tensor) -> Tensor:
+    return torch.cat([s.flatten() for s in tritonloss.gaussian_statistics(x)])
+
+
+def images(x: Tensor, _: Tensor) -> Tensor:
+    return ssim(x, x.detach() ** 2, window_size=3, reduction="none")
+
+
+def sigmoid_maps(logits: Tensor, target: Tensor) -> Tensor:
+    return ssim_loss(logits, target, window_size=3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own memory is used instead")
+@pytest.mark.parametrize("axis", range(4))
+@pytest.mark.parametrize("function", [structural_similarity_loss, sigmoid_maps, statistics, images])
+def test_far_strides(
+    function: Callable[[Tensor, Tensor], Tensor], axis: int, tmp_path: Path
+) -> None:
+    shape = [1, 1, 3, 4]
+    shape[axis] = 2
+    logits, target = segmentation_case(shape, dtype=torch.float16, ignore_index=None)
+    apart = far_apart(logits, axis, tmp_path)
+    outputs, gradients = [], []
+    for x in (logits, apart):
+        leaf = x.detach().requires_grad_()
+        with tritonloss.use_backend("triton"):
+            output = function(leaf, target)
+        outputs.append(output.detach())
+        gradients += torch.autograd.grad(output.sum(), leaf)
+    assert torch.equal(*outputs)
+    assert torch.equal(*gradients)
+    assert math.prod(shape) == gradients[1].numel()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own memory is used instead")
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize("function", [structural_similarity_loss, sigmoid_maps])
+def test_far_strides_of_labels(
+    function: Callable[[Tensor, Tensor], Tensor], axis: int, tmp_path: Path
+) -> None:
+    shape = [1, 3, 4]
+    shape[axis] = 2
+    logits, target = segmentation_case((shape[0], 2, *shape[1:]), ignore_index=None)
+    with tritonloss.use_backend("triton"):
+        expected = function(logits, target)
+        assert torch.equal(function(logits, far_apart(target, axis, tmp_path)), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window_size", [3, 7])
+def test_more_than_2_to_the_31_elements(window_size: int, device: torch.device) -> None:
+    """All but the last corner is ignored: loss and gradient are those of the corner alone."""
+    classes, side, corner = 3, 32768, 50
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    part, labels = segmentation_case((1, classes, corner, corner), dtype=torch.float16)
+    logits = torch.zeros(1, classes, side, side, dtype=torch.float16, device=device)
+    target = torch.full((1, side, side), 255, dtype=torch.uint8, device=device)
+    logits[..., -corner:, -corner:] = part.to(device)
+    target[..., -corner:, -corner:] = labels.to(device)
+    part, labels = part.to(device), labels.to(device)
+    for function in (structural_similarity_loss, ssim_loss):
+        leaf, alone = logits.detach().requires_grad_(), part.clone().requires_grad_()
+        loss = function(leaf, target, window_size=window_size)
+        expected = function(alone, labels, window_size=window_size)
+        torch.testing.assert_close(loss, expected)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        (expected_gradient,) = torch.autograd.grad(expected, alone)
+        torch.testing.assert_close(gradient[..., -corner:, -corner:], expected_gradient)
+        assert gradient[..., : side - corner, :].count_nonzero() == 0
+        assert gradient[..., : side - corner].count_nonzero() == 0

@@ -1,0 +1,494 @@
+"""The benchmarks themselves: a report that cannot be wrong unnoticed."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from perf import compare, content, goals, html, interpreted, markdown, plots, record, rows
+from perf.cases import SHAPES, Case, Goal, Operation, operations
+from perf.compile_only import KernelFacts, LoopFacts, pivoted
+from perf.control_flow import Instruction, Loop, loops
+from perf.counted import CountedMemory
+from perf.goals import Finding
+from perf.interpreted import Parity
+from perf.machine import Machine
+from perf.machine_code import MachineCode, parse_amdgcn, parse_sass
+from perf.measure import PARITY_FAILED, Bench
+from perf.memory import counted_peak
+from perf.page import Bars, Lines, number
+from perf.parity import Gate
+from perf.progress import Progress
+from perf.report import Choice, Report, _plan
+from perf.targets import TARGETS
+from perf.trial import Trial
+from tritonloss import functional
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+NAMES = [operation.name for operation in operations()]
+
+
+def small(operation: Operation) -> Case:
+    case = operation.cases[0]
+    return replace(case, shape=replace(case.shape, batch=1, classes=3, height=9, width=13))
+
+
+def row(**values: Any) -> rows.Row:
+    measured = {
+        "op": "loss", "provider": "triton", "pass": "full", "dtype": "float32",
+        "layout": "contiguous", "batch": 4, "classes": 19, "height": 1024, "width": 2048,
+        "parameters": "window_size=3", "ms_p50": 1.0, "ms_p20": 0.9, "ms_p80": 1.1,
+        "timer": "do_bench", "peak_delta_MiB": 100.0, "bytes_floor": 10, "GBps": 2000.0,
+        "share_of_copy": 0.5, "max_error": 1e-7, "gpu": "GPU", "capability": "9.0",
+        "utc": "2026-01-01T00:00:00Z",
+    }  # fmt: skip
+    return {**dict.fromkeys(rows.FIELDS), **measured, **values}
+
+
+# --- cases ----------------------------------------------------------------------------------------
+
+
+def test_every_public_function_has_an_operation() -> None:
+    assert set(NAMES) >= set(functional.__all__) | {"gaussian_statistics"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cases_are_told_apart_by_their_rows(name: str) -> None:
+    operation = operations([name])[0]
+    for cases in (operation.cases, operation.shipped):
+        assert len({case.text for case in cases}) == len(cases)
+    columns = [tuple(case.columns().values()) for case in operation.cases]
+    assert len(set(columns)) == len(columns)
+    for goal in operation.goals:
+        assert not isinstance(goal, Goal) or goal.case in operation.cases
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_floor_is_no_more_than_what_the_tensors_take(name: str) -> None:
+    """A floor above what inputs, outputs and gradients hold would flatter a slow kernel."""
+    operation = operations([name])[0]
+    case = small(operation)
+    inputs = operation.inputs(case, CPU)
+    results = Trial(operation.reference, case, inputs).results()
+    held = sum(x.numel() * x.element_size() for x in (*inputs, *results))
+    upstream = sum(x.numel() * x.element_size() for x in results[: -len(inputs)] or results[:1])
+    floor = operation.floor(case)
+    assert 0 < floor.forward < floor.forward + floor.backward == floor.of("full")
+    assert floor.of("full") <= 2 * held + upstream
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_inputs_are_repeatable_and_have_the_layout(layout: str) -> None:
+    operation = operations(["structural_similarity_loss"])[0]
+    case = replace(small(operation), layout=layout)
+    (logits, target), (again, _) = operation.inputs(case, CPU), operation.inputs(case, CPU)
+    assert torch.equal(logits, again) and logits.std() > 1
+    assert logits.is_contiguous() == (layout == "contiguous")
+    assert logits.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+    assert target.dtype == torch.uint8 and target.shape == (1, 9, 13)
+
+
+def test_unknown_operation_is_named() -> None:
+    with pytest.raises(ValueError, match="'no_such_loss'"):
+        operations(["no_such_loss"])
+
+
+def test_most_telling_cases_come_first_across_operations() -> None:
+    chosen = operations()
+    plan = _plan(chosen, Choice(), on_gpu=True)
+    assert [operation.name for operation, _ in plan[: len(chosen)]] == NAMES
+    assert len(plan) == sum(len(operation.cases) for operation in chosen)
+    assert len(_plan(chosen, Choice(quick=True), on_gpu=False)) == len(chosen)
+    only = _plan(chosen, Choice(shapes=["voc"], dtypes=["float32"]), on_gpu=False)
+    assert {case.shape.name for _, case in only} == {"voc"}
+
+
+# --- parity gate ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gate_passes_the_reference_and_stops_a_wrong_border(name: str) -> None:
+    operation = operations([name])[0]
+    gate = Gate(operation, small(operation), CPU)
+
+    def wrong_in_one_place(*inputs: Tensor, **options: Any) -> Any:
+        first, *others = inputs
+        corner = torch.zeros_like(first)
+        corner[0, 0, 0, 0] = 1e-2
+        return operation.reference(first + corner, *others, **options)
+
+    assert gate.judge(operation.reference).passed
+    assert not gate.judge(wrong_in_one_place).passed
+
+
+def test_gate_stops_nan() -> None:
+    operation = operations(["gaussian_statistics"])[0]
+    gate = Gate(operation, small(operation), CPU)
+    verdict = gate.judge(lambda x, **_: (x * float("nan"), x))
+    assert not verdict.passed
+
+
+def test_excused_pixels_are_few_and_lie_at_the_threshold() -> None:
+    operation = operations(["structural_similarity_loss"])[0]
+    assert operation.excused is not None
+    case = replace(operation.cases[0], shape=SHAPES["cityscapes"].reduced(), dtype="float64")
+    for padding in ("zeros", "valid"):
+        asked = replace(case, options={**case.options, "padding": padding})
+        excused = operation.excused(asked, operation.inputs(asked, CPU))
+        assert excused.shape == case.shape.size
+        assert 0 < excused.float().mean() < 1e-3
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def machine(device: torch.device = CPU) -> Machine:
+    gpu = device.type != "cpu"
+    return Machine(
+        device=device, gpu="Some GPU" if gpu else "no GPU (a processor)",
+        capability="9.0" if gpu else None, driver="1" if gpu else None,
+        cuda="13" if gpu else None, torch="2", triton="3", tritonloss="0.1", commit=None,
+        utc="2026-01-01T00:00:00Z",
+    )  # fmt: skip
+
+
+def test_no_time_without_parity() -> None:
+    operation = operations(["gaussian_statistics"])[0]
+    providers: dict[str, Callable[..., Any]] = {
+        "eager": operation.reference,
+        "wrong": lambda x, **_: (x, x * x),
+        "broken": lambda x, **_: 1 / 0,
+    }
+    found = Bench(machine(), copy_GBps=10.0).rows(operation, small(operation), providers)
+    by_provider = {r["provider"]: r for r in rows.with_comparisons(found) if r["pass"] == "full"}
+    eager, wrong, broken = (by_provider[name] for name in providers)
+    assert len(found) == 9
+    assert eager["ms_p20"] <= eager["ms_p50"] <= eager["ms_p80"]
+    assert eager["share_of_copy"] == pytest.approx(eager["GBps"] / 10)
+    assert eager["speedup_vs_eager"] == 1 and eager["peak_delta_MiB"] > 0
+    assert wrong["ms_p50"] is None and wrong["timer"] == PARITY_FAILED and wrong["max_error"] > 0.1
+    assert broken["ms_p50"] is None and "ZeroDivisionError" in broken["timer"]
+
+
+def test_counted_peak_sees_what_lives_at_the_same_time() -> None:
+    x = torch.zeros(1000)
+
+    def three_at_once() -> Tensor:
+        y = x + 1
+        z = y.view(10, 100) + 1  # a view takes nothing
+        del y
+        for _ in range(5):
+            z = z + 1  # the old one is freed after the new one is there
+        return z.add_(x.view(10, 100))
+
+    assert counted_peak(three_at_once) == 2 * 4000
+    assert counted_peak(lambda: x.mul_(1)) == 0
+    on_meta = torch.empty(1 << 40, device="meta")
+    assert counted_peak(lambda: on_meta + 1) == 4 << 40
+
+
+def test_counted_peak_follows_autograd() -> None:
+    x = torch.zeros(1000, requires_grad=True)
+    # exp keeps its result for the gradient; the gradient comes beside it.
+    assert counted_peak(lambda: torch.autograd.grad(x.exp().sum(), x)) >= 2 * 4000
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def test_rows_survive_a_file(tmp_path: Path) -> None:
+    written = [row(), row(provider="eager", ms_p50=10.0, peak_delta_MiB=None)]
+    rows.write(tmp_path / "rows.csv", written[:1])
+    rows.write(tmp_path / "rows.csv", written[1:], append=True)
+    assert rows.read(tmp_path) == written
+    (tmp_path / "rows.csv").write_text("op,ms\na,1\n")
+    with pytest.raises(ValueError, match="must have the columns"):
+        rows.read(tmp_path)
+
+
+def test_comparisons_are_within_one_case() -> None:
+    ours, eager, compiled, other = rows.with_comparisons(
+        [
+            row(),
+            row(provider="eager", ms_p50=12.0, peak_delta_MiB=1700.0),
+            row(provider="compile", ms_p50=0.5),
+            row(parameters="window_size=5"),
+        ]
+    )
+    assert ours["speedup_vs_eager"] == 12 and ours["speedup_vs_compile"] == 0.5
+    assert ours["memory_vs_eager"] == pytest.approx(1 / 17)
+    assert eager["speedup_vs_eager"] == 1
+    assert other["speedup_vs_eager"] is None
+
+
+def test_compare_prints_only_what_moved() -> None:
+    before = [row(), row(**{"pass": "forward"}), row(provider="eager")]
+    after = [
+        row(ms_p50=2.0, ms_p20=1.9, ms_p80=2.1, torch="9"),
+        row(**{"pass": "forward"}, ms_p50=1.05, ms_p20=1.0, ms_p80=1.2, torch="9"),
+        row(provider="library"),
+    ]
+    text = compare.compare(before, after)
+    assert "1 of 2 rows moved" in text and "1 only before, 1 only after" in text
+    assert "+100.0%" in text and "torch: None -> 9" in text
+    assert len(re.findall("window_size=3", text)) == 1
+    newer = row(ms_p50=5.0, ms_p20=5.0, ms_p80=5.0, utc="2026-02-01T00:00:00Z")
+    assert compare.newest([newer, row()])[rows.identity(row())]["ms_p50"] == 5.0
+
+
+def test_record_appends_gpu_rows_once(tmp_path: Path) -> None:
+    measured = [row(gpu="NVIDIA H200"), row(gpu="no GPU (a processor)", capability=None)]
+    path = tmp_path / "NVIDIA_H200.csv"
+    assert record.record(measured, tmp_path) == {path: 1}
+    assert record.record(measured, tmp_path) == {path: 0}
+    later = [row(gpu="NVIDIA H200", utc="2026-02-01T00:00:00Z")]
+    assert record.record(later, tmp_path) == {path: 1}
+    assert len(rows.read(path)) == 2 and not (tmp_path / "no_GPU_a_processor.csv").exists()
+
+
+# --- machine code ---------------------------------------------------------------------------------
+
+
+def test_loops_are_found_by_dominance() -> None:
+    step = Instruction("FADD")
+    program = [
+        step,
+        step,  # outer loop
+        Instruction("BRA", jump=6),
+        step,  # inner loop
+        Instruction("BRA", jump=3),
+        Instruction("BRA", jump=1),
+        Instruction("EXIT", falls_through=False),
+        step,  # rare code behind the end, reached by nobody, jumping back into the middle
+        Instruction("BRA", jump=3, falls_through=False),
+    ]
+    assert loops(program) == (Loop(1, 5, nests=True),)
+    assert loops([]) == () and loops([step]) == ()
+
+
+def test_rare_code_behind_the_end_is_no_loop() -> None:
+    step = Instruction("FADD")
+    program = [
+        Instruction("BRA", jump=4),
+        step,
+        step,
+        Instruction("EXIT", falls_through=False),
+        step,  # rare
+        Instruction("BRA", jump=1, falls_through=False),
+    ]
+    assert loops(program) == ()
+
+
+SASS = """
+        code for sm_90
+        /*0000*/                   LDC R1, c[0x0][0x28] ;      /* 0x00000a00ff017b82 */
+                                                               /* 0x000fe20000000800 */
+        /*0010*/                   FADD R0, R1, R2 ;           /* 0x000fe20000000800 */
+        /*0020*/                   BRA.U UP0, 0x50 ;           /* 0x000fe20000000800 */
+        /*0030*/                   FMUL R0, R1, R2 ;           /* 0x000fe20000000800 */
+        /*0040*/              @!P0 BRA 0x10 ;                  /* 0x000fe20000000800 */
+        /*0050*/                   EXIT ;                      /* 0x000fe20000000800 */
+        /*0060*/                   BRA 0x60;                   /* 0x000fe20000000800 */
+        /*0070*/                   NOP;                        /* 0x000fe20000000800 */
+"""
+
+
+def test_sass() -> None:
+    resources = "Function kernel:\n  REG:40 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:584"
+    code = parse_sass(SASS, resources)
+    assert code == MachineCode(40, 16, instructions=7, loops=(Loop(1, 4),))
+    with pytest.raises(ValueError, match="register"):
+        parse_sass(SASS, "nothing")
+
+
+def test_amdgcn() -> None:
+    assembly = """
+    .text
+kernel:
+\ts_branch .LBB0_0
+.LBB0_0:
+\tv_add_f32 v0, v1, v2
+.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
+\tv_fma_f32 v0, v1, v2, v0
+\ts_cbranch_scc1 .LBB0_1
+\ts_endpgm
+.Lfunc_end0:
+\tv_not_code v0
+    .private_segment_fixed_size: 0
+    .sgpr_spill_count: 0
+    .vgpr_count:     47
+    .vgpr_spill_count: 3
+"""
+    assert parse_amdgcn(assembly) == MachineCode(47, 12, instructions=5, loops=(Loop(2, 2),))
+
+
+def test_big_loops_leave_out_scans_and_remainders() -> None:
+    counts = (7, 100, 130, 52, 66)
+    code = MachineCode(1, 0, 400, tuple(Loop(10 * i, n) for i, n in enumerate(counts)))
+    assert [loop.instructions for loop in code.big_loops(unroll=2)] == [100, 130]
+    assert [loop.instructions for loop in code.big_loops(unroll=1)] == [52, 66, 100, 130]
+    assert MachineCode(1, 0, 5, ()).big_loops() == ()
+
+
+def test_occupancy() -> None:
+    hopper, mi300 = TARGETS["sm_90"], TARGETS["gfx942"]
+    assert hopper.occupancy(32, 0, num_warps=4) == 1
+    assert hopper.occupancy(72, 0, num_warps=4) == 28 / 64
+    assert hopper.occupancy(255, 0, num_warps=8) == 8 / 64
+    assert hopper.occupancy(32, 100 * 1024, num_warps=4) == 8 / 64
+    assert mi300.occupancy(128, 0, num_warps=4) == 16 / 32
+
+
+def fact(**values: Any) -> KernelFacts:
+    common: dict[str, Any] = {
+        "op": "gaussian_statistics", "case": "cityscapes float32 contiguous window_size=3",
+        "target": "sm_90", "kernel": "_gaussian_statistics_forward_kernel",
+        "configuration": "COLUMNS=4", "constants": {"WINDOW": 3}, "registers": 40,
+        "occupancy": 0.5, "instructions": 300, "loops": (LoopFacts("rows", 200, 25.0),),
+    }  # fmt: skip
+    return KernelFacts(**{**common, **values})
+
+
+def test_faults() -> None:
+    assert fact().fault is None
+    assert fact(spill_bytes=8).fault == "spills 8 B"
+    assert fact(shared_bytes=227 * 1024).fault is None
+    assert "shared" in str(fact(shared_bytes=227 * 1024 + 1).fault)
+    header, cells = pivoted([fact(), fact(target="gfx942", spill_bytes=4, compile_seconds=2.0)])
+    assert header == ["kernel", "case", "sm_90", "gfx942", "compile s"]
+    assert cells[0][2:] == ["40 r 50% 25.0", "FAULT: spills 4 B", "2.0"]
+
+
+# --- report ---------------------------------------------------------------------------------------
+
+
+def test_goals_are_met_missed_or_not_measured() -> None:
+    operation = operations(["structural_similarity_loss"])[0]
+    share = next(g for g in operation.goals if isinstance(g, Goal) and g.column == "share_of_copy")
+
+    def verdict(found: list[rows.Row]) -> str:
+        only = replace(operation, goals=(share,))
+        return goals.findings([only], found, [])[0].verdict
+
+    asked = row(op=operation.name, **share.case.columns())
+    assert verdict([]) == "not measured"
+    assert verdict([asked]) == "met"
+    assert verdict([{**asked, "share_of_copy": 0.1}]) == "missed"
+    assert verdict([{**asked, "provider": "eager"}]) == "not measured"
+    gaussian = operations(["gaussian_statistics"])[0]
+    constants = {"WINDOW": 3, "PADDING": "zeros", "CHANNELS_IN_LANES": False}
+    counted = goals.findings([gaussian], [], [fact(constants=constants)])
+    assert [goal.verdict for goal in counted if goal.value == 25.0] == ["met"]
+
+
+def offline_report(**changes: Any) -> Report:
+    made = Report(
+        machine(), 10.0,
+        parity=[Parity("loss", "float32 <odd>", 1e-7, 1e-5, True)],
+        memory=[CountedMemory("loss", "cityscapes", 100, 1700, 100)],
+        facts=[fact(), fact(constants={"WINDOW": 5}, case="cityscapes float32 contiguous b")],
+        goals=[Finding("a goal", "at least 1", None, None)],
+        rows=rows.with_comparisons([row(provider="eager", gpu="no GPU", capability=None)]),
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def gpu_report() -> Report:
+    eager = row(provider="eager", ms_p50=12.0, peak_delta_MiB=1700.0)
+    losing = row(parameters="window_size=9", ms_p50=3.0, max_error=2e-7)
+    fast = row(parameters="window_size=9", provider="eager", ms_p50=2.0)
+    failed = row(parameters="window_size=7", ms_p50=None, timer=PARITY_FAILED, share_of_copy=None)
+    measured = rows.with_comparisons([row(), eager, losing, fast, failed])
+    return replace(offline_report(), machine=machine(torch.device("cuda")), rows=measured)
+
+
+def test_without_a_gpu_the_page_says_so_and_claims_no_speed() -> None:
+    for page in (html.page(offline_report()), markdown.page(offline_report())):
+        assert "Not measured on a GPU yet" in page and "No GPU was at hand" in page
+        assert "as fast as" not in page
+        assert "17.0x less" in page and "1 of 1" in page
+
+
+def test_with_a_gpu_losing_and_failed_rows_stay_in() -> None:
+    for page in (html.page(gpu_report()), markdown.page(gpu_report())):
+        assert "as fast as eager PyTorch" in page and "Not measured" not in page
+        assert "window_size=9" in page and PARITY_FAILED in page
+        assert "slower than eager in 1" in page and "2 of 3" in page
+    assert content.page(gpu_report()).headline == "6.3x as fast as eager PyTorch"
+
+
+def test_html_is_self_contained_and_well_formed(tmp_path: Path) -> None:
+    (tmp_path / "train.md").write_text("| loss | mIoU |\n|---|---|\n| SSL | 1 ± 2 |\n\nSeeds.\n")
+    (tmp_path / "train.png").write_bytes(b"\x89PNG")
+    page = html.page(offline_report(training=tmp_path))
+    assert "1 ± 2" in page and "data:image/png;base64" in page
+    assert "&lt;odd&gt;" in page and "<odd>" not in page
+    assert not re.search(r'(src|href)="(?!#|data:)', page) and "@import" not in page
+    for tag in ("table", "figure", "section", "details", "svg", "div"):
+        assert page.count(f"<{tag}") == page.count(f"</{tag}>"), tag
+
+
+def test_plots_take_anything() -> None:
+    assert plots.lines(Lines("t", "x", "y", {})) == plots.bars(Bars("t", "ms", {})) == ""
+    one = plots.lines(Lines("t", "x", "y", {"a": [(3.0, 5.0)]}))
+    assert "<circle" in one and "nan" not in one
+    log = plots.lines(Lines("t", "x", "y", {"a": [(1.0, 0.01), (1e3, 50.0)], "b": []}, log=True))
+    assert log.count("<circle") == 2 and ">10</text>" in log
+    drawn = plots.bars(Bars("t", "ms", {"case": {"triton": 1.0, "eager": 100.0}}))
+    assert drawn.count('class="bar"') == 2 and "width:78.0%" in drawn
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (0.0, "0.00"), (0.01234, "0.0123"), (17.01, "17.0"), (1e-6, "1.0e-06")],
+)
+def test_numbers(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_progress_in_a_log_file() -> None:
+    stream = io.StringIO()
+    bar = Progress(2, stream)
+    bar.step("first")
+    bar.more(1)
+    bar.step("second", steps=2)
+    bar.close()
+    assert "3/3" in stream.getvalue() and "\r" not in stream.getvalue()
+
+
+def test_interpreted_cases_are_kinds_of_questions() -> None:
+    for operation in operations():
+        chosen = [operation.cases[index] for index in interpreted.cases(operation)]
+        assert 2 <= len(chosen) <= len(operation.cases)
+        assert len(interpreted.cases(operation, quick=True)) == 1
+
+
+def test_quick_report_end_to_end(tmp_path: Path) -> None:
+    """The real command on this machine, without the interpreter that the tests run in."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [
+        sys.executable, "-m", "perf", "report", "--quick",
+        "--ops", "gaussian_statistics", "--out", str(tmp_path),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = rows.read(tmp_path)
+    provider = "triton" if torch.cuda.is_available() else "eager"
+    timed = [r for r in found if r["provider"] == provider]
+    assert {r["pass"] for r in timed} == {"forward", "backward", "full"}
+    assert all(r["ms_p50"] > 0 and r["max_error"] < 1e-5 for r in timed)
+    page = (tmp_path / "report.html").read_text()
+    assert "gaussian statistics" in page and "sm_90" in page
+    assert (tmp_path / "report.md").read_text().startswith("# tritonloss")

@@ -1,0 +1,91 @@
+"""Which implementation serves a tensor: the Triton kernels or the eager reference."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal, get_args
+
+import torch
+import triton
+
+Backend = Literal["triton", "reference"]
+
+# Triton replaces kernels by their interpreted form when they are decorated, so what counts is the
+# setting at the import of tritonloss.
+INTERPRETED: bool = os.environ.get("TRITON_INTERPRET") == "1"
+
+_GPU_TYPES = ("cuda", "xpu")  # ROCm devices call themselves cuda
+
+# A plain global: torch.compile guards it and recompiles when it changes. A ContextVar it cannot
+# trace, and a thread-local it reads once and never again.
+_override: Backend | None = None
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Let one backend serve every tensor inside the block, in all threads of the process.
+
+    The default is the Triton kernels for GPU tensors and ``kernels_reference`` for CPU tensors (the
+    kernels in Triton's interpreter when ``TRITON_INTERPRET=1`` was set before the import). The
+    forward pass makes the choice; its backward pass follows it, also outside the block.
+
+    Args:
+        backend: ``"triton"`` or ``"reference"``.
+
+    Raises:
+        ValueError: ``backend`` is neither.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> with tritonloss.use_backend("reference"):
+        ...     mean, variance = tritonloss.gaussian_statistics(torch.rand(1, 1, 8, 8))
+    """
+    global _override
+    if backend not in get_args(Backend):
+        raise ValueError(f'backend must be "triton" or "reference"; got {backend!r}')
+    before = _override
+    _override = backend
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def serves_triton(tensor: torch.Tensor) -> bool:
+    """Whether the Triton kernels serve ``tensor``; if not, ``kernels_reference`` does.
+
+    Raises:
+        RuntimeError: ``use_backend`` asks for the kernels, which cannot run on the tensor's device.
+    """
+    device = tensor.device.type
+    if _override == "reference":
+        return False
+    if device in _GPU_TYPES:
+        return True
+    if device == "cpu" and INTERPRETED:
+        return True
+    if _override == "triton":
+        raise RuntimeError(
+            f'use_backend("triton") needs tensors on a GPU; got a tensor on {device!r}. On CPU '
+            "tensors the kernels run in Triton's interpreter when TRITON_INTERPRET=1 is set before "
+            "tritonloss is imported."
+        )
+    return False
+
+
+def warp_size() -> int:
+    """Threads in a warp of the current GPU: 32, or 64 on AMD; 32 in the interpreter."""
+    if INTERPRETED:
+        return 32
+    return int(triton.runtime.driver.active.get_current_target().warp_size)
+
+
+def device_guard(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's GPU the current one, where Triton launches; nothing for other devices."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    if tensor.device.type == "xpu":
+        return torch.xpu.device(tensor.device)
+    return nullcontext()

@@ -1,0 +1,177 @@
+"""Argument checks: one place, one wording, before the choice of backend.
+
+Every message names the argument, what is accepted and what was given. TypeError is for types and
+dtypes, ValueError for values and shapes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_MAX_WINDOW = 31
+
+
+def check_logits(logits: torch.Tensor, name: str = "logits") -> None:
+    """``logits`` must be floating-point [N, C, H, W] with a class."""
+    accepted = (
+        f"{name} must be a float16, bfloat16, float32 or float64 tensor of shape (N, C, H, W)"
+    )
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"{accepted}; got {_type(logits)}")
+    if logits.dtype not in _FLOATING:
+        raise TypeError(f"{accepted}; got {_tensor(logits)}")
+    if logits.dim() != 4 or logits.shape[1] < 1:
+        raise ValueError(f"{accepted} with C of at least 1; got {_tensor(logits)}")
+
+
+def check_target(logits: torch.Tensor, target: torch.Tensor) -> None:
+    """``target`` must hold integers [N, H, W] that match ``logits``, on the same device."""
+    expected = (logits.shape[0], *logits.shape[2:])
+    accepted = (
+        f"target must hold integer labels of shape {expected} "
+        f"to match logits of shape {tuple(logits.shape)}"
+    )
+    if not isinstance(target, torch.Tensor):
+        raise TypeError(f"{accepted}; got {_type(target)}")
+    if target.dtype not in _INTEGERS:
+        raise TypeError(f"{accepted}; got {_tensor(target)}")
+    if tuple(target.shape) != expected:
+        raise ValueError(f"{accepted}; got {_tensor(target)}")
+    _check_device(logits, "logits", target, "target")
+
+
+def check_ignore_index(ignore_index: int | None) -> None:
+    """``ignore_index`` must be an integer or None."""
+    if ignore_index is not None and not _is_integer(ignore_index):
+        raise TypeError(f"ignore_index must be an integer or None; got {_value(ignore_index)}")
+
+
+def check_labels_in_range(target: torch.Tensor, classes: int, ignore_index: int | None) -> None:
+    """Every label must lie in [0, classes) or be ``ignore_index``.
+
+    On a GPU looking at the labels would synchronise, so it takes ``TRITONLOSS_CHECK_LABELS=1``;
+    under torch.compile, and where a tensor holds no data (meta, fake), they are never looked at. A
+    label outside that nobody looked at counts as ignored.
+    """
+    if torch.compiler.is_compiling() or type(target) is not torch.Tensor or target.is_meta:
+        return
+    if target.device.type != "cpu" and os.environ.get("TRITONLOSS_CHECK_LABELS") != "1":
+        return
+    if target.numel() == 0:
+        return
+    low, high = (int(extreme) for extreme in torch.aminmax(target))
+    if 0 <= low and high < classes:
+        return
+    # In int64: compared with a narrow label tensor, Python's 300 or -100 would wrap around.
+    labels = target.to(torch.int64)
+    wrong = (labels < 0) | (labels >= classes)
+    if ignore_index is not None:
+        wrong &= labels != ignore_index
+    values, counts = torch.unique(labels[wrong], return_counts=True)
+    if values.numel() == 0:
+        return
+    listed = ", ".join(
+        f"{int(value)} ({int(count)}x)" for value, count in zip(values[:5], counts[:5], strict=True)
+    )
+    more = ", ..." if values.numel() > 5 else ""
+    raise ValueError(
+        f"target must hold labels from 0 to {classes - 1} or ignore_index={ignore_index}; "
+        f"got {int(counts.sum())} labels outside: {listed}{more}"
+    )
+
+
+def check_images(x: torch.Tensor, y: torch.Tensor) -> None:
+    """``x`` and ``y`` must be two image batches of one shape, dtype and device."""
+    check_logits(x, name="x")
+    accepted = f"y must be like x, {_tensor(x)}"
+    if not isinstance(y, torch.Tensor):
+        raise TypeError(f"{accepted}; got {_type(y)}")
+    if y.dtype != x.dtype:
+        raise TypeError(f"{accepted}; got {_tensor(y)}")
+    if y.shape != x.shape:
+        raise ValueError(f"{accepted}; got {_tensor(y)}")
+    _check_device(x, "x", y, "y")
+
+
+def check_window_size(window_size: int, name: str = "window_size") -> None:
+    """A window has one centre, and a size that the kernels can unroll."""
+    accepted = f"{name} must be an odd integer from 1 to {_MAX_WINDOW}"
+    if not _is_integer(window_size):
+        raise TypeError(f"{accepted}; got {_value(window_size)}")
+    if window_size % 2 == 0 or not 1 <= window_size <= _MAX_WINDOW:
+        raise ValueError(f"{accepted}; got {window_size}")
+
+
+def check_padding_fits(
+    x: torch.Tensor, window_size: int, padding: str, name: str = "logits"
+) -> None:
+    """Mirrored and whole windows need images that are large enough."""
+    if padding == "reflect":
+        needed = window_size // 2 + 1
+    elif padding == "valid":
+        needed = window_size
+    else:
+        return
+    height, width = x.shape[-2:]
+    if height < needed or width < needed:
+        raise ValueError(
+            f'{name} must have height and width of at least {needed} for padding="{padding}" and '
+            f"window_size={window_size}; got height {height} and width {width}"
+        )
+
+
+def check_option(name: str, value: str, choices: Sequence[str]) -> None:
+    """``value`` must be one of ``choices``."""
+    accepted = f"{name} must be one of {', '.join(repr(choice) for choice in choices)}"
+    if not isinstance(value, str):
+        raise TypeError(f"{accepted}; got {_value(value)}")
+    if value not in choices:
+        raise ValueError(f"{accepted}; got {value!r}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """``value`` must be True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {_value(value)}")
+
+
+def check_range(name: str, value: float, low: float, high: float, *, interval: str = "[]") -> None:
+    """``value`` must be a number from ``low`` to ``high``; a round bracket leaves that end out."""
+    accepted = f"{name} must be a number in {interval[0]}{low}, {high}{interval[1]}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{accepted}; got {_value(value)}")
+    above = value > low if interval[0] == "(" else value >= low
+    below = value < high if interval[1] == ")" else value <= high
+    if not (above and below):
+        raise ValueError(f"{accepted}; got {value}")
+
+
+def _check_device(
+    first: torch.Tensor, first_name: str, second: torch.Tensor, second_name: str
+) -> None:
+    if first.device != second.device:
+        raise ValueError(
+            f"{second_name} must be on the device of {first_name}, {first.device}; "
+            f"got {second.device}"
+        )
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _type(value: object) -> str:
+    return type(value).__name__
+
+
+def _value(value: object) -> str:
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def _tensor(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"

@@ -1,0 +1,206 @@
+"""What ``python -m tritonloss doctor`` reports: the installation, the devices, and a self-test.
+
+The self-test runs every operator forward and backward, the Triton kernels against the reference
+in float64. On a GPU the kernels run there; without one they run in Triton's interpreter, in a
+process of their own, since the interpreter must be chosen before the import.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import torch
+import triton
+import triton.knobs
+
+import tritonloss
+from tritonloss import functional
+
+from . import _tuning
+from ._backend import INTERPRETED, serves_triton, use_backend
+
+Say = Callable[[str], None]
+Operator = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+def _gaussian_statistics(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tritonloss.gaussian_statistics(logits, window_size=5, padding="reflect")
+
+
+def _structural_similarity(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (functional.structural_similarity_loss(logits, target),)
+
+
+def _structural_similarity_wide(
+    logits: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    return (functional.structural_similarity_loss(logits, target, window_size=7),)
+
+
+def _ssim_full(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (functional.ssim_loss(logits, target, form="full", window_size=5),)
+
+
+def _ssim_contrast(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (functional.ssim_loss(logits, target, form="contrast_structure", window_size=5),)
+
+
+def _ssim_images(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    x = torch.sigmoid(logits)
+    return (functional.ssim(x, x.flip(-1), window_size=5, reduction="none"),)
+
+
+OPERATORS: dict[str, Operator] = {
+    "gaussian_statistics": _gaussian_statistics,
+    "structural_similarity_loss": _structural_similarity,
+    "structural_similarity_loss, window 7": _structural_similarity_wide,
+    "ssim_loss, full": _ssim_full,
+    "ssim_loss, contrast_structure": _ssim_contrast,
+    "ssim": _ssim_images,
+}
+
+# Relative to the largest element of the float64 result; a wrong kernel is off by far more.
+TOLERANCE = 1e-4
+
+
+def doctor(say: Say) -> int:
+    """Report the installation and test it; the exit status of ``python -m tritonloss doctor``."""
+    say(f"tritonloss {tritonloss.__version__}")
+    say(f"  python {platform.python_version()} on {platform.platform()}")
+    say(f"  torch {torch.__version__}, triton {triton.__version__}, numpy {numpy.__version__}")
+    say("devices")
+    devices = _devices()
+    for device, description in devices:
+        backend = "Triton kernels" if _served_by_triton(device) else "kernels_reference"
+        say(f"  {device}: {description}, served by {backend}")
+    say("caches")
+    say(f"  tuned configurations: {_tuning.cache_directory()}")
+    say(f"  compiled kernels: {triton.knobs.cache.dir}")
+    say("launch configurations")
+    for device, _ in devices:
+        say(f"  {device}: {_configurations_in_use(_tuning.device_name(device))}")
+    say("self-test")
+    gpus = [device for device, _ in devices if device.type != "cpu"]
+    if gpus:
+        status = max([self_test(device, say) for device in gpus])
+    elif INTERPRETED:
+        status = self_test(torch.device("cpu"), say)
+    else:
+        status = _interpreted_self_test(say)
+    say("verdict: healthy" if status == 0 else "verdict: NOT healthy, see the self-test above")
+    return status
+
+
+def self_test(device: torch.device, say: Say) -> int:
+    """Compare every operator's kernels with the reference on ``device``; 0 if all agree."""
+    place = f"{device}, interpreted" if INTERPRETED else str(device)
+    logits, target = (tensor.to(device) for tensor in self_test_inputs(device.type))
+    status = 0
+    for name, operator in OPERATORS.items():
+        try:
+            error = _largest_error(operator, logits, target)
+        except Exception as problem:  # the doctor reports whatever is wrong, and goes on
+            verdict = f"FAILED: {type(problem).__name__}: {str(problem).strip()[:300]}"
+            status = 1
+        else:
+            agrees = error <= TOLERANCE
+            verdict = f"{'ok' if agrees else 'FAILED'}, relative error {error:.1e}"
+            status |= not agrees
+        say(f"  {name} on {place}: {verdict}")
+    return status
+
+
+def self_test_inputs(device_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels, some ignored; none so near SSL's threshold that rounding could decide."""
+    shape = (1, 2, 9, 11) if device_type == "cpu" else (2, 3, 19, 37)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(shape, generator=generator).mul(3)
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+    target[:, :2] = 255
+    return logits, target
+
+
+def _largest_error(operator: Operator, logits: torch.Tensor, target: torch.Tensor) -> float:
+    """The largest error of values and gradients, relative to the largest element of each."""
+    actual = _values_and_gradient(operator, logits, target, "triton")
+    expected = _values_and_gradient(operator, logits.double(), target, "reference")
+    errors = []
+    for kernel, truth in zip(actual, expected, strict=True):
+        difference = (kernel.double() - truth).abs().max() / truth.abs().max()
+        errors.append(float(difference.nan_to_num(nan=float("inf"))))
+    return max(errors)
+
+
+def _values_and_gradient(
+    operator: Operator, logits: torch.Tensor, target: torch.Tensor, backend: str
+) -> list[torch.Tensor]:
+    leaf = logits.detach().requires_grad_()
+    with use_backend("triton" if backend == "triton" else "reference"):
+        values = operator(leaf, target)
+        upstream = [
+            torch.linspace(0.5, 1.5, value.numel()).reshape(value.shape) for value in values
+        ]
+        (gradient,) = torch.autograd.grad(
+            values, leaf, [u.to(value) for u, value in zip(upstream, values, strict=True)]
+        )
+    return [*(value.detach() for value in values), gradient]
+
+
+def _interpreted_self_test(say: Say) -> int:
+    """The self-test in a process whose kernels run in Triton's interpreter."""
+    package_parent = str(Path(tritonloss.__file__).parents[1])
+    search_path = os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])
+    child = subprocess.run(
+        [sys.executable, "-m", "tritonloss", "doctor", "--self-test"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": search_path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = child.stdout.splitlines() + (child.stderr.splitlines()[-5:] if child.returncode else [])
+    for line in lines:
+        say(line)
+    return 0 if child.returncode == 0 else 1
+
+
+def _devices() -> list[tuple[torch.device, str]]:
+    """The GPUs that torch can use, and the CPU."""
+    devices = [(torch.device("cpu"), platform.processor() or platform.machine())]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+            description = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}"
+            devices.append((torch.device("cuda", index), description))
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        for index in range(torch.xpu.device_count()):
+            devices.append((torch.device("xpu", index), torch.xpu.get_device_name(index)))
+    return devices
+
+
+def _served_by_triton(device: torch.device) -> bool:
+    return serves_triton(torch.empty(0, device=device))
+
+
+def _configurations_in_use(name: str) -> str:
+    """Which tuned file serves the device called ``name``, and why others do not."""
+    if os.environ.get("TRITONLOSS_TUNING") == "off":
+        return "heuristic (TRITONLOSS_TUNING=off)"
+    ignored = ""
+    for path in _tuning.tuned_files(name):
+        try:
+            document = _tuning.read_document(path, name)
+        except FileNotFoundError:
+            continue
+        except _tuning.UnusableFileError as reason:
+            ignored += f"; {path} is ignored: {reason}"
+            continue
+        made = f"triton {document.get('triton')}, {document.get('date')}"
+        return f"{path} ({len(document['entries'])} entries, {made}), else heuristic{ignored}"
+    return f"heuristic, no tuned file{ignored}"
