@@ -207,7 +207,9 @@ def _analysis(record: Launch) -> tuple[MachineCode, float | None]:
     manager = get_cache_manager(record.compiled.hash)
     name = f"{record.kernel}.analysis.json"
     file = manager.get_file(name)
-    stored = json.loads(Path(file).read_text()) if file else {"seconds": record.compile_seconds}
+    stored: dict[str, Any] = {"seconds": record.compile_seconds}
+    if file:
+        stored = json.loads(Path(file).read_text())
     if stored.get("version") != _analysis_version():
         assembly = record.compiled.asm
         if "cubin" in assembly:

@@ -84,7 +84,7 @@ def _offline_cards(report: Report) -> list[Card]:
     cards: list[Card | None] = [_memory_card(entry) for entry in entries]
     passed = sum(entry.passed for entry in report.parity)
     if report.parity:
-        worst = max(entry.error for entry in report.parity if "float32" in entry.case)
+        worst = max((p.error for p in report.parity if "float32" in p.case), default=0.0)
         cards.append(
             Card(
                 f"{passed} of {len(report.parity)}",
@@ -204,11 +204,10 @@ def _memory_blocks(report: Report) -> list[Block]:
     if report.machine.has_gpu:
         for op in _ops(report.rows):
             full = [row for row in report.rows if row["op"] == op and row["pass"] == "full"]
-            held = [row for row in full if row["peak_delta_MiB"]]
-            lines = _series(held, lambda row: row["classes"], "peak_delta_MiB")
-            blocks.append(
-                Lines(f"{_words(op)}: extra memory against classes", "classes", "MiB", lines, True)
-            )
+            held = [_with_bytes_per_pixel(row) for row in full if row["peak_delta_MiB"]]
+            lines = _series(held, lambda row: row["classes"], "per_pixel")
+            title = f"{_words(op)}: extra memory against classes"
+            blocks.append(Lines(title, "classes", "bytes per pixel", lines, log=True))
     if report.memory:
         blocks.append(
             Paragraph(
@@ -372,6 +371,11 @@ def _series(rows: Sequence[Row], x: Any, column: str) -> dict[str, list[tuple[fl
 def _is_plain(fact: KernelFacts) -> bool:
     usual = fact.case.startswith("cityscapes float32 contiguous") and "padding" not in fact.case
     return usual and 1 < fact.constants.get("WINDOW", 0) <= 11
+
+
+def _with_bytes_per_pixel(row: Row) -> Row:
+    pixels = _elements(row) / row["classes"]
+    return {**row, "per_pixel": row["peak_delta_MiB"] * 2**20 / pixels}
 
 
 def _elements(row: Row) -> int:

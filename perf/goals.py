@@ -42,9 +42,9 @@ def _measured(operation: Operation, goal: Goal, rows: Sequence[Row]) -> Finding:
     found = [row for row in rows if all(row[name] == value for name, value in asked.items())]
     value = found[0].get(goal.column) if found else None
     if goal.at_least is not None:
-        wanted = f"at least {goal.at_least:g}"
+        wanted = f"≥ {goal.at_least:g}"
         return Finding(goal.text, wanted, value, None if value is None else value >= goal.at_least)
-    wanted = f"at most {goal.at_most:g}"
+    wanted = f"≤ {goal.at_most:g}"
     return Finding(goal.text, wanted, value, None if value is None else value <= goal.at_most)
 
 
@@ -58,5 +58,5 @@ def _counted(goal: CodeGoal, facts: Sequence[KernelFacts]) -> Finding:
         if loop.name == goal.loop and loop.per_output is not None
     ]
     value = max(counts, default=None)
-    wanted = f"at most {goal.at_most:g}"
+    wanted = f"≤ {goal.at_most:g}"
     return Finding(goal.text, wanted, value, None if value is None else value <= goal.at_most)

@@ -38,9 +38,9 @@ def page(report: Report) -> str:
 <header>
 <p class="title">{escape(made.title)}</p>
 <h1>{escape(made.headline)}</h1>
+<p class="machine">{summary}</p>
 {warning}
 <div class="cards">{"".join(map(_card, made.cards))}</div>
-<p class="machine">{summary}</p>
 <nav>{contents}</nav>
 </header>
 <main>

@@ -39,7 +39,7 @@ def _gpu_peak(function: Callable[[], object], device: torch.device) -> int:
     kept = function()
     torch.cuda.synchronize(device)
     del kept
-    return torch.cuda.max_memory_allocated(device) - before
+    return int(torch.cuda.max_memory_allocated(device) - before)
 
 
 class _Counter(TorchDispatchMode):

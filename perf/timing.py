@@ -64,7 +64,7 @@ def _graph_timing(function: Callable[[], object]) -> Timing | None:
 
 def _gpu_times(forward: Callable[[], Any], backward: Callable[[Any], object]) -> list[float]:
     flushed = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    times = []
+    times: list[float] = []
     end_of_run = time.monotonic() + 0.3
     while len(times) < 10 or time.monotonic() < end_of_run:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -79,7 +79,7 @@ def _gpu_times(forward: Callable[[], Any], backward: Callable[[Any], object]) ->
 
 
 def _cpu_times(prepare: Callable[[], Any], function: Callable[[Any], object]) -> list[float]:
-    times = []
+    times: list[float] = []
     end_of_run = time.monotonic() + 0.25
     while len(times) < 4 or (time.monotonic() < end_of_run and len(times) < 200):
         prepared = prepare()

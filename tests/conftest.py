@@ -15,7 +15,7 @@ HAS_GPU = torch.cuda.is_available()
 
 if not HAS_GPU:
     # Triton replaces its own library's functions at import: after that the setting does nothing.
-    #assert "triton" not in sys.modules
+    assert "triton" not in sys.modules
     os.environ["TRITON_INTERPRET"] = "1"
 
 

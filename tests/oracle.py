@@ -1,7 +1,8 @@
 """The three-way oracle and its cases.
 
-Truth is the reference in float64, the yardstick the reference in the input's own dtype. A kernel may
-be as wrong as the yardstick plus a tolerance, element by element: a mean error hides a wrong border.
+Truth is the reference in float64, the yardstick the reference in the input's own dtype. A kernel
+may be as wrong as the yardstick plus a tolerance, each element for itself: a mean error hides a
+wrong border.
 """
 
 from __future__ import annotations

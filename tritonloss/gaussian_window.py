@@ -1,10 +1,10 @@
 """Local Gaussian-window statistics: mean and variance of every k x k neighbourhood.
 
-The building block of the structural losses, public in its own right. How the kernels walk over an image,
-and why the variance is exact on flat maps, is told in ``_strip.py``.
+The building block of the structural losses, public in its own right. How the kernels walk over an
+image, and why the variance is exact on flat maps, is told in ``_strip.py``.
 
-Bytes per pixel of a float32 map: forward 12 (x; mean, variance), backward 20 (x, mean, both gradients;
-the gradient of x).
+Bytes per pixel of a float32 map: forward 12 (x; mean, variance), backward 20 (x, mean and both
+gradients; the gradient of x).
 """
 
 from __future__ import annotations
@@ -17,56 +17,115 @@ import triton
 import triton.language as tl
 
 from kernels_reference.gaussian_window import gaussian_statistics as gaussian_statistics_reference
-from kernels_reference.gaussian_window import gaussian_window
 
 from . import _checks
 from ._backend import device_guard, serves_triton
 from ._strip import (
     PADDINGS,
+    SIZES,
+    Window,
     channels_in_lanes,
     column_moments,
     compute_dtype,
-    converted,
-    gaussian_exponent,
     gaussian_weight,
-    grain,
     load_column,
-    load_columns,
+    load_values,
+    plane_of,
     repeated,
     row_limit,
     row_moments,
-    size_arguments,
     source_row,
     store_columns,
     streamed_row_moments,
     strides,
     strip_configuration,
-    strip_grid,
+    strip_launch,
     strip_program,
+    window_of,
+    without_oldest,
 )
 
-# --- kernels ----------------------------------------------------------------------------------------
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _gaussian_statistics_forward_kernel(
+    x_ptr,  # [N, C, H, W]
+    mean_ptr,  # [N, C, out_height, out_width]
+    variance_ptr,  # like mean
+    x_strides,
+    mean_strides,
+    channels,
+    height,
+    width,
+    out_height,
+    out_width,
+    tiles_x,
+    tiles_y,
+    window,
+    WINDOW: tl.constexpr,
+    SHIFT: tl.constexpr,
+    STRIP: tl.constexpr,
+):
+    """Reads x once, writes mean and variance once."""
+    SIZE: tl.constexpr = WINDOW.size
+    WEIGHTS: tl.constexpr = WINDOW.weights
+    PADDING: tl.constexpr = WINDOW.padding
+    COLUMNS: tl.constexpr = STRIP.columns
+    LANES: tl.constexpr = STRIP.lanes
+    ROWS: tl.constexpr = STRIP.rows
+    UNROLL: tl.constexpr = STRIP.unroll
+    dtype: tl.constexpr = mean_ptr.dtype.element_ty
+    image, channel, chunk, first_column, first_row = strip_program(
+        channels, tiles_x, tiles_y, STRIP
+    )
+    x_plane = plane_of(x_ptr, x_strides, image, channel, STRIP)
+    mean_plane = plane_of(mean_ptr, mean_strides, image, channel, STRIP)
+    variance_plane = plane_of(variance_ptr, mean_strides, image, channel, STRIP)
+
+    zero = tl.zeros((LANES,), dtype)
+    means = repeated(zero, (SIZE - 1) * COLUMNS)
+    variances = repeated(zero, (SIZE - 1) * COLUMNS)
+    rows = tl.minimum(ROWS, out_height - first_row) + (SIZE - 1)
+    for i in tl.range(0, rows, loop_unroll_factor=UNROLL):
+        row = source_row(first_row + i + SHIFT, height, PADDING)
+        limit = row_limit(row, height, width)
+        if COLUMNS == 1:
+            row_mean, row_variance = streamed_row_moments(
+                x_plane, row, chunk + SHIFT, limit, window, dtype, WINDOW, STRIP
+            )
+        else:
+            values = load_values(
+                x_plane, row, chunk, limit, dtype, STRIP, SHIFT, COLUMNS + SIZE - 1, PADDING
+            )
+            row_mean, row_variance = row_moments(values, WEIGHTS, SIZE, COLUMNS)
+        centres, shifts, variance, means, variances = column_moments(
+            row_mean, row_variance, means, variances, WEIGHTS, SIZE, COLUMNS
+        )
+        mean = ()
+        for v in tl.static_range(COLUMNS):
+            mean = mean + (centres[v] + shifts[v],)
+
+        out_row = first_row + i - (SIZE - 1)
+        out_limit = tl.where(i >= SIZE - 1, out_width, 0)
+        store_columns(mean_plane, out_row, chunk, out_limit, mean, STRIP)
+        store_columns(variance_plane, out_row, chunk, out_limit, variance, STRIP)
 
 
 @triton.jit
 def _adjoint_row(
-    grad_mean,
-    grad_variance,
-    mean,
-    WEIGHTS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    grad_mean, grad_variance, mean, WEIGHTS: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """(reference, constant, slope): sum_j w_j (g_j + 2 v_j (x - m_j)) = constant + slope (x - reference)."""
+    """(m, constant, slope): sum_j w_j (g_j + 2 v_j (x - m_j)) = constant + slope (x - m)."""
     references = ()
     constants = ()
     slopes = ()
     for v in tl.static_range(COLUMNS):
-        reference = mean[v + WINDOW // 2]
+        reference = mean[v + SIZE // 2]
         constant = grad_mean[v] * WEIGHTS[0]
         slope = grad_variance[v] * WEIGHTS[0]
         excess = slope * (reference - mean[v])
-        for j in tl.static_range(1, WINDOW):
+        for j in tl.static_range(1, SIZE):
             weighted = grad_variance[v + j] * WEIGHTS[j]
             constant += grad_mean[v + j] * WEIGHTS[j]
             slope += weighted
@@ -78,29 +137,18 @@ def _adjoint_row(
 
 
 @triton.jit
-def _folded_weight(
-    position,
-    tap,
-    size,
-    weight,
-    tail,
-    dtype: tl.constexpr,
-    PADDING: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    EXPONENT: tl.constexpr,
-):
+def _folded_weight(position, tap, size, weight, tail, dtype: tl.constexpr, WINDOW: tl.constexpr):
     """Weight with which the window centred ``tap`` places after ``position`` sees that position.
 
-    With reflect and replicate padding a window sees some pixels several times: at their own place, with
-    ``weight``, and as their images outside. ``tail`` is the sum of the weights from |tap| outwards.
+    With reflect and replicate padding a window sees some pixels several times: at their own place,
+    with ``weight``, and as their images outside. ``tail`` sums the weights from |tap| outwards.
     """
     folded = weight + tl.zeros_like(position).to(dtype)
-    if PADDING == "reflect":
-        before = gaussian_weight(2 * position + tap, dtype, WEIGHTS, WINDOW, EXPONENT)
-        after = gaussian_weight(2 * (size - 1 - position) - tap, dtype, WEIGHTS, WINDOW, EXPONENT)
+    if WINDOW.padding == "reflect":
+        before = gaussian_weight(2 * position + tap, dtype, WINDOW)
+        after = gaussian_weight(2 * (size - 1 - position) - tap, dtype, WINDOW)
         folded += tl.where(position > 0, before, 0.0) + tl.where(position < size - 1, after, 0.0)
-    elif PADDING == "replicate":
+    elif WINDOW.padding == "replicate":
         beyond = (tl.zeros_like(position).to(dtype) + tail) - weight
         folded += tl.where(position == 0, beyond, 0.0) + tl.where(position == size - 1, beyond, 0.0)
     return folded
@@ -108,27 +156,13 @@ def _folded_weight(
 
 @triton.jit
 def _streamed_adjoint_row(
-    grad_mean_row,
-    grad_variance_row,
-    mean_row,
-    chunk,
-    limit,
-    width,
-    grad_mean_stride_w,
-    grad_variance_stride_w,
-    mean_stride_w,
-    window,
-    dtype: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    EXPONENT: tl.constexpr,
-    SHIFT: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PADDING: tl.constexpr,
-):
+    grad_mean_plane, grad_variance_plane, mean_plane, row, chunk, limit, width, window,
+    dtype: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr, STRIP: tl.constexpr,
+):  # fmt: skip
     """_adjoint_row for one column per lane, from the outermost taps inwards."""
-    RADIUS: tl.constexpr = WINDOW // 2
+    RADIUS: tl.constexpr = WINDOW.size // 2
     middle = chunk + (SHIFT + RADIUS)
-    reference = load_column(mean_row, middle, limit, mean_stride_w, dtype, "zeros")
+    reference = load_column(mean_plane, row, middle, limit, dtype, STRIP, "zeros")
     constant = tl.zeros_like(reference)
     slope = tl.zeros_like(reference)
     excess = tl.zeros_like(reference)
@@ -137,126 +171,69 @@ def _streamed_adjoint_row(
         # RADIUS, -RADIUS, RADIUS - 1, -(RADIUS - 1), ..., 0
         distance = RADIUS - step // 2
         tap = distance - 2 * distance * (step % 2)
-        weight = gaussian_weight(distance, dtype, WEIGHTS, WINDOW, EXPONENT)
+        weight = gaussian_weight(distance, dtype, WINDOW)
         tail += tl.where(tap >= 0, weight, 0.0)
-        weight = _folded_weight(
-            chunk, tap, width, weight, tail, dtype, PADDING, WEIGHTS, WINDOW, EXPONENT
-        )
+        weight = _folded_weight(chunk, tap, width, weight, tail, dtype, WINDOW)
         column = middle + tap
-        grad_mean = load_column(grad_mean_row, column, limit, grad_mean_stride_w, dtype, "zeros")
-        grad_variance = load_column(
-            grad_variance_row, column, limit, grad_variance_stride_w, dtype, "zeros"
-        )
-        mean = load_column(mean_row, column, limit, mean_stride_w, dtype, "zeros")
+        grad_mean = load_column(grad_mean_plane, row, column, limit, dtype, STRIP, "zeros")
+        grad_variance = load_column(grad_variance_plane, row, column, limit, dtype, STRIP, "zeros")
+        mean = load_column(mean_plane, row, column, limit, dtype, STRIP, "zeros")
         constant += grad_mean * weight
         slope += grad_variance * weight
         excess += grad_variance * weight * (reference - mean)
     return (reference,), (constant + 2.0 * excess,), (2.0 * slope,)
 
 
-@triton.jit(do_not_specialize=size_arguments("x", "mean"))
-def _gaussian_statistics_forward_kernel(
-    x_ptr,  # [N, C, H, W]
-    mean_ptr,  # [N, C, out_height, out_width]
-    variance_ptr,  # strides of mean
-    channels,
-    height,
-    width,
-    out_height,
-    out_width,
-    tiles_x,
-    tiles_y,
-    window,
-    x_stride_n,
-    x_stride_c,
-    x_stride_h,
-    x_stride_w,
-    mean_stride_n,
-    mean_stride_c,
-    mean_stride_h,
-    mean_stride_w,
-    WEIGHTS: tl.constexpr,
-    EXPONENT: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    PADDING: tl.constexpr,
-    GRAIN: tl.constexpr,
-    CHANNELS_IN_LANES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """Reads x once, writes mean and variance once. Strides but the last are in units of GRAIN."""
-    image, channel, chunk, first_lane, first_row = strip_program(
-        channels, tiles_x, tiles_y, CHANNELS_IN_LANES, LANES, ROWS
-    )
-    x_base = x_ptr + (image * x_stride_n + channel * x_stride_c) * GRAIN
-    mean_offset = (image * mean_stride_n + channel * mean_stride_c) * GRAIN
-    VECTORISED: tl.constexpr = GRAIN == COLUMNS and GRAIN > 1
-    COUNT: tl.constexpr = COLUMNS + WINDOW - 1
+@triton.jit
+def _adjoint_column(
+    row_constant, row_slope, steps, constants, slopes, out_row, height, dtype: tl.constexpr,
+    TAILS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """(constant, slope, constants, slopes): the vertical part of the adjoint, as filtered_column.
 
-    dtype: tl.constexpr = mean_ptr.dtype.element_ty
-    zero = tl.zeros((LANES,), dtype)
-    means = repeated(zero, (WINDOW - 1) * COLUMNS)
-    variances = repeated(zero, (WINDOW - 1) * COLUMNS)
-    rows = tl.minimum(ROWS, out_height - first_row) + (WINDOW - 1)
-    for i in tl.range(0, rows, loop_unroll_factor=UNROLL):
-        row = source_row(first_row + i + SHIFT, height, PADDING)
-        row_ptr = x_base + row.to(tl.int64) * x_stride_h * GRAIN
-        limit = row_limit(row, height, width)
-        if COLUMNS == 1:
-            row_mean, row_variance = streamed_row_moments(
-                row_ptr,
-                chunk,
-                limit,
-                x_stride_w,
-                window,
-                dtype,
-                WEIGHTS,
-                EXPONENT,
-                SHIFT,
-                WINDOW,
-                PADDING,
-            )
-        else:
-            loaded, _ = load_columns(
-                row_ptr, chunk, limit, x_stride_w, SHIFT, COUNT, PADDING, LANES, COLUMNS, VECTORISED
-            )
-            values = converted(loaded, dtype, COUNT)
-            row_mean, row_variance = row_moments(values, WEIGHTS, WINDOW, COLUMNS)
-        centres, shifts, variance, means, variances = column_moments(
-            row_mean, row_variance, means, variances, WEIGHTS, WINDOW, COLUMNS
-        )
-        mean = ()
+    All unfinished sums are about the newest row's mean; ``steps`` is how far that has just moved.
+    """
+    SIZE: tl.constexpr = WINDOW.size
+    WEIGHTS: tl.constexpr = WINDOW.weights
+    FOLDED: tl.constexpr = WINDOW.padding == "reflect" or WINDOW.padding == "replicate"
+    new_constants = ()
+    new_slopes = ()
+    for j in tl.static_range(SIZE):
+        if FOLDED:
+            weight = _folded_weight(
+                out_row + j, SIZE // 2 - j, height, WEIGHTS[SIZE - 1 - j], TAILS[SIZE - 1 - j],
+                dtype, WINDOW,
+            )  # fmt: skip
         for v in tl.static_range(COLUMNS):
-            mean = mean + (centres[v] + shifts[v],)
-
-        out_row = first_row + i - (WINDOW - 1)
-        out_limit = tl.where(i >= WINDOW - 1, out_width, 0)
-        offset = mean_offset + out_row.to(tl.int64) * mean_stride_h * GRAIN
-        store_columns(
-            mean_ptr + offset, chunk, out_limit, mean_stride_w, mean, LANES, COLUMNS, VECTORISED
-        )
-        store_columns(
-            variance_ptr + offset,
-            chunk,
-            out_limit,
-            mean_stride_w,
-            variance,
-            LANES,
-            COLUMNS,
-            VECTORISED,
-        )
+            if FOLDED:
+                constant = row_constant[v] * weight
+                slope = row_slope[v] * weight
+            else:
+                constant = row_constant[v] * WEIGHTS[SIZE - 1 - j]
+                slope = row_slope[v] * WEIGHTS[SIZE - 1 - j]
+            if j < SIZE - 1:
+                before = slopes[j * COLUMNS + v]
+                constant += constants[j * COLUMNS + v] + before * steps[v]
+                slope += before
+            new_constants = new_constants + (constant,)
+            new_slopes = new_slopes + (slope,)
+    constants = without_oldest(new_constants, SIZE, COLUMNS)
+    slopes = without_oldest(new_slopes, SIZE, COLUMNS)
+    return new_constants, new_slopes, constants, slopes
 
 
-@triton.jit(do_not_specialize=size_arguments("x", "mean", "grad_mean", "grad_variance", "grad_x"))
+@triton.jit(do_not_specialize=SIZES)
 def _gaussian_statistics_backward_kernel(
     grad_mean_ptr,  # [N, C, out_height, out_width]
     grad_variance_ptr,
     mean_ptr,
     x_ptr,  # [N, C, H, W]
     grad_x_ptr,
+    grad_mean_strides,
+    grad_variance_strides,
+    mean_strides,
+    x_strides,
+    grad_x_strides,
     channels,
     height,
     width,
@@ -265,168 +242,87 @@ def _gaussian_statistics_backward_kernel(
     tiles_x,
     tiles_y,
     window,
-    grad_mean_stride_n,
-    grad_mean_stride_c,
-    grad_mean_stride_h,
-    grad_mean_stride_w,
-    grad_variance_stride_n,
-    grad_variance_stride_c,
-    grad_variance_stride_h,
-    grad_variance_stride_w,
-    mean_stride_n,
-    mean_stride_c,
-    mean_stride_h,
-    mean_stride_w,
-    x_stride_n,
-    x_stride_c,
-    x_stride_h,
-    x_stride_w,
-    grad_x_stride_n,
-    grad_x_stride_c,
-    grad_x_stride_h,
-    grad_x_stride_w,
-    WEIGHTS: tl.constexpr,
-    TAILS: tl.constexpr,
-    EXPONENT: tl.constexpr,
     WINDOW: tl.constexpr,
+    TAILS: tl.constexpr,
     SHIFT: tl.constexpr,
-    PADDING: tl.constexpr,
-    GRAIN: tl.constexpr,
-    CHANNELS_IN_LANES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
+    STRIP: tl.constexpr,
 ):
-    """grad_x_j = sum_i w_ij (grad_mean_i + 2 grad_variance_i (x_j - mean_i)), the window's adjoint.
+    """grad_x_j = sum_i w_ij (grad_mean_i + 2 grad_variance_i (x_j - mean_i)): the window's adjoint.
 
-    x_j - mean_i is taken in two steps over a nearby mean, never as a difference of two large sums, so
-    that flat maps keep their digits in the gradient too.
+    x_j - mean_i is taken in steps over the means between, never as a difference of two large sums,
+    so that flat maps keep their digits in the gradient too.
     """
-    image, channel, chunk, first_lane, first_row = strip_program(
-        channels, tiles_x, tiles_y, CHANNELS_IN_LANES, LANES, ROWS
-    )
-    grad_mean_base = (
-        grad_mean_ptr + (image * grad_mean_stride_n + channel * grad_mean_stride_c) * GRAIN
-    )
-    grad_variance_base = (
-        grad_variance_ptr
-        + (image * grad_variance_stride_n + channel * grad_variance_stride_c) * GRAIN
-    )
-    mean_base = mean_ptr + (image * mean_stride_n + channel * mean_stride_c) * GRAIN
-    x_base = x_ptr + (image * x_stride_n + channel * x_stride_c) * GRAIN
-    grad_x_base = grad_x_ptr + (image * grad_x_stride_n + channel * grad_x_stride_c) * GRAIN
-    VECTORISED: tl.constexpr = GRAIN == COLUMNS and GRAIN > 1
-    COUNT: tl.constexpr = COLUMNS + WINDOW - 1
-    RADIUS: tl.constexpr = WINDOW // 2
-    FOLDED: tl.constexpr = PADDING == "reflect" or PADDING == "replicate"
+    SIZE: tl.constexpr = WINDOW.size
+    COLUMNS: tl.constexpr = STRIP.columns
+    LANES: tl.constexpr = STRIP.lanes
+    ROWS: tl.constexpr = STRIP.rows
+    UNROLL: tl.constexpr = STRIP.unroll
+    WEIGHTS: tl.constexpr = WINDOW.weights
+    COUNT: tl.constexpr = COLUMNS + SIZE - 1
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
+    image, channel, chunk, first_column, first_row = strip_program(
+        channels, tiles_x, tiles_y, STRIP
+    )
+    grad_mean_plane = plane_of(grad_mean_ptr, grad_mean_strides, image, channel, STRIP)
+    grad_variance_plane = plane_of(grad_variance_ptr, grad_variance_strides, image, channel, STRIP)
+    mean_plane = plane_of(mean_ptr, mean_strides, image, channel, STRIP)
+    x_plane = plane_of(x_ptr, x_strides, image, channel, STRIP)
+    grad_x_plane = plane_of(grad_x_ptr, grad_x_strides, image, channel, STRIP)
 
     zero = tl.zeros((LANES,), dtype)
     references = repeated(zero, COLUMNS)
-    constants = repeated(zero, (WINDOW - 1) * COLUMNS)
-    slopes = repeated(zero, (WINDOW - 1) * COLUMNS)
-    for i in tl.range(0, tl.minimum(ROWS, height - first_row) + (WINDOW - 1)):
-        # One row of windows: sum_i w_i (g_i + 2 v_i (x - m_i)) = constant + slope (x - reference).
+    constants = repeated(zero, (SIZE - 1) * COLUMNS)
+    slopes = repeated(zero, (SIZE - 1) * COLUMNS)
+    rows = tl.minimum(ROWS, height - first_row) + (SIZE - 1)
+    for i in tl.range(0, rows, loop_unroll_factor=UNROLL):
         row = first_row + i + SHIFT
-        wide_row = row.to(tl.int64) * GRAIN
         limit = row_limit(row, out_height, out_width)
-        grad_mean_row = grad_mean_base + wide_row * grad_mean_stride_h
-        grad_variance_row = grad_variance_base + wide_row * grad_variance_stride_h
-        mean_row = mean_base + wide_row * mean_stride_h
         if COLUMNS == 1:
             row_mean, row_constant, row_slope = _streamed_adjoint_row(
-                grad_mean_row, grad_variance_row, mean_row, chunk, limit, width, grad_mean_stride_w,
-                grad_variance_stride_w, mean_stride_w, window, dtype, WEIGHTS, EXPONENT, SHIFT, WINDOW,
-                PADDING,
+                grad_mean_plane, grad_variance_plane, mean_plane, row, chunk, limit, width, window,
+                dtype, WINDOW, SHIFT, STRIP,
             )  # fmt: skip
         else:
-            loaded, _ = load_columns(
-                grad_mean_row, chunk, limit, grad_mean_stride_w, SHIFT, COUNT, "zeros",
-                LANES, COLUMNS, VECTORISED,
-            )  # fmt: skip
-            grad_means = converted(loaded, dtype, COUNT)
-            loaded, _ = load_columns(
-                grad_variance_row, chunk, limit, grad_variance_stride_w, SHIFT, COUNT, "zeros",
-                LANES, COLUMNS, VECTORISED,
-            )  # fmt: skip
-            grad_variances = converted(loaded, dtype, COUNT)
-            row_means, _ = load_columns(
-                mean_row, chunk, limit, mean_stride_w, SHIFT, COUNT, "zeros",
-                LANES, COLUMNS, VECTORISED,
-            )  # fmt: skip
             row_mean, row_constant, row_slope = _adjoint_row(
-                grad_means, grad_variances, row_means, WEIGHTS, WINDOW, COLUMNS
-            )
+                load_values(grad_mean_plane, row, chunk, limit, dtype, STRIP, SHIFT, COUNT, "zeros"),
+                load_values(
+                    grad_variance_plane, row, chunk, limit, dtype, STRIP, SHIFT, COUNT, "zeros"
+                ),
+                load_values(mean_plane, row, chunk, limit, dtype, STRIP, SHIFT, COUNT, "zeros"),
+                WEIGHTS, SIZE, COLUMNS,
+            )  # fmt: skip
 
-        # Unfinished sums are kept about the newest row's mean; rows outside the image do not move it.
-        out_row = first_row + i - (WINDOW - 1)
+        # Rows outside the image do not move what the sums are about.
         steps = ()
+        moved = ()
         for v in tl.static_range(COLUMNS):
-            steps = steps + (tl.where(limit > 0, row_mean[v] - references[v], 0.0),)
-        references_here = ()
-        for v in tl.static_range(COLUMNS):
-            references_here = references_here + (references[v] + steps[v],)
-        finished_constants = ()
-        finished_slopes = ()
-        unfinished_constants = ()
-        unfinished_slopes = ()
-        for j in tl.static_range(WINDOW):
-            if FOLDED:
-                row_weight = _folded_weight(
-                    out_row + j, RADIUS - j, height, WEIGHTS[WINDOW - 1 - j], TAILS[WINDOW - 1 - j],
-                    dtype, PADDING, WEIGHTS, WINDOW, EXPONENT,
-                )  # fmt: skip
-            for v in tl.static_range(COLUMNS):
-                if FOLDED:
-                    constant = row_constant[v] * row_weight
-                    slope = row_slope[v] * row_weight
-                else:
-                    constant = row_constant[v] * WEIGHTS[WINDOW - 1 - j]
-                    slope = row_slope[v] * WEIGHTS[WINDOW - 1 - j]
-                if j < WINDOW - 1:
-                    before = slopes[j * COLUMNS + v]
-                    constant += constants[j * COLUMNS + v] + before * steps[v]
-                    slope += before
-                if j == 0:
-                    finished_constants = finished_constants + (constant,)
-                    finished_slopes = finished_slopes + (slope,)
-                else:
-                    unfinished_constants = unfinished_constants + (constant,)
-                    unfinished_slopes = unfinished_slopes + (slope,)
-        references = references_here
-        constants = unfinished_constants
-        slopes = unfinished_slopes
-
-        out_limit = tl.where(i >= WINDOW - 1, width, 0)
-        out_wide_row = out_row.to(tl.int64) * GRAIN
-        loaded, _ = load_columns(
-            x_base + out_wide_row * x_stride_h,
-            chunk, out_limit, x_stride_w, 0, COLUMNS, "zeros", LANES, COLUMNS, VECTORISED,
+            step = tl.where(limit > 0, row_mean[v] - references[v], 0.0)
+            steps = steps + (step,)
+            moved = moved + (references[v] + step,)
+        references = moved
+        out_row = first_row + i - (SIZE - 1)
+        constant, slope, constants, slopes = _adjoint_column(
+            row_constant, row_slope, steps, constants, slopes, out_row, height, dtype, TAILS,
+            WINDOW, COLUMNS,
         )  # fmt: skip
-        x = converted(loaded, dtype, COLUMNS)
+
+        out_limit = tl.where(i >= SIZE - 1, width, 0)
+        x = load_values(x_plane, out_row, chunk, out_limit, dtype, STRIP, 0, COLUMNS, "zeros")
         gradient = ()
         for v in tl.static_range(COLUMNS):
-            offset = x[v] - references[v]
-            gradient = gradient + (finished_constants[v] + finished_slopes[v] * offset,)
-        store_columns(
-            grad_x_base + out_wide_row * grad_x_stride_h,
-            chunk, out_limit, grad_x_stride_w, gradient, LANES, COLUMNS, VECTORISED,
-        )  # fmt: skip
+            gradient = gradient + (constant[v] + slope[v] * (x[v] - references[v]),)
+        store_columns(grad_x_plane, out_row, chunk, out_limit, gradient, STRIP)
 
 
-# --- launchers --------------------------------------------------------------------------------------
-
-
-def _statistics_shape(x: torch.Tensor, window_size: int, padding: str) -> tuple[int, ...]:
-    lost = window_size - 1 if padding == "valid" else 0
-    return (*x.shape[:2], x.size(2) - lost, x.size(3) - lost)
+# --- launchers ------------------------------------------------------------------------------------
 
 
 def _empty_statistics(
     x: torch.Tensor, window_size: int, padding: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two maps in the layout of x."""
-    shape = _statistics_shape(x, window_size, padding)
+    lost = window_size - 1 if padding == "valid" else 0
+    shape = (*x.shape[:2], x.size(2) - lost, x.size(3) - lost)
     layout = torch.channels_last if channels_in_lanes(x) else torch.contiguous_format
     dtype = compute_dtype(x.dtype)
     mean = torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
@@ -442,39 +338,24 @@ def _gaussian_statistics_forward(
     configuration = strip_configuration(
         "gaussian_statistics_forward", x, window_size, columns, UNROLL=2 if window_size <= 7 else 1
     )
-    programs, launch = strip_grid(mean.shape, configuration, channels_in_lanes(x))
-    padded = padding in ("reflect", "replicate")
-    unit = 1 if padded else grain(launch["COLUMNS"], x, mean)
+    grid, launch = strip_launch(mean.shape, configuration, padding, x, mean)
     with device_guard(x):
-        _gaussian_statistics_forward_kernel[(programs,)](
+        _gaussian_statistics_forward_kernel[grid](
             x_ptr=x,
             mean_ptr=mean,
             variance_ptr=variance,
+            x_strides=strides(x, launch["STRIP"]),
+            mean_strides=strides(mean, launch["STRIP"]),
             height=x.size(2),
             width=x.size(3),
             out_height=mean.size(2),
             out_width=mean.size(3),
-            **strides("x", x, unit),
-            **strides("mean", mean, unit),
             window=window_size,
-            WEIGHTS=gaussian_window(window_size, sigma),
-            EXPONENT=gaussian_exponent(sigma),
-            WINDOW=window_size,
+            WINDOW=window_of(window_size, sigma, padding),
             SHIFT=0 if padding == "valid" else -(window_size // 2),
-            PADDING=padding,
-            GRAIN=unit,
-            UNROLL=configuration["UNROLL"],
-            enable_fp_fusion=True,
             **launch,
         )
     return mean, variance
-
-
-def _tails(weights: tuple[float, ...]) -> tuple[float, ...]:
-    """For each tap the sum of the weights from its distance outwards: what an edge pixel stands for."""
-    middle = len(weights) // 2
-    outwards = [sum(weights[middle + distance :]) for distance in range(middle + 1)]
-    return tuple(outwards[abs(tap - middle)] for tap in range(len(weights)))
 
 
 def _gaussian_statistics_backward(
@@ -487,42 +368,48 @@ def _gaussian_statistics_backward(
     padding: str,
 ) -> torch.Tensor:
     grad_x = torch.empty_like(x)
-    folded = padding in ("reflect", "replicate")
-    columns = 1 if folded or window_size > 11 else 4 if window_size <= 7 else 2
+    mirrored = padding in ("reflect", "replicate")
+    columns = 1 if mirrored or window_size > 11 else 4 if window_size <= 7 else 2
     configuration = strip_configuration("gaussian_statistics_backward", x, window_size, columns)
-    programs, launch = strip_grid(x.shape, configuration, channels_in_lanes(x))
-    unit = grain(launch["COLUMNS"], x, mean, grad_mean, grad_variance, grad_x)
+    if mirrored:
+        configuration["COLUMNS"] = 1  # only the streamed row folds the images outside back in
+    grid, launch = strip_launch(
+        x.shape, configuration, padding, x, mean, grad_mean, grad_variance, grad_x
+    )
+    window = window_of(window_size, sigma, padding)
     with device_guard(x):
-        _gaussian_statistics_backward_kernel[(programs,)](
+        _gaussian_statistics_backward_kernel[grid](
             grad_mean_ptr=grad_mean,
             grad_variance_ptr=grad_variance,
             mean_ptr=mean,
             x_ptr=x,
             grad_x_ptr=grad_x,
+            grad_mean_strides=strides(grad_mean, launch["STRIP"]),
+            grad_variance_strides=strides(grad_variance, launch["STRIP"]),
+            mean_strides=strides(mean, launch["STRIP"]),
+            x_strides=strides(x, launch["STRIP"]),
+            grad_x_strides=strides(grad_x, launch["STRIP"]),
             height=x.size(2),
             width=x.size(3),
             out_height=mean.size(2),
             out_width=mean.size(3),
-            **strides("grad_mean", grad_mean, unit),
-            **strides("grad_variance", grad_variance, unit),
-            **strides("mean", mean, unit),
-            **strides("x", x, unit),
-            **strides("grad_x", grad_x, unit),
             window=window_size,
-            WEIGHTS=gaussian_window(window_size, sigma),
-            TAILS=_tails(gaussian_window(window_size, sigma)),
-            EXPONENT=gaussian_exponent(sigma),
-            WINDOW=window_size,
+            WINDOW=window,
+            TAILS=_tails(window),
             SHIFT=-(window_size - 1) if padding == "valid" else -(window_size // 2),
-            PADDING=padding,
-            GRAIN=unit,
-            enable_fp_fusion=True,
             **launch,
         )
     return grad_x
 
 
-# --- operator and gradient --------------------------------------------------------------------------
+def _tails(window: Window) -> tuple[float, ...]:
+    """For each tap the sum of the weights from its distance outwards: what an edge pixel is for."""
+    middle = window.size // 2
+    outwards = [sum(window.weights[middle + distance :]) for distance in range(middle + 1)]
+    return tuple(outwards[abs(tap - middle)] for tap in range(window.size))
+
+
+# --- operator and gradient ------------------------------------------------------------------------
 
 
 @torch.library.custom_op("tritonloss::gaussian_statistics_forward", mutates_args=())
@@ -581,7 +468,7 @@ def _gradient(ctx: Any, grad_mean: torch.Tensor, grad_variance: torch.Tensor) ->
 _forward_op.register_autograd(_gradient, setup_context=_setup_context)
 
 
-# --- function ---------------------------------------------------------------------------------------
+# --- function -------------------------------------------------------------------------------------
 
 
 def gaussian_statistics(
