@@ -142,13 +142,13 @@ class Goal:
 
 @dataclass(frozen=True)
 class CodeGoal:
-    """Instructions per output that a kernel's loop may take at most, compiled for one target."""
+    """Instructions per output that a kernel's loop may take at most in one of the shipped cases."""
 
     text: str
+    case: Case
     kernel: str
     loop: str
     at_most: float
-    constants: Mapping[str, object] = field(default_factory=dict)
     target: str = "sm_90"
 
 
@@ -238,9 +238,10 @@ def strip_outputs(constants: Mapping[str, Any]) -> float:
 
     The halo rows above and below the strip are read and complete nothing.
     """
-    lanes = constants["LANES"] / constants["THREADS"]
-    rows = constants["ROWS"] / (constants["ROWS"] + constants["WINDOW"] - 1)
-    return float(constants["COLUMNS"] * constants.get("UNROLL", 1) * lanes * rows)
+    lanes = constants["STRIP.lanes"] / constants["THREADS"]
+    rows = constants["STRIP.rows"]
+    share = rows / (rows + constants["WINDOW.size"] - 1)
+    return float(constants["STRIP.columns"] * constants["STRIP.unroll"] * lanes * share)
 
 
 def variations(base: Case, *changes: Mapping[str, Any]) -> tuple[Case, ...]:

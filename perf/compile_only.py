@@ -188,7 +188,7 @@ def _facts(operation: Operation, case: Case, target: Target, record: Launch) -> 
 def _loop_facts(
     notes: KernelNotes | None, code: MachineCode, target: Target, record: Launch
 ) -> tuple[LoopFacts, ...]:
-    big = code.big_loops(record.constants.get("UNROLL", 1))
+    big = code.big_loops(record.constants.get("STRIP.unroll", 1))
     if notes is None:
         return ()
     names = notes.loops

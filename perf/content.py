@@ -239,7 +239,7 @@ def _code_blocks(facts: Sequence[KernelFacts]) -> list[Block]:
                 name = fact.kernel.strip("_").removesuffix("_kernel").replace("_", " ")
                 name = name if len(fact.loops) == 1 else f"{name}, {loop.name}"
                 if loop.per_output is not None:
-                    window = float(fact.constants["WINDOW"])
+                    window = float(fact.constants["WINDOW.size"])
                     lines.setdefault(name, {}).setdefault(window, loop.per_output)
     series = {name: sorted(points.items()) for name, points in lines.items() if len(points) > 1}
     return [
@@ -370,7 +370,7 @@ def _series(rows: Sequence[Row], x: Any, column: str) -> dict[str, list[tuple[fl
 
 def _is_plain(fact: KernelFacts) -> bool:
     usual = fact.case.startswith("cityscapes float32 contiguous") and "padding" not in fact.case
-    return usual and 1 < fact.constants.get("WINDOW", 0) <= 11
+    return usual and 1 < fact.constants.get("WINDOW.size", 0) <= 11
 
 
 def _with_bytes_per_pixel(row: Row) -> Row:

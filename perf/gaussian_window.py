@@ -75,6 +75,11 @@ SHIPPED = variations(
     {"options": {"window_size": 11}, "dtype": "bfloat16", "everywhere": False},
 )
 
+
+def _shipped(window: int) -> Case:
+    return next(case for case in SHIPPED if case.options == {"window_size": window})
+
+
 GOALS = tuple(
     Goal(
         text=f"Gaussian statistics, window {case.options['window_size']}, full pass: "
@@ -87,10 +92,10 @@ GOALS = tuple(
 ) + tuple(
     CodeGoal(
         text=f"Gaussian statistics, window {window}, forward: at most the prototype's instructions",
+        case=_shipped(window),
         kernel="_gaussian_statistics_forward_kernel",
         loop="rows",
         at_most=instructions,
-        constants={"WINDOW": window, "PADDING": "zeros", "CHANNELS_IN_LANES": False},
     )
     # Counted in prototypes that took E[x^2] - E[x]^2; the stable variance has to fit in.
     for window, instructions in ((3, 28.0), (5, 41.0), (7, 52.0), (9, 67.0), (11, 85.0))

@@ -31,7 +31,9 @@ def findings(
 ) -> list[Finding]:
     """One finding per goal of the operations."""
     return [
-        _measured(operation, goal, rows) if isinstance(goal, Goal) else _counted(goal, facts)
+        _measured(operation, goal, rows)
+        if isinstance(goal, Goal)
+        else _counted(operation, goal, facts)
         for operation in chosen
         for goal in operation.goals
     ]
@@ -48,15 +50,15 @@ def _measured(operation: Operation, goal: Goal, rows: Sequence[Row]) -> Finding:
     return Finding(goal.text, wanted, value, None if value is None else value <= goal.at_most)
 
 
-def _counted(goal: CodeGoal, facts: Sequence[KernelFacts]) -> Finding:
+def _counted(operation: Operation, goal: CodeGoal, facts: Sequence[KernelFacts]) -> Finding:
+    asked = (operation.name, goal.case.text, goal.kernel, goal.target)
     counts = [
         loop.per_output
         for fact in facts
-        if fact.kernel == goal.kernel and fact.target == goal.target
-        if all(fact.constants.get(name) == value for name, value in goal.constants.items())
+        if (fact.op, fact.case, fact.kernel, fact.target) == asked
         for loop in fact.loops
-        if loop.name == goal.loop and loop.per_output is not None
+        if loop.name == goal.loop
     ]
-    value = max(counts, default=None)
+    value = counts[0] if counts else None
     wanted = f"≤ {goal.at_most:g}"
     return Finding(goal.text, wanted, value, None if value is None else value <= goal.at_most)

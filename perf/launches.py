@@ -13,12 +13,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-_CONFIGURATION = ("COLUMNS", "LANES", "ROWS", "UNROLL")
+_CONFIGURATION = ("columns", "lanes", "rows", "unroll")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One `kernel[grid](...)`: the kernel's name, its constexprs, and what compiling gave."""
+    """One `kernel[grid](...)`: the kernel's name, its constexprs, and what compiling gave.
+
+    A constexpr that is a named tuple stands under NAME.field for each of its fields.
+    """
 
     kernel: str
     constants: dict[str, Any]
@@ -28,9 +31,10 @@ class Launch:
 
     @property
     def configuration(self) -> str:
-        """The block sizes and warps, as one text."""
-        sizes = {name: self.constants[name] for name in _CONFIGURATION if name in self.constants}
-        return " ".join(f"{k}={v}" for k, v in {**sizes, "num_warps": self.num_warps}.items())
+        """The block sizes and warps, named as the tuned files name them."""
+        sizes = {name: self.constants.get(f"STRIP.{name}") for name in _CONFIGURATION}
+        known = [f"{name.upper()}={value}" for name, value in sizes.items() if value is not None]
+        return " ".join([*known, f"num_warps={self.num_warps}"])
 
 
 @contextmanager
@@ -119,5 +123,11 @@ def _compile_seconds(seconds: list[float]) -> Iterator[None]:
 def _constants(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     names = [parameter.name for parameter in kernel.params]
     values = dict(zip(names, args, strict=False)) | kwargs
-    constant = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
-    return {name: values[name] for name in constant if name in values}
+    constants: dict[str, Any] = {}
+    for parameter in kernel.params:
+        if parameter.is_constexpr and parameter.name in values:
+            value = values[parameter.name]
+            fields = getattr(value, "_asdict", dict)()
+            constants |= {f"{parameter.name}.{field}": inner for field, inner in fields.items()}
+            constants |= {} if fields else {parameter.name: value}
+    return constants

@@ -66,10 +66,11 @@ def parse_amdgcn(assembly: str) -> MachineCode:
         elif re.match(r"(s|v|ds|global|buffer|flat|scratch)_\w+", code):
             lines.append(code)
     program = [_gcn_instruction(line, labels) for line in lines]
-    spilled = _metadata(assembly, "vgpr_spill_count") + _metadata(assembly, "sgpr_spill_count")
+    # Scalar registers that spill go to lanes of a vector register, not to memory: not counted.
+    spilled = 4 * _metadata(assembly, "vgpr_spill_count")
     return MachineCode(
         registers=_metadata(assembly, "vgpr_count"),
-        spill_bytes=max(_metadata(assembly, "private_segment_fixed_size"), 4 * spilled),
+        spill_bytes=max(_metadata(assembly, "private_segment_fixed_size"), spilled),
         instructions=len(program),
         loops=loops(program),
     )

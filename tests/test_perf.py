@@ -72,7 +72,7 @@ def test_cases_are_told_apart_by_their_rows(name: str) -> None:
     columns = [tuple(case.columns().values()) for case in operation.cases]
     assert len(set(columns)) == len(columns)
     for goal in operation.goals:
-        assert not isinstance(goal, Goal) or goal.case in operation.cases
+        assert goal.case in (operation.cases if isinstance(goal, Goal) else operation.shipped)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -355,7 +355,7 @@ def fact(**values: Any) -> KernelFacts:
     common: dict[str, Any] = {
         "op": "gaussian_statistics", "case": "cityscapes float32 contiguous window_size=3",
         "target": "sm_90", "kernel": "_gaussian_statistics_forward_kernel",
-        "configuration": "COLUMNS=4", "constants": {"WINDOW": 3}, "registers": 40,
+        "configuration": "COLUMNS=4", "constants": {"WINDOW.size": 3}, "registers": 40,
         "occupancy": 0.5, "instructions": 300, "loops": (LoopFacts("rows", 200, 25.0),),
     }  # fmt: skip
     return KernelFacts(**{**common, **values})
@@ -388,8 +388,7 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     assert verdict([{**asked, "share_of_copy": 0.1}]) == "missed"
     assert verdict([{**asked, "provider": "eager"}]) == "not measured"
     gaussian = operations(["gaussian_statistics"])[0]
-    constants = {"WINDOW": 3, "PADDING": "zeros", "CHANNELS_IN_LANES": False}
-    counted = goals.findings([gaussian], [], [fact(constants=constants)])
+    counted = goals.findings([gaussian], [], [fact(), fact(target="sm_80"), fact(case="other")])
     assert [goal.verdict for goal in counted if goal.value == 25.0] == ["met"]
 
 
@@ -398,7 +397,7 @@ def offline_report(**changes: Any) -> Report:
         machine(), 10.0,
         parity=[Parity("loss", "float32 <odd>", 1e-7, 1e-5, True)],
         memory=[CountedMemory("loss", "cityscapes", 100, 1700, 100)],
-        facts=[fact(), fact(constants={"WINDOW": 5}, case="cityscapes float32 contiguous b")],
+        facts=[fact(), fact(constants={"WINDOW.size": 5}, case="cityscapes float32 contiguous b")],
         goals=[Finding("a goal", "at least 1", None, None)],
         rows=rows.with_comparisons([row(provider="eager", gpu="no GPU", capability=None)]),
     )  # fmt: skip

@@ -1,10 +1,17 @@
-"""Fused Triton losses for semantic segmentation: the published mathematics at memory-bandwidth speed."""
+"""Fused Triton losses for semantic segmentation."""
 
 __version__ = "0.1.0"
 
 from . import functional
 from ._backend import use_backend
 from .gaussian_window import gaussian_statistics
+from .ssim import SSIMLoss
 from .structural_similarity import StructuralSimilarityLoss
 
-__all__ = ["StructuralSimilarityLoss", "functional", "gaussian_statistics", "use_backend"]
+__all__ = [
+    "SSIMLoss",
+    "StructuralSimilarityLoss",
+    "functional",
+    "gaussian_statistics",
+    "use_backend",
+]

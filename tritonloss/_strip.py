@@ -33,7 +33,8 @@ PADDINGS = ("zeros", "reflect", "replicate", "valid")
 
 # Kernel arguments that a kernel is compiled for once, whatever their value.
 SIZES = (
-    "channels", "height", "width", "out_height", "out_width", "tiles_x", "tiles_y", "window", "programs",
+    "channels", "first_channel", "classes", "height", "width", "out_height", "out_width", "tiles_x",
+    "tiles_y", "window", "programs", "coefficient_stride",
 )  # fmt: skip
 
 
@@ -345,6 +346,24 @@ def gaussian_weight(distance, dtype: tl.constexpr, WINDOW: tl.constexpr):
     RADIUS: tl.constexpr = WINDOW.size // 2
     squared = tl.full((), 0.0, dtype) + distance * distance
     return tl.where(squared <= RADIUS * RADIUS, tl.exp2(squared * EXPONENT) * WEIGHTS[RADIUS], 0.0)
+
+
+@triton.jit
+def folded_weight(position, tap, size, weight, tail, dtype: tl.constexpr, WINDOW: tl.constexpr):
+    """Weight with which the window centred ``tap`` places after ``position`` sees that position.
+
+    With reflect and replicate padding a window sees some pixels several times: at their own place,
+    with ``weight``, and as their images outside. ``tail`` sums the weights from |tap| outwards.
+    """
+    folded = weight + tl.zeros_like(position).to(dtype)
+    if WINDOW.padding == "reflect":
+        before = gaussian_weight(2 * position + tap, dtype, WINDOW)
+        after = gaussian_weight(2 * (size - 1 - position) - tap, dtype, WINDOW)
+        folded += tl.where(position > 0, before, 0.0) + tl.where(position < size - 1, after, 0.0)
+    elif WINDOW.padding == "replicate":
+        beyond = (tl.zeros_like(position).to(dtype) + tail) - weight
+        folded += tl.where(position == 0, beyond, 0.0) + tl.where(position == size - 1, beyond, 0.0)
+    return folded
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from ._strip import (
     channels_in_lanes,
     column_moments,
     compute_dtype,
+    folded_weight,
     gaussian_weight,
     load_column,
     load_values,
@@ -137,24 +138,6 @@ def _adjoint_row(
 
 
 @triton.jit
-def _folded_weight(position, tap, size, weight, tail, dtype: tl.constexpr, WINDOW: tl.constexpr):
-    """Weight with which the window centred ``tap`` places after ``position`` sees that position.
-
-    With reflect and replicate padding a window sees some pixels several times: at their own place,
-    with ``weight``, and as their images outside. ``tail`` sums the weights from |tap| outwards.
-    """
-    folded = weight + tl.zeros_like(position).to(dtype)
-    if WINDOW.padding == "reflect":
-        before = gaussian_weight(2 * position + tap, dtype, WINDOW)
-        after = gaussian_weight(2 * (size - 1 - position) - tap, dtype, WINDOW)
-        folded += tl.where(position > 0, before, 0.0) + tl.where(position < size - 1, after, 0.0)
-    elif WINDOW.padding == "replicate":
-        beyond = (tl.zeros_like(position).to(dtype) + tail) - weight
-        folded += tl.where(position == 0, beyond, 0.0) + tl.where(position == size - 1, beyond, 0.0)
-    return folded
-
-
-@triton.jit
 def _streamed_adjoint_row(
     grad_mean_plane, grad_variance_plane, mean_plane, row, chunk, limit, width, window,
     dtype: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr, STRIP: tl.constexpr,
@@ -173,7 +156,7 @@ def _streamed_adjoint_row(
         tap = distance - 2 * distance * (step % 2)
         weight = gaussian_weight(distance, dtype, WINDOW)
         tail += tl.where(tap >= 0, weight, 0.0)
-        weight = _folded_weight(chunk, tap, width, weight, tail, dtype, WINDOW)
+        weight = folded_weight(chunk, tap, width, weight, tail, dtype, WINDOW)
         column = middle + tap
         grad_mean = load_column(grad_mean_plane, row, column, limit, dtype, STRIP, "zeros")
         grad_variance = load_column(grad_variance_plane, row, column, limit, dtype, STRIP, "zeros")
@@ -200,7 +183,7 @@ def _adjoint_column(
     new_slopes = ()
     for j in tl.static_range(SIZE):
         if FOLDED:
-            weight = _folded_weight(
+            weight = folded_weight(
                 out_row + j, SIZE // 2 - j, height, WEIGHTS[SIZE - 1 - j], TAILS[SIZE - 1 - j],
                 dtype, WINDOW,
             )  # fmt: skip
