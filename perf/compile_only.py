@@ -148,7 +148,8 @@ def compile_case(operation_name: str, index: int, target_name: str) -> list[Kern
             operation.launch(case, operation.inputs(case, torch.device("meta")))
         except Exception as caught:  # whatever a compiler throws is a row of the table
             error = f"{type(caught).__name__}: {' ... '.join(_ends(str(caught)))}"
-        facts = [_facts(operation, case, target, record) for record in launches]
+        kernels = {record.compiled.hash: record for record in launches}
+        facts = [_facts(operation, case, target, record) for record in kernels.values()]
     if error:
         facts.append(
             KernelFacts(

@@ -126,7 +126,7 @@ def test_gate_passes_the_reference_and_stops_a_wrong_border(name: str) -> None:
     def wrong_in_one_place(*inputs: Tensor, **options: Any) -> Any:
         first, *others = inputs
         corner = torch.zeros_like(first)
-        corner[0, 0, 0, 0] = 1e-2
+        corner[0, :, 0, 0] = 1e-2
         return operation.reference(first + corner, *others, **options)
 
     assert gate.judge(operation.reference).passed

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ._device_math import LOG2_E, sanitised_label, sigmoid_base2
+from ._device_math import LOG2_E, plus, sanitised_label, sigmoid_base2
 from ._strip import (
     SIZES,
     filtered_column,
@@ -76,34 +76,51 @@ def _load_pair(
 
 
 @triton.jit
+def _moments_about(
+    x, d, START: tl.constexpr, STEP: tl.constexpr, WEIGHTS: tl.constexpr, SIZE: tl.constexpr
+):
+    """(shift_x, shift_d, variance_x + variance_y, variance_d) of SIZE taps about the middle one.
+
+    The taps are x[START], x[START + STEP], ...; symmetric ones are taken in pairs.
+    """
+    centre_x = x[START + SIZE // 2 * STEP]
+    centre_d = d[START + SIZE // 2 * STEP]
+    first_x = tl.zeros_like(centre_x)
+    first_d = tl.zeros_like(centre_x)
+    second_both = tl.zeros_like(centre_x)
+    second_d = tl.zeros_like(centre_x)
+    for j in tl.static_range(SIZE // 2):
+        left_x = x[START + j * STEP] - centre_x
+        left_d = d[START + j * STEP] - centre_d
+        right_x = x[START + (SIZE - 1 - j) * STEP] - centre_x
+        right_d = d[START + (SIZE - 1 - j) * STEP] - centre_d
+        left_y = left_x - left_d
+        right_y = right_x - right_d
+        first_x = plus(first_x, left_x + right_x, WEIGHTS[j])
+        first_d = plus(first_d, left_d + right_d, WEIGHTS[j])
+        squares = left_x * left_x + right_x * right_x + left_y * left_y + right_y * right_y
+        second_both = plus(second_both, squares, WEIGHTS[j])
+        second_d = plus(second_d, left_d * left_d + right_d * right_d, WEIGHTS[j])
+    first_y = first_x - first_d
+    both = second_both - (first_x * first_x + first_y * first_y)
+    return first_x, first_d, both, second_d - first_d * first_d
+
+
+@triton.jit
 def _row_moments_of_pair(
     x, d, WEIGHTS: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """(mean_x, mean_d, variance_x + variance_y, variance_d) along a row, about its centre values."""
-    RADIUS: tl.constexpr = SIZE // 2
+    """(mean_x, mean_d, variance_x + variance_y, variance_d) along a row."""
     mean_x = ()
     mean_d = ()
     both = ()
     residual = ()
     for v in tl.static_range(COLUMNS):
-        first_x = tl.zeros_like(x[v])
-        first_d = tl.zeros_like(x[v])
-        second_both = tl.zeros_like(x[v])
-        second_d = tl.zeros_like(x[v])
-        for j in tl.static_range(SIZE):
-            if j != RADIUS:
-                step_x = x[v + j] - x[v + RADIUS]
-                step_d = d[v + j] - d[v + RADIUS]
-                step_y = step_x - step_d
-                first_x += step_x * WEIGHTS[j]
-                first_d += step_d * WEIGHTS[j]
-                second_both += (step_x * step_x + step_y * step_y) * WEIGHTS[j]
-                second_d += step_d * step_d * WEIGHTS[j]
-        first_y = first_x - first_d
-        mean_x = mean_x + (x[v + RADIUS] + first_x,)
-        mean_d = mean_d + (d[v + RADIUS] + first_d,)
-        both = both + (second_both - (first_x * first_x + first_y * first_y),)
-        residual = residual + (second_d - first_d * first_d,)
+        shift_x, shift_d, spread, spread_d = _moments_about(x, d, v, 1, WEIGHTS, SIZE)
+        mean_x = mean_x + (x[v + SIZE // 2] + shift_x,)
+        mean_d = mean_d + (d[v + SIZE // 2] + shift_d,)
+        both = both + (spread,)
+        residual = residual + (spread_d,)
     return mean_x, mean_d, both, residual
 
 
@@ -189,27 +206,13 @@ def _next_moments(
     variance_both = ()
     variance_d = ()
     for v in tl.static_range(COLUMNS):
-        centre_x = means_x[RADIUS * COLUMNS + v]
-        centre_d = means_d[RADIUS * COLUMNS + v]
-        first_x = tl.zeros_like(centre_x)
-        first_d = tl.zeros_like(centre_x)
-        second_both = tl.zeros_like(centre_x)
-        second_d = tl.zeros_like(centre_x)
-        for r in tl.static_range(SIZE):
-            if r != RADIUS:
-                step_x = means_x[r * COLUMNS + v] - centre_x
-                step_d = means_d[r * COLUMNS + v] - centre_d
-                step_y = step_x - step_d
-                first_x += step_x * WEIGHTS[r]
-                first_d += step_d * WEIGHTS[r]
-                second_both += (step_x * step_x + step_y * step_y) * WEIGHTS[r]
-                second_d += step_d * step_d * WEIGHTS[r]
-        first_y = first_x - first_d
-        spread = second_both - (first_x * first_x + first_y * first_y)
-        mean_x = mean_x + (centre_x + first_x,)
-        mean_d = mean_d + (centre_d + first_d,)
+        shift_x, shift_d, spread, spread_d = _moments_about(
+            means_x, means_d, v, COLUMNS, WEIGHTS, SIZE
+        )
+        mean_x = mean_x + (means_x[RADIUS * COLUMNS + v] + shift_x,)
+        mean_d = mean_d + (means_d[RADIUS * COLUMNS + v] + shift_d,)
         variance_both = variance_both + (both[v] + spread,)
-        variance_d = variance_d + (residual[v] + (second_d - first_d * first_d),)
+        variance_d = variance_d + (residual[v] + spread_d,)
     history = (
         without_oldest(means_x, SIZE, COLUMNS),
         without_oldest(means_d, SIZE, COLUMNS),

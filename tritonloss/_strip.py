@@ -27,6 +27,7 @@ import triton.language as tl
 from kernels_reference.gaussian_window import gaussian_window
 
 from ._backend import warp_size
+from ._device_math import plus
 from ._tuning import Configuration, launch_configuration
 
 PADDINGS = ("zeros", "reflect", "replicate", "valid")
@@ -273,7 +274,7 @@ def filtered_row(values, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: t
     for v in tl.static_range(COLUMNS):
         total = values[v] * WEIGHTS[0]
         for j in tl.static_range(1, WINDOW):
-            total += values[v + j] * WEIGHTS[j]
+            total = plus(total, values[v + j], WEIGHTS[j])
         result = result + (total,)
     return result
 
@@ -292,11 +293,11 @@ def filtered_column(
         finished = row
     else:
         for v in tl.static_range(COLUMNS):
-            finished = finished + (partials[v] + row[v] * WEIGHTS[WINDOW - 1],)
+            finished = finished + (plus(partials[v], row[v], WEIGHTS[WINDOW - 1]),)
         for j in tl.static_range(WINDOW - 2):
             for v in tl.static_range(COLUMNS):
-                tap = row[v] * WEIGHTS[WINDOW - 2 - j]
-                unfinished = unfinished + (partials[(j + 1) * COLUMNS + v] + tap,)
+                before = partials[(j + 1) * COLUMNS + v]
+                unfinished = unfinished + (plus(before, row[v], WEIGHTS[WINDOW - 2 - j]),)
         for v in tl.static_range(COLUMNS):
             unfinished = unfinished + (row[v] * WEIGHTS[0],)
     return finished, unfinished
@@ -324,10 +325,10 @@ def row_moments(values, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl
         first_sums = ()
         second_sums = ()
         for v in tl.static_range(COLUMNS):
-            first = (differences[v + distance] - differences[v]) * WEIGHTS[RADIUS - distance]
-            second = (squares[v + distance] + squares[v]) * WEIGHTS[RADIUS - distance]
-            first_sums = first_sums + (first if distance == 1 else firsts[v] + first,)
-            second_sums = second_sums + (second if distance == 1 else seconds[v] + second,)
+            first = differences[v + distance] - differences[v]
+            second = squares[v + distance] + squares[v]
+            first_sums = first_sums + (plus(firsts[v], first, WEIGHTS[RADIUS - distance]),)
+            second_sums = second_sums + (plus(seconds[v], second, WEIGHTS[RADIUS - distance]),)
         firsts = first_sums
         seconds = second_sums
     row_mean = ()
@@ -423,8 +424,8 @@ def column_moments(
             for i in tl.static_range(1, RADIUS):
                 upper = means[i * COLUMNS + v] - centre
                 lower = means[(WINDOW - 1 - i) * COLUMNS + v] - centre
-                first += (upper + lower) * WEIGHTS[i]
-                second += (upper * upper + lower * lower) * WEIGHTS[i]
+                first = plus(first, upper + lower, WEIGHTS[i])
+                second = plus(second, upper * upper + lower * lower, WEIGHTS[i])
         centres = centres + (centre,)
         shifts = shifts + (first,)
         result = result + (summed[v] + (second - first * first),)

@@ -20,6 +20,7 @@ from kernels_reference.gaussian_window import gaussian_statistics as gaussian_st
 
 from . import _checks
 from ._backend import device_guard, serves_triton
+from ._device_math import plus
 from ._strip import (
     PADDINGS,
     SIZES,
@@ -128,7 +129,7 @@ def _adjoint_row(
         excess = slope * (reference - mean[v])
         for j in tl.static_range(1, SIZE):
             weighted = grad_variance[v + j] * WEIGHTS[j]
-            constant += grad_mean[v + j] * WEIGHTS[j]
+            constant = plus(constant, grad_mean[v + j], WEIGHTS[j])
             slope += weighted
             excess += weighted * (reference - mean[v + j])
         references = references + (reference,)
@@ -179,6 +180,7 @@ def _adjoint_column(
     SIZE: tl.constexpr = WINDOW.size
     WEIGHTS: tl.constexpr = WINDOW.weights
     FOLDED: tl.constexpr = WINDOW.padding == "reflect" or WINDOW.padding == "replicate"
+    zero = tl.zeros_like(row_constant[0])
     new_constants = ()
     new_slopes = ()
     for j in tl.static_range(SIZE):
@@ -188,16 +190,17 @@ def _adjoint_column(
                 dtype, WINDOW,
             )  # fmt: skip
         for v in tl.static_range(COLUMNS):
-            if FOLDED:
-                constant = row_constant[v] * weight
-                slope = row_slope[v] * weight
-            else:
-                constant = row_constant[v] * WEIGHTS[SIZE - 1 - j]
-                slope = row_slope[v] * WEIGHTS[SIZE - 1 - j]
+            constant = zero
+            slope = zero
             if j < SIZE - 1:
-                before = slopes[j * COLUMNS + v]
-                constant += constants[j * COLUMNS + v] + before * steps[v]
-                slope += before
+                slope = slopes[j * COLUMNS + v]
+                constant = constants[j * COLUMNS + v] + slope * steps[v]
+            if FOLDED:
+                constant += row_constant[v] * weight
+                slope += row_slope[v] * weight
+            else:
+                constant = plus(constant, row_constant[v], WEIGHTS[SIZE - 1 - j])
+                slope = plus(slope, row_slope[v], WEIGHTS[SIZE - 1 - j])
             new_constants = new_constants + (constant,)
             new_slopes = new_slopes + (slope,)
     constants = without_oldest(new_constants, SIZE, COLUMNS)
