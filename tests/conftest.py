@@ -19,6 +19,10 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "shipped_sizes: with programs of the size that ships")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if HAS_GPU:
         return
@@ -33,10 +37,16 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def small_programs() -> Iterator[None]:
-    """Programs of 64 columns and 4 rows, so that a small image needs several of them."""
+def small_programs(request: pytest.FixtureRequest) -> Iterator[dict[str, int]]:
+    """Programs of 64 columns and 8 rows: quick in the interpreter, and small images need several.
+
+    Yields what is forced on every operator: nothing where a test is marked shipped_sizes.
+    """
     from tritonloss._tuning import forced
 
+    size = {"COLUMNS": 2, "LANES": 32, "ROWS": 8, "num_warps": 1}
+    if request.node.get_closest_marker("shipped_sizes"):
+        size = {}
     operators = (
         "gaussian_statistics_forward",
         "gaussian_statistics_backward",
@@ -49,10 +59,8 @@ def small_programs() -> Iterator[None]:
     )
     with ExitStack() as stack:
         for operator in operators:
-            stack.enter_context(
-                forced(operator, {"COLUMNS": 2, "LANES": 32, "ROWS": 4, "num_warps": 1})
-            )
-        yield
+            stack.enter_context(forced(operator, size))
+        yield size
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# log(1 + t) = t * (c0 + c1 t + ...) on [0, 1], relative error 1.8e-7 in float32: nine FMAs where tl.log
-# takes 25 instructions, and the small values that log(1 + t) would round away are kept.
+# log(1 + t) = t * (c0 + c1 t + ...) on [0, 1], relative error 1.8e-7 in float32: nine FMAs where
+# tl.log takes 25 instructions, and the small values that log(1 + t) would round away are kept.
 _LOG1P = tl.constexpr(
     (
         0.9999999403953552,
@@ -82,8 +82,8 @@ def softplus_base2(u):
 def sanitised_label(label, in_image, classes, IGNORED: tl.constexpr):
     """int32 class index, or -1 where the pixel is outside the image, ignored or out of range.
 
-    IGNORED is the ignore label if it lies in [0, classes), else -1. Compared in the label's own width,
-    so that no int64 label wraps around into a class.
+    IGNORED is the ignore label if it lies in [0, classes), else -1. Compared in the label's own
+    width, so that no int64 label wraps around into a class.
     """
     valid = in_image & (label < classes)
     if label.dtype != tl.uint8:

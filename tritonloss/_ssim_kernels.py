@@ -374,8 +374,8 @@ def _ssim_coefficients_kernel(
     """Maps that the window's adjoint turns into the gradient; recomputes the moments.
 
     With the loss dissimilarity = u + v - u v per pixel, its gradient to x_j is
-    sum_i w_ij (a_i + 2 b_i (x_j - mean_x_i) + 2 c_i (d_j - mean_d_i)), where b = dv / d(variance_x +
-    variance_y) and c = dv / d variance_d. Written are a - 2 b mean_x - 2 c mean_d, 2 b, 2 c, and,
+    sum_i w_ij (a_i + 2 b_i (x_j - mean_x_i) + 2 c_i (d_j - mean_d_i)), where b = dv / d(variance_x
+    + variance_y) and c = dv / d variance_d. Written are a - 2 b mean_x - 2 c mean_d, 2 b, 2 c, and,
     for the gradient to y, a' - 2 b mean_y + 2 c mean_d.
     """
     SIZE: tl.constexpr = WINDOW.size

@@ -18,6 +18,7 @@ levels from deviations that are exactly zero there:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -374,7 +375,8 @@ def streamed_row_moments(
 ):  # fmt: skip
     """row_moments for one column per lane, tap by tap: wide windows do not fit the registers.
 
-    window is the window's size at run time, so that the compiler does not unroll the loop after all.
+    window is the window's size at run time, so that the compiler does not unroll the loop after
+    all.
     """
     PADDING: tl.constexpr = WINDOW.padding
     middle = first_column + WINDOW.size // 2
@@ -447,12 +449,10 @@ def channels_in_lanes(x: torch.Tensor) -> bool:
     return x.size(1) > 1 and 0 < x.stride(1) < x.stride(3)
 
 
-def strip_configuration(
-    operator: str, x: torch.Tensor, window_size: int, columns: int, **extra: int | str
-) -> Configuration:
-    """The launch configuration of a strip kernel; ``columns`` is the heuristic's choice."""
+def strip_heuristic(columns: int, **extra: int | str) -> Configuration:
+    """A configuration that is always valid; ``columns`` and ``extra`` are the operator's choice."""
     warps = 4
-    heuristic: Configuration = {
+    return {
         "COLUMNS": columns,
         "LANES": warps * warp_size(),
         "ROWS": 64,
@@ -460,16 +460,37 @@ def strip_configuration(
         "num_warps": warps,
         **extra,
     }
-    layout = "channels_last" if channels_in_lanes(x) else "contiguous"
+
+
+def strip_configuration(
+    operator: str, x: torch.Tensor, window_size: int, heuristic: Configuration
+) -> Configuration:
+    """The launch configuration of a strip kernel for maps like x."""
+    layout = "contiguous" if x.stride(-1) == 1 else "strided"
     return launch_configuration(
         operator,
         device=x.device,
         dtype=x.dtype,
         classes=x.size(1),
         window=window_size,
-        layout=layout if layout != "contiguous" or x.stride(-1) == 1 else "strided",
+        layout="channels_last" if channels_in_lanes(x) else layout,
         heuristic=heuristic,
     )
+
+
+def strip_candidates(heuristic: Configuration, **choices: Sequence[str]) -> list[Configuration]:
+    """The heuristic and its neighbours, one setting changed at a time: what the tuner tries."""
+    columns, rows = int(heuristic["COLUMNS"]), int(heuristic["ROWS"])
+    lanes, warps = int(heuristic["LANES"]), int(heuristic["num_warps"])
+    changes: list[Configuration] = [{"COLUMNS": other} for other in (1, 2, 4) if other != columns]
+    changes += [{"ROWS": rows // 2}, {"ROWS": rows * 2}]
+    changes += [{"LANES": lanes // 2, "num_warps": warps // 2}]
+    changes += [{"LANES": lanes * 2, "num_warps": warps * 2}]
+    changes += [{"UNROLL": 3 - int(heuristic["UNROLL"])}]
+    changes += [{name: value} for name, values in choices.items() for value in values]
+    candidates = [heuristic]
+    candidates += [{**heuristic, **change} for change in changes]
+    return [c for i, c in enumerate(candidates) if c not in candidates[:i]]
 
 
 def strip_launch(
@@ -505,6 +526,11 @@ def strip_launch(
 def strides(tensor: torch.Tensor, strip: Strip) -> tuple[int, ...]:
     """The tensor's strides as the kernels take them: all but the last in units of the grain."""
     return (*(stride // strip.grain for stride in tensor.stride()[:-1]), tensor.stride(-1))
+
+
+def ignored_class(ignore_index: int | None, classes: int) -> int:
+    """The ignore label if it would otherwise be a class, else -1: the range check does the rest."""
+    return ignore_index if ignore_index is not None and 0 <= ignore_index < classes else -1
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

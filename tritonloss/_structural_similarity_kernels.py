@@ -96,7 +96,7 @@ def _load_pixels(
     logits, target, row, chunk, limit, classes, dtype: tl.constexpr, IGNORED: tl.constexpr,
     STRIP: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
-    """(scaled logits, probabilities, labels) of COUNT columns; not valid: probability 0, label -1."""
+    """(scaled logits, probabilities, labels) of COUNT columns; 0 and label -1 where not valid."""
     loaded, _ = load_columns(logits, row, chunk, limit, STRIP, SHIFT, COUNT, PADDING)
     found, inside = load_columns(target, row, chunk, limit, STRIP, SHIFT, COUNT, PADDING)
     scaled = ()

@@ -9,7 +9,9 @@ gradients; the gradient of x).
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,12 +42,15 @@ from ._strip import (
     store_columns,
     streamed_row_moments,
     strides,
+    strip_candidates,
     strip_configuration,
+    strip_heuristic,
     strip_launch,
     strip_program,
     window_of,
     without_oldest,
 )
+from ._tuning import Configuration, TuningCase
 
 # --- kernels --------------------------------------------------------------------------------------
 
@@ -270,8 +275,8 @@ def _gaussian_statistics_backward_kernel(
             )  # fmt: skip
         else:
             row_mean, row_constant, row_slope = _adjoint_row(
-                load_values(grad_mean_plane, row, chunk, limit, dtype, STRIP, SHIFT, COUNT, "zeros"),
-                load_values(
+                load_values(grad_mean_plane, row, chunk, limit, dtype, STRIP, SHIFT, COUNT,
+                "zeros"), load_values(
                     grad_variance_plane, row, chunk, limit, dtype, STRIP, SHIFT, COUNT, "zeros"
                 ),
                 load_values(mean_plane, row, chunk, limit, dtype, STRIP, SHIFT, COUNT, "zeros"),
@@ -316,13 +321,21 @@ def _empty_statistics(
     return mean, variance
 
 
+def _forward_heuristic(window_size: int) -> Configuration:
+    columns = 4 if window_size <= 7 else 2 if window_size <= 11 else 1
+    return strip_heuristic(columns, UNROLL=2 if window_size <= 7 else 1)
+
+
+def _backward_heuristic(window_size: int) -> Configuration:
+    return strip_heuristic(4 if window_size <= 7 else 2 if window_size <= 11 else 1)
+
+
 def _gaussian_statistics_forward(
     x: torch.Tensor, window_size: int, sigma: float, padding: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     mean, variance = _empty_statistics(x, window_size, padding)
-    columns = 4 if window_size <= 7 else 2 if window_size <= 11 else 1
     configuration = strip_configuration(
-        "gaussian_statistics_forward", x, window_size, columns, UNROLL=2 if window_size <= 7 else 1
+        "gaussian_statistics_forward", x, window_size, _forward_heuristic(window_size)
     )
     grid, launch = strip_launch(mean.shape, configuration, padding, x, mean)
     with device_guard(x):
@@ -354,10 +367,10 @@ def _gaussian_statistics_backward(
     padding: str,
 ) -> torch.Tensor:
     grad_x = torch.empty_like(x)
-    mirrored = padding in ("reflect", "replicate")
-    columns = 1 if mirrored or window_size > 11 else 4 if window_size <= 7 else 2
-    configuration = strip_configuration("gaussian_statistics_backward", x, window_size, columns)
-    if mirrored:
+    configuration = strip_configuration(
+        "gaussian_statistics_backward", x, window_size, _backward_heuristic(window_size)
+    )
+    if padding in ("reflect", "replicate"):
         configuration["COLUMNS"] = 1  # only the streamed row folds the images outside back in
     grid, launch = strip_launch(
         x.shape, configuration, padding, x, mean, grad_mean, grad_variance, grad_x
@@ -393,6 +406,46 @@ def _tails(window: Window) -> tuple[float, ...]:
     middle = window.size // 2
     outwards = [sum(window.weights[middle + distance :]) for distance in range(middle + 1)]
     return tuple(outwards[abs(tap - middle)] for tap in range(window.size))
+
+
+def tuning_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` measures for this slice."""
+    cases = []
+    for window_size in (3, 7, 11, 5, 9):
+        for dtype in (torch.float32, torch.bfloat16):
+            arguments = (19, window_size, dtype, "contiguous")
+            forward = functools.partial(_tuning_forward, window_size, dtype)
+            backward = functools.partial(_tuning_backward, window_size, dtype)
+            cases += [
+                TuningCase(
+                    "gaussian_statistics_forward",
+                    *arguments,
+                    forward,
+                    strip_candidates(_forward_heuristic(window_size)),
+                ),
+                TuningCase(
+                    "gaussian_statistics_backward",
+                    *arguments,
+                    backward,
+                    strip_candidates(_backward_heuristic(window_size)),
+                ),
+            ]
+    return cases
+
+
+def _tuning_forward(
+    window_size: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    x = torch.rand(2, 19, 512, 1024, device=device).to(dtype)
+    return lambda: _gaussian_statistics_forward(x, window_size, 1.5, "zeros")
+
+
+def _tuning_backward(
+    window_size: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], torch.Tensor]:
+    x = torch.rand(2, 19, 512, 1024, device=device).to(dtype)
+    mean, variance = _gaussian_statistics_forward(x, window_size, 1.5, "zeros")
+    return lambda: _gaussian_statistics_backward(mean, variance, x, mean, window_size, 1.5, "zeros")
 
 
 # --- operator and gradient ------------------------------------------------------------------------
@@ -463,14 +516,14 @@ def gaussian_statistics(
     """Mean and variance of every pixel's neighbourhood under a Gaussian window.
 
     mean = sum_i w_i x_i and variance = sum_i w_i (x_i - mean)^2 with the separable weights
-    w_i ~ exp(-|i|^2 / (2 sigma^2)) of a window_size x window_size window, summing to 1. The variance is
-    computed about the window's centre value: never negative, and without the cancellation of
-    E[x^2] - E[x]^2, which gives flat maps a standard deviation of up to 5e-4. First-order differentiable
-    through both outputs.
+    w_i ~ exp(-|i|^2 / (2 sigma^2)) of a window_size x window_size window, summing to 1. The
+    variance is computed about the window's centre value: never negative, and without the
+    cancellation of E[x^2] - E[x]^2, which gives flat maps a standard deviation of up to 5e-4.
+    First-order differentiable through both outputs.
 
     Args:
-        x: maps [N, C, H, W], float16, bfloat16, float32 (or float64), any strides; each channel of each
-            image is a map of its own.
+        x: maps [N, C, H, W], float16, bfloat16, float32 (or float64), any strides; each channel of
+            each image is a map of its own.
         window_size: side of the window in pixels, odd, 1 to 31. Default 3.
         sigma: standard deviation of the window in pixels, > 0. Default 1.5.
         padding: "zeros", "reflect" (without the edge pixel; needs H and W > window_size // 2),
@@ -482,8 +535,8 @@ def gaussian_statistics(
 
     Raises:
         TypeError: x is no floating-point tensor, or an option has the wrong type.
-        ValueError: x is not four-dimensional or too small for the padding, window_size is even or out of
-            range, sigma is not positive, or padding is unknown.
+        ValueError: x is not four-dimensional or too small for the padding, window_size is even or
+            out of range, sigma is not positive, or padding is unknown.
 
     Reference:
         Zhao et al., "Structural Similarity Loss for Semantic Segmentation", Eq. 14 and 15.

@@ -6,16 +6,18 @@ With window means m, variances s and the residual d = x - y (SSL paper, Eq. 6):
     1 - S_2 = s_d / (s_x + s_y + C2)                v, the contrast-structure's
     1 - SSIM = u + v - u v                          Eq. 7;  Eq. 9 is v alone
 
-Bytes per pass, X and Y of the inputs (labels for a loss): forward X + Y, and the map if it is wanted;
-backward X + Y twice, and the gradients. The backward recomputes the moments instead of keeping maps
-of them: group by group of planes it writes three coefficient maps (four with a gradient to y) into a
-scratch that fits a GPU's L2 cache, and lets the window's adjoint read them back from there.
+Bytes per pass, X and Y of the inputs (labels for a loss): forward X + Y, and the map if it is
+wanted; backward X + Y twice, and the gradients. The backward recomputes the moments instead of
+keeping maps of them: group by group of planes it writes three coefficient maps (four with a
+gradient to y) into a scratch that fits a GPU's L2 cache, and lets the window's adjoint read them
+back from there.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,8 +35,17 @@ from ._ssim_kernels import (
     _ssim_finish_kernel,
     _ssim_forward_kernel,
 )
-from ._strip import compute_dtype, strides, strip_configuration, strip_launch, window_of
-from ._tuning import Configuration
+from ._strip import (
+    compute_dtype,
+    ignored_class,
+    strides,
+    strip_candidates,
+    strip_configuration,
+    strip_heuristic,
+    strip_launch,
+    window_of,
+)
+from ._tuning import Configuration, TuningCase
 
 FORMS = ("full", "contrast_structure")
 IMAGE_PADDINGS = ("zeros", "valid", "reflect")
@@ -55,7 +66,7 @@ def _ssim_forward(
     padding: str,
     mapped: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean [] or map, scale []): the mean dissimilarity of a loss, the mean similarity of images."""
+    """(mean [] or map, scale []): mean dissimilarity of a loss, mean similarity of images."""
     result, scale = _empty_results(x, window_size, padding, mapped)
     shape = _out_shape(x, window_size, padding)
     configuration = _configuration("ssim_forward", x, window_size)
@@ -210,9 +221,35 @@ def _ssim_adjoint(
         )
 
 
+def _heuristic(window_size: int) -> Configuration:
+    return strip_heuristic(4 if window_size <= 5 else 2 if window_size <= 11 else 1)
+
+
 def _configuration(operator: str, x: torch.Tensor, window_size: int) -> Configuration:
-    columns = 4 if window_size <= 5 else 2 if window_size <= 11 else 1
-    return strip_configuration(operator, x, window_size, columns)
+    return strip_configuration(operator, x, window_size, _heuristic(window_size))
+
+
+def tuning_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` measures for this slice."""
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for operator in ("ssim_forward", "ssim_coefficients", "ssim_backward"):
+            run = functools.partial(_tuning_pass, dtype, operator == "ssim_forward")
+            candidates = strip_candidates(_heuristic(11))
+            cases.append(TuningCase(operator, 3, 11, dtype, "contiguous", run, candidates))
+    return cases
+
+
+def _tuning_pass(
+    dtype: torch.dtype, forward_only: bool, device: torch.device
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    x = torch.rand(16, 3, 512, 512, device=device).to(dtype)
+    y = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
+    options = (_image_similarity(1.0), 11, 1.5, "zeros")
+    if forward_only:
+        return lambda: _ssim_forward(x, y, *options, mapped=False)
+    mean, scale = _ssim_forward(x, y, *options, mapped=False)
+    return lambda: _ssim_backward(torch.ones_like(mean), scale, x, y, *options, both=True)
 
 
 def _out_shape(x: torch.Tensor, window_size: int, padding: str) -> torch.Size:
@@ -307,8 +344,7 @@ def _loss_backward_fake(
 def _loss_similarity(
     logits: torch.Tensor, full: bool, c1: float, c2: float, ignore_index: int | None
 ) -> Similarity:
-    is_class = ignore_index is not None and 0 <= ignore_index < logits.size(1)
-    return Similarity(True, full, c1, c2, ignore_index if is_class else -1)
+    return Similarity(True, full, c1, c2, ignored_class(ignore_index, logits.size(1)))
 
 
 def _loss_setup_context(
@@ -419,8 +455,8 @@ def ssim_loss(
 
     With window means m, variances s and covariance s_xy of x = sigmoid(logits) and y = one-hot:
 
-        "full":                1 - (2 m_x m_y + C1) (2 s_xy + C2) / ((m_x^2 + m_y^2 + C1) (s_x + s_y + C2))
-        "contrast_structure":  1 - (2 s_xy + C2) / (s_x + s_y + C2)
+        "full":                1 - (2 m_x m_y + C1) (2 s_xy + C2) / ((m_x^2 + m_y^2 + C1) (s_x + s_y
+        + C2)) "contrast_structure":  1 - (2 s_xy + C2) / (s_x + s_y + C2)
 
     averaged over valid pixels and classes. The gradient flows through all window terms. Outside the
     image and at ignored pixels x = y = 0.
@@ -438,8 +474,8 @@ def ssim_loss(
             TRITONLOSS_CHECK_LABELS=1 is set.
 
     Returns:
-        The loss, a float32 scalar (float64 for float64 logits) in [0, 2]; 0 with zero gradient if no
-        pixel is valid.
+        The loss, a float32 scalar (float64 for float64 logits) in [0, 2]; 0 with zero gradient if
+        no pixel is valid.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -561,7 +597,7 @@ def ssim(
 
 
 class SSIMLoss(nn.Module):
-    """SSIM loss as a module: :func:`tritonloss.functional.ssim_loss`.
+    """:func:`tritonloss.functional.ssim_loss` as a module.
 
     Args: the keyword arguments of the function, with the same defaults.
 

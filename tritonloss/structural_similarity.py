@@ -1,20 +1,20 @@
 """Structural similarity loss (SSL): cross entropy weighted by how much the local structure is off.
 
-Zhao et al., "Structural Similarity Loss for Semantic Segmentation". With p = sigmoid(z) and y the one-hot
-label, both normalised by the statistics of a Gaussian window,
+Zhao et al., "Structural Similarity Loss for Semantic Segmentation". With p = sigmoid(z) and y the
+one-hot label, both normalised by the statistics of a Gaussian window,
 
-    e = |(y - mean_y + C4) / (deviation_y + C4) - (p - mean_p + C4) / (deviation_p + C4)|      Eq. 10
-    f = 1[e > beta e_max],   M = sum f                                                        Eq. 11
-    loss = bce_weight BCE + (1 - bce_weight) (1 / M) sum e f bce                              Eq. 13, 17
+    e = |(y - mean_y + C4) / (deviation_y + C4) - (p - mean_p + C4) / (deviation_p + C4)|   Eq. 10
+    f = 1[e > beta e_max],   M = sum f                                                   Eq. 11
+    loss = bce_weight BCE + (1 - bce_weight) (1 / M) sum e f bce                         Eq. 13, 17
 
-e, f and M carry no gradient, so that dL/dz = (p - y) (a m + b e f) is elementwise: a = bce_weight / V,
-b = (1 - bce_weight) / M, with V valid pixels.
+e, f and M carry no gradient, so that dL/dz = (p - y) (a m + b e f) is elementwise: a = bce_weight /
+V, b = (1 - bce_weight) / M, with V valid pixels.
 
 Bytes per pass, L of logits and T of labels: forward L + T; backward 2 L + T. Two schedules:
 
 - recompute: the forward writes sums only, the backward recomputes e from the logits;
-- stored: the forward leaves e f in the buffer that the backward turns into the gradient, which spares the
-  window's arithmetic at the price of 2 L more traffic. Pays for large windows.
+- stored: the forward leaves e f in the buffer that the backward turns into the gradient, which
+  spares the window's arithmetic at the price of 2 L more traffic. Pays for large windows.
 
 The gradient is the only map in memory under both.
 """
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,8 +41,11 @@ from ._strip import (
     PADDINGS,
     channels_in_lanes,
     compute_dtype,
+    ignored_class,
     strides,
+    strip_candidates,
     strip_configuration,
+    strip_heuristic,
     strip_launch,
     window_of,
 )
@@ -52,7 +56,7 @@ from ._structural_similarity_kernels import (
     _structural_similarity_forward_kernel,
     _structural_similarity_stored_kernel,
 )
-from ._tuning import Configuration
+from ._tuning import Configuration, TuningCase
 
 # --- launchers ------------------------------------------------------------------------------------
 
@@ -77,11 +81,11 @@ def _label_weights(
     """(weights, complement): 1-D weights for label maps, and how 1 - mean_y is found with them.
 
     1 - mean_y must be 0 on flat maps and precise when only a far corner differs. Rounded to
-    multiples of half the dtype's epsilon that sum to 1, all weighted sums along a row are exact, and
-    an all-ones window has the mean 1 to the bit: then 1 - mean_y is a plain difference ("window") as
-    long as the corner weighs enough, else a difference per row ("row"). That rounding would spoil
-    weights below 5e-4; there the complement is filtered on its own ("filtered"), as for one column
-    per lane, whose weights are computed on the way.
+    multiples of half the dtype's epsilon that sum to 1, all weighted sums along a row are exact,
+    and an all-ones window has the mean 1 to the bit: then 1 - mean_y is a plain difference
+    ("window") as long as the corner weighs enough, else a difference per row ("row"). That rounding
+    would spoil weights below 5e-4; there the complement is filtered on its own ("filtered"), as for
+    one column per lane, whose weights are computed on the way.
     """
     weights = gaussian_window(window_size, sigma)
     if weights[0] < 5e-4 or columns == 1:
@@ -114,18 +118,19 @@ def _window_arguments(options: Options, dtype: torch.dtype, columns: int) -> dic
     }
 
 
-def _ignored_class(ignore_index: int | None, classes: int) -> int:
-    """The ignore label if it would otherwise be a class, else -1: the range check does the rest."""
-    return ignore_index if ignore_index is not None and 0 <= ignore_index < classes else -1
+def _heuristic(operator: str, window_size: int) -> Configuration:
+    columns = 4 if window_size <= 7 else 2 if window_size <= 11 else 1
+    configuration = strip_heuristic(columns, UNROLL=2 if window_size <= 3 else 1)
+    if operator == "structural_similarity_forward":
+        configuration["schedule"] = "recompute" if window_size <= 5 else "stored"
+    return configuration
 
 
 def _configuration(operator: str, logits: torch.Tensor, window_size: int) -> Configuration:
-    columns = 4 if window_size <= 7 else 2 if window_size <= 11 else 1
-    unroll = 2 if window_size <= 3 and not channels_in_lanes(logits) else 1
-    extra = {"schedule": "recompute" if window_size <= 5 else "stored"}
-    if operator != "structural_similarity_forward":
-        extra = {}
-    return strip_configuration(operator, logits, window_size, columns, UNROLL=unroll, **extra)
+    heuristic = _heuristic(operator, window_size)
+    if channels_in_lanes(logits):
+        heuristic["UNROLL"] = 1
+    return strip_configuration(operator, logits, window_size, heuristic)
 
 
 def _empty_results(
@@ -163,7 +168,7 @@ def _structural_similarity_forward(
             height=logits.size(2),
             width=logits.size(3),
             programs=grid[0],
-            IGNORED=_ignored_class(options.ignore_index, logits.size(1)),
+            IGNORED=ignored_class(options.ignore_index, logits.size(1)),
             STORED=stores,
             **_window_arguments(options, statistics.dtype, launch["STRIP"].columns),
             **launch,
@@ -206,7 +211,7 @@ def _structural_similarity_backward(
             grad_logits_strides=strides(grad_logits, launch["STRIP"]),
             height=logits.size(2),
             width=logits.size(3),
-            IGNORED=_ignored_class(options.ignore_index, logits.size(1)),
+            IGNORED=ignored_class(options.ignore_index, logits.size(1)),
             **_window_arguments(options, statistics.dtype, launch["STRIP"].columns),
             **launch,
         )
@@ -222,7 +227,9 @@ def _structural_similarity_stored(
     ignore_index: int | None,
 ) -> None:
     """The gradient from the stored e f, in its place."""
-    configuration = strip_configuration("structural_similarity_stored", logits, 1, columns=4)
+    configuration = strip_configuration(
+        "structural_similarity_stored", logits, 1, strip_heuristic(4)
+    )
     grid, launch = strip_launch(logits.shape, configuration, "zeros", logits, target, stored)
     with device_guard(logits):
         _structural_similarity_stored_kernel[grid](
@@ -236,9 +243,49 @@ def _structural_similarity_stored(
             stored_strides=strides(stored, launch["STRIP"]),
             height=logits.size(2),
             width=logits.size(3),
-            IGNORED=_ignored_class(ignore_index, logits.size(1)),
+            IGNORED=ignored_class(ignore_index, logits.size(1)),
             **launch,
         )
+
+
+def tuning_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` measures for this slice."""
+    cases = []
+    for window_size in (3, 11, 7, 5, 9):
+        for dtype in (torch.float32, torch.bfloat16):
+            run = functools.partial(_tuning_pass, window_size, dtype)
+            for operator in ("structural_similarity_forward", "structural_similarity_backward"):
+                schedules = ("recompute", "stored") if operator.endswith("forward") else ()
+                candidates = strip_candidates(
+                    _heuristic(operator, window_size),
+                    **({"schedule": schedules} if schedules else {}),
+                )
+                cases.append(
+                    TuningCase(operator, 19, window_size, dtype, "contiguous", run, candidates)
+                )
+    return cases
+
+
+def _tuning_pass(
+    window_size: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """Forward and backward: which schedule is faster shows in both together."""
+    logits = torch.randn(2, 19, 512, 1024, device=device).to(dtype)
+    target = torch.randint(0, 19, (2, 16, 32), device=device).repeat_interleave(32, 1)
+    target = target.repeat_interleave(32, 2).to(torch.uint8)
+    options = Options(window_size, 1.5, 0.1, 0.01, "zeros", True, True, 255)
+
+    def both_passes() -> tuple[torch.Tensor, torch.Tensor]:
+        loss, statistics, stored = _structural_similarity_forward(
+            logits, target, options, bce_weight=0.5, store=True
+        )
+        upstream = torch.ones_like(loss)
+        if stored.dim() == 4:
+            _structural_similarity_stored(upstream, statistics, logits, target, stored, 255)
+            return loss, stored
+        return loss, _structural_similarity_backward(upstream, statistics, logits, target, options)
+
+    return both_passes
 
 
 # --- operator and gradient ------------------------------------------------------------------------
@@ -349,30 +396,32 @@ def structural_similarity_loss(
 ) -> torch.Tensor:
     """Structural similarity loss: cross entropy on the samples whose local structure is most wrong.
 
-    With p = sigmoid(logits), y the one-hot target, n(x) = (x - mean + C4) / (deviation + C4) under a
-    Gaussian window, e = |n(y) - n(p)|, f = 1[e > beta e_max] and M = sum f:
+    With p = sigmoid(logits), y the one-hot target, n(x) = (x - mean + C4) / (deviation + C4) under
+    a Gaussian window, e = |n(y) - n(p)|, f = 1[e > beta e_max] and M = sum f:
 
         loss = bce_weight BCE + (1 - bce_weight) (1 / M) sum e f bce(logits, y)
 
-    BCE is summed over classes and averaged over valid pixels. e, f and M are constants to the gradient.
-    Each class is a binary map of its own (one against the rest).
+    BCE is summed over classes and averaged over valid pixels. e, f and M are constants to the
+    gradient. Each class is a binary map of its own (one against the rest).
 
     Args:
         logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
         target: integer labels [N, H, W], uint8 to int64.
-        window_size: side of the window in pixels, odd, 1 to 31. Default 3. 1 compares single pixels:
-            e = |y - p|, e_max = 1.
+        window_size: side of the window in pixels, odd, 1 to 31. Default 3. 1 compares single
+            pixels: e = |y - p|, e_max = 1.
         sigma: standard deviation of the Gaussian window in pixels, > 0. Default 1.5.
-        beta: share of the theoretical e_max below which a sample is dropped, in [0, 1). Default 0.1.
+        beta: share of the theoretical e_max below which a sample is dropped, in [0, 1). Default
+            0.1.
         stability: C4, > 0. Default 0.01.
         bce_weight: share of the plain cross entropy, in [0, 1]. Default 0.5.
-        padding: "zeros" (default), "reflect", "replicate", or "valid": pixels whose window leaves the
-            image count for the cross entropy only.
+        padding: "zeros" (default), "reflect", "replicate", or "valid": pixels whose window leaves
+            the image count for the cross entropy only.
         hard_mining: False keeps all valid samples (f = 1). Default True.
         reweight: False sets e = 1 once the hard samples are chosen. Default True.
         ignore_index: label of pixels that take part in nothing (0 to the window, like padding), any
-            integer or None. Default 255. Other labels outside [0, C) raise on the CPU; on a GPU, where
-            looking would synchronise, they count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+            integer or None. Default 255. Other labels outside [0, C) raise on the CPU; on a GPU,
+            where looking would synchronise, they count as ignored unless TRITONLOSS_CHECK_LABELS=1
+            is set.
 
     Returns:
         The loss, a float32 scalar (float64 for float64 logits); 0 with zero gradient if no pixel is
@@ -380,7 +429,8 @@ def structural_similarity_loss(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes do not match, an option is out of range, or a label is (see ignore_index).
+        ValueError: shapes do not match, an option is out of range, or a label is (see
+            ignore_index).
 
     Reference:
         Zhao et al., "Structural Similarity Loss for Semantic Segmentation", Eq. 10 to 17.
@@ -434,7 +484,7 @@ def structural_similarity_loss(
 
 
 class StructuralSimilarityLoss(nn.Module):
-    """Structural similarity loss as a module: :func:`tritonloss.functional.structural_similarity_loss`.
+    """:func:`tritonloss.functional.structural_similarity_loss` as a module.
 
     Args: the keyword arguments of the function, with the same defaults.
 
@@ -486,6 +536,7 @@ class StructuralSimilarityLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """The options, for printing."""
         return (
             f"window_size={self.window_size}, sigma={self.sigma}, beta={self.beta}, "
             f"stability={self.stability}, bce_weight={self.bce_weight}, padding={self.padding!r}, "
