@@ -455,8 +455,8 @@ def ssim_loss(
 
     With window means m, variances s and covariance s_xy of x = sigmoid(logits) and y = one-hot:
 
-        "full":                1 - (2 m_x m_y + C1) (2 s_xy + C2) / ((m_x^2 + m_y^2 + C1) (s_x + s_y
-        + C2)) "contrast_structure":  1 - (2 s_xy + C2) / (s_x + s_y + C2)
+        "full":   1 - (2 m_x m_y + C1) (2 s_xy + C2) / ((m_x^2 + m_y^2 + C1) (s_x + s_y + C2))
+        "contrast_structure":   1 - (2 s_xy + C2) / (s_x + s_y + C2)
 
     averaged over valid pixels and classes. The gradient flows through all window terms. Outside the
     image and at ignored pixels x = y = 0.
