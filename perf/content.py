@@ -232,30 +232,33 @@ def _memory_blocks(report: Report) -> list[Block]:
 def _code_blocks(facts: Sequence[KernelFacts]) -> list[Block]:
     if not facts:
         return []
-    lines: dict[str, dict[float, float]] = {}
-    for fact in facts:
-        if fact.target == MAIN_TARGET and _is_plain(fact):
-            for loop in fact.loops:
-                name = fact.kernel.strip("_").removesuffix("_kernel").replace("_", " ")
-                name = name if len(fact.loops) == 1 else f"{name}, {loop.name}"
-                if loop.per_output is not None:
-                    window = float(fact.constants["WINDOW.size"])
-                    lines.setdefault(name, {}).setdefault(window, loop.per_output)
-    series = {name: sorted(points.items()) for name, points in lines.items() if len(points) > 1}
     return [
         Paragraph(
             "Compiled, not run. Each cell: registers, theoretical occupancy, and machine "
             "instructions of the main loop per output (one number per big loop, the smallest "
             "first; a kernel may have one for classes that a tile does not contain)."
         ),
-        Lines(
-            f"Instructions per output on {MAIN_TARGET}, float32",
-            "window size",
-            "instructions",
-            series,
-        ),
+        *(_instruction_lines(op, facts) for op in dict.fromkeys(fact.op for fact in facts)),
         Table(*pivoted(facts), folded=f"{len(facts)} compiled kernels"),
     ]
+
+
+def _instruction_lines(op: str, facts: Sequence[KernelFacts]) -> Lines:
+    lines: dict[str, dict[float, float]] = {}
+    for fact in facts:
+        if fact.op == op and fact.target == MAIN_TARGET and _is_plain(fact):
+            for loop in fact.loops:
+                name = _words(fact.kernel.removesuffix("_kernel")).strip()
+                name = name if len(fact.loops) == 1 else f"{name}, {loop.name}"
+                if loop.per_output is not None:
+                    window = float(fact.constants["WINDOW.size"])
+                    lines.setdefault(name, {}).setdefault(window, loop.per_output)
+    return Lines(
+        f"{_words(op)}: instructions per output",
+        "window size",
+        f"{MAIN_TARGET}, float32",
+        {name: sorted(points.items()) for name, points in lines.items()},
+    )
 
 
 def _parity_blocks(report: Report) -> list[Block]:
@@ -369,7 +372,8 @@ def _series(rows: Sequence[Row], x: Any, column: str) -> dict[str, list[tuple[fl
 
 
 def _is_plain(fact: KernelFacts) -> bool:
-    usual = fact.case.startswith("cityscapes float32 contiguous") and "padding" not in fact.case
+    changed = ("padding", "reduction", "form", "reweight", "int64", "odd", "voc")
+    usual = "float32 contiguous" in fact.case and not any(word in fact.case for word in changed)
     return usual and 1 < fact.constants.get("WINDOW.size", 0) <= 11
 
 

@@ -82,8 +82,8 @@ def _shipped(window: int) -> Case:
 
 GOALS = tuple(
     Goal(
-        text=f"Gaussian statistics, window {case.options['window_size']}, full pass: "
-        "at least 65 % of the copy bandwidth",
+        text=f"Gaussian statistics, window {case.options['window_size']}: "
+        "share of the copy bandwidth",
         case=case,
         column="share_of_copy",
         at_least=0.65,
@@ -91,7 +91,7 @@ GOALS = tuple(
     for case in CASES[:2]
 ) + tuple(
     CodeGoal(
-        text=f"Gaussian statistics, window {window}, forward: at most the prototype's instructions",
+        text=f"Gaussian statistics, window {window}, forward: instructions",
         case=_shipped(window),
         kernel="_gaussian_statistics_forward_kernel",
         loop="rows",

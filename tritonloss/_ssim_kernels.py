@@ -470,8 +470,8 @@ def _adjoint_rows(
     rows = ()
     if COLUMNS == 1:
         RADIUS: tl.constexpr = WINDOW.size // 2
-        zero = tl.zeros((STRIP.lanes,), dtype)
-        sums = repeated(zero, MAPS)
+        LANES: tl.constexpr = STRIP.lanes
+        sums = repeated(tl.zeros((LANES,), dtype), MAPS)
         for step in tl.range(0, window):
             tap = step - RADIUS
             weight = gaussian_weight(tap, dtype, WINDOW)
