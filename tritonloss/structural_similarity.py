@@ -109,7 +109,7 @@ def _window_arguments(options: Options, dtype: torch.dtype, columns: int) -> dic
         threshold=threshold if options.hard_mining else -1.0,
         reweight=options.reweight,
         # Mirrored columns beyond the image are no pixels of their own: looked up anew.
-        delayed=columns > 1 and size <= 5 and padding in ("zeros", "valid"),
+        delayed=columns > 1 and padding in ("zeros", "valid"),
     )
     return {
         "window": size,
@@ -121,10 +121,6 @@ def _window_arguments(options: Options, dtype: torch.dtype, columns: int) -> dic
 def _heuristic(operator: str, window_size: int) -> Configuration:
     columns = 4 if window_size <= 7 else 2 if window_size <= 11 else 1
     configuration = strip_heuristic(columns, UNROLL=2 if window_size <= 3 else 1)
-    if window_size == 7:
-        # With four warps ptxas squeezes the kernel into 128 registers, for a spill of 8 bytes.
-        configuration["LANES"] = 2 * int(configuration["LANES"])
-        configuration["num_warps"] = 8
     if operator == "structural_similarity_forward":
         configuration["schedule"] = "recompute" if window_size <= 5 else "stored"
     return configuration
