@@ -54,7 +54,8 @@ def structural_similarity_loss(
             valid = crop(valid, window_size // 2)
         hard = valid.expand_as(e)
         if hard_mining:
-            hard = hard & (e > beta * largest_difference(window_size, sigma, stability))
+            # Said as "not below", a NaN counts as hard and reaches the loss.
+            hard = hard & ~(e <= beta * largest_difference(window_size, sigma, stability))
         count = hard.sum().clamp(min=1)
         weight = e if reweight else torch.ones_like(e)
 
