@@ -148,12 +148,14 @@ def compile_case(operation_name: str, index: int, target_name: str) -> list[Kern
             operation.launch(case, operation.inputs(case, torch.device("meta")))
         except Exception as caught:  # whatever a compiler throws is a row of the table
             error = f"{type(caught).__name__}: {' ... '.join(_ends(str(caught)))}"
-        kernels = {record.compiled.hash: record for record in launches}
-        facts = [_facts(operation, case, target, record) for record in kernels.values()]
+        # A launcher may launch a kernel many times; the first time it was compiled.
+        kernels = {record.compiled.hash: record for record in reversed(launches)}
+        facts = [_facts(operation, case, target, record) for record in [*kernels.values()][::-1]]
     if error:
+        digest = f"{operation.name} {case.text}: {error}"
         facts.append(
             KernelFacts(
-                operation.name, case.text, target_name, "?", "", {}, digest=error, error=error
+                operation.name, case.text, target_name, "?", "", {}, digest=digest, error=error
             )
         )
     return facts

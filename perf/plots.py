@@ -41,18 +41,21 @@ def lines(plot: Lines) -> str:
     if not series:
         return ""
     across = _Axis([x for points in series.values() for x, _ in points], plot.log, zero=False)
+    places = sorted({x for points in series.values() for x, _ in points})
+    if not plot.log and len(places) <= 8:
+        across.marks = places
     up = _Axis([y for points in series.values() for _, y in points], plot.log, zero=not plot.log)
     names = list(series)
     colours = _colours(names)
     drawn = [_grid(across, up)]
     for name, points in series.items():
-        places = [(_x(across.place(x)), _y(up.place(y))) for x, y in points]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        dots = [(_x(across.place(x)), _y(up.place(y))) for x, y in points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in dots)
         drawn.append(f'<polyline class="s{colours[name]}" points="{path}"/>')
         drawn += [
             f'<circle class="f{colours[name]}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
             f"<title>{escape(name)}: {number(value)} at {number(place)}</title></circle>"
-            for (x, y), (place, value) in zip(places, points, strict=True)
+            for (x, y), (place, value) in zip(dots, points, strict=True)
         ]
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     drawn.append(f'<text x="{middle}" y="{_HEIGHT - 6}" class="m">{escape(plot.x_label)}</text>')

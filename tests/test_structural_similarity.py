@@ -52,8 +52,8 @@ def test_every_window_and_padding(
     window_size: int, padding: str, schedule: str, device: torch.device
 ) -> None:
     window = {"window_size": window_size, "padding": padding}
-    size = (max(6, window_size), 20)
-    check(*settled_case((1, 2, *size), device=device, **window), **window)
+    height = window_size + 1 if padding == "valid" else 6
+    check(*settled_case((1, 2, height, 20), device=device, **window), **window)
 
 
 @pytest.mark.parametrize("window_size", [3, 7])
@@ -66,7 +66,7 @@ def test_columns_that_fill_no_chunk(window_size: int, device: torch.device) -> N
 @pytest.mark.shipped_sizes
 def test_largest_window(device: torch.device) -> None:
     window = {"window_size": 31, "sigma": 5.0}
-    check(*settled_case((1, 2, 5, 18), device=device, **window), **window)
+    check(*settled_case((1, 2, 2, 18), device=device, **window), **window)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_logits_are_left_alone(schedule: str, device: torch.device) -> None:
 
 @pytest.mark.shipped_sizes
 def test_same_bits_every_time(schedule: str, device: torch.device) -> None:
-    logits, target = segmentation_case((2, 2, 9, 40), device=device)
+    logits, target = segmentation_case((1, 2, 5, 40), device=device)
     first, second = (kernel_gradient(logits, target) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 

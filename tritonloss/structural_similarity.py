@@ -154,6 +154,8 @@ def _structural_similarity_forward(
     stores = stored.dim() == 4
     moved = (logits, target, stored) if stores else (logits, target)
     configuration = _configuration("structural_similarity_forward", logits, options.window_size)
+    if stores:
+        configuration["UNROLL"] = 1  # two rows at once and their stores need too many registers
     grid, launch = strip_launch(logits.shape, configuration, options.padding, *moved)
     partials = statistics.new_empty(4, *grid)
     with device_guard(logits):
