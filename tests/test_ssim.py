@@ -40,8 +40,10 @@ def check_images(x: Tensor, y: Tensor, **options: Any) -> None:
     check_three_way(partial(ssim, **options), x, y, tolerance=TOLERANCE)
 
 
-def check_loss(logits: Tensor, target: Tensor, **options: Any) -> None:
-    check_three_way(partial(ssim_loss, target=target, **options), logits, tolerance=TOLERANCE)
+def check_loss(
+    logits: Tensor, target: Tensor, tolerance: float = TOLERANCE, **options: Any
+) -> None:
+    check_three_way(partial(ssim_loss, target=target, **options), logits, tolerance=tolerance)
 
 
 def kernel_gradient(logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -162,7 +164,9 @@ def test_images_that_are_not_finite(device: torch.device) -> None:
 @pytest.mark.shipped_sizes
 def test_every_window_and_form(window_size: int, form: str, device: torch.device) -> None:
     case = segmentation_case((1, 2 if window_size == 3 else 1, 6, 14), device=device)
-    check_loss(*case, window_size=window_size, form=form)
+    # In one pixel terms of 1 / C2 cancel, which autograd never forms.
+    tolerance = 1e-4 if window_size == 1 else TOLERANCE
+    check_loss(*case, tolerance, window_size=window_size, form=form)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ Bytes per pass, L of logits and T of labels: forward L + T; backward 2 L + T. Tw
 
 - recompute: the forward writes sums only, the backward recomputes e from the logits;
 - stored: the forward leaves e f in the buffer that the backward turns into the gradient, which
-  spares the window's arithmetic at the price of 2 L more traffic. Pays for large windows.
+  spares the window's arithmetic at the price of 2 L more traffic. Pays for large windows; for
+  float32 logits only, since e would lose its digits in 16 bits.
 
 The gradient is the only map in memory under both.
 """
@@ -136,12 +137,14 @@ def _configuration(operator: str, logits: torch.Tensor, window_size: int) -> Con
 def _empty_results(
     logits: torch.Tensor, window_size: int, store: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss [], statistics [2], e f): e f is [0] unless the schedule is "stored" and it may be."""
+    """(loss [], statistics [2], e f): e f is [0] unless the schedule is "stored", and may be."""
     dtype = compute_dtype(logits.dtype)
     loss = torch.empty((), dtype=dtype, device=logits.device)
     statistics = torch.empty(2, dtype=dtype, device=logits.device)
     configuration = _configuration("structural_similarity_forward", logits, window_size)
-    if store and configuration["schedule"] == "stored":
+    # Kept in 16 bits, e would be rounded before it weights the gradient: there it is recomputed.
+    exact = logits.element_size() >= 4
+    if store and exact and configuration["schedule"] == "stored":
         return loss, statistics, torch.empty_like(logits)
     return loss, statistics, logits.new_empty(0)
 
@@ -257,7 +260,8 @@ def tuning_cases() -> list[TuningCase]:
         for dtype in (torch.float32, torch.bfloat16):
             run = functools.partial(_tuning_pass, window_size, dtype)
             for operator in ("structural_similarity_forward", "structural_similarity_backward"):
-                schedules = ("recompute", "stored") if operator.endswith("forward") else ()
+                open_choice = operator.endswith("forward") and dtype == torch.float32
+                schedules = ("recompute", "stored") if open_choice else ()
                 candidates = strip_candidates(
                     _heuristic(operator, window_size),
                     **({"schedule": schedules} if schedules else {}),
