@@ -24,6 +24,10 @@ PASSES = ("forward", "backward", "full")
 Outputs = Tensor | tuple[Tensor, ...]
 
 
+class UnknownCaseError(Exception):
+    """A library has no such loss, or not with these options."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """A standard size of logits or images, [batch, classes, height, width]."""

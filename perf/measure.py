@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from perf.cases import PASSES, Case, Operation, Outputs, scheduled
+from perf.cases import PASSES, Case, Operation, Outputs, UnknownCaseError, scheduled
 from perf.launches import recorded
 from perf.machine import Machine
 from perf.memory import peak_bytes
@@ -44,7 +44,7 @@ class Bench:
                         common | row for row in self._rows(operation, case, gate, function, counted)
                     ]
                 except Exception as error:  # a provider's trouble is a finding, not the end
-                    if provider in operation.libraries and isinstance(error, NotImplementedError):
+                    if provider in operation.libraries and isinstance(error, UnknownCaseError):
                         continue  # a library that does not know this case
                     reason = f"not timed: {type(error).__name__}"
                     rows += [common | {"pass": name, "timer": reason} for name in PASSES]

@@ -18,6 +18,7 @@ from perf.cases import (
     KernelNotes,
     Operation,
     Shape,
+    UnknownCaseError,
     random_labels,
     random_map,
     strip_outputs,
@@ -87,7 +88,7 @@ def _pytorch_msssim() -> Callable[..., Tensor]:
 
     def similarity(x: Tensor, y: Tensor, **options: Any) -> Tensor:
         if options != {"window_size": 11, "padding": "valid"}:
-            raise NotImplementedError
+            raise UnknownCaseError
         return ssim(x, y, data_range=1.0)
 
     return similarity
@@ -100,7 +101,7 @@ def _fused_ssim() -> Callable[..., Tensor]:
         padding = {"zeros": "same", "valid": "valid"}.get(options.get("padding", "zeros"))
         known = options.keys() <= {"window_size", "padding"} and options["window_size"] == 11
         if padding is None or not known or x.dtype != torch.float32:
-            raise NotImplementedError
+            raise UnknownCaseError
         return fused_ssim(x, y, padding=padding)
 
     return similarity
