@@ -45,7 +45,11 @@ def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     logits, target = tensors
     options = _DEFAULTS._replace(**case.options)
     loss, statistics, stored = kernels._structural_similarity_forward(
-        logits, target, options, bce_weight=0.5, store=True
+        logits,
+        target,
+        options,
+        bce_weight=0.5,
+        store=kernels.stores_differences(logits, options.window_size),
     )
     gradient_arguments = (loss, statistics, logits, target)
     if stored.dim() == logits.dim():

@@ -49,6 +49,8 @@ def check_ignore_index(ignore_index: int | None) -> None:
     """``ignore_index`` must be an integer or None."""
     if ignore_index is not None and not _is_integer(ignore_index):
         raise TypeError(f"ignore_index must be an integer or None; got {_value(ignore_index)}")
+    if ignore_index is not None and not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit 64 bits; got {ignore_index}")
 
 
 def check_labels_in_range(target: torch.Tensor, classes: int, ignore_index: int | None) -> None:
@@ -58,8 +60,11 @@ def check_labels_in_range(target: torch.Tensor, classes: int, ignore_index: int 
     under torch.compile, and where a tensor holds no data (meta, fake), they are never looked at. A
     label outside that nobody looked at counts as ignored.
     """
-    if torch.compiler.is_compiling() or type(target) is not torch.Tensor or target.is_meta:
+    if torch.compiler.is_compiling() or target.is_meta:
         return
+    if type(target).__module__.startswith("torch._"):  # PyTorch's own, without data to look at
+        return
+    target = target.as_subclass(torch.Tensor)
     if target.device.type != "cpu" and os.environ.get("TRITONLOSS_CHECK_LABELS") != "1":
         return
     if target.numel() == 0:
@@ -105,6 +110,11 @@ def check_window_size(window_size: int, name: str = "window_size") -> None:
         raise TypeError(f"{accepted}; got {_value(window_size)}")
     if window_size % 2 == 0 or not 1 <= window_size <= _MAX_WINDOW:
         raise ValueError(f"{accepted}; got {window_size}")
+
+
+def check_sigma(sigma: float) -> None:
+    """A window's standard deviation: so narrow or so wide that it changes no more, at the most."""
+    check_range("sigma", sigma, 1e-3, 1e6)
 
 
 def check_padding_fits(

@@ -528,9 +528,11 @@ def strides(tensor: torch.Tensor, strip: Strip) -> tuple[int, ...]:
     return (*(stride // strip.grain for stride in tensor.stride()[:-1]), tensor.stride(-1))
 
 
-def ignored_class(ignore_index: int | None, classes: int) -> int:
+def ignored_class(ignore_index: int | None, classes: int, dtype: torch.dtype) -> int:
     """The ignore label if it would otherwise be a class, else -1: the range check does the rest."""
-    return ignore_index if ignore_index is not None and 0 <= ignore_index < classes else -1
+    if ignore_index is None or not 0 <= ignore_index < min(classes, torch.iinfo(dtype).max + 1):
+        return -1
+    return ignore_index
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -440,6 +440,16 @@ def _structural_similarity_finish_kernel(
 
 
 @triton.jit
+def _residual(u, probability, belongs, PRESENT: tl.constexpr):
+    """The residual p - y; for a confident y = 1 as -2^-u p, since p - 1 has no digits left."""
+    residual = probability
+    if PRESENT:
+        complement = tl.where(u > 0.0, probability * tl.exp2(-u), 1.0 - probability)
+        residual = tl.where(belongs, -complement, probability)
+    return residual
+
+
+@triton.jit
 def _backward_strip(
     scales, logits, target, grad, chunk, first_row, channel, classes, height, width, window,
     dtype: tl.constexpr, IGNORED: tl.constexpr, SAMPLING: tl.constexpr, WINDOW: tl.constexpr,
@@ -464,7 +474,7 @@ def _backward_strip(
             column = chunk * COLUMNS + v
             hard = _is_hard(differences[v], valid, column, out_row, height, width, SAMPLING, WINDOW)
             weight = scales[1] * differences[v] if SAMPLING.reweight else scales[1]
-            residual = pixels[1][v] - tl.where(label == channel, 1.0, 0.0)
+            residual = _residual(pixels[0][v], pixels[1][v], label == channel, PRESENT)
             value = (scales[0] + tl.where(hard, weight, 0.0)) * residual
             gradient = gradient + (tl.where(valid, value, 0.0),)
         limit = tl.where(i >= SIZE - 1, width, 0)
@@ -558,13 +568,13 @@ def _structural_similarity_stored_kernel(
 
     for i in tl.range(0, tl.minimum(STRIP.rows, height - first_row)):
         row = first_row + i
-        _, probabilities, labels = _load_pixels(
+        scaled, probabilities, labels = _load_pixels(
             logits, target, row, chunk, width, channels, dtype, IGNORED, STRIP, 0, COLUMNS, "zeros"
         )
         weights = load_values(stored, row, chunk, width, dtype, STRIP, 0, COLUMNS, "zeros")
         gradient = ()
         for v in tl.static_range(COLUMNS):
-            residual = probabilities[v] - tl.where(labels[v] == channel, 1.0, 0.0)
+            residual = _residual(scaled[v], probabilities[v], labels[v] == channel, True)
             value = (scales[0] + scales[1] * weights[v]) * residual
             gradient = gradient + (tl.where(labels[v] >= 0, value, 0.0),)
         store_columns(stored, row, chunk, width, gradient, STRIP)

@@ -16,7 +16,6 @@ back from there.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -304,7 +303,8 @@ def _loss_forward_op(
     c2: float,
     ignore_index: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    similarity = _loss_similarity(logits, full, c1, c2, ignore_index)
+    ignored = ignored_class(ignore_index, logits.size(1), target.dtype)
+    similarity = Similarity(True, full, c1, c2, ignored)
     return _ssim_forward(logits, target, similarity, window_size, sigma, "zeros", mapped=False)
 
 
@@ -328,7 +328,8 @@ def _loss_backward_op(
     c2: float,
     ignore_index: int | None,
 ) -> torch.Tensor:
-    similarity = _loss_similarity(logits, full, c1, c2, ignore_index)
+    ignored = ignored_class(ignore_index, logits.size(1), target.dtype)
+    similarity = Similarity(True, full, c1, c2, ignored)
     return _ssim_backward(
         grad, scale, logits, target, similarity, window_size, sigma, "zeros", both=False
     )[0]
@@ -339,12 +340,6 @@ def _loss_backward_fake(
     grad: torch.Tensor, scale: torch.Tensor, logits: torch.Tensor, *arguments: Any
 ) -> torch.Tensor:
     return torch.empty_like(logits)
-
-
-def _loss_similarity(
-    logits: torch.Tensor, full: bool, c1: float, c2: float, ignore_index: int | None
-) -> Similarity:
-    return Similarity(True, full, c1, c2, ignored_class(ignore_index, logits.size(1)))
 
 
 def _loss_setup_context(
@@ -466,9 +461,9 @@ def ssim_loss(
         target: integer labels [N, H, W], uint8 to int64.
         form: "full" (Eq. 7, default) or "contrast_structure" (Eq. 9).
         window_size: side of the Gaussian window in pixels, odd, 1 to 31. Default 11.
-        sigma: standard deviation of the window in pixels, > 0. Default 1.5.
-        c1: stability of the luminance term, > 0. Default 0.01^2.
-        c2: stability of the contrast-structure term, > 0. Default 0.03^2.
+        sigma: standard deviation of the window in pixels, 0.001 to 1e6. Default 1.5.
+        c1: stability of the luminance term, 1e-20 to 1e20. Default 0.01^2.
+        c2: stability of the contrast-structure term, 1e-20 to 1e20. Default 0.03^2.
         ignore_index: label of pixels that take part in nothing, any integer or None. Default 255.
             Other labels outside [0, C) raise on the CPU; on a GPU they count as ignored unless
             TRITONLOSS_CHECK_LABELS=1 is set.
@@ -496,8 +491,9 @@ def ssim_loss(
     _checks.check_target(logits, target)
     _checks.check_option("form", form, FORMS)
     _checks.check_window_size(window_size)
-    for name, value in (("sigma", sigma), ("c1", c1), ("c2", c2)):
-        _checks.check_range(name, value, 0.0, math.inf, interval="()")
+    _checks.check_sigma(sigma)
+    _checks.check_range("c1", c1, 1e-20, 1e20)
+    _checks.check_range("c2", c2, 1e-20, 1e20)
     _checks.check_ignore_index(ignore_index)
     _checks.check_labels_in_range(target, logits.size(1), ignore_index)
     if not serves_triton(logits):
@@ -545,8 +541,8 @@ def ssim(
         x: image [N, C, H, W], float16, bfloat16 or float32 (or float64), any strides.
         y: the other image, of the same shape, dtype and device.
         window_size: side of the Gaussian window in pixels, odd, 1 to 31. Default 11.
-        sigma: standard deviation of the window in pixels, > 0. Default 1.5.
-        data_range: largest minus smallest possible value, > 0. Default 1.
+        sigma: standard deviation of the window in pixels, 0.001 to 1e6. Default 1.5.
+        data_range: largest minus smallest possible value, 1e-6 to 1e9. Default 1.
         padding: "zeros" (default), "reflect", or "valid": only windows inside the images, as
             pytorch-msssim does.
         reduction: "mean" (default), or "none" for the similarity of every pixel.
@@ -572,8 +568,8 @@ def ssim(
     """
     _checks.check_images(x, y)
     _checks.check_window_size(window_size)
-    _checks.check_range("sigma", sigma, 0.0, math.inf, interval="()")
-    _checks.check_range("data_range", data_range, 0.0, math.inf, interval="()")
+    _checks.check_sigma(sigma)
+    _checks.check_range("data_range", data_range, 1e-6, 1e9)
     _checks.check_option("padding", padding, IMAGE_PADDINGS)
     _checks.check_option("reduction", reduction, REDUCTIONS)
     _checks.check_padding_fits(x, window_size, padding, "x")

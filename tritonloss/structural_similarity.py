@@ -23,7 +23,6 @@ The gradient is the only map in memory under both.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -134,30 +133,33 @@ def _configuration(operator: str, logits: torch.Tensor, window_size: int) -> Con
     return strip_configuration(operator, logits, window_size, heuristic)
 
 
+def stores_differences(logits: torch.Tensor, window_size: int) -> bool:
+    """Whether the schedule for such logits is "stored": the forward leaves e f for the backward."""
+    # Kept in 16 bits, e would be rounded before it weights the gradient: there it is recomputed.
+    if logits.element_size() < 4:
+        return False
+    configuration = _configuration("structural_similarity_forward", logits, window_size)
+    return configuration["schedule"] == "stored"
+
+
 def _empty_results(
-    logits: torch.Tensor, window_size: int, store: bool
+    logits: torch.Tensor, store: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss [], statistics [2], e f): e f is [0] unless the schedule is "stored", and may be."""
+    """(loss [], statistics [2], e f [N, C, H, W] or [0])."""
     dtype = compute_dtype(logits.dtype)
     loss = torch.empty((), dtype=dtype, device=logits.device)
     statistics = torch.empty(2, dtype=dtype, device=logits.device)
-    configuration = _configuration("structural_similarity_forward", logits, window_size)
-    # Kept in 16 bits, e would be rounded before it weights the gradient: there it is recomputed.
-    exact = logits.element_size() >= 4
-    if store and exact and configuration["schedule"] == "stored":
-        return loss, statistics, torch.empty_like(logits)
-    return loss, statistics, logits.new_empty(0)
+    return loss, statistics, torch.empty_like(logits) if store else logits.new_empty(0)
 
 
 def _structural_similarity_forward(
     logits: torch.Tensor, target: torch.Tensor, options: Options, bce_weight: float, store: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss [], statistics [2], e f [N, C, H, W] or [0])."""
-    loss, statistics, stored = _empty_results(logits, options.window_size, store)
-    stores = stored.dim() == 4
-    moved = (logits, target, stored) if stores else (logits, target)
+    """(loss [], statistics [2], e f [N, C, H, W], or [0] unless ``store``)."""
+    loss, statistics, stored = _empty_results(logits, store)
+    moved = (logits, target, stored) if store else (logits, target)
     configuration = _configuration("structural_similarity_forward", logits, options.window_size)
-    if stores:
+    if store:
         configuration["UNROLL"] = 1  # two rows at once and their stores need too many registers
     grid, launch = strip_launch(logits.shape, configuration, options.padding, *moved)
     partials = statistics.new_empty(4, *grid)
@@ -169,12 +171,12 @@ def _structural_similarity_forward(
             stored_ptr=stored,
             logits_strides=strides(logits, launch["STRIP"]),
             target_strides=strides(target, launch["STRIP"]),
-            stored_strides=strides(moved[-1] if stores else logits, launch["STRIP"]),
+            stored_strides=strides(moved[-1] if store else logits, launch["STRIP"]),
             height=logits.size(2),
             width=logits.size(3),
             programs=grid[0],
-            IGNORED=ignored_class(options.ignore_index, logits.size(1)),
-            STORED=stores,
+            IGNORED=ignored_class(options.ignore_index, logits.size(1), target.dtype),
+            STORED=store,
             **_window_arguments(options, statistics.dtype, launch["STRIP"].columns),
             **launch,
         )
@@ -216,7 +218,7 @@ def _structural_similarity_backward(
             grad_logits_strides=strides(grad_logits, launch["STRIP"]),
             height=logits.size(2),
             width=logits.size(3),
-            IGNORED=ignored_class(options.ignore_index, logits.size(1)),
+            IGNORED=ignored_class(options.ignore_index, logits.size(1), target.dtype),
             **_window_arguments(options, statistics.dtype, launch["STRIP"].columns),
             **launch,
         )
@@ -248,7 +250,7 @@ def _structural_similarity_stored(
             stored_strides=strides(stored, launch["STRIP"]),
             height=logits.size(2),
             width=logits.size(3),
-            IGNORED=ignored_class(ignore_index, logits.size(1)),
+            IGNORED=ignored_class(ignore_index, logits.size(1), target.dtype),
             **launch,
         )
 
@@ -283,7 +285,7 @@ def _tuning_pass(
 
     def both_passes() -> tuple[torch.Tensor, torch.Tensor]:
         loss, statistics, stored = _structural_similarity_forward(
-            logits, target, options, bce_weight=0.5, store=True
+            logits, target, options, 0.5, store=stores_differences(logits, window_size)
         )
         upstream = torch.ones_like(loss)
         if stored.dim() == 4:
@@ -327,7 +329,7 @@ def _forward_fake(
     window_size: int,
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _empty_results(logits, window_size, store)
+    return _empty_results(logits, store)
 
 
 @torch.library.custom_op("tritonloss::structural_similarity_backward", mutates_args=())
@@ -358,6 +360,23 @@ def _backward_fake(
     return torch.empty_like(logits)
 
 
+@torch.library.custom_op("tritonloss::structural_similarity_stored", mutates_args=("stored",))
+def _stored_op(
+    grad_loss: torch.Tensor,
+    statistics: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    stored: torch.Tensor,
+    ignore_index: int | None,
+) -> None:
+    _structural_similarity_stored(grad_loss, statistics, logits, target, stored, ignore_index)
+
+
+@_stored_op.register_fake
+def _stored_fake(*arguments: Any) -> None:
+    return None
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     logits, target, _, _, *options = inputs
     _, statistics, stored = output
@@ -369,12 +388,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _gradient(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     logits, target, statistics, stored = ctx.saved_tensors
     if ctx.is_stored and not torch.is_grad_enabled():
-        # The buffer becomes the gradient; a second backward through the same graph recomputes.
+        # The buffer becomes the gradient; a second backward through the same graph recomputes. As
+        # .data it has a version of its own: whoever changes the gradient does not spoil the graph.
         ctx.is_stored = False
-        grad_logits = stored.detach()
-        _structural_similarity_stored(
-            grad_loss, statistics, logits, target, grad_logits, ctx.options.ignore_index
-        )
+        grad_logits = stored.data
+        _stored_op(grad_loss, statistics, logits, target, grad_logits, ctx.options.ignore_index)
     else:
         grad_logits = _backward_op(grad_loss, statistics, logits, target, *ctx.options)
     return (grad_logits, *(None,) * 11)
@@ -415,10 +433,10 @@ def structural_similarity_loss(
         target: integer labels [N, H, W], uint8 to int64.
         window_size: side of the window in pixels, odd, 1 to 31. Default 3. 1 compares single
             pixels: e = |y - p|, e_max = 1.
-        sigma: standard deviation of the Gaussian window in pixels, > 0. Default 1.5.
+        sigma: standard deviation of the Gaussian window in pixels, 0.001 to 1e6. Default 1.5.
         beta: share of the theoretical e_max below which a sample is dropped, in [0, 1). Default
             0.1.
-        stability: C4, > 0. Default 0.01.
+        stability: C4, 1e-20 to 1e20. Default 0.01.
         bce_weight: share of the plain cross entropy, in [0, 1]. Default 0.5.
         padding: "zeros" (default), "reflect", "replicate", or "valid": pixels whose window leaves
             the image count for the cross entropy only.
@@ -453,9 +471,9 @@ def structural_similarity_loss(
     _checks.check_logits(logits)
     _checks.check_target(logits, target)
     _checks.check_window_size(window_size)
-    _checks.check_range("sigma", sigma, 0.0, math.inf, interval="()")
+    _checks.check_sigma(sigma)
     _checks.check_range("beta", beta, 0.0, 1.0, interval="[)")
-    _checks.check_range("stability", stability, 0.0, math.inf, interval="()")
+    _checks.check_range("stability", stability, 1e-20, 1e20)
     _checks.check_range("bce_weight", bce_weight, 0.0, 1.0)
     _checks.check_option("padding", padding, PADDINGS)
     _checks.check_padding_fits(logits, window_size, padding)
@@ -479,6 +497,7 @@ def structural_similarity_loss(
         )
     # A compiled graph may not reuse a saved buffer in place, so there e is always recomputed.
     store = logits.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    store = store and stores_differences(logits, window_size)
     loss: torch.Tensor = torch.ops.tritonloss.structural_similarity_forward(
         logits, target, float(bce_weight), store, window_size, float(sigma), float(beta),
         float(stability), padding, hard_mining, reweight, ignore_index,
