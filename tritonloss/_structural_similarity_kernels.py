@@ -293,11 +293,9 @@ def _next_row(
 
 
 @triton.jit
-def _is_hard(
-    e, valid, column, row, height, width, SAMPLING: tl.constexpr, WINDOW: tl.constexpr
-):  # fmt: skip
-    """F (SSL paper, Eq. 11). A NaN counts as hard, so that it reaches the loss."""
-    hard = valid & ~(e <= SAMPLING.threshold)
+def _is_hard(e, column, row, height, width, SAMPLING: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether a valid pixel is hard (f, SSL paper, Eq. 11). A NaN is, and so reaches the loss."""
+    hard = ~(e <= SAMPLING.threshold)
     if WINDOW.padding == "valid":
         RADIUS: tl.constexpr = WINDOW.size // 2
         row_is_inside = (row >= RADIUS) & (row < height - RADIUS)
@@ -333,7 +331,9 @@ def _forward_strip(
             label = pixels[2][v]
             valid = label >= lowest_label
             column = chunk * COLUMNS + v
-            hard = _is_hard(differences[v], valid, column, out_row, height, width, SAMPLING, WINDOW)
+            hard = valid & _is_hard(
+                differences[v], column, out_row, height, width, SAMPLING, WINDOW
+            )
             entropy = softplus_base2(tl.where(label == channel, -pixels[0][v], pixels[0][v]))
             weight = differences[v] if SAMPLING.reweight else zero + 1.0
             entropy_sum += tl.where(valid, entropy, 0.0)
@@ -469,14 +469,13 @@ def _backward_strip(
         out_row = first_row + i - (SIZE - 1)
         gradient = ()
         for v in tl.static_range(COLUMNS):
-            label = pixels[2][v]
-            valid = label >= 0
             column = chunk * COLUMNS + v
-            hard = _is_hard(differences[v], valid, column, out_row, height, width, SAMPLING, WINDOW)
+            hard = _is_hard(differences[v], column, out_row, height, width, SAMPLING, WINDOW)
             weight = scales[1] * differences[v] if SAMPLING.reweight else scales[1]
-            residual = _residual(pixels[0][v], pixels[1][v], label == channel, PRESENT)
-            value = (scales[0] + tl.where(hard, weight, 0.0)) * residual
-            gradient = gradient + (tl.where(valid, value, 0.0),)
+            # Where a pixel is not valid p = y = 0, and with them the gradient.
+            belongs = pixels[2][v] == channel
+            residual = _residual(pixels[0][v], pixels[1][v], belongs, PRESENT)
+            gradient = gradient + ((scales[0] + tl.where(hard, weight, 0.0)) * residual,)
         limit = tl.where(i >= SIZE - 1, width, 0)
         store_columns(grad, out_row, chunk, limit, gradient, STRIP)
 
@@ -575,6 +574,5 @@ def _structural_similarity_stored_kernel(
         gradient = ()
         for v in tl.static_range(COLUMNS):
             residual = _residual(scaled[v], probabilities[v], labels[v] == channel, True)
-            value = (scales[0] + scales[1] * weights[v]) * residual
-            gradient = gradient + (tl.where(labels[v] >= 0, value, 0.0),)
+            gradient = gradient + ((scales[0] + scales[1] * weights[v]) * residual,)
         store_columns(stored, row, chunk, width, gradient, STRIP)
