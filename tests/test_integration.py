@@ -100,7 +100,7 @@ class Recorded(TorchDispatchMode):
 
 
 def test_opcheck(loss: Loss, device: torch.device) -> None:
-    logits, target = segmentation_case((1, 1, 3, 4), device=device)
+    logits, target = segmentation_case((1, 2, 3, 4), device=device)
     with served_by_kernels(loss), Recorded() as recorded:
         leaf = logits.requires_grad_()
         loss(leaf, target).backward()

@@ -467,3 +467,66 @@ def test_errors(
 def test_options_are_keywords() -> None:
     with pytest.raises(TypeError):
         structural_similarity_loss(LOGITS, TARGET, 3)
+
+
+def test_gradient_may_be_changed_between_backwards(schedule: str, device: torch.device) -> None:
+    """The gradient that autograd hands out is the caller's: accumulated into, zeroed, clipped."""
+    logits, target = segmentation_case((1, 2, 5, 8), device=device)
+    leaf = logits.requires_grad_()
+    with tritonloss.use_backend("triton"):
+        loss = structural_similarity_loss(leaf, target, window_size=3)
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    thrice = leaf.grad.clone()
+    leaf.grad.zero_()
+    loss.backward()
+    torch.testing.assert_close(thrice, 3 * leaf.grad)
+
+
+def test_confident_pixels_keep_their_gradient(schedule: str, device: torch.device) -> None:
+    """For a pixel of the class with p near 1 the gradient is -sigmoid(-z), not a rounding error."""
+    logits = torch.full((1, 1, 2, 4), 14.0, device=device)
+    target = torch.zeros(1, 2, 4, dtype=torch.int64, device=device)
+    _, gradient = kernel_gradient(logits, target, bce_weight=1.0)
+    torch.testing.assert_close(gradient, -torch.sigmoid(-logits) / 8, rtol=1e-5, atol=0)
+
+
+def test_ignore_label_that_its_dtype_cannot_hold(device: torch.device) -> None:
+    """A class by its number, but no label of this width can be meant by it."""
+    logits = as_layout(torch.randn(1, 130, 1, 2, device=device), "channels_last")
+    target = torch.zeros(1, 1, 2, dtype=torch.int8, device=device)
+    expected, _ = kernel_gradient(logits, target, ignore_index=None)
+    value, _ = kernel_gradient(logits, target, ignore_index=129)
+    assert value == expected
+
+
+def test_labels_of_a_subclass_are_looked_at() -> None:
+    class Mask(Tensor):
+        """Like torchvision's tv_tensors.Mask."""
+
+    target = torch.full((1, 4, 4), 9).as_subclass(Mask)
+    with pytest.raises(ValueError, match="target must hold labels from 0 to 1"):
+        structural_similarity_loss(torch.randn(1, 2, 4, 4), target)
+
+
+def test_compiled_once_for_heads_of_different_classes(device: torch.device) -> None:
+    """A second class count makes C symbolic under torch.compile."""
+    torch._dynamo.reset()
+    compiled = torch.compile(structural_similarity_loss, fullgraph=True, backend="aot_eager")
+    for classes in (2, 3):
+        logits, target = segmentation_case((1, classes, 3, 4), device=device)
+        with tritonloss.use_backend("triton"):
+            expected, gradient = kernel_gradient(logits, target)
+            leaf = logits.detach().requires_grad_()
+            loss = compiled(leaf, target)
+        loss.backward()
+        assert torch.equal(loss.detach(), expected) and torch.equal(leaf.grad, gradient)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sigma": 1e-200}, {"sigma": 10**400}, {"stability": 0.0}, {"ignore_index": 2**70}]
+)
+def test_values_beyond_reason_are_named(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} must"):
+        structural_similarity_loss(torch.randn(1, 2, 4, 4), torch.zeros(1, 4, 4).long(), **options)
