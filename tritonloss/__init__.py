@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import functional
+from . import functional, linalg
 from ._backend import use_backend
 from .gaussian_window import gaussian_statistics
 from .ssim import SSIMLoss
@@ -13,5 +13,6 @@ __all__ = [
     "StructuralSimilarityLoss",
     "functional",
     "gaussian_statistics",
+    "linalg",
     "use_backend",
 ]
