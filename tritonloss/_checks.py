@@ -125,6 +125,15 @@ def check_padding_fits(
         )
 
 
+def check_integer(name: str, value: int, low: int, high: int) -> None:
+    """``value`` must be an integer from ``low`` to ``high``."""
+    accepted = f"{name} must be an integer from {low} to {high}"
+    if not _is_integer(value):
+        raise TypeError(f"{accepted}; got {_value(value)}")
+    if not low <= value <= high:
+        raise ValueError(f"{accepted}; got {value}")
+
+
 def check_option(name: str, value: str, choices: Sequence[str]) -> None:
     """``value`` must be one of ``choices``."""
     accepted = f"{name} must be one of {', '.join(repr(choice) for choice in choices)}"
