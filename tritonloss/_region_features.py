@@ -29,66 +29,66 @@ def plane_of(pointer, strides, image, channel):
 
 
 @triton.jit
-def pointer_to(plane, row, column):
-    """Pointers to pixels of a plane; at least one of row and column is a block."""
-    return plane[0] + row.to(tl.int64) * plane[1] + column.to(tl.int64) * plane[2]
+def pointer_to(plane, row, column, SHIFT: tl.constexpr = 0):
+    """Pointers to the pixels SHIFT columns beside (row, column), of which one at least is a block.
+
+    The shift is added to the pointer, so that it becomes a constant of the load instruction.
+    """
+    return plane[0] + row.to(tl.int64) * plane[1] + column.to(tl.int64) * plane[2] + SHIFT * plane[2]
 
 
 @triton.jit
-def load_label(target, row, column, mask, channels, IGNORED: tl.constexpr):
+def load_label(
+    target, row, column, mask, channels, IGNORED: tl.constexpr, SHIFT: tl.constexpr = 0
+):
     """Class indices, -1 for pixels that are masked, ignored or out of range."""
-    label = tl.load(pointer_to(target, row, column), mask=mask, other=0)
+    label = tl.load(pointer_to(target, row, column, SHIFT), mask=mask, other=0)
     return sanitised_label(label, mask, channels, IGNORED)
 
 
 @triton.jit
-def load_scaled(logits, row, column, mask, dtype: tl.constexpr):
+def load_scaled(logits, row, column, mask, dtype: tl.constexpr, SHIFT: tl.constexpr = 0):
     """Logits over log 2: what the powers of two below want."""
-    return tl.load(pointer_to(logits, row, column), mask=mask, other=0.0).to(dtype) * LOG2_E
+    return tl.load(pointer_to(logits, row, column, SHIFT), mask=mask, other=0.0).to(dtype) * LOG2_E
 
 
 @triton.jit
-def sigmoid_and_slope(u):
-    """Sigmoid of u log 2 and its derivative p (1 - p), both precise for either sign of u."""
+def sigmoid_pair(u):
+    """(larger, smaller) of the sigmoids of u log 2 and of -u log 2: they add up to 1, both precise."""
     t = tl.exp2(-tl.abs(u))
     larger = inverse(1.0 + t)
-    smaller = t * larger
-    return tl.where(u >= 0, larger, smaller), smaller * larger
+    return larger, t * larger
 
 
 @triton.jit
 def residual_of(u, label, channel):
-    """The residual p - y of a scaled logit: 0 where the label is invalid."""
+    """(residual p - y, slope p (1 - p)) of a scaled logit; the residual of an invalid label is 0."""
+    larger, smaller = sigmoid_pair(u)
     positive = label == channel
-    wrong, _ = sigmoid_and_slope(tl.where(positive, -u, u))
-    return tl.where(label >= 0, tl.where(positive, -wrong, wrong), 0.0)
+    wrong = tl.where((u >= 0) != positive, larger, smaller)
+    return tl.where(label >= 0, tl.where(positive, -wrong, wrong), 0.0), larger * smaller
 
 
 @triton.jit
 def load_features(
     first, second, row, column, mask, channel, channels, dtype: tl.constexpr,
-    IGNORED: tl.constexpr, POOLED: tl.constexpr,
+    IGNORED: tl.constexpr, POOLED: tl.constexpr, SHIFT: tl.constexpr = 0,
 ):  # fmt: skip
-    """(residual, label) of pixels or pooling cells, 0 where masked."""
+    """(residual, label) of pixels or pooling cells SHIFT columns beside, 0 where masked."""
     if POOLED:
-        residual = tl.load(pointer_to(first, row, column), mask=mask, other=0.0)
-        y = tl.load(pointer_to(second, row, column), mask=mask, other=0.0)
+        residual = tl.load(pointer_to(first, row, column, SHIFT), mask=mask, other=0.0)
+        y = tl.load(pointer_to(second, row, column, SHIFT), mask=mask, other=0.0)
     else:
-        label = load_label(second, row, column, mask, channels, IGNORED)
-        u = load_scaled(first, row, column, mask, dtype)
-        residual = residual_of(u, label, channel)
+        label = load_label(second, row, column, mask, channels, IGNORED, SHIFT)
+        u = load_scaled(first, row, column, mask, dtype, SHIFT)
+        residual, _ = residual_of(u, label, channel)
         y = tl.where(label == channel, 1.0, 0.0).to(dtype)
     return residual, y
 
 
 @triton.jit
-def logit_gradient(
-    logits, target, row, column, mask, grad_probability, entropy_scale, channel, channels,
-    dtype: tl.constexpr, IGNORED: tl.constexpr,
-):  # fmt: skip
+def logit_gradient(u, label, channel, grad_probability, entropy_scale):
     """The gradient to logits from the one to p, and from the cross entropy: (p - y) times its scale."""
-    label = load_label(target, row, column, mask, channels, IGNORED)
-    u = load_scaled(logits, row, column, mask, dtype)
-    _, slope = sigmoid_and_slope(u)
-    value = grad_probability * slope + entropy_scale * residual_of(u, label, channel)
+    residual, slope = residual_of(u, label, channel)
+    value = grad_probability * slope + entropy_scale * residual
     return tl.where(label >= 0, value, 0.0)

@@ -17,6 +17,8 @@ import triton.language as tl
 from ._region_features import (
     SIZES,
     load_features,
+    load_label,
+    load_scaled,
     logit_gradient,
     plane_of,
     pointer_to,
@@ -32,9 +34,9 @@ def _store_gradient(
 ):  # fmt: skip
     """The gradient to pooled probabilities as it is; the one to full probabilities made logits'."""
     if not POOLED:
-        value = logit_gradient(
-            first, second, row, column, mask, value, entropy_scale, channel, channels, dtype, IGNORED
-        )
+        label = load_label(second, row, column, mask, channels, IGNORED)
+        u = load_scaled(first, row, column, mask, dtype)
+        value = logit_gradient(u, label, channel, value, entropy_scale)
     tl.store(pointer_to(out, row, column), value, mask=mask)
 
 
@@ -149,8 +151,8 @@ def _rmi_interior_kernel(
         for s in tl.static_range(SPAN):
             shifted = column + (s - (REGION - 1))
             e, y = load_features(
-                first, second, row, shifted, (shifted >= 0) & (shifted < width), channel, channels,
-                dtype, IGNORED, POOLED,
+                first, second, row, column, (shifted >= 0) & (shifted < width), channel, channels,
+                dtype, IGNORED, POOLED, s - (REGION - 1),
             )  # fmt: skip
             fed = ()
             for q in tl.static_range(SPAN):

@@ -138,8 +138,8 @@ def _rmi_lags_kernel(
         for s in tl.static_range(SPAN):
             shifted = column + (s - (REGION - 1))
             e, y = load_features(
-                first, second, first_row + i, shifted, (shifted >= 0) & (shifted < width), channel,
-                channels, dtype, IGNORED, POOLED,
+                first, second, first_row + i, column, (shifted >= 0) & (shifted < width), channel,
+                channels, dtype, IGNORED, POOLED, s - (REGION - 1),
             )  # fmt: skip
             new_e = new_e + (e.to(total),)
             new_y = new_y + (y,)

@@ -19,7 +19,7 @@ from ._region_features import (
     plane_of,
     pointer_to,
     residual_of,
-    sigmoid_and_slope,
+    sigmoid_pair,
 )
 
 # --- device functions -----------------------------------------------------------------------------
@@ -135,12 +135,12 @@ def _rmi_pool_kernel(
             if MAXIMUM:
                 largest = tl.maximum(largest, tl.where(labels[j] >= 0, u, float("-inf")))
             else:
-                residual += residual_of(u, labels[j], channel)
+                wrong, _ = residual_of(u, labels[j], channel)
+                residual += wrong
         if MAXIMUM:
             present = tl.max(count, 1) > 0
-            u = tl.max(largest, 1)
-            wrong, _ = sigmoid_and_slope(tl.where(present, -u, u))
-            pooled = tl.where(present, -wrong, wrong)
+            winner = tl.where(present, channel, channel + 1)
+            pooled, _ = residual_of(tl.max(largest, 1), winner, channel)
             labelled = tl.where(present, 1.0, 0.0)
         else:
             pooled = tl.sum(residual, 1)
@@ -249,7 +249,8 @@ def _rmi_sample_kernel(
         wrong = tl.zeros((LANES,), dtype)
         for k in tl.static_range(4):
             u = load_scaled(logits, corners[k][0], corners[k][1], mask, dtype)
-            value, _ = sigmoid_and_slope(tl.where(positive, -u, u))
+            larger, smaller = sigmoid_pair(u)
+            value = tl.where((u >= 0) != positive, larger, smaller)
             invalid = tl.where(positive, 1.0, 0.0).to(dtype)  # p = 0 is wrong by y
             wrong += tl.where(corners[k][3], value, invalid) * corners[k][2]
         plane = (image * channels + channel) * pooled_height * pooled_width
@@ -290,6 +291,11 @@ def _rmi_expand_kernel(
     stored = cell < tl.where(cell_row < pooled_height, pooled_width, 0)
     offset = cell_row.to(tl.int64) * pooled_width + cell
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
+    labels = ()
+    for j in tl.static_range(SIZE):
+        row = cell_row * SIZE + j - SIZE // 2
+        mask = _in_row(inside, column, row, height, width)
+        labels = labels + (load_label(target, row, column, mask, channels, IGNORED),)
 
     for channel in tl.range(tl.program_id(2), channels, tl.num_programs(2)):
         logits = plane_of(logits_ptr, logits_strides, image, channel)
@@ -303,9 +309,8 @@ def _rmi_expand_kernel(
             for j in tl.static_range(SIZE):
                 row = cell_row * SIZE + j - SIZE // 2
                 mask = _in_row(inside, column, row, height, width)
-                label = load_label(target, row, column, mask, channels, IGNORED)
                 u = load_scaled(logits, row, column, mask, dtype)
-                u = tl.where(label >= 0, u, float("-inf"))
+                u = tl.where(labels[j] >= 0, u, float("-inf"))
                 of_row = tl.max(u, 1)[:, None]
                 place = tl.broadcast_to(tl.arange(0, SIDE)[None, :], (CELLS, SIDE))
                 place = tl.min(tl.where(u == of_row, place, SIDE), 1)[:, None]
@@ -318,10 +323,8 @@ def _rmi_expand_kernel(
             if MAXIMUM:
                 place = tl.arange(0, SIDE)[None, :] + j * SIDE
                 share = tl.where(place == first, gradient, 0.0)
-            value = logit_gradient(
-                logits, target, row, column, mask, share, entropy_scale, channel, channels,
-                dtype, IGNORED,
-            )  # fmt: skip
+            u = load_scaled(logits, row, column, mask, dtype)
+            value = logit_gradient(u, labels[j], channel, share, entropy_scale)
             tl.store(pointer_to(grad_logits, row, column), value, mask=mask)
 
 
@@ -358,14 +361,13 @@ def _rmi_sample_backward_kernel(
     share = down.to(dtype) / tl.maximum(pooled_height - 1, 1).to(dtype)
     share = share * (across.to(dtype) / tl.maximum(pooled_width - 1, 1).to(dtype))
     offset = cell_row * pooled_width + cell
+    label = load_label(target, row, column, mask, channels, IGNORED)
 
     for channel in tl.range(0, channels):
         logits = plane_of(logits_ptr, logits_strides, image, channel)
         grad_logits = plane_of(grad_logits_ptr, grad_logits_strides, image, channel)
         plane = (image * channels + channel) * pooled_height * pooled_width
         gradient = tl.load(grad_pooled_ptr + plane + offset, mask=mask & (share > 0), other=0.0)
-        value = logit_gradient(
-            logits, target, row, column, mask, gradient * share, entropy_scale, channel, channels,
-            dtype, IGNORED,
-        )  # fmt: skip
+        u = load_scaled(logits, row, column, mask, dtype)
+        value = logit_gradient(u, label, channel, gradient * share, entropy_scale)
         tl.store(pointer_to(grad_logits, row, column), value, mask=mask)
