@@ -14,7 +14,7 @@ def cholesky_ex(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logdet(A: Tensor) -> Tensor:
-    """log det A = 2 sum log diag L; NaN where A is not positive definite."""
+    """Log det A = 2 sum log diag L; NaN where A is not positive definite."""
     factor, _ = cholesky_ex(A)
     return 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
@@ -23,7 +23,8 @@ def solve(A: Tensor, B: Tensor) -> Tensor:
     """X with A X = B, by two substitutions; NaN where A is not positive definite."""
     factor, _ = cholesky_ex(A)
     half = torch.linalg.solve_triangular(factor, B, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return solution
 
 
 def inv(A: Tensor) -> Tensor:

@@ -67,8 +67,8 @@ def _information(
 ) -> tuple[Tensor, Tensor]:
     """(1/2 log det M / d, info) per image and class, from P = Y + E in regions of d pixels.
 
-    M, the covariance of Y given P, is the trailing block of the Cholesky factor of the covariance of
-    (P, Y). Y - P in the place of Y leaves it as it is, and rounding errors shrink with Y - P.
+    M, the covariance of Y given P, is the trailing block of the Cholesky factor of the covariance
+    of (P, Y). Y - P in the place of Y leaves it as it is, and rounding errors shrink with Y - P.
     """
     windows = _regions(keep, region).all(-2, keepdim=True)
     count = windows.sum(-1, keepdim=True)

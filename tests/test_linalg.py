@@ -1,7 +1,8 @@
-"""Batched small symmetric positive definite matrices: kernels against numpy, LAPACK and autograd."""
+"""Batched small positive definite matrices: kernels against numpy, LAPACK and autograd."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,10 @@ def matrices(
 
 def symmetric(A: Tensor) -> Tensor:
     return (A + A.mT) / 2
+
+
+def _of_symmetric(function: Callable[..., Tensor], A: Tensor, *others: Tensor) -> Tensor:
+    return function(symmetric(A), *others)
 
 
 @pytest.fixture(autouse=True)
@@ -102,9 +107,10 @@ def test_gradcheck(order: int, device: torch.device) -> None:
     A = matrices(order, 2, device=device).requires_grad_()
     B = torch.randn((2, order, 2), dtype=torch.float64).to(device).requires_grad_()
     for function in FUNCTIONS.values():
-        assert torch.autograd.gradcheck(lambda M: function(symmetric(M)), A, fast_mode=True)
-    solve: Callable[[Tensor, Tensor], Tensor] = lambda M, R: linalg.solve(symmetric(M), R)  # noqa: E731
-    assert torch.autograd.gradcheck(solve, (A, B), fast_mode=True)
+        check = functools.partial(_of_symmetric, function)
+        assert torch.autograd.gradcheck(check, A, fast_mode=True)
+    check = functools.partial(_of_symmetric, linalg.solve)
+    assert torch.autograd.gradcheck(check, (A, B), fast_mode=True)
 
 
 @pytest.mark.parametrize("order", [3, 9, 12])
@@ -142,15 +148,15 @@ def test_only_the_lower_triangle_is_read(order: int, device: torch.device) -> No
     assert torch.equal(linalg.solve(lower, A), linalg.solve(A, A))
 
 
-@pytest.mark.parametrize("order", [4, 11])
+@pytest.mark.parametrize("order", [4, 10])
 def test_layouts(order: int, device: torch.device) -> None:
     """Strided, transposed and expanded batches, and gradients that are expanded."""
-    A = matrices(order, 3, 2, device=device)
+    A = matrices(order, 2, 2, device=device)
     views = {
         "sliced": A.repeat_interleave(2, 1)[:, ::2],
         "transposed": A.mT.contiguous().mT,
         "batch last": A.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1),
-        "expanded": A[:1].expand(3, -1, -1, -1),
+        "expanded": A[:1].expand(2, -1, -1, -1),
     }
     for name, view in views.items():
         for function in FUNCTIONS.values():

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import kernels_reference
 import tritonloss
-from tests.oracle import as_layout, check_three_way, segmentation_case, value_and_gradients
+from tests.oracle import as_layout, check_three_way, segmentation_case
 from tritonloss import _checks
-from tritonloss import region_mutual_information as kernels
+from tritonloss import _region_passes as kernels
 from tritonloss._tuning import forced
 from tritonloss.functional import rmi_loss
 
@@ -41,7 +41,9 @@ def released_code(logits: Tensor, target: Tensor, bce_weight: float = 0.5) -> Te
     """The authors' released computation, step by step, with its explicit inverse."""
     classes = logits.size(1)
     valid = target < classes
-    one_hot = F.one_hot(target.long() * valid, classes).permute(0, 3, 1, 2).to(logits) * valid[:, None]
+    one_hot = (
+        F.one_hot(target.long() * valid, classes).permute(0, 3, 1, 2).to(logits) * valid[:, None]
+    )
     entropy = F.binary_cross_entropy_with_logits(
         logits, one_hot, weight=valid[:, None].to(logits), reduction="sum"
     )
@@ -50,9 +52,7 @@ def released_code(logits: Tensor, target: Tensor, bce_weight: float = 0.5) -> Te
     new_height, new_width = p.size(2) - 2, p.size(3) - 2
     stacks = []
     for x in (y, p):
-        parts = [
-            x[:, :, i : i + new_height, j : j + new_width] for i in range(3) for j in range(3)
-        ]
+        parts = [x[:, :, i : i + new_height, j : j + new_width] for i in range(3) for j in range(3)]
         stack = torch.stack(parts, 2).flatten(3).double()
         stacks.append(stack - stack.mean(3, keepdim=True))
     y, p = stacks
@@ -70,14 +70,13 @@ def released_code(logits: Tensor, target: Tensor, bce_weight: float = 0.5) -> Te
 @pytest.mark.parametrize(
     ("pooling", "pool_size", "shape"),
     [
-        ("avg", 4, (1, 2, 27, 33)),
-        ("avg", 3, (2, 1, 20, 23)),
-        ("max", 2, (1, 2, 13, 16)),
+        ("avg", 4, (1, 2, 23, 27)),
+        ("avg", 3, (2, 1, 17, 20)),
         ("max", 3, (1, 2, 17, 22)),
-        ("nearest", 2, (1, 2, 13, 16)),
-        ("nearest", 3, (1, 2, 20, 23)),
+        ("nearest", 2, (1, 2, 13, 12)),
+        ("nearest", 3, (1, 1, 17, 20)),
         (None, 4, (2, 2, 7, 9)),
-        ("avg", 1, (1, 2, 7, 9)),
+        ("avg", 1, (1, 1, 7, 9)),
     ],
 )
 def test_three_way(
@@ -107,34 +106,34 @@ def test_every_region(region_size: int, pooling: str | None, device: torch.devic
 @pytest.mark.parametrize("moments", ["mean", "sum"])
 @pytest.mark.parametrize("bce_weight", [0.0, 0.5, 1.0])
 def test_moments_and_weights(moments: str, bce_weight: float, device: torch.device) -> None:
-    logits, target = segmentation_case((2, 2, 11, 14), device=device)
+    logits, target = segmentation_case((2, 1, 8, 9), device=device)
     check(logits, target, moments=moments, bce_weight=bce_weight, **SMALL)
 
 
 @pytest.mark.parametrize("pooling", ["avg", None])
 def test_several_programs(pooling: str | None, device: torch.device) -> None:
     """Bands of rows, blocks of columns, and chunks of the direct moments."""
-    logits, target = segmentation_case((2, 2, 12, 40), device=device)
+    logits, target = segmentation_case((1, 2, 8, 22), device=device)
     scale = 2 if pooling else 1
     logits, target = logits.repeat_interleave(scale, 2), target.repeat_interleave(scale, 1)
-    small = {"LANES": 16, "ROWS": 3, "num_warps": 1}
+    small = {"LANES": 16, "ROWS": 4, "num_warps": 1}
     with forced("rmi_moments", small), forced("rmi_gradient", small):
         with forced("rmi_pool", {"CELLS": 4, "num_warps": 1}):
             check(logits, target, region_size=2, pooling=pooling, pool_size=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@WAYS
+@pytest.mark.parametrize("options", [SMALL, RAW], ids=["pooled", "raw"])
 def test_half_precision(options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
-    logits, target = segmentation_case((1, 2, 9, 11), dtype=dtype, device=device)
+    logits, target = segmentation_case((1, 2, 8, 9), dtype=dtype, device=device)
     target[:] = torch.where(target == 255, 0, target)
     check(logits, target, **options)
 
 
-@WAYS
+@pytest.mark.parametrize("options", [SMALL, RAW], ids=["pooled", "raw"])
 @pytest.mark.parametrize("layout", ["channels_last", "sliced", "transposed", "expanded"])
 def test_layouts(options: dict[str, Any], layout: str, device: torch.device) -> None:
-    logits, target = segmentation_case((1, 2, 9, 11), ignore_index=None, device=device)
+    logits, target = segmentation_case((1, 2, 7, 8), ignore_index=None, device=device)
     spread = as_layout(logits, layout)
     assert layout != "sliced" or not spread.is_contiguous()
     check(spread, as_layout(target, layout), epsilon=1e-3, **options)
@@ -142,10 +141,9 @@ def test_layouts(options: dict[str, Any], layout: str, device: torch.device) -> 
 
 @WAYS
 def test_float32_sums(options: dict[str, Any], device: torch.device) -> None:
-    logits, target = segmentation_case((1, 2, 12, 17), device=device)
+    logits, target = segmentation_case((1, 2, 9, 12), device=device)
     target[:] = torch.where(target == 255, 0, target)
     check(logits, target, precision="float32", tolerance=1e-4, **options)
-    check(logits, target, precision="float64", **options)
 
 
 # --- precision ------------------------------------------------------------------------------------
@@ -164,25 +162,24 @@ def test_both_forms_of_the_reference() -> None:
 @pytest.mark.parametrize("scale", [1.0, 4.0, 12.0, 50.0])
 def test_confident_logits(scale: float, device: torch.device) -> None:
     """Within 2e-4 per log-determinant and never NaN, right and wrong, from unsure to saturated."""
-    _, target = segmentation_case((1, 2, 16, 20), ignore_index=None, device=device)
+    _, target = segmentation_case((1, 2, 12, 16), ignore_index=None, device=device)
     positive = target[:, None] == torch.arange(2, device=device).view(1, -1, 1, 1)
     logits = torch.where(positive, scale, -scale)
     logits[:, :, 3:6, 4:9] *= -1
-    for moments in ("mean", "sum"):
-        for precision in ("float64", "float32"):
-            options = {"moments": moments, "bce_weight": 0.0, "precision": precision, **SMALL}
-            loss, gradient = kernel_gradient(logits, target, **options)
-            leaf = logits.double().requires_grad_()
-            truth = kernels_reference.rmi_loss(leaf, target, **options)
-            (expected,) = torch.autograd.grad(truth, leaf)
-            assert (loss - truth).abs() <= 2e-4 and gradient.isfinite().all()
-            if scale <= 4:
-                error = (gradient.double() - expected).abs().max()
-                assert error <= 1e-4 * expected.abs().max()
+    for moments, precision in (("mean", "float64"), ("sum", "float32")):
+        options = {"moments": moments, "bce_weight": 0.0, "precision": precision, **SMALL}
+        loss, gradient = kernel_gradient(logits, target, **options)
+        leaf = logits.double().requires_grad_()
+        truth = kernels_reference.rmi_loss(leaf, target, **options)
+        (expected,) = torch.autograd.grad(truth, leaf)
+        assert (loss - truth).abs() <= 2e-4 and gradient.isfinite().all()
+        if scale <= 4:
+            error = (gradient.double() - expected).abs().max()
+            assert error <= 1e-4 * expected.abs().max()
 
 
 def test_a_perfect_prediction(device: torch.device) -> None:
-    """P - Y is formed without cancellation: the value goes to log(2 eps) / 2 per class, not to NaN."""
+    """P - Y is formed without cancellation: log(2 eps) / 2 per class, and no NaN."""
     target = segmentation_case((1, 2, 16, 20), ignore_index=None, device=device)[1]
     positive = target[:, None] == torch.arange(2, device=device).view(1, -1, 1, 1)
     logits = torch.where(positive, 50.0, -50.0)
@@ -193,14 +190,15 @@ def test_a_perfect_prediction(device: torch.device) -> None:
 
 def test_rare_and_absent_classes(device: torch.device) -> None:
     """An absent class is a constant, log(eps) / 2, with no gradient but the cross entropy's."""
-    logits, _ = segmentation_case((1, 3, 20, 26), device=device)
-    target = torch.zeros((1, 20, 26), dtype=torch.uint8, device=device)
-    target[0, 7, 9] = 1
-    check(logits, target, **SMALL)
-    constant = torch.zeros_like(logits)
-    _, gradient = kernel_gradient(constant, torch.full_like(target, 2), bce_weight=0.0, **SMALL)
+    logits, _ = segmentation_case((1, 3, 28, 36), device=device)
+    target = torch.zeros((1, 28, 36), dtype=torch.uint8, device=device)
+    target[0, 7, 9] = 1  # 0.1 % of the pixels
+    check(logits, target, region_size=2, pool_size=4)
+    alone = logits[:, :, :8, :9]
+    target = torch.full_like(target[:, :8, :9], 1)
+    _, gradient = kernel_gradient(alone, target, bce_weight=0.0, **SMALL)
     assert gradient[:, 0].abs().max() < 1e-7
-    loss, _ = kernel_gradient(logits[:, :1] * 0, target * 0, bce_weight=0.0, **RAW)
+    loss, _ = kernel_gradient(alone[:, :1] * 0, target * 0, bce_weight=0.0, **RAW)
     assert loss.item() == pytest.approx(0.5 * math.log(1e-6), rel=1e-5)
 
 
@@ -251,7 +249,7 @@ def test_every_pixel_is_in_the_cross_entropy(device: torch.device) -> None:
 
 @WAYS
 def test_every_label_dtype(options: dict[str, Any], device: torch.device) -> None:
-    logits, target = segmentation_case((1, 2, 8, 9), device=device)
+    logits, target = segmentation_case((1, 1, 7, 8), device=device)
     expected = kernel_gradient(logits, target, **options)
     for dtype in (torch.int16, torch.int32, torch.int64):
         loss, gradient = kernel_gradient(logits, target.to(dtype), **options)
@@ -289,7 +287,7 @@ def test_labels_out_of_range(
 
 @WAYS
 def test_all_pixels_ignored(options: dict[str, Any], device: torch.device) -> None:
-    logits, target = segmentation_case((2, 2, 8, 9), device=device)
+    logits, target = segmentation_case((2, 1, 7, 8), device=device)
     loss, gradient = kernel_gradient(logits, target.fill_(255), **options)
     assert loss == 0 and (gradient == 0).all()
 
@@ -311,9 +309,11 @@ def test_an_image_without_a_whole_region(device: torch.device) -> None:
 def test_ignored_pixels_do_no_harm(
     options: dict[str, Any], value: float, device: torch.device
 ) -> None:
-    logits, target = segmentation_case((1, 2, 8, 9), device=device)
+    logits, target = segmentation_case((1, 1, 7, 8), device=device)
     expected = kernel_gradient(logits.where((target != 255)[:, None], 0), target, **options)
-    loss, gradient = kernel_gradient(logits.where((target != 255)[:, None], value), target, **options)
+    loss, gradient = kernel_gradient(
+        logits.where((target != 255)[:, None], value), target, **options
+    )
     assert torch.equal(loss, expected[0]) and torch.equal(gradient, expected[1])
 
 
@@ -322,7 +322,7 @@ def test_ignored_pixels_do_no_harm(
 
 @WAYS
 def test_what_is_not_finite_is_not_hidden(options: dict[str, Any], device: torch.device) -> None:
-    logits, target = segmentation_case((1, 2, 8, 9), ignore_index=None, device=device)
+    logits, target = segmentation_case((1, 1, 7, 8), ignore_index=None, device=device)
     logits[0, :, 2, 5] = float("nan")
     loss, _ = kernel_gradient(logits, target, **options)
     assert loss.isnan()
@@ -331,7 +331,7 @@ def test_what_is_not_finite_is_not_hidden(options: dict[str, Any], device: torch
 @WAYS
 @pytest.mark.parametrize("scale", [1e4, 50.0, 0.0])
 def test_huge_and_equal_logits(options: dict[str, Any], scale: float, device: torch.device) -> None:
-    logits, target = segmentation_case((1, 2, 8, 9), device=device)
+    logits, target = segmentation_case((1, 1, 7, 8), device=device)
     loss, gradient = kernel_gradient(scale * logits.sign(), target, **options)
     truth = kernels_reference.rmi_loss(scale * logits.sign().double(), target, **options)
     assert loss.item() == pytest.approx(truth.item(), rel=1e-4)
@@ -355,14 +355,18 @@ def test_info(device: torch.device) -> None:
 # --- autograd -------------------------------------------------------------------------------------
 
 
-@WAYS
-@pytest.mark.parametrize("pooling", ["avg", "max", "nearest"])
-def test_gradcheck(options: dict[str, Any], pooling: str, device: torch.device) -> None:
-    if options["pool_size" if "pool_size" in options else "region_size"] and options is not SMALL:
-        if pooling != "avg":
-            pytest.skip("one way of not pooling")
-    else:
-        options = {**options, "pooling": pooling}
+@pytest.mark.parametrize(
+    "options",
+    [
+        SMALL,
+        {**SMALL, "pooling": "max"},
+        {**SMALL, "pooling": "nearest"},
+        {**SMALL, "ignore": "drop"},
+        DIRECT,
+        RAW,
+    ],
+)
+def test_gradcheck(options: dict[str, Any], device: torch.device) -> None:
     logits, target = segmentation_case((1, 1, 8, 8), dtype=torch.float64, device=device)
     with tritonloss.use_backend("triton"):
         assert torch.autograd.gradcheck(
@@ -374,7 +378,7 @@ def test_gradcheck(options: dict[str, Any], pooling: str, device: torch.device) 
 
 @WAYS
 def test_backward_twice_and_logits_reused(options: dict[str, Any], device: torch.device) -> None:
-    x, target = segmentation_case((1, 2, 8, 9), device=device)
+    x, target = segmentation_case((1, 1, 7, 8), device=device)
     x.requires_grad_()
     with tritonloss.use_backend("triton"):
         loss = rmi_loss(x, target, **options)
@@ -386,10 +390,10 @@ def test_backward_twice_and_logits_reused(options: dict[str, Any], device: torch
 
 @WAYS
 def test_no_gradient_wanted(options: dict[str, Any], device: torch.device) -> None:
-    logits, target = segmentation_case((1, 2, 8, 9), device=device)
+    logits, target = segmentation_case((1, 1, 7, 8), device=device)
     expected, _ = kernel_gradient(logits, target, **options)
     with tritonloss.use_backend("triton"):
-        for grad_mode in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        for grad_mode in (torch.inference_mode(), torch.enable_grad()):
             with grad_mode:
                 loss = rmi_loss(logits, target, **options)
                 assert torch.equal(loss, expected) and not loss.requires_grad
@@ -399,7 +403,7 @@ def test_no_gradient_wanted(options: dict[str, Any], device: torch.device) -> No
 def test_inputs_are_left_alone_and_bits_the_same(
     options: dict[str, Any], device: torch.device
 ) -> None:
-    logits, target = segmentation_case((1, 2, 8, 9), device=device)
+    logits, target = segmentation_case((1, 1, 7, 8), device=device)
     before, labels = logits.clone(), target.clone()
     first, second = (kernel_gradient(logits, target, **options) for _ in range(2))
     assert torch.equal(logits, before) and torch.equal(target, labels)
@@ -408,7 +412,7 @@ def test_inputs_are_left_alone_and_bits_the_same(
 
 @pytest.mark.parametrize("backend", ["aot_eager"])
 def test_compiled(backend: str, device: torch.device) -> None:
-    logits, target = segmentation_case((1, 2, 8, 9), device=device)
+    logits, target = segmentation_case((1, 1, 7, 8), device=device)
     expected = kernel_gradient(logits, target, **SMALL)
     compiled = torch.compile(
         lambda z: rmi_loss(z, target, **SMALL), fullgraph=True, backend=backend
@@ -422,7 +426,7 @@ def test_compiled(backend: str, device: torch.device) -> None:
 
 @WAYS
 def test_operators(options: dict[str, Any], device: torch.device) -> None:
-    logits, target = segmentation_case((1, 2, 8, 9), device=device)
+    logits, target = segmentation_case((1, 1, 7, 8), device=device)
     defaults = kernels.Options(3, "avg", 4, "mean", 1e-6, 0.5, "zero", 255, None)
     arguments = (logits.requires_grad_(), target, *defaults._replace(**options))
     torch.library.opcheck(
@@ -433,7 +437,7 @@ def test_operators(options: dict[str, Any], device: torch.device) -> None:
 
 
 def test_autocast(device: torch.device) -> None:
-    logits, target = segmentation_case((1, 2, 8, 9), dtype=torch.bfloat16, device=device)
+    logits, target = segmentation_case((1, 1, 7, 8), dtype=torch.bfloat16, device=device)
     expected, _ = kernel_gradient(logits, target, **SMALL)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         loss, gradient = kernel_gradient(logits, target, **SMALL)
@@ -461,7 +465,7 @@ def test_large_offsets(device: torch.device) -> None:
 
 
 def test_the_released_code(device: torch.device) -> None:
-    logits, target = segmentation_case((2, 2, 27, 33), dtype=torch.float64)
+    logits, target = segmentation_case((1, 2, 25, 33), dtype=torch.float64)
     truth = released_code(logits.requires_grad_(), target)
     (expected,) = torch.autograd.grad(truth, logits)
     module = tritonloss.RMILoss.released()

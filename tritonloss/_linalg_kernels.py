@@ -250,7 +250,7 @@ def _solve_kernel(
     IDENTITY: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """scale A^-1 B for a block of columns, from one factorisation; B = I gives the inverse."""
+    """Scale A^-1 B for a block of columns, from one factorisation; B = I gives the inverse."""
     matrix, rows, across, mask = _indices(batch, MATRICES, SIDE)
     tile = _load_tile(matrix_ptr, matrix, strides, rows, across, order, order, mask, True)
     column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, None, :]

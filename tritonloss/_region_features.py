@@ -4,9 +4,9 @@ A map is read as two features per class, the residual e = p - y and the label y.
 loss needs follows from their moments, and nothing cancels where the prediction is nearly right: e
 is taken from the logit as -sigmoid(-z) or sigmoid(z), never as a difference.
 
-The features come from two pooled maps (POOLED), which hold sums over a pooling cell, or else from the
-logits and the labels themselves. Either way they are read from `first` (residuals or logits) and
-`second` (labels), each a tuple (pointer, row stride, column stride) of one plane.
+The features come from two pooled maps (POOLED), which hold sums over a pooling cell, or else from
+the logits and the labels themselves. Either way they are read from `first` (residuals or logits)
+and `second` (labels), each a tuple (pointer, row stride, column stride) of one plane.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def pointer_to(plane, row, column, SHIFT: tl.constexpr = 0):
 
     The shift is added to the pointer, so that it becomes a constant of the load instruction.
     """
-    return plane[0] + row.to(tl.int64) * plane[1] + column.to(tl.int64) * plane[2] + SHIFT * plane[2]
+    return (
+        plane[0] + row.to(tl.int64) * plane[1] + column.to(tl.int64) * plane[2] + SHIFT * plane[2]
+    )
 
 
 @triton.jit
-def load_label(
-    target, row, column, mask, channels, IGNORED: tl.constexpr, SHIFT: tl.constexpr = 0
-):
+def load_label(target, row, column, mask, channels, IGNORED: tl.constexpr, SHIFT: tl.constexpr = 0):
     """Class indices, -1 for pixels that are masked, ignored or out of range."""
     label = tl.load(pointer_to(target, row, column, SHIFT), mask=mask, other=0)
     return sanitised_label(label, mask, channels, IGNORED)
@@ -54,7 +54,7 @@ def load_scaled(logits, row, column, mask, dtype: tl.constexpr, SHIFT: tl.conste
 
 @triton.jit
 def sigmoid_pair(u):
-    """(larger, smaller) of the sigmoids of u log 2 and of -u log 2: they add up to 1, both precise."""
+    """(larger, smaller) of the sigmoids of u log 2 and -u log 2: 1 in sum, both precise."""
     t = tl.exp2(-tl.abs(u))
     larger = inverse(1.0 + t)
     return larger, t * larger
@@ -62,7 +62,7 @@ def sigmoid_pair(u):
 
 @triton.jit
 def residual_of(u, label, channel):
-    """(residual p - y, slope p (1 - p)) of a scaled logit; the residual of an invalid label is 0."""
+    """(residual p - y, slope p (1 - p)) of a scaled logit; no residual under an invalid label."""
     larger, smaller = sigmoid_pair(u)
     positive = label == channel
     wrong = tl.where((u >= 0) != positive, larger, smaller)
@@ -88,7 +88,7 @@ def load_features(
 
 @triton.jit
 def logit_gradient(u, label, channel, grad_probability, entropy_scale):
-    """The gradient to logits from the one to p, and from the cross entropy: (p - y) times its scale."""
+    """The gradient to logits from the one to p, and from the cross entropy, scale (p - y)."""
     residual, slope = residual_of(u, label, channel)
     value = grad_probability * slope + entropy_scale * residual
     return tl.where(label >= 0, value, 0.0)

@@ -1,12 +1,13 @@
 """Kernels of region mutual information: the gradient to the probabilities of the (pooled) maps.
 
-A pixel takes part in up to R^2 regions. With the weights K1 (residuals) and K2 (labels) of the head,
-its gradient is a correlation of the maps with their sums along equal lags, (2R - 1)^2 taps per
-feature; near the border some of a pixel's regions do not exist, so that there are (2R - 1)^2
-tables of taps, one for each combination of row and column class. The interior has one table for all.
+A pixel takes part in up to R^2 regions. With the weights K1 (residuals) and K2 (labels) of the
+head, its gradient is a correlation of the maps with their sums along equal lags, (2R - 1)^2 taps
+per feature; near the border some of a pixel's regions do not exist, so that there are (2R - 1)^2
+tables of taps, one for each combination of row and column class. The interior has one table for
+all.
 
-Without pooling the gradient goes through the sigmoid at once, the cross entropy is added, and what is
-written is the gradient to the logits; else the gradient to the pooled probabilities.
+Without pooling the gradient goes through the sigmoid at once, the cross entropy is added, and what
+is written is the gradient to the logits; else the gradient to the pooled probabilities.
 """
 
 from __future__ import annotations
@@ -225,7 +226,16 @@ def _rmi_border_kernel(
         inside = mask & (other_row >= 0) & (other_row < height)
         inside = inside & (other_column >= 0) & (other_column < width)
         e, y = load_features(
-            first, second, other_row, other_column, inside, channel, channels, dtype, IGNORED, POOLED
+            first,
+            second,
+            other_row,
+            other_column,
+            inside,
+            channel,
+            channels,
+            dtype,
+            IGNORED,
+            POOLED,
         )
         value += tl.load(table + q, mask=mask, other=0.0) * e
         value += tl.load(table + TAPS + q, mask=mask, other=0.0) * y

@@ -156,7 +156,9 @@ def _rmi_finish_kernel(
         entropy += tl.load(partials_ptr + start + lane, mask=mask, other=0.0)
         valid += tl.load(partials_ptr + programs + start + lane, mask=mask, other=0.0)
     for start in tl.range(0, planes, BLOCK):
-        information += tl.load(information_ptr + start + lane, mask=start + lane < planes, other=0.0)
+        information += tl.load(
+            information_ptr + start + lane, mask=start + lane < planes, other=0.0
+        )
     bce_weight = tl.full((1,), BCE_WEIGHT, tl.float64)
     count = tl.sum(valid) + tl.zeros((1,), tl.float64)
     entropy_scale = bce_weight / tl.maximum(count, 1.0)

@@ -2,8 +2,8 @@
 
 A region of R x R pixels holds R^2 residuals e and R^2 labels y. Their moments are sums over all
 regions of products of two pixels at a fixed distance, a lag (dy, dx) of which there are (2R - 1)^2:
-all pairs of one lag differ only in which pixels of the frame they leave out. So the core of the map is
-summed once per lag, and a frame R - 1 pixels wide is corrected for each pair: instead of 2 R^4
+all pairs of one lag differ only in which pixels of the frame they leave out. So the core of the map
+is summed once per lag, and a frame R - 1 pixels wide is corrected for each pair: instead of 2 R^4
 products per pixel 2 (2R - 1)^2. Lags are listed as e with e, y with y (half of the plane each), y
 before e, e before y, and last the plain sums of e and y; see _lag.
 
@@ -25,7 +25,7 @@ from ._region_features import SIZES, load_features, load_label, plane_of
 
 @triton.jit
 def _lag(index, REGION: tl.constexpr):
-    """(older is y, newer is y, is a plain sum, dy, dx) of a lag; the newer pixel is dy rows below."""
+    """(older is y, newer is y, is a plain sum, dy, dx) of a lag; the newer is dy rows below."""
     SPAN: tl.constexpr = 2 * REGION - 1
     HALF: tl.constexpr = REGION + (REGION - 1) * SPAN
     OWN: tl.constexpr = 2 * HALF
@@ -95,8 +95,9 @@ def _rmi_lags_kernel(
 ):
     """Lag sums over the core of ROWS rows: one column per lane, the older R - 1 rows in registers.
 
-    OWN are the lags of e with e and of y with y, CROSS those of y with e; large regions take one pass
-    for each. The products are float32, their sums float64 if DOUBLE, else float32 for ROWS rows.
+    OWN are the lags of e with e and of y with y, CROSS those of y with e; large regions take one
+    pass for each. The products are float32, their sums float64 if DOUBLE, else float32 for ROWS
+    rows.
     """
     dtype: tl.constexpr = tl.float64 if first_ptr.dtype.element_ty == tl.float64 else tl.float32
     total: tl.constexpr = tl.float64 if DOUBLE else dtype

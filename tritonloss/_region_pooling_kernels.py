@@ -1,8 +1,8 @@
 """Kernels of region mutual information at the logits' resolution: pooling, cross entropy, and back.
 
-Pooling cells of SIZE x SIZE pixels are tiles [CELLS, SIDE] (SIDE the next power of two), row after row
-of the cell. A program reads its labels once and goes through the classes with them, so that neither
-probabilities nor one-hot labels reach memory at full resolution.
+Pooling cells of SIZE x SIZE pixels are tiles [CELLS, SIDE] (SIDE the next power of two), row after
+row of the cell. A program reads its labels once and goes through the classes with them, so that
+neither probabilities nor one-hot labels reach memory at full resolution.
 """
 
 from __future__ import annotations

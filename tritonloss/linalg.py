@@ -136,7 +136,7 @@ def _logdet(matrices: torch.Tensor) -> torch.Tensor:
 def _solve(
     matrices: torch.Tensor, right: torch.Tensor | None, scale: torch.Tensor | None
 ) -> torch.Tensor:
-    """scale A^-1 right; the identity for None on the right, 1 for None as the scale."""
+    """Scale A^-1 right; the identity for None on the right, 1 for None as the scale."""
     shape = matrices.shape if right is None else right.shape
     solution = torch.empty(shape, dtype=matrices.dtype, device=matrices.device)
     if solution.numel() == 0:
@@ -314,11 +314,13 @@ def _saves_both(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None
 
 
 def _cholesky_gradient(ctx: Any, grad_factor: torch.Tensor, _: Any) -> torch.Tensor:
-    return _cholesky_backward_op(grad_factor, ctx.saved_tensors[0])
+    gradient: torch.Tensor = _cholesky_backward_op(grad_factor, ctx.saved_tensors[0])
+    return gradient
 
 
 def _logdet_gradient(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-    return _inverse_op(ctx.saved_tensors[0], grad)
+    gradient: torch.Tensor = _inverse_op(ctx.saved_tensors[0], grad)
+    return gradient
 
 
 def _solve_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -349,8 +351,8 @@ def cholesky_ex(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns:
         (L, info): L [..., n, n] lower triangular, zeros above the diagonal, in the dtype of A; info
-        int32 [...], 0 or the 1-based order of the first leading minor that is not positive definite.
-        L is NaN where info is not 0. Nothing waits for the GPU.
+        int32 [...], 0 or the 1-based order of the first leading minor that is not positive
+        definite. L is NaN where info is not 0. Nothing waits for the GPU.
 
     Raises:
         TypeError: A is not a float32 or float64 tensor.
