@@ -105,10 +105,10 @@ SHIPPED = variations(
         {"options": {"region_size": region, "pooling": None}, "everywhere": False}
         for region in (1, 2, 4)
     ),
-    *({"options": {"pool_size": size}, "everywhere": False} for size in (2, 3, 5, 8, 16)),
+    *({"options": {"pool_size": size}, "everywhere": False} for size in (2, 3, 5, 8)),
     *(
         {"options": {"pooling": "max", "pool_size": size}, "everywhere": False}
-        for size in (3, 4, 16)
+        for size in (3, 4, 8)
     ),
     {"options": {"pooling": "nearest"}, "everywhere": False},
     {"options": {"pooling": "nearest", "ignore": "drop"}, "everywhere": False},

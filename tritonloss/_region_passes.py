@@ -378,7 +378,7 @@ def _head(options: Options, moments: torch.Tensor) -> tuple[torch.Tensor, torch.
         EPSILON=options.epsilon,
         CELL=options.cell,
         MEAN=options.moments == "mean",
-        num_warps=4 if options.region_size == 5 else 1,
+        num_warps={3: 2, 4: 2, 5: 4}.get(options.region_size, 1),
         enable_fp_fusion=True,
     )
     return information, info, head

@@ -117,8 +117,8 @@ def _rmi_pool_kernel(
         valid += tl.where(label >= 0, 1.0, 0.0)
         touched |= (mask & (label < 0)).to(tl.int32)
     if DROP:
-        plane = touched_ptr + image * pooled_height * pooled_width
-        tl.store(plane + offset, tl.max(touched, 1).to(tl.uint8), mask=stored)
+        whole = touched_ptr + image * pooled_height * pooled_width
+        tl.store(whole + offset, tl.max(touched, 1).to(tl.uint8), mask=stored)
 
     entropy = tl.zeros((CELLS, SIDE), dtype)
     for channel in tl.range(tl.program_id(2), channels, tl.num_programs(2)):
@@ -240,8 +240,8 @@ def _rmi_sample_kernel(
         touched = touched | (mask & (label < 0) & (share > 0))
         corners = corners + ((row, column, share, label >= 0),)
     if DROP:
-        plane = touched_ptr + image * pooled_height * pooled_width
-        tl.store(plane + offset, touched.to(tl.uint8), mask=mask)
+        whole = touched_ptr + image * pooled_height * pooled_width
+        tl.store(whole + offset, touched.to(tl.uint8), mask=mask)
 
     for channel in tl.range(0, channels):
         logits = plane_of(logits_ptr, logits_strides, image, channel)

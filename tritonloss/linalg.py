@@ -59,7 +59,9 @@ def _configuration(operator: str, matrices: torch.Tensor) -> Configuration:
         heuristic = {"LANES": 64, "num_warps": 2}
     else:
         side = triton.next_power_of_2(order)
-        warps = {64: 8, 32: 4}.get(side, 1)
+        # What solves or goes back holds two tiles; one warp would not hold them in float64.
+        wide = matrices.dtype == torch.float64 and operator not in ("cholesky", "logdet")
+        warps = {64: 8, 32: 4}.get(side, 2 if wide else 1)
         heuristic = {"MATRICES": max(1, 256 // side**2), "num_warps": warps}
     return launch_configuration(
         operator,

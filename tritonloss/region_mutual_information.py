@@ -46,7 +46,7 @@ IGNORES = ("zero", "drop")
 PRECISIONS = ("float64", "float32")
 _EPSILON = {"mean": 1e-6, "sum": 5e-4}
 _LARGEST_REGION = 5
-_LARGEST_POOL = 16
+_LARGEST_POOL = 8
 
 # --- operator and gradient ------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ def rmi_loss(
         pooling: "avg" (default) and "max" with zeros for padding of pool_size // 2; "nearest"
         samples
             labels and interpolates probabilities linearly, corners on corners; None.
-        pool_size: side and step of the pooling, 1 (none) to 16. Default 4.
+        pool_size: side and step of the pooling, 1 (none) to 8. Default 4.
         moments: "mean" (default, the paper) divides by the number of regions; "sum" (the released
             code) does not.
         epsilon: what is added to the diagonals, > 0. Default 1e-6 for "mean", 5e-4 for "sum".
