@@ -41,7 +41,7 @@ def loss_launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     logits, target = tensors
     options = {"form": "full", "window_size": 11, "ignore_index": 255, **case.options}
     similarity = kernels._loss_similarity(
-        logits, options["form"] == "full", 1e-4, 9e-4, options["ignore_index"]
+        logits, target, options["form"] == "full", 1e-4, 9e-4, options["ignore_index"]
     )
     window = (options["window_size"], 1.5, "zeros")
     loss, scale = kernels._ssim_forward(logits, target, similarity, *window, mapped=False)

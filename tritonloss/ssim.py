@@ -303,8 +303,7 @@ def _loss_forward_op(
     c2: float,
     ignore_index: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    ignored = ignored_class(ignore_index, logits.size(1), target.dtype)
-    similarity = Similarity(True, full, c1, c2, ignored)
+    similarity = _loss_similarity(logits, target, full, c1, c2, ignore_index)
     return _ssim_forward(logits, target, similarity, window_size, sigma, "zeros", mapped=False)
 
 
@@ -328,8 +327,7 @@ def _loss_backward_op(
     c2: float,
     ignore_index: int | None,
 ) -> torch.Tensor:
-    ignored = ignored_class(ignore_index, logits.size(1), target.dtype)
-    similarity = Similarity(True, full, c1, c2, ignored)
+    similarity = _loss_similarity(logits, target, full, c1, c2, ignore_index)
     return _ssim_backward(
         grad, scale, logits, target, similarity, window_size, sigma, "zeros", both=False
     )[0]
@@ -340,6 +338,18 @@ def _loss_backward_fake(
     grad: torch.Tensor, scale: torch.Tensor, logits: torch.Tensor, *arguments: Any
 ) -> torch.Tensor:
     return torch.empty_like(logits)
+
+
+def _loss_similarity(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    full: bool,
+    c1: float,
+    c2: float,
+    ignore_index: int | None,
+) -> Similarity:
+    ignored = ignored_class(ignore_index, logits.size(1), target.dtype)
+    return Similarity(True, full, c1, c2, ignored)
 
 
 def _loss_setup_context(
