@@ -441,11 +441,10 @@ def _structural_similarity_finish_kernel(
 
 @triton.jit
 def _residual(u, probability, belongs, PRESENT: tl.constexpr):
-    """The residual p - y; for a confident y = 1 as -2^-u p, since p - 1 has no digits left."""
+    """The residual p - y; for y = 1 as -sigmoid(-z), since p - 1 has no digits left near 1."""
     residual = probability
     if PRESENT:
-        complement = tl.where(u > 0.0, probability * tl.exp2(-u), 1.0 - probability)
-        residual = tl.where(belongs, -complement, probability)
+        residual = tl.where(belongs, -sigmoid_base2(-u), probability)
     return residual
 
 
