@@ -119,7 +119,7 @@ def _window_arguments(options: Options, dtype: torch.dtype, columns: int) -> dic
 
 
 def _heuristic(operator: str, window_size: int) -> Configuration:
-    columns = 4 if window_size <= 7 else 2 if window_size <= 11 else 1
+    columns = 4 if 3 <= window_size <= 7 else 2 if window_size <= 11 else 1
     configuration = strip_heuristic(columns, UNROLL=2 if window_size == 3 else 1)
     if operator == "structural_similarity_forward":
         configuration["schedule"] = "recompute" if window_size <= 5 else "stored"
