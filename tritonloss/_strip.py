@@ -82,10 +82,10 @@ def strip_program(channels, tiles_x, tiles_y, STRIP: tl.constexpr):
     image = (tile // tiles_x // tiles_y).to(tl.int64)
     lane = tile_x * LANES + tl.arange(0, LANES)
     if STRIP.channels_in_lanes:
-        channel = (lane % channels).to(tl.int64)
+        channel = lane % channels
         chunk = lane // channels
     else:
-        channel = (program % channels).to(tl.int64)
+        channel = program % channels
         chunk = lane
     return image, channel, chunk, tile_x * (LANES * STRIP.columns), tile_y * ROWS
 
@@ -94,7 +94,7 @@ def strip_program(channels, tiles_x, tiles_y, STRIP: tl.constexpr):
 def plane_of(pointer, strides, image, channel, STRIP: tl.constexpr):
     """(pointer, row stride, column stride) of one channel; strides count in grains but the last."""
     GRAIN: tl.constexpr = STRIP.grain
-    offset = image * strides[0] + channel * strides[1]
+    offset = image * strides[0] + channel.to(tl.int64) * strides[1]
     return pointer + offset * GRAIN, strides[2], strides[3]
 
 

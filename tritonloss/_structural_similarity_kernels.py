@@ -470,11 +470,11 @@ def _backward_strip(
         for v in tl.static_range(COLUMNS):
             column = chunk * COLUMNS + v
             hard = _is_hard(differences[v], column, out_row, height, width, SAMPLING, WINDOW)
-            weight = scales[1] * differences[v] if SAMPLING.reweight else scales[1]
+            weight = tl.where(hard, differences[v] if SAMPLING.reweight else 1.0, 0.0)
             # Where a pixel is not valid p = y = 0, and with them the gradient.
             belongs = pixels[2][v] == channel
             residual = _residual(pixels[0][v], pixels[1][v], belongs, PRESENT)
-            gradient = gradient + ((scales[0] + tl.where(hard, weight, 0.0)) * residual,)
+            gradient = gradient + ((scales[0] + scales[1] * weight) * residual,)
         limit = tl.where(i >= SIZE - 1, width, 0)
         store_columns(grad, out_row, chunk, limit, gradient, STRIP)
 
