@@ -94,8 +94,9 @@ class Case:
     @property
     def parameters(self) -> str:
         """All that tells this case from others of its shape, dtype and layout, in one text."""
-        named = {"labels": self.labels, **self.options, "schedule": self.schedule}
-        return " ".join(f"{name}={value}" for name, value in named.items() if value is not None)
+        given = {"labels": self.labels, "schedule": self.schedule}
+        named = {name: value for name, value in given.items() if value is not None}
+        return " ".join(f"{name}={value}" for name, value in {**named, **self.options}.items())
 
     @property
     def text(self) -> str:

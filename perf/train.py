@@ -24,7 +24,7 @@ from torch.nn import functional
 from perf import text
 from perf.photographs import CLASSES, VOID, Photograph, photographs
 from perf.progress import Progress
-from tritonloss.functional import structural_similarity_loss
+from tritonloss.functional import rmi_loss, structural_similarity_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -66,6 +66,13 @@ def structural_similarity(logits: Tensor, target: Tensor) -> Tensor:
     return structural_similarity_loss(logits, target, ignore_index=VOID)
 
 
+def region_mutual_information(logits: Tensor, target: Tensor) -> Tensor:
+    """RMI with all of its defaults."""
+    loss = rmi_loss(logits, target, ignore_index=VOID)
+    assert isinstance(loss, Tensor)  # a pair only with return_info
+    return loss
+
+
 BASELINE = "cross entropy"
 _AGAINST = f"against {BASELINE}"
 # name -> (channels of the logits, loss)
@@ -73,6 +80,7 @@ LOSSES: Mapping[str, tuple[int, Loss]] = {
     BASELINE: (len(CLASSES), cross_entropy),
     "binary cross entropy": (len(CLASSES), binary_cross_entropy),
     "structural similarity": (len(CLASSES), structural_similarity),
+    "region mutual information": (len(CLASSES), region_mutual_information),
 }
 
 

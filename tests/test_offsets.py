@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tritonloss
 from tests.oracle import segmentation_case
-from tritonloss.functional import ssim, ssim_loss, structural_similarity_loss
+from tritonloss.functional import rmi_loss, ssim, ssim_loss, structural_similarity_loss
 
 pytestmark = pytest.mark.parity
 
@@ -44,9 +44,31 @@ def sigmoid_maps(logits: Tensor, target: Tensor) -> Tensor:
     return ssim_loss(logits, target, window_size=3)
 
 
+def regions(logits: Tensor, target: Tensor) -> Tensor:
+    return rmi_loss(logits, target, region_size=1, pooling=None)
+
+
+def pooled_regions(logits: Tensor, target: Tensor) -> Tensor:
+    return rmi_loss(logits, target, region_size=1, pool_size=2)
+
+
+def sampled_regions(logits: Tensor, target: Tensor) -> Tensor:
+    return rmi_loss(logits, target, region_size=1, pooling="nearest", pool_size=2)
+
+
+def whole_regions(logits: Tensor, target: Tensor) -> Tensor:
+    return rmi_loss(logits, target, region_size=2, pooling=None, ignore="drop")
+
+
+OF_LOGITS = [
+    structural_similarity_loss, sigmoid_maps, regions, pooled_regions, sampled_regions,
+    whole_regions,
+]  # fmt: skip
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own memory is used instead")
 @pytest.mark.parametrize(("axis", "size"), [(0, 3), (1, 3), (2, 3), (3, 3), (1, 2), (2, 2)])
-@pytest.mark.parametrize("function", [structural_similarity_loss, sigmoid_maps, statistics, images])
+@pytest.mark.parametrize("function", [*OF_LOGITS, statistics, images])
 def test_far_strides(
     function: Callable[[Tensor, Tensor], Tensor], axis: int, size: int, tmp_path: Path
 ) -> None:
@@ -68,7 +90,7 @@ def test_far_strides(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own memory is used instead")
 @pytest.mark.parametrize(("axis", "size"), [(0, 3), (1, 3), (2, 3), (1, 2)])
-@pytest.mark.parametrize("function", [structural_similarity_loss, sigmoid_maps])
+@pytest.mark.parametrize("function", OF_LOGITS)
 def test_far_strides_of_labels(
     function: Callable[[Tensor, Tensor], Tensor], axis: int, size: int, tmp_path: Path
 ) -> None:

@@ -24,9 +24,9 @@ def check_logits(logits: torch.Tensor, name: str = "logits") -> None:
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"{accepted}; got {_type(logits)}")
     if logits.dtype not in _FLOATING:
-        raise TypeError(f"{accepted}; got {_tensor(logits)}")
+        raise TypeError(f"{accepted}; got {described(logits)}")
     if logits.dim() != 4 or logits.shape[1] < 1:
-        raise ValueError(f"{accepted} with C of at least 1; got {_tensor(logits)}")
+        raise ValueError(f"{accepted} with C of at least 1; got {described(logits)}")
 
 
 def check_target(logits: torch.Tensor, target: torch.Tensor) -> None:
@@ -39,9 +39,9 @@ def check_target(logits: torch.Tensor, target: torch.Tensor) -> None:
     if not isinstance(target, torch.Tensor):
         raise TypeError(f"{accepted}; got {_type(target)}")
     if target.dtype not in _INTEGERS:
-        raise TypeError(f"{accepted}; got {_tensor(target)}")
+        raise TypeError(f"{accepted}; got {described(target)}")
     if tuple(target.shape) != expected:
-        raise ValueError(f"{accepted}; got {_tensor(target)}")
+        raise ValueError(f"{accepted}; got {described(target)}")
     _check_device(logits, "logits", target, "target")
 
 
@@ -93,13 +93,13 @@ def check_labels_in_range(target: torch.Tensor, classes: int, ignore_index: int 
 def check_images(x: torch.Tensor, y: torch.Tensor) -> None:
     """``x`` and ``y`` must be two image batches of one shape, dtype and device."""
     check_logits(x, name="x")
-    accepted = f"y must be like x, {_tensor(x)}"
+    accepted = f"y must be like x, {described(x)}"
     if not isinstance(y, torch.Tensor):
         raise TypeError(f"{accepted}; got {_type(y)}")
     if y.dtype != x.dtype:
-        raise TypeError(f"{accepted}; got {_tensor(y)}")
+        raise TypeError(f"{accepted}; got {described(y)}")
     if y.shape != x.shape:
-        raise ValueError(f"{accepted}; got {_tensor(y)}")
+        raise ValueError(f"{accepted}; got {described(y)}")
     _check_device(x, "x", y, "y")
 
 
@@ -133,6 +133,15 @@ def check_padding_fits(
             f'{name} must have height and width of at least {needed} for padding="{padding}" and '
             f"window_size={window_size}; got height {height} and width {width}"
         )
+
+
+def check_integer(name: str, value: int, low: int, high: int) -> None:
+    """``value`` must be an integer from ``low`` to ``high``."""
+    accepted = f"{name} must be an integer from {low} to {high}"
+    if not _is_integer(value):
+        raise TypeError(f"{accepted}; got {_value(value)}")
+    if not low <= value <= high:
+        raise ValueError(f"{accepted}; got {value}")
 
 
 def check_option(name: str, value: str, choices: Sequence[str]) -> None:
@@ -183,5 +192,6 @@ def _value(value: object) -> str:
     return f"{value!r} of type {type(value).__name__}"
 
 
-def _tensor(tensor: torch.Tensor) -> str:
+def described(tensor: torch.Tensor) -> str:
+    """Dtype and shape in words, for messages."""
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"

@@ -56,6 +56,19 @@ def _ssim_images(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tens
     return (functional.ssim(x, x.flip(-1), window_size=5, reduction="none"),)
 
 
+def _region_mutual_information(
+    logits: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    loss = functional.rmi_loss(logits, target, region_size=2, pool_size=2)
+    assert isinstance(loss, torch.Tensor)  # a pair only with return_info
+    return (loss,)
+
+
+def _log_determinant(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    half = logits[..., :4]
+    return (tritonloss.linalg.logdet(half.mT @ half + torch.eye(4).to(half)),)
+
+
 OPERATORS: dict[str, Operator] = {
     "gaussian_statistics": _gaussian_statistics,
     "structural_similarity_loss": _structural_similarity,
@@ -63,6 +76,8 @@ OPERATORS: dict[str, Operator] = {
     "ssim_loss, full": _ssim_full,
     "ssim_loss, contrast_structure": _ssim_contrast,
     "ssim": _ssim_images,
+    "rmi_loss": _region_mutual_information,
+    "linalg.logdet": _log_determinant,
 }
 
 # Relative to the largest element of the float64 result; a wrong kernel is off by far more.

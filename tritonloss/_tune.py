@@ -28,7 +28,13 @@ from . import _tuning
 from ._backend import INTERPRETED
 from ._tuning import Configuration, TuningCase
 
-SLICES = ("gaussian_window", "structural_similarity", "ssim")
+SLICES = (
+    "gaussian_window",
+    "structural_similarity",
+    "ssim",
+    "region_mutual_information",
+    "linalg",
+)
 
 # Candidates differ in the order of their sums, not in their mathematics.
 _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 4e-2, torch.float32: 1e-3, torch.float64: 1e-6}

@@ -1,0 +1,147 @@
+"""Region mutual information: how much the labels of a region tell about its predictions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels_reference.gaussian_window import working_dtype
+from kernels_reference.labels import one_hot, valid_pixels
+
+
+def rmi_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    region_size: int = 3,
+    pooling: str | None = "avg",
+    pool_size: int = 4,
+    moments: str = "mean",
+    epsilon: float | None = None,
+    bce_weight: float = 0.5,
+    ignore: str = "zero",
+    ignore_index: int | None = 255,
+    precision: str | None = None,
+    return_info: bool = False,
+    residual: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """bce_weight BCE + (1 - bce_weight) RMI, RMI paper, Eq. 12-16.
+
+    ``residual`` chooses between two forms of the same matrix; ``precision`` is for the kernels: the
+    moments are always float64 here.
+    """
+    valid = valid_pixels(target, logits.size(1), ignore_index)
+    positive = valid & one_hot(target, logits.size(1))
+    z = torch.where(valid, logits.to(working_dtype(logits.dtype)), 0)
+    cross_entropy = torch.where(valid, -F.logsigmoid(torch.where(positive, z, -z)), 0)
+    mean_cross_entropy = cross_entropy.sum() / valid.sum().clamp(min=1)
+
+    if pooling is None or pool_size == 1:
+        e = torch.where(valid, torch.where(positive, -torch.sigmoid(-z), torch.sigmoid(z)), 0)
+        y, touched = positive.to(z.dtype), ~valid
+    else:
+        e, y, touched = _POOLINGS[pooling](z, positive, valid, pool_size)
+    keep = ~touched if ignore == "drop" else torch.ones_like(touched)
+
+    epsilon = (1e-6 if moments == "mean" else 5e-4) if epsilon is None else epsilon
+    information, info = _information(e, y, keep, region_size, moments, epsilon, residual)
+    rmi = information.sum().to(z.dtype) / max(logits.size(0), 1)
+    loss = bce_weight * mean_cross_entropy + (1 - bce_weight) * rmi
+    loss = torch.where(valid.any(), loss, 0)
+    return (loss, info) if return_info else loss
+
+
+def pooled_size(height: int, width: int, pooling: str | None, pool_size: int) -> tuple[int, int]:
+    """Height and width of the maps that the regions are taken from."""
+    if pooling is None or pool_size == 1:
+        return height, width
+    if pooling == "nearest":
+        return height // pool_size, width // pool_size
+    margin = 2 * (pool_size // 2) - pool_size
+    return (height + margin) // pool_size + 1, (width + margin) // pool_size + 1
+
+
+def _information(
+    e: Tensor, y: Tensor, keep: Tensor, region: int, moments: str, epsilon: float, residual: bool
+) -> tuple[Tensor, Tensor]:
+    """(1/2 log det M / d, info) per image and class, from P = Y + E in regions of d pixels.
+
+    M, the covariance of Y given P, is the trailing block of the Cholesky factor of the covariance
+    of (P, Y). Y - P in the place of Y leaves it as it is, and rounding errors shrink with Y - P.
+    """
+    windows = _regions(keep, region).all(-2, keepdim=True)
+    count = windows.sum(-1, keepdim=True)
+    y = _centred(_regions(y.double(), region), windows)
+    e = _centred(_regions(e.double(), region), windows)
+    p = y + e
+    other = -e if residual else y
+    joint = torch.cat((p, other), -2)
+    scatter = joint @ joint.mT
+    if moments == "mean":
+        scatter = scatter / count.clamp(min=1)
+
+    d = region * region
+    ridge = epsilon * torch.eye(d, dtype=torch.float64, device=y.device)
+    cross = -ridge if residual else torch.zeros_like(ridge)
+    corner = 2 * ridge if residual else ridge
+    ridge = torch.cat((torch.cat((ridge, cross), 1), torch.cat((cross, corner), 1)))
+    factor, info = torch.linalg.cholesky_ex(scatter + ridge)
+    information = factor[..., d:, d:].diagonal(dim1=-2, dim2=-1).log().sum(-1) / d
+    information = torch.where(info == 0, information, torch.nan)
+    return torch.where(count[..., 0, 0] > 0, information, 0), info
+
+
+def _regions(x: Tensor, region: int) -> Tensor:
+    """Every region of x [N, C, H, W] as a column of [N, C, region^2, regions]."""
+    regions = x.unfold(2, region, 1).unfold(3, region, 1)
+    return regions.flatten(4).flatten(2, 3).transpose(2, 3)
+
+
+def _centred(x: Tensor, windows: Tensor) -> Tensor:
+    """X without its mean over the windows, and 0 in all others."""
+    x = torch.where(windows, x, 0)
+    return torch.where(windows, x - x.sum(-1, keepdim=True) / windows.sum(-1, True).clamp(min=1), 0)
+
+
+# Each: (residual p - y, labels y, whether an invalid pixel was read), pooled.
+
+
+def _average(z: Tensor, positive: Tensor, valid: Tensor, size: int) -> tuple[Tensor, ...]:
+    e = torch.where(valid, torch.where(positive, -torch.sigmoid(-z), torch.sigmoid(z)), 0)
+    maps = (e, positive.to(z.dtype), (~valid).to(z.dtype))
+    e, y, touched = (F.avg_pool2d(x, size, size, padding=size // 2) for x in maps)
+    return e, y, touched > 0
+
+
+def _maximum(z: Tensor, positive: Tensor, valid: Tensor, size: int) -> tuple[Tensor, ...]:
+    z = torch.where(valid, z, torch.finfo(z.dtype).min)  # p = 0
+    maps = (z, positive.to(z.dtype), (~valid).to(z.dtype))
+    z, y, touched = (F.max_pool2d(x, size, size, padding=size // 2) for x in maps)
+    return torch.where(y > 0, -torch.sigmoid(-z), torch.sigmoid(z)), y, touched > 0
+
+
+def _nearest(z: Tensor, positive: Tensor, valid: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Labels of the nearest pixel, probabilities interpolated linearly between the corners."""
+    height, width = z.size(2) // size, z.size(3) // size
+    nearest = F.interpolate(positive.to(z.dtype), (height, width), mode="nearest")
+    below = _interpolated(torch.where(valid, torch.sigmoid(z), 0), height, width)
+    above = _interpolated(torch.where(valid, torch.sigmoid(-z), 1), height, width)
+    void = (~valid).to(z.dtype)
+    touched = _interpolated(void, height, width) + F.interpolate(void, (height, width)) > 0
+    return torch.where(nearest > 0, -above, below), nearest, touched
+
+
+def _interpolated(x: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear, the corners of both grids at the same place; exact where pixels coincide."""
+    for dim, size in ((2, height), (3, width)):
+        place = torch.arange(size, device=x.device) * (x.size(dim) - 1)
+        below = place // max(size - 1, 1)
+        share = (place % max(size - 1, 1)).to(x.dtype) / max(size - 1, 1)
+        share = share.view(-1, 1) if dim == 2 else share
+        above = (below + 1).clamp(max=x.size(dim) - 1)
+        x = x.index_select(dim, below) * (1 - share) + x.index_select(dim, above) * share
+    return x
+
+
+_POOLINGS = {"avg": _average, "max": _maximum, "nearest": _nearest}

@@ -1,0 +1,161 @@
+"""What the passes of region mutual information share: options, maps, launch configurations."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from ._strip import ignored_class
+from ._tuning import Configuration, launch_configuration
+
+
+class Options(NamedTuple):
+    """The options of the loss, as they pass through the operators."""
+
+    region_size: int
+    pooling: str | None
+    pool_size: int
+    moments: str
+    epsilon: float
+    bce_weight: float
+    ignore: str
+    ignore_index: int | None
+    precision: str | None
+
+    @property
+    def pools(self) -> bool:
+        """Whether there are pooled maps."""
+        return self.pooling is not None and self.pool_size > 1
+
+    @property
+    def cell(self) -> int:
+        """By how much the pooled maps are to be divided: they hold sums for "avg"."""
+        return self.pool_size**2 if self.pools and self.pooling == "avg" else 1
+
+
+class Maps(NamedTuple):
+    """What the regions are taken from: pooled maps, or the logits and the labels themselves."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+    ignored: int
+    pooled: bool
+
+    @property
+    def height(self) -> int:
+        return self.first.size(2)
+
+    @property
+    def width(self) -> int:
+        return self.first.size(3)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The launch arguments of a kernel that reads them as features."""
+        return {
+            "first_ptr": self.first,
+            "second_ptr": self.second,
+            "first_strides": strides(self.first),
+            "second_strides": strides(self.second),
+            "channels": self.first.size(1),
+            "IGNORED": self.ignored,
+            "POOLED": self.pooled,
+            "enable_fp_fusion": True,
+        }
+
+
+class Saved(NamedTuple):
+    """What the forward pass leaves for the backward pass."""
+
+    statistics: torch.Tensor  # [1]: bce_weight / V
+    residual: torch.Tensor  # [N, C, h, w], or empty: not pooled
+    labels: torch.Tensor  # [N, C, h, w] uint8, or empty
+    kept: torch.Tensor  # [N, regions down, regions across] uint8, or empty: all
+    residual_weights: torch.Tensor  # [N, C, d, d] float64
+    label_weights: torch.Tensor  # [N, C, d, d] float64
+    constants: torch.Tensor  # [N, C, d] float64
+
+    def images(self, chosen: slice) -> Saved:
+        """The same of a range of images."""
+        return Saved(self.statistics, *(tensor[chosen] for tensor in self[1:]))
+
+
+def strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides of batch, channel, row and column; label maps have the channel stride 0."""
+    stride = tensor.stride()
+    return stride if tensor.dim() == 4 else (stride[0], 0, stride[1], stride[2])
+
+
+def maps_of(
+    options: Options,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    residual: torch.Tensor,
+    labels: torch.Tensor,
+) -> Maps:
+    if options.pools:
+        return Maps(residual, labels, -1, True)
+    return Maps(logits, target, ignored(options, logits, target), False)
+
+
+def ignored(options: Options, logits: torch.Tensor, target: torch.Tensor) -> int:
+    """The ignore label as the kernels take it."""
+    return ignored_class(options.ignore_index, logits.size(1), target.dtype)
+
+
+def is_direct(options: Options, height: int, width: int) -> bool:
+    """Whether the moments take every product of every region: no lag sums."""
+    return options.ignore == "drop" or min(height, width) < 2 * options.region_size - 1
+
+
+def sums_in_double(options: Options, logits: torch.Tensor) -> bool:
+    """Whether lag sums are float64: where the GPU is slow at that (1/64), they are float32.
+
+    The data-centre GPUs of NVIDIA (8.0, 9.0, 10.0) and of AMD (gfx9) are fast.
+    """
+    if options.precision is not None or logits.device.type != "cuda":
+        return options.precision != "float32"
+    if torch.version.hip is not None:
+        return "gfx9" in torch.cuda.get_device_properties(logits.device).gcnArchName
+    return torch.cuda.get_device_capability(logits.device) in ((8, 0), (9, 0), (10, 0))
+
+
+def launch_of(
+    operator: str, logits: torch.Tensor, window: int, *, num_warps: int = 4, **sizes: int
+) -> Configuration:
+    """The launch configuration of an operator, tuned or else as given."""
+    return launch_configuration(
+        operator,
+        device=logits.device,
+        dtype=logits.dtype,
+        classes=logits.size(1),
+        window=window,
+        layout="contiguous" if logits.is_contiguous() else "strided",
+        heuristic={**sizes, "num_warps": num_warps},
+    )
+
+
+def cells_of(operator: str, options: Options, logits: torch.Tensor) -> dict[str, Any]:
+    """Launch arguments of a kernel whose tiles are pooling cells."""
+    size = options.pool_size
+    side = triton.next_power_of_2(size)
+    # Narrow programs: padding makes one cell more in a row than fit evenly, 129 for 513 pixels.
+    launch = launch_of(operator, logits, size, CELLS=max(128 // side, 1), num_warps=1)
+    return {
+        "cell_rows": triton.cdiv(logits.size(2) + size // 2, size),
+        "SIZE": size,
+        "SIDE": side,
+        "MAXIMUM": options.pooling == "max",
+        **launch,
+        "enable_fp_fusion": True,
+    }
+
+
+def cell_grid(logits: torch.Tensor, cells: dict[str, Any]) -> tuple[int, int, int]:
+    """(rows of cells, blocks of cells, shares of the classes): few programs share the classes."""
+    batch, channels, _, width = logits.shape
+    blocks = triton.cdiv(triton.cdiv(width + cells["SIZE"] // 2, cells["SIZE"]), cells["CELLS"])
+    rows = batch * cells["cell_rows"]
+    return rows, blocks, min(channels, max(1, 4096 // (rows * blocks)))

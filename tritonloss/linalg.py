@@ -1,0 +1,513 @@
+"""Batched small symmetric positive definite matrices: Cholesky factor, determinant, solve, inverse.
+
+For batches of matrices up to 64 x 64, where a library call per matrix, or a kernel built for large
+ones, spends its time on launches. Every function factorises A = L L^T once, in the dtype of A:
+
+    logdet A = 2 sum log diag L,     A^-1 B = L^-T (L^-1 B)
+
+and every gradient has a closed form and a kernel. They are symmetric, as torch.linalg's:
+
+    dA = 1/2 L^-T (P + P^T) L^-1,  P = L^T dL below the diagonal, half of it on it     (cholesky_ex)
+    dA = A^-1 d(logdet),   dA = -sym(dB X^T) with dB = A^-1 dX,   dA = -X sym(dX) X    (the others)
+
+Gradients of gradients are not available.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+
+from kernels_reference import linalg as reference
+
+from . import _checks
+from ._backend import device_guard, serves_triton
+from ._linalg_kernels import (
+    _cholesky_backward_kernel,
+    _cholesky_lanes_kernel,
+    _cholesky_tile_kernel,
+    _inverse_backward_kernel,
+    _logdet_lanes_kernel,
+    _logdet_tile_kernel,
+    _solve_backward_kernel,
+    _solve_kernel,
+)
+from ._tuning import Configuration, TuningCase, launch_configuration
+
+__all__ = ["cholesky_ex", "inv", "logdet", "solve"]
+
+LARGEST = 64
+# Unrolled in lanes a factorisation of order 12 compiles for ten seconds, and one of 9 for two.
+LARGEST_IN_LANES = 9
+
+# --- launchers ------------------------------------------------------------------------------------
+
+
+def _flat(tensor: torch.Tensor, trailing: int = 2) -> torch.Tensor:
+    """[batch, ...]: a view unless the leading dimensions cannot be merged."""
+    return tensor.reshape(-1, *tensor.shape[tensor.dim() - trailing :])
+
+
+def _configuration(operator: str, matrices: torch.Tensor) -> Configuration:
+    order = matrices.size(-1)
+    in_lanes = operator in ("cholesky", "logdet") and order <= LARGEST_IN_LANES
+    heuristic: Configuration
+    if in_lanes:
+        heuristic = {"LANES": 64, "num_warps": 2}
+    else:
+        side = triton.next_power_of_2(order)
+        # What solves or goes back holds two tiles; one warp would not hold them in float64.
+        wide = matrices.dtype == torch.float64 and operator not in ("cholesky", "logdet")
+        warps = {64: 8, 32: 4}.get(side, 2 if wide else 1)
+        heuristic = {"MATRICES": max(1, 256 // side**2), "num_warps": warps}
+    return launch_configuration(
+        operator,
+        device=matrices.device,
+        dtype=matrices.dtype,
+        classes=order,
+        window=1,
+        layout="contiguous",
+        heuristic=heuristic,
+    )
+
+
+def _tile_launch(operator: str, matrices: torch.Tensor) -> tuple[int, dict[str, Any]]:
+    """(programs, launch arguments) of a kernel that works on tiles."""
+    configuration = _configuration(operator, matrices)
+    launch = {
+        "batch": matrices.size(0),
+        "order": matrices.size(-1),
+        "SIDE": triton.next_power_of_2(matrices.size(-1)),
+        **configuration,
+        "enable_fp_fusion": True,
+    }
+    return triton.cdiv(matrices.size(0), int(configuration["MATRICES"])), launch
+
+
+def _factorise(operator: str, matrices: torch.Tensor, lanes: Any, tile: Any, **out: Any) -> None:
+    """Launch the kernel in lanes or the one in tiles, by the order of the matrices."""
+    batch, order = matrices.size(0), matrices.size(-1)
+    if batch == 0:
+        return
+    with device_guard(matrices):
+        if order <= LARGEST_IN_LANES:
+            configuration = _configuration(operator, matrices)
+            lanes[(triton.cdiv(batch, int(configuration["LANES"])),)](
+                matrix_ptr=matrices,
+                strides=matrices.stride(),
+                batch=batch,
+                ORDER=order,
+                **out,
+                **configuration,
+                enable_fp_fusion=True,
+            )
+        else:
+            programs, launch = _tile_launch(operator, matrices)
+            tile[(programs,)](matrix_ptr=matrices, strides=matrices.stride(), **out, **launch)
+
+
+def _cholesky(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    factor = torch.empty(matrices.shape, dtype=matrices.dtype, device=matrices.device)
+    info = torch.empty(matrices.shape[:-2], dtype=torch.int32, device=matrices.device)
+    _factorise(
+        "cholesky",
+        _flat(matrices),
+        _cholesky_lanes_kernel,
+        _cholesky_tile_kernel,
+        factor_ptr=factor,
+        info_ptr=info,
+    )
+    return factor, info
+
+
+def _logdet(matrices: torch.Tensor) -> torch.Tensor:
+    result = torch.empty(matrices.shape[:-2], dtype=matrices.dtype, device=matrices.device)
+    _factorise(
+        "logdet",
+        _flat(matrices),
+        _logdet_lanes_kernel,
+        _logdet_tile_kernel,
+        logdet_ptr=result,
+    )
+    return result
+
+
+def _solve(
+    matrices: torch.Tensor, right: torch.Tensor | None, scale: torch.Tensor | None
+) -> torch.Tensor:
+    """Scale A^-1 right; the identity for None on the right, 1 for None as the scale."""
+    shape = matrices.shape if right is None else right.shape
+    solution = torch.empty(shape, dtype=matrices.dtype, device=matrices.device)
+    if solution.numel() == 0:
+        return solution
+    flat = _flat(matrices)
+    flat_right = flat if right is None else _flat(right)
+    columns = shape[-1]
+    programs, launch = _tile_launch("solve", flat)
+    block = min(triton.next_power_of_2(columns), launch["SIDE"])
+    with device_guard(matrices):
+        _solve_kernel[(programs, triton.cdiv(columns, block))](
+            matrix_ptr=flat,
+            right_ptr=flat_right,
+            scale_ptr=solution if scale is None else scale.contiguous(),
+            solution_ptr=solution,
+            strides=flat.stride(),
+            right_strides=flat_right.stride(),
+            columns=columns,
+            BLOCK=block,
+            IDENTITY=right is None,
+            SCALED=scale is not None,
+            **launch,
+        )
+    return solution
+
+
+def _matrix_backward(
+    kernel: Any, operator: str, grad: torch.Tensor, saved: torch.Tensor, **pointers: Any
+) -> torch.Tensor:
+    """The gradient to A of the factor or the inverse."""
+    result = torch.empty(saved.shape, dtype=saved.dtype, device=saved.device)
+    if result.numel() == 0:
+        return result
+    flat_grad = _flat(grad)
+    programs, launch = _tile_launch(operator, _flat(saved))
+    with device_guard(saved):
+        kernel[(programs,)](
+            grad_matrix_ptr=result,
+            grad_strides=flat_grad.stride(),
+            **{name: flat_grad if value is None else value for name, value in pointers.items()},
+            **launch,
+        )
+    return result
+
+
+def _cholesky_backward(grad_factor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return _matrix_backward(
+        _cholesky_backward_kernel,
+        "cholesky_backward",
+        grad_factor,
+        factor,
+        grad_factor_ptr=None,
+        factor_ptr=factor,
+    )
+
+
+def _inverse_backward(grad_inverse: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    return _matrix_backward(
+        _inverse_backward_kernel,
+        "inverse_backward",
+        grad_inverse,
+        inverse,
+        grad_inverse_ptr=None,
+        inverse_ptr=inverse,
+    )
+
+
+def _solve_backward(grad_right: torch.Tensor, solution: torch.Tensor) -> torch.Tensor:
+    """The gradient to A of X = A^-1 B from the one to B; both contiguous."""
+    order = solution.size(-2)
+    shape = (*solution.shape[:-1], order)
+    result = torch.empty(shape, dtype=solution.dtype, device=solution.device)
+    if result.numel() == 0:
+        return result
+    programs, launch = _tile_launch("solve_backward", _flat(result))
+    with device_guard(solution):
+        _solve_backward_kernel[(programs,)](
+            grad_right_ptr=grad_right,
+            solution_ptr=solution,
+            grad_matrix_ptr=result,
+            columns=solution.size(-1),
+            **launch,
+        )
+    return result
+
+
+# --- operators and gradients ----------------------------------------------------------------------
+
+
+@torch.library.custom_op("tritonloss::cholesky_ex", mutates_args=())
+def _cholesky_op(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _cholesky(A)
+
+
+@torch.library.custom_op("tritonloss::cholesky_backward", mutates_args=())
+def _cholesky_backward_op(grad_factor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return _cholesky_backward(grad_factor, factor)
+
+
+@torch.library.custom_op("tritonloss::logdet", mutates_args=())
+def _logdet_op(A: torch.Tensor) -> torch.Tensor:
+    return _logdet(A)
+
+
+@torch.library.custom_op("tritonloss::solve", mutates_args=())
+def _solve_op(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    return _solve(A, B, None)
+
+
+@torch.library.custom_op("tritonloss::solve_backward", mutates_args=())
+def _solve_backward_op(grad_right: torch.Tensor, solution: torch.Tensor) -> torch.Tensor:
+    return _solve_backward(grad_right, solution)
+
+
+@torch.library.custom_op("tritonloss::inv", mutates_args=())
+def _inverse_op(A: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    return _solve(A, None, scale)
+
+
+@torch.library.custom_op("tritonloss::inv_backward", mutates_args=())
+def _inverse_backward_op(grad_inverse: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    return _inverse_backward(grad_inverse, inverse)
+
+
+def _like(tensor: torch.Tensor, shape: torch.Size | None = None) -> torch.Tensor:
+    """A contiguous tensor of the same dtype, as every launcher returns."""
+    return tensor.new_empty(tensor.shape if shape is None else shape)
+
+
+@_cholesky_op.register_fake
+def _cholesky_fake(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _like(A), A.new_empty(A.shape[:-2], dtype=torch.int32)
+
+
+@_logdet_op.register_fake
+def _logdet_fake(A: torch.Tensor) -> torch.Tensor:
+    return _like(A, A.shape[:-2])
+
+
+@_solve_op.register_fake
+def _solve_fake(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    return _like(B)
+
+
+@_inverse_op.register_fake
+def _inverse_fake(A: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    return _like(A)
+
+
+@_cholesky_backward_op.register_fake
+def _cholesky_backward_fake(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return _like(factor)
+
+
+@_inverse_backward_op.register_fake
+def _inverse_backward_fake(grad: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    return _like(inverse)
+
+
+@_solve_backward_op.register_fake
+def _solve_backward_fake(grad: torch.Tensor, solution: torch.Tensor) -> torch.Tensor:
+    return _like(solution, torch.Size((*solution.shape[:-1], solution.shape[-2])))
+
+
+def _saves_output(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(output[0] if isinstance(output, tuple) else output)
+
+
+def _saves_matrix(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _saves_both(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _cholesky_gradient(ctx: Any, grad_factor: torch.Tensor, _: Any) -> torch.Tensor:
+    gradient: torch.Tensor = _cholesky_backward_op(grad_factor, ctx.saved_tensors[0])
+    return gradient
+
+
+def _logdet_gradient(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+    gradient: torch.Tensor = _inverse_op(ctx.saved_tensors[0], grad)
+    return gradient
+
+
+def _solve_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    matrix, solution = ctx.saved_tensors
+    grad_right = _solve_op(matrix, grad)
+    wanted = ctx.needs_input_grad[0]
+    return _solve_backward_op(grad_right, solution) if wanted else None, grad_right
+
+
+def _inverse_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return _inverse_backward_op(grad, ctx.saved_tensors[0]), None
+
+
+_cholesky_op.register_autograd(_cholesky_gradient, setup_context=_saves_output)
+_logdet_op.register_autograd(_logdet_gradient, setup_context=_saves_matrix)
+_solve_op.register_autograd(_solve_gradient, setup_context=_saves_both)
+_inverse_op.register_autograd(_inverse_gradient, setup_context=_saves_output)
+
+
+# --- functions ------------------------------------------------------------------------------------
+
+
+def cholesky_ex(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cholesky factor of each symmetric positive definite matrix: A = L L^T.
+
+    Args:
+        A: [..., n, n] with 1 <= n <= 64, float32 or float64; the lower triangle is read.
+
+    Returns:
+        (L, info): L [..., n, n] lower triangular, zeros above the diagonal, in the dtype of A; info
+        int32 [...], 0 or the 1-based order of the first leading minor that is not positive
+        definite. L is NaN where info is not 0. Nothing waits for the GPU.
+
+    Raises:
+        TypeError: A is not a float32 or float64 tensor.
+        ValueError: A is not square, or n is not in 1 to 64.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> A = torch.eye(4).repeat(1000, 1, 1)
+        >>> L, info = tritonloss.linalg.cholesky_ex(A)
+        >>> bool((info == 0).all())
+        True
+    """
+    _check_matrices(A)
+    if not serves_triton(A):
+        return reference.cholesky_ex(A)
+    factor, info = torch.ops.tritonloss.cholesky_ex(A)
+    return factor, info
+
+
+def logdet(A: torch.Tensor) -> torch.Tensor:
+    """Logarithm of the determinant of each symmetric positive definite matrix.
+
+    Args:
+        A: [..., n, n] with 1 <= n <= 64, float32 or float64; the lower triangle is read.
+
+    Returns:
+        log det A [...] in the dtype of A; NaN where A is not positive definite.
+
+    Raises:
+        TypeError: A is not a float32 or float64 tensor.
+        ValueError: A is not square, or n is not in 1 to 64.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> tritonloss.linalg.logdet(torch.eye(3).repeat(2, 1, 1))
+        tensor([0., 0.])
+    """
+    _check_matrices(A)
+    if not serves_triton(A):
+        return reference.logdet(A)
+    result: torch.Tensor = torch.ops.tritonloss.logdet(A)
+    return result
+
+
+def solve(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """X with A X = B for each symmetric positive definite A.
+
+    Args:
+        A: [..., n, n] with 1 <= n <= 64, float32 or float64; the lower triangle is read.
+        B: [..., n, m] with the leading dimensions and the dtype of A.
+
+    Returns:
+        X [..., n, m]; NaN where A is not positive definite.
+
+    Raises:
+        TypeError: A or B is not a float32 or float64 tensor, or their dtypes differ.
+        ValueError: A is not square, n is not in 1 to 64, or B does not match A.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> A = 2 * torch.eye(3).repeat(5, 1, 1)
+        >>> tritonloss.linalg.solve(A, torch.ones(5, 3, 1))[0, :, 0]
+        tensor([0.5000, 0.5000, 0.5000])
+    """
+    _check_matrices(A)
+    _check_right(A, B)
+    if not serves_triton(A):
+        return reference.solve(A, B)
+    result: torch.Tensor = torch.ops.tritonloss.solve(A, B)
+    return result
+
+
+def inv(A: torch.Tensor) -> torch.Tensor:
+    """Inverse of each symmetric positive definite matrix.
+
+    Args:
+        A: [..., n, n] with 1 <= n <= 64, float32 or float64; the lower triangle is read.
+
+    Returns:
+        A^-1 [..., n, n]; NaN where A is not positive definite.
+
+    Raises:
+        TypeError: A is not a float32 or float64 tensor.
+        ValueError: A is not square, or n is not in 1 to 64.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> tritonloss.linalg.inv(4 * torch.eye(2).repeat(3, 1, 1))[0, 0]
+        tensor([0.2500, 0.0000])
+    """
+    _check_matrices(A)
+    if not serves_triton(A):
+        return reference.inv(A)
+    result: torch.Tensor = torch.ops.tritonloss.inv(A, None)
+    return result
+
+
+def _check_matrices(A: torch.Tensor) -> None:
+    accepted = f"A must be a float32 or float64 tensor of shape (..., n, n), 1 <= n <= {LARGEST}"
+    if not isinstance(A, torch.Tensor):
+        raise TypeError(f"{accepted}; got {type(A).__name__}")
+    if A.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{accepted}; got {_checks.described(A)}")
+    if A.dim() < 2 or A.size(-1) != A.size(-2) or not 1 <= A.size(-1) <= LARGEST:
+        raise ValueError(f"{accepted}; got {_checks.described(A)}")
+
+
+def _check_right(A: torch.Tensor, B: torch.Tensor) -> None:
+    leading = ", ".join(str(size) for size in A.shape[:-1])
+    accepted = f"B must be a tensor of shape ({leading}, m) and the dtype and device of A"
+    if not isinstance(B, torch.Tensor):
+        raise TypeError(f"{accepted}; got {type(B).__name__}")
+    if B.dtype != A.dtype:
+        raise TypeError(f"{accepted}, {A.dtype}; got {_checks.described(B)}")
+    if B.dim() != A.dim() or B.shape[:-1] != A.shape[:-1] or B.device != A.device:
+        raise ValueError(f"{accepted}; got {_checks.described(B)} on {B.device}")
+
+
+# --- tuning ---------------------------------------------------------------------------------------
+
+
+def _random_matrices(order: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    half = torch.randn((16384, order, order), generator=generator, dtype=dtype, device=device)
+    return half @ half.mT + order * torch.eye(order, dtype=dtype, device=device)
+
+
+def _case(operator: str, order: int, dtype: torch.dtype, run: Callable[..., Any]) -> TuningCase:
+    matrices = torch.empty(1, order, order, dtype=dtype, device="meta")
+    first = _configuration(operator, matrices)
+    size = "LANES" if "LANES" in first else "MATRICES"
+    sizes = (32, 64, 128, 256) if size == "LANES" else (1, 2, 4)
+    others: list[Configuration] = [
+        {size: value, "num_warps": warps} for value in sizes for warps in (1, 2, 4, 8)
+    ]
+
+    def prepared(device: torch.device) -> Callable[[], Any]:
+        inputs = _random_matrices(order, dtype, device)
+        return lambda: run(inputs)
+
+    candidates = [first, *(other for other in others if other != first)]
+    return TuningCase(operator, order, 1, dtype, "contiguous", prepared, candidates)
+
+
+def tuning_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` tries out for this module."""
+    return [
+        _case(operator, order, dtype, run)
+        for dtype in (torch.float32, torch.float64)
+        for order in (4, 8, 16, 32, 64)
+        for operator, run in (
+            ("cholesky", _cholesky),
+            ("logdet", _logdet),
+            ("solve", lambda matrices: _solve(matrices, None, None)),
+        )
+    ]

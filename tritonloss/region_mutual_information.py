@@ -1,0 +1,408 @@
+"""Region mutual information (RMI): the labels of a region given its predictions.
+
+Zhao et al., "Region Mutual Information Loss for Semantic Segmentation". A region of R x R pixels is
+a point with d = R^2 coordinates. Over all regions of an image, class by class, with Y the labels
+and P the predicted probabilities, both centred,
+
+    M = S_Y - S_YP (S_P + eps I)^-1 S_PY + eps I                       Eq. 12
+    RMI = mean over images, sum over classes, of log det M / (2 d)     Eq. 16
+    loss = bce_weight BCE + (1 - bce_weight) RMI                       Eq. 15
+
+Passes, L bytes of logits and T of labels, pooling cells of s x s pixels: a pooling pass reads L + T
+and writes two maps of L / s^2; lag sums read them, a matrix per (image, class) is eliminated, and
+the backward correlates the maps with the weights found and spreads the result: 2 L + T. Without
+pooling the moments and the gradient are formed from logits and labels, and nothing but the gradient
+is stored.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernels_reference.region_mutual_information import pooled_size
+from kernels_reference.region_mutual_information import rmi_loss as rmi_loss_reference
+
+from . import _checks
+from ._backend import serves_triton
+from ._region_backward import backward_pass
+from ._region_forward import forward_pass
+from ._region_maps import Options, Saved, is_direct
+from ._strip import compute_dtype
+from ._tuning import Configuration, TuningCase
+
+__all__ = ["RMILoss", "rmi_loss", "tuning_cases"]
+
+POOLINGS = ("avg", "max", "nearest")
+MOMENTS = ("mean", "sum")
+IGNORES = ("zero", "drop")
+PRECISIONS = ("float64", "float32")
+_EPSILON = {"mean": 1e-6, "sum": 5e-4}
+_LARGEST_REGION = 5
+_LARGEST_POOL = 8
+
+# --- operator and gradient ------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tritonloss::rmi_forward", mutates_args=())
+def _forward_op(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    region_size: int,
+    pooling: str | None,
+    pool_size: int,
+    moments: str,
+    epsilon: float,
+    bce_weight: float,
+    ignore: str,
+    ignore_index: int | None,
+    precision: str | None,
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+    torch.Tensor, torch.Tensor, torch.Tensor,
+]:  # fmt: skip
+    options = Options(
+        region_size, pooling, pool_size, moments, epsilon, bce_weight, ignore, ignore_index,
+        precision,
+    )  # fmt: skip
+    loss, info, saved = forward_pass(options, logits, target)
+    return loss, info, *saved
+
+
+@_forward_op.register_fake
+def _forward_fake(
+    logits: torch.Tensor, target: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, ...]:
+    options = Options(*arguments)
+    batch, channels, height, width = logits.shape
+    dtype = compute_dtype(logits.dtype)
+    area = options.region_size**2
+    pooled = pooled_size(height, width, options.pooling, options.pool_size)
+    map_shape = (batch, channels, *pooled) if options.pools else (0,)
+    kept_shape: tuple[int, ...] = (0,)
+    if is_direct(options, *pooled):
+        kept_shape = (batch, *(size - options.region_size + 1 for size in pooled))
+    planes = (batch, channels)
+    return (
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty(planes, dtype=torch.int32),
+        logits.new_empty(1, dtype=dtype),
+        logits.new_empty(map_shape, dtype=dtype),
+        logits.new_empty(map_shape, dtype=torch.uint8),
+        logits.new_empty(kept_shape, dtype=torch.uint8),
+        logits.new_empty((*planes, area, area), dtype=torch.float64),
+        logits.new_empty((*planes, area, area), dtype=torch.float64),
+        logits.new_empty((*planes, area), dtype=torch.float64),
+    )
+
+
+@torch.library.custom_op("tritonloss::rmi_backward", mutates_args=())
+def _backward_op(
+    grad_loss: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    statistics: torch.Tensor,
+    residual: torch.Tensor,
+    labels: torch.Tensor,
+    kept: torch.Tensor,
+    residual_weights: torch.Tensor,
+    label_weights: torch.Tensor,
+    constants: torch.Tensor,
+    region_size: int,
+    pooling: str | None,
+    pool_size: int,
+    moments: str,
+    epsilon: float,
+    bce_weight: float,
+    ignore: str,
+    ignore_index: int | None,
+    precision: str | None,
+) -> torch.Tensor:
+    options = Options(
+        region_size, pooling, pool_size, moments, epsilon, bce_weight, ignore, ignore_index,
+        precision,
+    )  # fmt: skip
+    saved = Saved(statistics, residual, labels, kept, residual_weights, label_weights, constants)
+    return backward_pass(options, grad_loss, logits, target, saved)
+
+
+@_backward_op.register_fake
+def _backward_fake(grad_loss: torch.Tensor, logits: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(logits)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    logits, target, *options = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(logits, target, *output[2:])
+    ctx.options = Options(*options)
+
+
+def _gradient(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    grad_logits = _backward_op(grad_loss, *ctx.saved_tensors, *ctx.options)
+    return (grad_logits, *(None,) * 10)
+
+
+_forward_op.register_autograd(_gradient, setup_context=_setup_context)
+
+
+# --- function -------------------------------------------------------------------------------------
+
+
+def rmi_loss(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    region_size: int = 3,
+    pooling: str | None = "avg",
+    pool_size: int = 4,
+    moments: str = "mean",
+    epsilon: float | None = None,
+    bce_weight: float = 0.5,
+    ignore: str = "zero",
+    ignore_index: int | None = 255,
+    precision: str | None = None,
+    return_info: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Region mutual information loss: how uncertain regions of labels stay, given the predictions.
+
+    With d = region_size^2, P and Y the probabilities sigmoid(logits) and the one-hot labels in all
+    regions of the pooled maps, S their second moments:
+
+        M = S_Y - S_YP (S_P + epsilon I)^-1 S_PY + epsilon I        per image and class
+        loss = bce_weight BCE + (1 - bce_weight) mean over images, sum over classes, log det M / (2
+        d)
+
+    BCE is summed over classes and averaged over valid pixels. Values are often negative, or large
+    with moments="sum", which adds log n / 2 per class for n regions.
+
+    Args:
+        logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
+        target: integer labels [N, H, W], uint8 to int64.
+        region_size: side of a region in pooled pixels, 1 to 5. Default 3.
+        pooling: "avg" (default) and "max" with zeros for padding of pool_size // 2; "nearest"
+        samples
+            labels and interpolates probabilities linearly, corners on corners; None.
+        pool_size: side and step of the pooling, 1 (none) to 8. Default 4.
+        moments: "mean" (default, the paper) divides by the number of regions; "sum" (the released
+            code) does not.
+        epsilon: what is added to the diagonals, > 0. Default 1e-6 for "mean", 5e-4 for "sum".
+        bce_weight: share of the cross entropy, in [0, 1]. Default 0.5.
+        ignore: "zero" (default) counts invalid pixels as perfectly predicted background; "drop"
+            leaves out the regions that touch one.
+        ignore_index: label of pixels that are invalid, any integer or None. Default 255. Other
+        labels
+            outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they count
+            as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        precision: "float64" or "float32" for the sums of products; by default float32 on GPUs that
+            are slow in float64.
+        return_info: also return info. Default False.
+
+    Returns:
+        The loss, a float32 scalar (float64 for float64 logits); 0 with zero gradient if no pixel is
+        valid. With return_info also int32 [N, C] on the device: 0, or the order of the first
+        leading minor of the matrix of P and Y that is not positive definite (its loss is then NaN).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes do not match, an option is out of range, the pooled map is smaller than a
+            region, or a label is out of range (see ignore_index).
+
+    Reference:
+        Zhao et al., "Region Mutual Information Loss for Semantic Segmentation", Eq. 12 to 16.
+
+    Example:
+        >>> import torch
+        >>> from tritonloss.functional import rmi_loss
+        >>> logits = torch.randn(2, 19, 32, 64, requires_grad=True)
+        >>> target = torch.randint(0, 19, (2, 32, 64))
+        >>> rmi_loss(logits, target).backward()
+        >>> logits.grad.shape
+        torch.Size([2, 19, 32, 64])
+    """
+    _checks.check_logits(logits)
+    _checks.check_target(logits, target)
+    _check_options(region_size, pooling, pool_size, moments, epsilon, ignore, precision)
+    _checks.check_range("bce_weight", bce_weight, 0.0, 1.0)
+    _checks.check_ignore_index(ignore_index)
+    _checks.check_flag("return_info", return_info)
+    _check_region_fits(logits, region_size, pooling, pool_size)
+    _checks.check_labels_in_range(target, logits.size(1), ignore_index)
+    ridge = _EPSILON[moments] if epsilon is None else float(epsilon)
+    options = Options(
+        region_size, pooling, pool_size, moments, ridge, float(bce_weight), ignore, ignore_index,
+        precision,
+    )  # fmt: skip
+    if logits.size(0) == 0 or not serves_triton(logits):
+        return rmi_loss_reference(logits, target, **options._asdict(), return_info=return_info)
+    loss, info, *_ = torch.ops.tritonloss.rmi_forward(logits, target, *options)
+    return (loss, info) if return_info else loss
+
+
+def _check_options(
+    region_size: int,
+    pooling: str | None,
+    pool_size: int,
+    moments: str,
+    epsilon: float | None,
+    ignore: str,
+    precision: str | None,
+) -> None:
+    _checks.check_integer("region_size", region_size, 1, _LARGEST_REGION)
+    if pooling is not None:
+        _checks.check_option("pooling", pooling, POOLINGS)
+    _checks.check_integer("pool_size", pool_size, 1, _LARGEST_POOL)
+    _checks.check_option("moments", moments, MOMENTS)
+    if epsilon is not None:
+        _checks.check_range("epsilon", epsilon, 0.0, math.inf, interval="()")
+    _checks.check_option("ignore", ignore, IGNORES)
+    if precision is not None:
+        _checks.check_option("precision", precision, PRECISIONS)
+
+
+def _check_region_fits(
+    logits: torch.Tensor, region_size: int, pooling: str | None, pool_size: int
+) -> None:
+    height, width = logits.shape[2:]
+    pooled = pooled_size(height, width, pooling, pool_size)
+    if min(height, width) < 1 or min(pooled) < region_size:
+        raise ValueError(
+            f"logits must be large enough for a region of region_size={region_size} after "
+            f"pooling={pooling!r} with pool_size={pool_size}; got height {height} and width "
+            f"{width}, pooled to {pooled[0]} x {pooled[1]}"
+        )
+
+
+# --- module ---------------------------------------------------------------------------------------
+
+
+class RMILoss(nn.Module):
+    """Region mutual information loss as a module: :func:`tritonloss.functional.rmi_loss`.
+
+    Args: the keyword arguments of the function, with the same defaults.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> criterion = tritonloss.RMILoss(pool_size=2)
+        >>> criterion(torch.randn(2, 19, 32, 64), torch.randint(0, 19, (2, 32, 64))).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        *,
+        region_size: int = 3,
+        pooling: str | None = "avg",
+        pool_size: int = 4,
+        moments: str = "mean",
+        epsilon: float | None = None,
+        bce_weight: float = 0.5,
+        ignore: str = "zero",
+        ignore_index: int | None = 255,
+        precision: str | None = None,
+        return_info: bool = False,
+    ) -> None:
+        super().__init__()
+        self.region_size = region_size
+        self.pooling = pooling
+        self.pool_size = pool_size
+        self.moments = moments
+        self.epsilon = epsilon
+        self.bce_weight = bce_weight
+        self.ignore = ignore
+        self.ignore_index = ignore_index
+        self.precision = precision
+        self.return_info = return_info
+
+    @classmethod
+    def released(cls, *, ignore_index: int | None = 255) -> RMILoss:
+        """The settings of the authors' released code: sums for moments, 5e-4 on the diagonals."""
+        return cls(
+            region_size=3,
+            pooling="avg",
+            pool_size=4,
+            moments="sum",
+            epsilon=5e-4,
+            bce_weight=0.5,
+            ignore="zero",
+            ignore_index=ignore_index,
+        )
+
+    def forward(
+        self, logits: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Logits [N, C, H, W], target [N, H, W] -> scalar, or (scalar, info [N, C])."""
+        return rmi_loss(
+            logits,
+            target,
+            region_size=self.region_size,
+            pooling=self.pooling,
+            pool_size=self.pool_size,
+            moments=self.moments,
+            epsilon=self.epsilon,
+            bce_weight=self.bce_weight,
+            ignore=self.ignore,
+            ignore_index=self.ignore_index,
+            precision=self.precision,
+            return_info=self.return_info,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return (
+            f"region_size={self.region_size}, pooling={self.pooling!r}, "
+            f"pool_size={self.pool_size}, moments={self.moments!r}, epsilon={self.epsilon}, "
+            f"bce_weight={self.bce_weight}, ignore={self.ignore!r}, "
+            f"ignore_index={self.ignore_index}, precision={self.precision!r}, "
+            f"return_info={self.return_info}"
+        )
+
+
+# --- tuning ---------------------------------------------------------------------------------------
+
+
+def _tuning_pass(
+    options: Options, dtype: torch.dtype, device: torch.device
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """Forward and backward, on labels in regions as annotations are."""
+    logits = torch.randn(4, 19, 513, 1025, device=device).to(dtype)
+    target = torch.randint(0, 19, (4, 17, 33), device=device).repeat_interleave(32, 1)
+    target = target.repeat_interleave(32, 2)[:, :513, :1025].to(torch.uint8)
+
+    def both_passes() -> tuple[torch.Tensor, torch.Tensor]:
+        loss, _, saved = forward_pass(options, logits, target)
+        return loss, backward_pass(options, loss, logits, target, saved)
+
+    return both_passes
+
+
+def tuning_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` measures for this slice; the first is the heuristic's."""
+    rows: list[Configuration] = [
+        {"LANES": lanes, "ROWS": count, "num_warps": lanes // 32}
+        for lanes in (128, 64, 256)
+        for count in (64, 32, 16, 128)
+    ]
+    cells: list[Configuration] = [
+        {"CELLS": count, "num_warps": warps} for count in (128, 64, 256) for warps in (4, 2, 8)
+    ]
+    pooled = Options(3, "avg", 4, "mean", 1e-6, 0.5, "zero", 255, None)
+    choices = [
+        ("rmi_pool", 4, pooled, cells),
+        ("rmi_expand", 4, pooled, cells),
+        ("rmi_moments", 3, pooled._replace(pooling=None), rows),
+        ("rmi_gradient", 3, pooled._replace(pooling=None), rows),
+    ]
+    return [
+        TuningCase(
+            operator, 19, window, dtype, "contiguous",
+            functools.partial(_tuning_pass, options, dtype), candidates,
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+        for operator, window, options, candidates in choices
+    ]  # fmt: skip
