@@ -41,16 +41,31 @@ def pointer_to(plane, row, column, SHIFT: tl.constexpr = 0):
 
 
 @triton.jit
+def load(pointer, mask):
+    """What stands there, 0 where masked; without a mask, None, two instructions less."""
+    if mask is None:
+        value = tl.load(pointer)
+    else:
+        value = tl.load(pointer, mask=mask, other=0.0)
+    return value
+
+
+@triton.jit
 def load_label(target, row, column, mask, channels, IGNORED: tl.constexpr, SHIFT: tl.constexpr = 0):
     """Class indices, -1 for pixels that are masked, ignored or out of range."""
-    label = tl.load(pointer_to(target, row, column, SHIFT), mask=mask, other=0)
-    return sanitised_label(label, mask, channels, IGNORED)
+    pointer = pointer_to(target, row, column, SHIFT)
+    if mask is None:
+        label = tl.load(pointer)
+        label = sanitised_label(label, label == label, channels, IGNORED)
+    else:
+        label = sanitised_label(tl.load(pointer, mask=mask, other=0), mask, channels, IGNORED)
+    return label
 
 
 @triton.jit
 def load_scaled(logits, row, column, mask, dtype: tl.constexpr, SHIFT: tl.constexpr = 0):
     """Logits over log 2: what the powers of two below want."""
-    return tl.load(pointer_to(logits, row, column, SHIFT), mask=mask, other=0.0).to(dtype) * LOG2_E
+    return load(pointer_to(logits, row, column, SHIFT), mask).to(dtype) * LOG2_E
 
 
 @triton.jit
@@ -89,10 +104,10 @@ def load_features(
     first, second, row, column, mask, channel, channels, dtype: tl.constexpr,
     IGNORED: tl.constexpr, POOLED: tl.constexpr, SHIFT: tl.constexpr = 0,
 ):  # fmt: skip
-    """(residual, label) of pixels or pooling cells SHIFT columns beside, 0 where masked."""
+    """(residual, label) of pixels or pooling cells SHIFT columns beside, 0 where masked out."""
     if POOLED:
-        residual = tl.load(pointer_to(first, row, column, SHIFT), mask=mask, other=0.0)
-        y = tl.load(pointer_to(second, row, column, SHIFT), mask=mask, other=0).to(dtype)
+        residual = load(pointer_to(first, row, column, SHIFT), mask)
+        y = load(pointer_to(second, row, column, SHIFT), mask).to(dtype)
     else:
         label = load_label(second, row, column, mask, channels, IGNORED, SHIFT)
         u = load_scaled(first, row, column, mask, dtype, SHIFT)

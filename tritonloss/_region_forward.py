@@ -45,7 +45,7 @@ def _pool(
     pooled = pooled_size(height, width, options.pooling, options.pool_size)
     dtype = compute_dtype(logits.dtype)
     residual = torch.empty((batch, channels, *pooled), dtype=dtype, device=logits.device)
-    labels = torch.empty_like(residual, dtype=torch.uint8)  # at most pool_size^2 of a cell
+    labels = torch.empty_like(residual, dtype=torch.float16)  # whole numbers up to 64: exact
     drop = options.ignore == "drop"
     touched = torch.empty(
         (batch, *pooled) if drop else (0,), dtype=torch.uint8, device=logits.device
@@ -258,7 +258,8 @@ def forward_pass(
             residual, labels, touched, partials = _pool(options, logits, target)
         else:
             residual = statistics.new_empty(0)
-            labels = touched = statistics.new_empty(0, dtype=torch.uint8)
+            labels = statistics.new_empty(0, dtype=torch.float16)
+            touched = statistics.new_empty(0, dtype=torch.uint8)
             partials = _cross_entropy(options, logits, target)
         maps = maps_of(options, logits, target, residual, labels)
         if is_direct(options, maps.height, maps.width):

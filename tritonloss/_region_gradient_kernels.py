@@ -131,6 +131,7 @@ def _rmi_interior_kernel(
     out = plane_of(out_ptr, out_strides, image, channel)
     column = REGION - 1 + tl.program_id(2) * LANES + tl.arange(0, LANES)
     interior = column < width - REGION + 1
+    place = tl.minimum(column, width - REGION)  # for all loads: none needs a mask
     first_row = REGION - 1 + tl.program_id(1) * ROWS
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
 
@@ -150,10 +151,9 @@ def _rmi_interior_kernel(
     for i in tl.range(0, rows + 2 * (REGION - 1)):
         row = first_row + i - (REGION - 1)
         for s in tl.static_range(SPAN):
-            shifted = column + (s - (REGION - 1))
             e, y = load_features(
-                first, second, row, column, (shifted >= 0) & (shifted < width), channel, channels,
-                dtype, IGNORED, POOLED, s - (REGION - 1),
+                first, second, row, place, None, channel, channels, dtype, IGNORED, POOLED,
+                s - (REGION - 1),
             )  # fmt: skip
             fed = ()
             for q in tl.static_range(SPAN):

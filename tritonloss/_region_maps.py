@@ -71,7 +71,7 @@ class Saved(NamedTuple):
 
     statistics: torch.Tensor  # [1]: bce_weight / V
     residual: torch.Tensor  # [N, C, h, w], or empty: not pooled
-    labels: torch.Tensor  # [N, C, h, w] uint8, or empty
+    labels: torch.Tensor  # [N, C, h, w] float16, or empty
     kept: torch.Tensor  # [N, regions down, regions across] uint8, or empty: all
     residual_weights: torch.Tensor  # [N, C, d, d] float64
     label_weights: torch.Tensor  # [N, C, d, d] float64

@@ -113,6 +113,9 @@ def _rmi_lags_kernel(
     column = REGION - 1 + tl.program_id(2) * LANES + tl.arange(0, LANES)
     first_row = REGION - 1 + tl.program_id(1) * ROWS
     core = column < width - REGION + 1
+    # Lanes beyond the core look at its last column: no load needs a mask, and what they see is
+    # multiplied by 0.
+    place = tl.minimum(column, width - REGION)
 
     older_e = ()
     older_y = ()
@@ -137,10 +140,9 @@ def _rmi_lags_kernel(
         new_e = ()
         new_y = ()
         for s in tl.static_range(SPAN):
-            shifted = column + (s - (REGION - 1))
             e, y = load_features(
-                first, second, first_row + i, column, (shifted >= 0) & (shifted < width), channel,
-                channels, dtype, IGNORED, POOLED, s - (REGION - 1),
+                first, second, first_row + i, place, None, channel, channels, dtype, IGNORED,
+                POOLED, s - (REGION - 1),
             )  # fmt: skip
             new_e = new_e + (e.to(total),)
             new_y = new_y + (y,)

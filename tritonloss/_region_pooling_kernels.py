@@ -148,7 +148,7 @@ def _rmi_pool_kernel(
             labelled = tl.sum(count, 1)
         plane = (image * channels + channel) * pooled_height * pooled_width
         tl.store(residual_ptr + plane + offset, pooled, mask=stored)
-        tl.store(labels_ptr + plane + offset, labelled.to(tl.uint8), mask=stored)
+        tl.store(labels_ptr + plane + offset, labelled.to(tl.float16), mask=stored)
         factors += SIZE
         if factors + SIZE > FACTORS:
             entropy += tl.log(product)
@@ -271,7 +271,7 @@ def _rmi_sample_kernel(
             wrong += tl.where(corners[k][3], value, invalid) * corners[k][2]
         plane = (image * channels + channel) * pooled_height * pooled_width
         tl.store(residual_ptr + plane + offset, tl.where(positive, -wrong, wrong), mask=mask)
-        tl.store(labels_ptr + plane + offset, positive.to(tl.uint8), mask=mask)
+        tl.store(labels_ptr + plane + offset, positive.to(tl.float16), mask=mask)
 
 
 # --- kernels: backward ----------------------------------------------------------------------------

@@ -62,7 +62,8 @@ def _configuration(operator: str, matrices: torch.Tensor) -> Configuration:
         # What solves or goes back holds two tiles; one warp would not hold them in float64.
         wide = matrices.dtype == torch.float64 and operator not in ("cholesky", "logdet")
         warps = {64: 8, 32: 4}.get(side, 2 if wide else 1)
-        heuristic = {"MATRICES": max(1, 256 // side**2), "num_warps": warps}
+        elements = 128 if wide else 256
+        heuristic = {"MATRICES": max(1, elements // side**2), "num_warps": warps}
     return launch_configuration(
         operator,
         device=matrices.device,

@@ -93,7 +93,7 @@ def _forward_fake(
         logits.new_empty(planes, dtype=torch.int32),
         logits.new_empty(1, dtype=dtype),
         logits.new_empty(map_shape, dtype=dtype),
-        logits.new_empty(map_shape, dtype=torch.uint8),
+        logits.new_empty(map_shape, dtype=torch.float16),
         logits.new_empty(kept_shape, dtype=torch.uint8),
         logits.new_empty((*planes, area, area), dtype=torch.float64),
         logits.new_empty((*planes, area, area), dtype=torch.float64),
