@@ -103,6 +103,20 @@ def check_images(x: torch.Tensor, y: torch.Tensor) -> None:
     _check_device(x, "x", y, "y")
 
 
+def check_class_weights(name: str, weight: torch.Tensor | None, logits: torch.Tensor) -> None:
+    """``weight`` must hold a floating-point number for each class, or be None."""
+    accepted = f"{name} must be a floating-point tensor of shape ({logits.shape[1]},) or None"
+    if weight is None:
+        return
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"{accepted}; got {_type(weight)}")
+    if weight.dtype not in _FLOATING:
+        raise TypeError(f"{accepted}; got {_tensor(weight)}")
+    if weight.dim() != 1 or weight.shape[0] != logits.shape[1]:
+        raise ValueError(f"{accepted}; got {_tensor(weight)}")
+    _check_device(logits, "logits", weight, name)
+
+
 def check_window_size(window_size: int, name: str = "window_size") -> None:
     """A window has one centre, and a size that the kernels can unroll."""
     accepted = f"{name} must be an odd integer from 1 to {_MAX_WINDOW}"

@@ -25,7 +25,7 @@ _LOG1P = tl.constexpr(
     )
 )
 LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -75,7 +75,14 @@ def softplus_base2(u):
         for i in tl.static_range(7):
             tail = tail * t + _LOG1P[6 - i]
         tail = tail * t
-    return tl.maximum(u, 0.0) * _LN_2 + tail
+    return tl.maximum(u, 0.0) * LN_2 + tail
+
+
+@triton.jit
+def log_one_plus(x):
+    """log(1 + x) for x >= 0, of which no digit is lost where 1 + x has rounded x away."""
+    rounded = 1.0 + x
+    return tl.log(rounded) + (x - (rounded - 1.0)) * inverse(rounded)
 
 
 @triton.jit

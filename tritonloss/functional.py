@@ -1,6 +1,14 @@
 """The functional forms of all losses."""
 
+from .pixelwise import binary_cross_entropy, cross_entropy, focal_loss
 from .ssim import ssim, ssim_loss
 from .structural_similarity import structural_similarity_loss
 
-__all__ = ["ssim", "ssim_loss", "structural_similarity_loss"]
+__all__ = [
+    "binary_cross_entropy",
+    "cross_entropy",
+    "focal_loss",
+    "ssim",
+    "ssim_loss",
+    "structural_similarity_loss",
+]
