@@ -5,6 +5,8 @@ __version__ = "0.1.0"
 from . import functional
 from ._backend import use_backend
 from .gaussian_window import gaussian_statistics
+from .label_statistics import MarginOffsets, count_labels, margin_offsets
+from .margin_calibration import MarginCalibratedLoss
 from .pixelwise import BinaryCrossEntropyLoss, CrossEntropyLoss, FocalLoss
 from .ssim import SSIMLoss
 from .structural_similarity import StructuralSimilarityLoss
@@ -13,9 +15,13 @@ __all__ = [
     "BinaryCrossEntropyLoss",
     "CrossEntropyLoss",
     "FocalLoss",
+    "MarginCalibratedLoss",
+    "MarginOffsets",
     "SSIMLoss",
     "StructuralSimilarityLoss",
+    "count_labels",
     "functional",
     "gaussian_statistics",
+    "margin_offsets",
     "use_backend",
 ]

@@ -6,7 +6,7 @@ that the label of a pixel is handled once and no sum ever leaves a warp:
 - contiguous logits: neighbouring addresses are pixels. A lane owns a few neighbouring pixels
   (``Tile.grain`` of them are moved at once) with all of their classes: vectors [pixels].
 - channels_last logits: neighbouring addresses are classes. A few lanes share a pixel, each with
-  every ``Tile.lanes``-th class; what they have found is joined once per pixel: tiles [pixels, lanes].
+  every ``Tile.lanes``-th class; what they find is joined once per pixel: tiles [pixels, lanes].
 
 A **pixelwise loss is a pair of device functions**; the two kernels here do all the rest. Names are
 those of the kernels' arguments.
@@ -282,6 +282,34 @@ def fold_classes(
 
 
 @triton.jit
+def fold_classes_twice(
+    first, view, pixel, tables, full, dtype: tl.constexpr, ADD_FIRST: tl.constexpr,
+    ADD_SECOND: tl.constexpr, JOIN: tl.constexpr, OPTIONS: tl.constexpr, CLASSES: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """fold_classes with ADD_FIRST; then with ADD_SECOND from JOIN(the state, pixel, ...) on.
+
+    Where one block holds all classes they stay in registers; otherwise they are loaded again, out
+    of the cache if it is large enough.
+    """
+    if CLASSES <= TILE.unroll * TILE.lanes:
+        COUNT: tl.constexpr = (CLASSES + TILE.lanes - 1) // TILE.lanes
+        values = load_block(view, pixel[2], dtype, COUNT, CLASSES, TILE)
+        first = ADD_FIRST(first, values, 0, pixel, tables, dtype, OPTIONS, COUNT, CLASSES, TILE)
+        second = JOIN(first, dtype, TILE)
+        second = ADD_SECOND(second, values, 0, pixel, tables, dtype, OPTIONS, COUNT, CLASSES, TILE)
+    else:
+        first = fold_classes(
+            first, view, pixel, tables, full, dtype, ADD_FIRST, OPTIONS, CLASSES, TILE
+        )
+        second = JOIN(first, dtype, TILE)
+        second = fold_classes(
+            second, view, pixel, tables, full, dtype, ADD_SECOND, OPTIONS, CLASSES, TILE
+        )
+    return second
+
+
+@triton.jit
 def _write_block(
     factors, view, grad_view, start, pixel, tables, dtype: tl.constexpr, SLOPE: tl.constexpr,
     OPTIONS: tl.constexpr, COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr,
@@ -498,6 +526,7 @@ class Loss(NamedTuple):
     backward: Callable[..., Any]
     saved: Callable[[torch.dtype], tuple[torch.dtype, ...]]
     unroll: int = 8  # classes of a lane in one block of the forward pass, where there are so many
+    held: int = 0  # up to so many classes of a lane stay in registers, to be gone through twice
     binary: bool = False  # one class: labels 0 and 1
 
 
@@ -615,15 +644,18 @@ def launch_backward(
 
 
 def pixel_heuristic(loss: Loss, operator: str, logits: torch.Tensor) -> Configuration:
-    """A configuration that is always valid: four values of a slot per lane."""
+    """A configuration that is always valid: two or four values of a slot per lane."""
     warps = 4
     lanes = 8 if _classes_in_lanes(logits) else 1
+    forward = operator.endswith("forward")
+    held = forward and logits.size(1) <= loss.held * lanes
     # Where lanes run over classes, every store needs an address of its own in registers.
-    backward = 8 if lanes == 1 else 4
+    scattered = lanes > 1 and not forward
+    unroll = loss.unroll if forward else 4 if scattered else 8
     return {
-        "PIXELS": 4 * warps * warp_size() // lanes,
+        "PIXELS": (2 if held or scattered else 4) * warps * warp_size() // lanes,
         "CLASS_LANES": lanes,
-        "UNROLL": loss.unroll if operator.endswith("forward") else backward,
+        "UNROLL": loss.held if held else unroll,
         "num_warps": warps,
     }
 

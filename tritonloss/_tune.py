@@ -28,7 +28,9 @@ from . import _tuning
 from ._backend import INTERPRETED
 from ._tuning import Configuration, TuningCase
 
-SLICES = ("gaussian_window", "structural_similarity", "ssim")
+SLICES = (
+    "gaussian_window", "structural_similarity", "ssim", "pixelwise", "margin_calibration",
+)  # fmt: skip
 
 # Candidates differ in the order of their sums, not in their mathematics.
 _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 4e-2, torch.float32: 1e-3, torch.float64: 1e-6}

@@ -1,5 +1,6 @@
 """The functional forms of all losses."""
 
+from .margin_calibration import margin_calibrated_loss
 from .pixelwise import binary_cross_entropy, cross_entropy, focal_loss
 from .ssim import ssim, ssim_loss
 from .structural_similarity import structural_similarity_loss
@@ -8,6 +9,7 @@ __all__ = [
     "binary_cross_entropy",
     "cross_entropy",
     "focal_loss",
+    "margin_calibrated_loss",
     "ssim",
     "ssim_loss",
     "structural_similarity_loss",
