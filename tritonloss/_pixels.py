@@ -259,12 +259,13 @@ def fold_classes(
 ):  # fmt: skip
     """The state after ADD(state, values, start, pixel, tables, dtype, ...) of all blocks in turn.
 
-    ``full`` is the number of classes in whole blocks, known at run time only, so that the loop over
-    them stays one.
+    ``full`` is the number of classes in the blocks before the last, known at run time only, so that
+    the loop over them stays one.
     """
     STEP: tl.constexpr = TILE.unroll * TILE.lanes
-    FULL: tl.constexpr = CLASSES // STEP * STEP
-    LEFT: tl.constexpr = CLASSES - FULL
+    FULL: tl.constexpr = (CLASSES - 1) // STEP * STEP
+    LEFT: tl.constexpr = CLASSES - FULL  # at least one, at most a whole block
+    COUNT: tl.constexpr = (LEFT + TILE.lanes - 1) // TILE.lanes
     inside = pixel[2]
     pointer, offsets, stride = view
     if FULL > 0:
@@ -274,11 +275,8 @@ def fold_classes(
                 state, values, start, pixel, tables, dtype, OPTIONS, TILE.unroll, STEP, TILE
             )
             pointer += STEP * stride
-    if LEFT > 0:
-        COUNT: tl.constexpr = (LEFT + TILE.lanes - 1) // TILE.lanes
-        values = load_block((pointer, offsets, stride), inside, dtype, COUNT, LEFT, TILE)
-        state = ADD(state, values, FULL, pixel, tables, dtype, OPTIONS, COUNT, LEFT, TILE)
-    return state
+    values = load_block((pointer, offsets, stride), inside, dtype, COUNT, LEFT, TILE)
+    return ADD(state, values, FULL, pixel, tables, dtype, OPTIONS, COUNT, LEFT, TILE)
 
 
 @triton.jit
@@ -331,8 +329,9 @@ def write_gradients(
 ):  # fmt: skip
     """Store SLOPE(factors, values, start, slot, left, tables, dtype, ...) of every class."""
     STEP: tl.constexpr = TILE.unroll * TILE.lanes
-    FULL: tl.constexpr = CLASSES // STEP * STEP
-    LEFT: tl.constexpr = CLASSES - FULL
+    FULL: tl.constexpr = (CLASSES - 1) // STEP * STEP
+    LEFT: tl.constexpr = CLASSES - FULL  # at least one, at most a whole block
+    COUNT: tl.constexpr = (LEFT + TILE.lanes - 1) // TILE.lanes
     pointer, offsets, stride = view
     grad_pointer, grad_offsets, grad_stride = grad_view
     if FULL > 0:
@@ -343,12 +342,10 @@ def write_gradients(
             )  # fmt: skip
             pointer += STEP * stride
             grad_pointer += STEP * grad_stride
-    if LEFT > 0:
-        COUNT: tl.constexpr = (LEFT + TILE.lanes - 1) // TILE.lanes
-        _write_block(
-            factors, (pointer, offsets, stride), (grad_pointer, grad_offsets, grad_stride),
-            FULL, pixel, tables, dtype, SLOPE, OPTIONS, COUNT, LEFT, TILE,
-        )  # fmt: skip
+    _write_block(
+        factors, (pointer, offsets, stride), (grad_pointer, grad_offsets, grad_stride), FULL, pixel,
+        tables, dtype, SLOPE, OPTIONS, COUNT, LEFT, TILE,
+    )  # fmt: skip
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -700,7 +697,7 @@ def _launch(
         # time across as many cache lines as if they were apart: one pixel per lane is better.
         pixels = pixels if grain > 1 else min(pixels, warps * warp_size())
     size = logits.size(2) * logits.size(3)
-    classes, step = logits.size(1), int(configuration["UNROLL"]) * lanes
+    classes = logits.size(1)
     unroll = min(int(configuration["UNROLL"]), triton.cdiv(classes, lanes))
     step = unroll * lanes
     tiles = triton.cdiv(size, pixels)
@@ -708,7 +705,7 @@ def _launch(
         "pixels": size // grain,
         "width": logits.size(3),
         "tiles": tiles,
-        "full": classes // step * step,
+        "full": (classes - 1) // step * step,
         "CLASSES": classes,
         "TILE": Tile(pixels, lanes, unroll, grain, flat),
         "num_warps": warps,
