@@ -99,7 +99,6 @@ SHIPPED = variations(
     {"layout": "channels_last"},
     {"shape": SHAPES["ade20k"], "layout": "channels_last", **_ONCE},
     {"dtype": "bfloat16", **_ONCE},
-    {"shape": SHAPES["ade20k"], "dtype": "bfloat16", **_ONCE},
     {"shape": SHAPES["ade20k"], "dtype": "bfloat16", "layout": "channels_last", **_ONCE},
     {"shape": SHAPES["voc"], **_ONCE},
     {"layout": "strided", **_ONCE},
@@ -107,11 +106,10 @@ SHIPPED = variations(
     {"shape": SHAPES["ade20k"], "options": {"variant": "margin"}, **_ONCE},
 )
 
-_SMALL = [case for case in CASES[:4]]
 GOALS: tuple[Goal | CodeGoal, ...] = (
     *(
         Goal(f"Margin calibration, {case.text}: {words}", case, column, at_least=wanted)
-        for case in _SMALL
+        for case in CASES[:4]
         for words, column, wanted in (
             ("share of the copy bandwidth", "share_of_copy", 0.60),
             ("speed against eager", "speedup_vs_eager", 8),

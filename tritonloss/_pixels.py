@@ -43,8 +43,11 @@ REDUCTIONS = ("mean", "sum", "none")
 # Kernel arguments that a kernel is compiled for once, whatever their value.
 _SIZES = (
     "logits_strides", "target_strides", "grad_strides", "upstream_strides", "pixels", "width",
-    "tiles", "full", "programs",
+    "tiles", "full", "programs", "groups",
 )  # fmt: skip
+
+# Partial sums that one program adds up in the second stage.
+_GROUP = 2048
 
 
 class Tile(NamedTuple):
@@ -424,8 +427,26 @@ def _pixelwise_forward_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _pixelwise_finish_kernel(
+def _pixelwise_sum_kernel(
     partials_ptr,  # [3, programs]
+    sums_ptr,  # [3, groups]
+    programs,
+    groups,
+    BLOCK: tl.constexpr,
+):
+    """Adds BLOCK partial sums each: a single program would take long to read those of millions."""
+    group = tl.program_id(0)
+    quantity = tl.program_id(1)
+    offset = group * BLOCK + tl.arange(0, BLOCK)
+    partial = tl.load(
+        partials_ptr + quantity * programs + offset, mask=offset < programs, other=0.0
+    )
+    tl.store(sums_ptr + quantity * groups + group, tl.sum(partial.to(tl.float64)))
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _pixelwise_finish_kernel(
+    partials_ptr,  # [3, programs], or sums of them
     loss_ptr,  # []
     scale_ptr,  # []: what the gradient of a pixel's value is multiplied by
     programs,
@@ -589,17 +610,35 @@ def launch_forward(
         if reduction == "none":
             results.scale.fill_(1.0)
         else:
-            _pixelwise_finish_kernel[(1,)](
-                partials_ptr=partials,
-                loss_ptr=results.loss,
-                scale_ptr=results.scale,
-                programs=grid[0],
-                MEAN=reduction == "mean",
-                BLOCK=4096,
-                num_warps=8,
-                enable_fp_fusion=True,
-            )
+            _finish(partials, results, reduction)
     return results
+
+
+def _finish(partials: torch.Tensor, results: Results, reduction: str) -> None:
+    """Loss and scale from the programs' partial sums [3, programs]."""
+    if partials.size(1) > _GROUP:
+        groups = triton.cdiv(partials.size(1), _GROUP)
+        sums = torch.empty(3, groups, dtype=torch.float64, device=partials.device)
+        _pixelwise_sum_kernel[(groups, 3)](
+            partials_ptr=partials,
+            sums_ptr=sums,
+            programs=partials.size(1),
+            groups=groups,
+            BLOCK=_GROUP,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+        partials = sums
+    _pixelwise_finish_kernel[(1,)](
+        partials_ptr=partials,
+        loss_ptr=results.loss,
+        scale_ptr=results.scale,
+        programs=partials.size(1),
+        MEAN=reduction == "mean",
+        BLOCK=_GROUP,
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
 
 
 def launch_backward(
@@ -641,18 +680,19 @@ def launch_backward(
 
 
 def pixel_heuristic(loss: Loss, operator: str, logits: torch.Tensor) -> Configuration:
-    """A configuration that is always valid: two or four values of a slot per lane."""
+    """A configuration that is always valid: two or four pixels per lane."""
     warps = 4
     lanes = 8 if _classes_in_lanes(logits) else 1
+    slots = triton.cdiv(logits.size(1), lanes)
     forward = operator.endswith("forward")
-    held = forward and logits.size(1) <= loss.held * lanes
-    # Where lanes run over classes, every store needs an address of its own in registers.
-    scattered = lanes > 1 and not forward
-    unroll = loss.unroll if forward else 4 if scattered else 8
+    if lanes > 1:  # every value has an address of its own in registers
+        pixels, unroll = 4 if slots <= 4 else 2, loss.unroll if forward else 4
+    else:
+        pixels, unroll = 2 if forward and loss.held else 4, loss.unroll if forward else 8
     return {
-        "PIXELS": (2 if held or scattered else 4) * warps * warp_size() // lanes,
+        "PIXELS": pixels * warps * warp_size() // lanes,
         "CLASS_LANES": lanes,
-        "UNROLL": loss.held if held else unroll,
+        "UNROLL": loss.held if forward and slots <= loss.held else unroll,
         "num_warps": warps,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import NamedTuple
 
 import torch
@@ -87,7 +87,7 @@ def _count(
             f"labels must be an integer tensor or an iterable of them; got {type(labels).__name__}"
         )
     counts: torch.Tensor | None = None
-    total = len(labels) if hasattr(labels, "__len__") else None
+    total = len(labels) if isinstance(labels, Sized) else None
     for position, label_map in enumerate(labels):
         name = f"labels, map {position},"
         _checks.check_labels(label_map, name)
