@@ -137,6 +137,7 @@ AROUND = variations(
     {"layout": "strided"},
     {"labels": "int64"},
     {"options": {"reduction": "none"}},
+    {"shape": replace(SHAPES["ade20k"], name="thousand", classes=1000)},  # more than a uint8 holds
     {"options": {"label_smoothing": 0.1}},
     {"options": {"label_smoothing": 0.1}, "layout": "channels_last"},
 )[1:]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import kernels_reference
 import tritonloss
@@ -546,7 +547,19 @@ def test_weights_get_no_gradient(device: torch.device) -> None:
         leaf = logits.clone().requires_grad_()
         with tritonloss.use_backend(backend):
             cross_entropy(leaf, target, weight=weight).backward()
-        assert weight.grad is None and leaf.grad is not None
+            value = cross_entropy(logits, target, weight=weight)
+        assert weight.grad is None and leaf.grad is not None and not value.requires_grad
+
+
+def test_checkpointed(loss: Loss, device: torch.device) -> None:
+    logits, target = segmentation_case((1, 2, 6, 12), device=device)
+    _, expected = kernel_gradient(loss, logits, target)
+    for reentrant in (False, True):
+        leaf = logits.clone().requires_grad_()
+        with tritonloss.use_backend("triton"):
+            value = checkpoint(loss, leaf, target, use_reentrant=reentrant)
+            value.backward()
+        assert torch.equal(leaf.grad, expected)
 
 
 def test_inputs_are_left_alone(loss: Loss, device: torch.device) -> None:

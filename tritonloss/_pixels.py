@@ -366,12 +366,10 @@ def _load_pixel(
     """
     pointers = label_pointers(target_ptr, target_strides, image, first, local, width, TILE)
     loaded = tl.load(pointers, mask=inside, other=0)
-    if BINARY:
-        label = sanitised_label(loaded, inside, 2, IGNORED)
-        own = tl.where(label == 1, 0, -1)
-    else:
-        label = sanitised_label(loaded, inside, CLASSES, IGNORED)
-        own = label
+    # As a tensor: labels of eight bits may be fewer than the classes, and are widened then.
+    classes = tl.full((), 2 if BINARY else CLASSES, tl.int32)
+    label = sanitised_label(loaded, inside, classes, IGNORED)
+    own = tl.where(label == 1, 0, -1) if BINARY else label
     return label, own, inside
 
 

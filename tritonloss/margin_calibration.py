@@ -291,7 +291,9 @@ def margin_calibrated_loss(
             ignore_index=ignore_index,
             reduction=reduction,
         )
+    # The offsets get no gradient; and without the logits' nothing is saved for a backward pass.
     save = logits.requires_grad and torch.is_grad_enabled()
+    own, other = own.detach(), other.detach()
     loss: torch.Tensor = torch.ops.tritonloss.margin_calibrated_forward(
         logits, target, own, other, variant, reduction, ignore_index, save
     )[0]

@@ -261,7 +261,9 @@ def _call(
     gamma: float = 0.0,
     detached: bool = False,
 ) -> torch.Tensor:
+    # The weights get no gradient; and without the logits' nothing is saved for a backward pass.
     save = logits.requires_grad and torch.is_grad_enabled()
+    weight = None if weight is None else weight.detach()
     loss: torch.Tensor = torch.ops.tritonloss.pixelwise_forward(
         logits, target, weight, name, float(smoothing), float(gamma), detached, reduction,
         ignore_index, save,
