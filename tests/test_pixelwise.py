@@ -18,7 +18,7 @@ import kernels_reference
 import tritonloss
 from tests.oracle import LAYOUTS, as_layout, check_three_way, segmentation_case
 from tests.test_offsets import far_apart
-from tritonloss import _checks, _pixels, _tuning
+from tritonloss import _checks, _pixel_launch, _tuning
 from tritonloss.functional import binary_cross_entropy, cross_entropy, focal_loss
 
 pytestmark = pytest.mark.parity
@@ -232,7 +232,7 @@ def test_partial_sums_in_two_stages(
 ) -> None:
     logits, target = segmentation_case((1, 2, programs, 64), device=device)
     expected = kernel_gradient(cross_entropy, logits, target)
-    monkeypatch.setattr(_pixels, "_GROUP", 4)
+    monkeypatch.setattr(_pixel_launch, "_GROUP", 4)
     found = kernel_gradient(cross_entropy, logits, target)
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
 
@@ -538,6 +538,13 @@ def test_no_gradient_wanted(loss: Loss, device: torch.device) -> None:
             with grad_mode:
                 value = loss(logits, target)
                 assert torch.equal(value, expected) and not value.requires_grad
+
+
+def test_every_layout_of_weights(loss: Loss, device: torch.device) -> None:
+    logits, target = segmentation_case((1, 3, 5, 8), device=device)
+    name = {cross_entropy: "weight", binary_cross_entropy: "pos_weight", focal_loss: "alpha"}[loss]
+    for weight in (torch.rand(6, device=device)[::2], torch.full((1,), 0.5, device=device)):
+        check(loss, logits, target, **{name: weight.expand(3)})
 
 
 def test_weights_get_no_gradient(device: torch.device) -> None:

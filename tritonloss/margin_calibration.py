@@ -30,7 +30,7 @@ from kernels_reference.margin_calibration import (
 from . import _checks
 from ._backend import serves_triton
 from ._margin_kernels import Options, margin_backward, margin_forward
-from ._pixels import (
+from ._pixel_launch import (
     REDUCTIONS,
     Loss,
     Results,

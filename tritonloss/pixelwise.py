@@ -28,7 +28,7 @@ from kernels_reference.pixelwise import focal_loss as focal_loss_reference
 
 from . import _checks, _pixelwise_kernels
 from ._backend import serves_triton
-from ._pixels import (
+from ._pixel_launch import (
     REDUCTIONS,
     Loss,
     Results,
