@@ -106,10 +106,10 @@ def test_many_classes(device: torch.device) -> None:
 
 def test_classes_whose_index_needs_sixteen_bits(device: torch.device) -> None:
     """Two indices share 32 bits: the larger must keep its sign bit to itself."""
-    logits = torch.zeros(1, 40000, 1, 1, device=device)
+    logits = torch.zeros(1, 40000, 1, 2, device=device)
     logits[0, 39999], logits[0, 39998] = 2.0, 1.0
-    target = torch.full((1, 1, 1), 39999, device=device)
-    wide = {"PIXELS": 1, "CLASS_LANES": 1024, "UNROLL": 8, "num_warps": 1}
+    target = torch.full((1, 1, 2), 39999, device=device)
+    wide = {"PIXELS": 2, "CLASS_LANES": 1024, "UNROLL": 8, "num_warps": 1}
     with ExitStack() as stack:
         for half in ("forward", "backward"):
             stack.enter_context(_tuning.forced(f"margin_calibrated_{half}", wide))
