@@ -1,6 +1,9 @@
 """The functions of tritonloss in eager PyTorch, written to be read; gradients by autograd."""
 
 from kernels_reference.gaussian_window import gaussian_statistics, gaussian_window
+from kernels_reference.label_statistics import count_labels, margin_offsets
+from kernels_reference.margin_calibration import margin_calibrated_loss, margins
+from kernels_reference.pixelwise import binary_cross_entropy, cross_entropy, focal_loss
 from kernels_reference.region_mutual_information import rmi_loss
 from kernels_reference.ssim import ssim, ssim_loss
 from kernels_reference.structural_similarity import (
@@ -10,9 +13,16 @@ from kernels_reference.structural_similarity import (
 )
 
 __all__ = [
+    "binary_cross_entropy",
+    "count_labels",
+    "cross_entropy",
+    "focal_loss",
     "gaussian_statistics",
     "gaussian_window",
     "largest_difference",
+    "margin_calibrated_loss",
+    "margin_offsets",
+    "margins",
     "rmi_loss",
     "ssim",
     "ssim_loss",

@@ -255,21 +255,22 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
 def pivoted(facts: Sequence[KernelFacts]) -> tuple[list[str], list[list[str]]]:
     """(header, rows) of a table with one row per kernel and case, and one column per target."""
     targets = [name for name in TARGETS if any(fact.target == name for fact in facts)]
-    lines: dict[tuple[str, str], dict[str, KernelFacts]] = {}
+    lines: dict[tuple[str, str, str], dict[str, KernelFacts]] = {}
     for fact in facts:
-        lines.setdefault((fact.kernel, fact.case), {})[fact.target] = fact
+        lines.setdefault((fact.op, fact.kernel, fact.case), {})[fact.target] = fact
     rows = []
-    for (kernel, case), cells in lines.items():
+    for (op, kernel, case), cells in lines.items():
         seconds = [fact.compile_seconds for fact in cells.values() if fact.compile_seconds]
         rows.append(
             [
+                op,
                 kernel.strip("_").removesuffix("_kernel"),
                 case,
                 *(cells[target].text if target in cells else "" for target in targets),
                 f"{max(seconds):.1f}" if seconds else "",
             ]
         )
-    return ["kernel", "case", *targets, "compile s"], rows
+    return ["operation", "kernel", "case", *targets, "compile s"], rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ also where it speaks against a loss of this project.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,8 @@ from torch.nn import functional
 from perf import text
 from perf.photographs import CLASSES, VOID, Photograph, photographs
 from perf.progress import Progress
-from tritonloss.functional import rmi_loss, structural_similarity_loss
+from tritonloss import MarginOffsets, count_labels, margin_offsets
+from tritonloss.functional import margin_calibrated_loss, rmi_loss, structural_similarity_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -73,6 +75,18 @@ def region_mutual_information(logits: Tensor, target: Tensor) -> Tensor:
     return loss
 
 
+@functools.cache
+def _offsets() -> MarginOffsets:
+    """Margin offsets from the labels of the training parts, as for any data set."""
+    labels = (scene.training.label for scene in photographs())
+    return margin_offsets(count_labels(labels, len(CLASSES), ignore_index=VOID))
+
+
+def margin_calibration(logits: Tensor, target: Tensor) -> Tensor:
+    """The margin-calibrated log-loss with all of its defaults."""
+    return margin_calibrated_loss(logits, target, _offsets(), ignore_index=VOID)
+
+
 BASELINE = "cross entropy"
 _AGAINST = f"against {BASELINE}"
 # name -> (channels of the logits, loss)
@@ -81,6 +95,7 @@ LOSSES: Mapping[str, tuple[int, Loss]] = {
     "binary cross entropy": (len(CLASSES), binary_cross_entropy),
     "structural similarity": (len(CLASSES), structural_similarity),
     "region mutual information": (len(CLASSES), region_mutual_information),
+    "margin calibration": (len(CLASSES), margin_calibration),
 }
 
 

@@ -19,7 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tritonloss
 from tests.oracle import as_layout, segmentation_case
 from tritonloss import _backend, _tuning
-from tritonloss.functional import rmi_loss, ssim, ssim_loss, structural_similarity_loss
+from tritonloss.functional import (
+    binary_cross_entropy,
+    cross_entropy,
+    focal_loss,
+    margin_calibrated_loss,
+    rmi_loss,
+    ssim,
+    ssim_loss,
+    structural_similarity_loss,
+)
 
 
 def statistics_loss(x: Tensor, _: Tensor) -> Tensor:
@@ -47,7 +56,39 @@ def region_loss(logits: Tensor, target: Tensor) -> Tensor:
     return rmi_loss(logits, target, region_size=1, pool_size=2)
 
 
-LOSSES = (statistics_loss, recomputed_loss, stored_loss, sigmoid_loss, image_loss, region_loss)
+def two_classes(logits: Tensor) -> Tensor:
+    """For losses to which one class is no question at all."""
+    return logits if logits.size(1) > 1 else torch.cat((logits, -logits), 1)
+
+
+def softmax_loss(logits: Tensor, target: Tensor) -> Tensor:
+    return cross_entropy(two_classes(logits), target, label_smoothing=0.1)
+
+
+def one_vs_rest_loss(logits: Tensor, target: Tensor) -> Tensor:
+    return binary_cross_entropy(logits, target)
+
+
+def focal_map_loss(logits: Tensor, target: Tensor) -> Tensor:
+    return focal_loss(two_classes(logits), target, reduction="none").mean()
+
+
+def margin_loss(logits: Tensor, target: Tensor) -> Tensor:
+    scores = two_classes(logits)
+    offset = scores.new_full((scores.size(1),), 0.5, dtype=torch.float32)
+    return margin_calibrated_loss(scores, target, (offset, offset))
+
+
+PIXELWISE = (softmax_loss, one_vs_rest_loss, focal_map_loss, margin_loss)
+LOSSES = (
+    statistics_loss,
+    recomputed_loss,
+    stored_loss,
+    sigmoid_loss,
+    image_loss,
+    region_loss,
+    *PIXELWISE,
+)
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -320,6 +361,23 @@ def test_extra_memory_of_a_training_step(device: torch.device) -> None:
         value_and_gradient(loss, logits, target)
         extra = torch.cuda.max_memory_allocated() - before
         assert extra <= most * logits.nbytes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("loss", PIXELWISE, ids=lambda loss: loss.__name__)
+def test_extra_memory_of_a_pixelwise_step(loss: Loss, layout: str, device: torch.device) -> None:
+    """The gradient, 8 bytes per pixel (and the map and its gradient, if that is the loss)."""
+    logits, target = segmentation_case((2, 19, 512, 1024), device=device)
+    logits = as_layout(logits, layout)
+    value_and_gradient(loss, logits, target)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    value_and_gradient(loss, logits, target)
+    extra = torch.cuda.max_memory_allocated() - before
+    per_pixel = 16 if loss is focal_map_loss else 8
+    assert extra <= logits.nbytes + per_pixel * target.numel() + 2**21
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ import torch
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_ALL_INTEGERS = (*_INTEGERS, torch.uint16, torch.uint32, torch.uint64)
 _MAX_WINDOW = 31
 
 
@@ -80,13 +81,28 @@ def check_labels_in_range(target: torch.Tensor, classes: int, ignore_index: int 
     values, counts = torch.unique(labels[wrong], return_counts=True)
     if values.numel() == 0:
         return
-    listed = ", ".join(
-        f"{int(value)} ({int(count)}x)" for value, count in zip(values[:5], counts[:5], strict=True)
-    )
-    more = ", ..." if values.numel() > 5 else ""
-    raise ValueError(
-        f"target must hold labels from 0 to {classes - 1} or ignore_index={ignore_index}; "
-        f"got {int(counts.sum())} labels outside: {listed}{more}"
+    found = list(zip(values.tolist(), counts.tolist(), strict=True))
+    raise ValueError(labels_outside("target", classes, ignore_index, found))
+
+
+def check_labels(labels: torch.Tensor, name: str) -> None:
+    """``labels`` must hold integers; the shape is free."""
+    accepted = f"{name} must be a tensor of integers"
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"{accepted}; got {_type(labels)}")
+    if labels.dtype not in _ALL_INTEGERS:
+        raise TypeError(f"{accepted}; got {described(labels)}")
+
+
+def labels_outside(
+    name: str, classes: int, ignore_index: int | None, found: Sequence[tuple[int, int]]
+) -> str:
+    """The message about labels out of range, ``found`` being (value, count)."""
+    listed = ", ".join(f"{value} ({count}x)" for value, count in found[:5])
+    more = ", ..." if len(found) > 5 else ""
+    return (
+        f"{name} must hold labels from 0 to {classes - 1} or ignore_index={ignore_index}; "
+        f"got {sum(count for _, count in found)} labels outside: {listed}{more}"
     )
 
 
@@ -101,6 +117,30 @@ def check_images(x: torch.Tensor, y: torch.Tensor) -> None:
     if y.shape != x.shape:
         raise ValueError(f"{accepted}; got {described(y)}")
     _check_device(x, "x", y, "y")
+
+
+def check_classes(logits: torch.Tensor, low: int, high: int) -> None:
+    """``logits`` must have a number of classes that the loss is defined for."""
+    if not low <= logits.shape[1] <= high:
+        raise ValueError(f"logits must have from {low} to {high} classes; got {described(logits)}")
+
+
+def check_class_weights(
+    name: str, weight: torch.Tensor | None, logits: torch.Tensor, *, optional: bool = True
+) -> None:
+    """``weight`` must hold a floating-point number for each class, or be None if it may."""
+    accepted = f"{name} must be a floating-point tensor of shape ({logits.shape[1]},)"
+    if optional:
+        accepted += " or None"
+        if weight is None:
+            return
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"{accepted}; got {_type(weight)}")
+    if weight.dtype not in _FLOATING:
+        raise TypeError(f"{accepted}; got {described(weight)}")
+    if weight.dim() != 1 or weight.shape[0] != logits.shape[1]:
+        raise ValueError(f"{accepted}; got {described(weight)}")
+    _check_device(logits, "logits", weight, name)
 
 
 def check_window_size(window_size: int, name: str = "window_size") -> None:
@@ -157,6 +197,28 @@ def check_flag(name: str, value: bool) -> None:
     """``value`` must be True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False; got {_value(value)}")
+
+
+def check_positive(name: str, value: int) -> None:
+    """``value`` must be an integer of at least 1."""
+    accepted = f"{name} must be an integer of at least 1"
+    if not _is_integer(value):
+        raise TypeError(f"{accepted}; got {_value(value)}")
+    if value < 1:
+        raise ValueError(f"{accepted}; got {value}")
+
+
+def check_pair(name: str, pair: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """``pair`` must be two tensors."""
+    accepted = f"{name} must be a pair of tensors (own, other)"
+    if not isinstance(pair, (tuple, list)):
+        raise TypeError(f"{accepted}; got {_type(pair)}")
+    if len(pair) != 2:
+        raise ValueError(f"{accepted}; got {len(pair)} elements")
+    for part in pair:
+        if not isinstance(part, torch.Tensor):
+            raise TypeError(f"{accepted}; got {_type(part)}")
+    return pair[0], pair[1]
 
 
 def check_range(name: str, value: float, low: float, high: float, *, interval: str = "[]") -> None:

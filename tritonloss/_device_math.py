@@ -79,6 +79,13 @@ def softplus_base2(u):
 
 
 @triton.jit
+def log_one_plus(x):
+    """log(1 + x) for x >= 0, of which no digit is lost where 1 + x has rounded x away."""
+    rounded = 1.0 + x
+    return tl.log(rounded) + (x - (rounded - 1.0)) * inverse(rounded)
+
+
+@triton.jit
 def sanitised_label(label, in_image, classes, IGNORED: tl.constexpr):
     """int32 class index, or -1 where the pixel is outside the image, ignored or out of range.
 

@@ -69,6 +69,25 @@ def _log_determinant(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.
     return (tritonloss.linalg.logdet(half.mT @ half + torch.eye(4).to(half)),)
 
 
+def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (functional.cross_entropy(logits, target, label_smoothing=0.1),)
+
+
+def _binary_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (functional.binary_cross_entropy(logits, target),)
+
+
+def _focal(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (functional.focal_loss(logits, target, reduction="none"),)
+
+
+def _margin_calibrated(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    classes = logits.size(1)
+    offset = torch.linspace(0.5, 1.0, classes, device=logits.device)
+    channels_last = logits.to(memory_format=torch.channels_last)
+    return (functional.margin_calibrated_loss(channels_last, target, (offset, offset)),)
+
+
 OPERATORS: dict[str, Operator] = {
     "gaussian_statistics": _gaussian_statistics,
     "structural_similarity_loss": _structural_similarity,
@@ -78,6 +97,10 @@ OPERATORS: dict[str, Operator] = {
     "ssim": _ssim_images,
     "rmi_loss": _region_mutual_information,
     "linalg.logdet": _log_determinant,
+    "cross_entropy": _cross_entropy,
+    "binary_cross_entropy": _binary_cross_entropy,
+    "focal_loss": _focal,
+    "margin_calibrated_loss, channels_last": _margin_calibrated,
 }
 
 # Relative to the largest element of the float64 result; a wrong kernel is off by far more.

@@ -34,6 +34,8 @@ SLICES = (
     "ssim",
     "region_mutual_information",
     "linalg",
+    "pixelwise",
+    "margin_calibration",
 )
 
 # Candidates differ in the order of their sums, not in their mathematics.

@@ -1,0 +1,489 @@
+"""The kernels and launchers of all pixelwise losses, whatever the pair of device functions.
+
+``_pixels.py`` tells how such a pair is written, and how a program walks over its pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._backend import device_guard, warp_size
+from ._device_math import sanitised_label
+from ._pixels import Tile, far_offsets, label_pointers, map_view, pixel_program
+from ._tuning import Configuration, launch_configuration
+
+REDUCTIONS = ("mean", "sum", "none")
+
+# Kernel arguments that a kernel is compiled for once, whatever their value.
+_SIZES = (
+    "logits_strides", "target_strides", "grad_strides", "upstream_strides", "pixels", "width",
+    "tiles", "full", "programs", "groups",
+)  # fmt: skip
+
+# Partial sums that one program adds up in the second stage.
+_GROUP = 2048
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_pixel(
+    target_ptr, target_strides, image, first, local, inside, width, IGNORED: tl.constexpr,
+    CLASSES: tl.constexpr, BINARY: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """(label, own, inside): sanitised label, class of its own and whether a pixel exists, [pixels].
+
+    label and own are -1 where there is none. They differ for BINARY labels alone: of those 1 is
+    class 0, and 0 is the absence of class 0.
+    """
+    pointers = label_pointers(target_ptr, target_strides, image, first, local, width, TILE)
+    loaded = tl.load(pointers, mask=inside, other=0)
+    # As a tensor: labels of eight bits may be fewer than the classes, and are widened then.
+    classes = tl.full((), 2 if BINARY else CLASSES, tl.int32)
+    label = sanitised_label(loaded, inside, classes, IGNORED)
+    own = tl.where(label == 1, 0, -1) if BINARY else label
+    return label, own, inside
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _pixelwise_forward_kernel(
+    logits_ptr,  # [N, C, H, W]
+    target_ptr,  # [N, H, W]
+    own_ptr,  # [C]: a table for a pixel's own class, if the loss has one
+    other_ptr,  # [C]: a table for the other classes, if the loss has one
+    values_ptr,  # [N, H, W]: the loss of every pixel, unless REDUCED
+    partials_ptr,  # [3, programs]: sums of values, of weights, of valid pixels, if REDUCED
+    saved_ptrs,  # up to two maps [N, H, W] for the backward pass
+    logits_strides,
+    target_strides,
+    pixels,  # of an image, in grains
+    width,
+    tiles,
+    full,
+    programs,
+    FORWARD: tl.constexpr,
+    OPTIONS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    IGNORED: tl.constexpr,
+    BINARY: tl.constexpr,
+    REDUCED: tl.constexpr,
+    SAVED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Reads labels and logits once (what is read again comes from the cache)."""
+    dtype: tl.constexpr = partials_ptr.dtype.element_ty
+    image, first, local, inside = pixel_program(pixels, tiles, TILE)
+    pixel = _load_pixel(
+        target_ptr, target_strides, image, first, local, inside, width, IGNORED, CLASSES, BINARY,
+        TILE,
+    )  # fmt: skip
+    view = map_view(logits_ptr, logits_strides, image, first, local, width, TILE)
+    tables = (own_ptr, other_ptr)
+
+    value, weight, saved = FORWARD(pixel, view, tables, full, dtype, OPTIONS, CLASSES, TILE)
+
+    valid = pixel[0] >= 0
+    value = tl.where(valid, value, 0.0)
+    position = image * pixels * TILE.grain + first + local
+    for i in tl.static_range(SAVED):
+        tl.store(saved_ptrs[i] + position, saved[i], mask=inside)
+    if REDUCED:
+        partial_ptr = partials_ptr + tl.program_id(0)
+        tl.store(partial_ptr, tl.sum(value))
+        tl.store(partial_ptr + programs, tl.sum(tl.where(valid, weight, 0.0)))
+        tl.store(partial_ptr + 2 * programs, tl.sum(tl.where(valid, 1.0, 0.0)))
+    else:
+        tl.store(values_ptr + position, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _pixelwise_sum_kernel(
+    partials_ptr,  # [3, programs]
+    sums_ptr,  # [3, groups]
+    programs,
+    groups,
+    BLOCK: tl.constexpr,
+):
+    """Adds BLOCK partial sums each: a single program would take long to read those of millions."""
+    group = tl.program_id(0)
+    quantity = tl.program_id(1)
+    offset = group * BLOCK + tl.arange(0, BLOCK)
+    partial = tl.load(
+        partials_ptr + quantity * programs + offset, mask=offset < programs, other=0.0
+    )
+    tl.store(sums_ptr + quantity * groups + group, tl.sum(partial.to(tl.float64)))
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _pixelwise_finish_kernel(
+    partials_ptr,  # [3, programs], or sums of them
+    loss_ptr,  # []
+    scale_ptr,  # []: what the gradient of a pixel's value is multiplied by
+    programs,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds the partial sums in float64, in an order that never changes."""
+    lane = tl.arange(0, BLOCK)
+    values = tl.zeros((BLOCK,), tl.float64)
+    weights = tl.zeros((BLOCK,), tl.float64)
+    valid = tl.zeros((BLOCK,), tl.float64)
+    for start in tl.range(0, programs, BLOCK):
+        offset = start + lane
+        mask = offset < programs
+        values += tl.load(partials_ptr + offset, mask=mask, other=0.0)
+        weights += tl.load(partials_ptr + programs + offset, mask=mask, other=0.0)
+        valid += tl.load(partials_ptr + 2 * programs + offset, mask=mask, other=0.0)
+    loss = tl.sum(values)
+    divisor = tl.zeros_like(loss) + 1.0
+    if MEAN:
+        # Nothing valid: 0. Weights that sum to 0: NaN, as torch has it.
+        divisor = tl.where(tl.sum(valid) > 0, tl.sum(weights), 1.0)
+    tl.store(loss_ptr, loss / divisor)
+    tl.store(scale_ptr, 1.0 / divisor)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _pixelwise_backward_kernel(
+    upstream_ptr,  # [], or [N, H, W] unless REDUCED
+    scale_ptr,  # []
+    logits_ptr,  # [N, C, H, W]
+    target_ptr,  # [N, H, W]
+    own_ptr,  # [C]
+    other_ptr,  # [C]
+    saved_ptrs,  # up to two maps [N, H, W]
+    grad_ptr,  # [N, C, H, W]
+    upstream_strides,
+    logits_strides,
+    target_strides,
+    grad_strides,
+    pixels,  # of an image, in grains
+    width,
+    tiles,
+    full,
+    BACKWARD: tl.constexpr,
+    OPTIONS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    IGNORED: tl.constexpr,
+    BINARY: tl.constexpr,
+    REDUCED: tl.constexpr,
+    SAVED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Reads labels and logits once more, writes the gradient once."""
+    dtype: tl.constexpr = scale_ptr.dtype.element_ty
+    image, first, local, inside = pixel_program(pixels, tiles, TILE)
+    pixel = _load_pixel(
+        target_ptr, target_strides, image, first, local, inside, width, IGNORED, CLASSES, BINARY,
+        TILE,
+    )  # fmt: skip
+    view = map_view(logits_ptr, logits_strides, image, first, local, width, TILE)
+    grad_view = map_view(grad_ptr, grad_strides, image, first, local, width, TILE)
+
+    position = image * pixels * TILE.grain + first + local
+    saved = ()
+    for i in tl.static_range(SAVED):
+        saved = saved + (tl.load(saved_ptrs[i] + position, mask=inside, other=0),)
+    scale = tl.load(scale_ptr)
+    if REDUCED:
+        scale = scale * tl.load(upstream_ptr).to(dtype)
+    else:
+        offsets = far_offsets(first, local, upstream_strides[1], upstream_strides[2], width)
+        upstream = upstream_ptr + image * upstream_strides[0] + offsets
+        scale = scale * tl.load(upstream, mask=inside, other=0.0).to(dtype)
+    scale = tl.where(pixel[0] >= 0, scale, 0.0)
+
+    BACKWARD(
+        scale, saved, pixel, view, grad_view, (own_ptr, other_ptr), full, dtype, OPTIONS, CLASSES,
+        TILE,
+    )  # fmt: skip
+
+
+# --- launchers ------------------------------------------------------------------------------------
+
+
+class Loss(NamedTuple):
+    """A pixelwise loss as its launchers know it.
+
+    ``saved`` gives the dtypes of the maps that the forward leaves to the backward, for logits of a
+    dtype.
+    """
+
+    name: str
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    saved: Callable[[torch.dtype], tuple[torch.dtype, ...]]
+    unroll: int = 8  # classes of a lane in one block of the forward pass, where there are so many
+    held: int = 0  # up to so many classes of a lane stay in registers, to be gone through twice
+    binary: bool = False  # one class: labels 0 and 1
+
+
+class Results(NamedTuple):
+    """What a forward launch returns: loss [] or [N, H, W], scale [], two saved maps or [0]."""
+
+    loss: torch.Tensor
+    scale: torch.Tensor
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_results(loss: Loss, logits: torch.Tensor, reduction: str, save: bool) -> Results:
+    """The tensors that a forward launch fills."""
+    dtype = compute_dtype(logits.dtype)
+    pixels = (logits.size(0), logits.size(2), logits.size(3))
+    value = torch.empty(pixels if reduction == "none" else (), dtype=dtype, device=logits.device)
+    scale = torch.empty((), dtype=dtype, device=logits.device)
+    dtypes = loss.saved(logits.dtype) if save else ()
+    maps = [torch.empty(pixels, dtype=kind, device=logits.device) for kind in dtypes]
+    maps += [logits.new_empty(0) for _ in range(2 - len(maps))]
+    return Results(value, scale, *maps)
+
+
+def launch_forward(
+    loss: Loss,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    tables: tuple[torch.Tensor | None, torch.Tensor | None],
+    options: Any,
+    reduction: str,
+    ignore_index: int | None,
+    save: bool,
+) -> Results:
+    """Loss, and what its backward pass needs if ``save``."""
+    results = empty_results(loss, logits, reduction, save)
+    grid, launch = _launch(loss, f"{loss.name}_forward", logits, target)
+    partials = results.scale.new_empty(3, grid[0] if reduction != "none" else 0)
+    with device_guard(logits):
+        _pixelwise_forward_kernel[grid](
+            logits_ptr=logits,
+            target_ptr=target,
+            own_ptr=_given(tables[0], logits),
+            other_ptr=_given(tables[1], logits),
+            values_ptr=results.loss,
+            partials_ptr=partials,
+            saved_ptrs=(results.first, results.second),
+            logits_strides=_strides(logits, launch["TILE"]),
+            target_strides=_strides(target, launch["TILE"]),
+            programs=grid[0],
+            FORWARD=loss.forward,
+            OPTIONS=options,
+            REDUCED=reduction != "none",
+            SAVED=len(loss.saved(logits.dtype)) if save else 0,
+            **_labels(loss, logits, target, ignore_index),
+            **launch,
+        )
+        if reduction == "none":
+            results.scale.fill_(1.0)
+        else:
+            _finish(partials, results, reduction)
+    return results
+
+
+def _finish(partials: torch.Tensor, results: Results, reduction: str) -> None:
+    """Loss and scale from the programs' partial sums [3, programs]."""
+    if partials.size(1) > _GROUP:
+        groups = triton.cdiv(partials.size(1), _GROUP)
+        sums = torch.empty(3, groups, dtype=torch.float64, device=partials.device)
+        _pixelwise_sum_kernel[(groups, 3)](
+            partials_ptr=partials,
+            sums_ptr=sums,
+            programs=partials.size(1),
+            groups=groups,
+            BLOCK=_GROUP,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+        partials = sums
+    _pixelwise_finish_kernel[(1,)](
+        partials_ptr=partials,
+        loss_ptr=results.loss,
+        scale_ptr=results.scale,
+        programs=partials.size(1),
+        MEAN=reduction == "mean",
+        BLOCK=_GROUP,
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
+
+
+def launch_backward(
+    loss: Loss,
+    upstream: torch.Tensor,
+    results: Results,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    tables: tuple[torch.Tensor | None, torch.Tensor | None],
+    options: Any,
+    ignore_index: int | None,
+) -> torch.Tensor:
+    """The gradient of the logits; of ``results`` all but the loss is used."""
+    grad_logits = torch.empty_like(logits)
+    grid, launch = _launch(loss, f"{loss.name}_backward", logits, target, grad_logits)
+    reduced = upstream.dim() == 0
+    with device_guard(logits):
+        _pixelwise_backward_kernel[grid](
+            upstream_ptr=upstream,
+            scale_ptr=results.scale,
+            logits_ptr=logits,
+            target_ptr=target,
+            own_ptr=_given(tables[0], logits),
+            other_ptr=_given(tables[1], logits),
+            saved_ptrs=(results.first, results.second),
+            grad_ptr=grad_logits,
+            upstream_strides=(0, 0, 0) if reduced else upstream.stride(),
+            logits_strides=_strides(logits, launch["TILE"]),
+            target_strides=_strides(target, launch["TILE"]),
+            grad_strides=_strides(grad_logits, launch["TILE"]),
+            BACKWARD=loss.backward,
+            OPTIONS=options,
+            REDUCED=reduced,
+            SAVED=len(loss.saved(logits.dtype)),
+            **_labels(loss, logits, target, ignore_index),
+            **launch,
+        )
+    return grad_logits
+
+
+def pixel_heuristic(loss: Loss, operator: str, logits: torch.Tensor) -> Configuration:
+    """A configuration that is always valid: two or four pixels per lane."""
+    warps = 4
+    lanes = 8 if _classes_in_lanes(logits) else 1
+    slots = triton.cdiv(logits.size(1), lanes)
+    forward = operator.endswith("forward")
+    if lanes > 1:  # every value has an address of its own in registers
+        pixels, unroll = 4 if slots <= 4 else 2, loss.unroll if forward else 4
+    else:
+        pixels, unroll = 2 if forward and loss.held else 4, loss.unroll if forward else 8
+    return {
+        "PIXELS": pixels * warps * warp_size() // lanes,
+        "CLASS_LANES": lanes,
+        "UNROLL": loss.held if forward and slots <= loss.held else unroll,
+        "num_warps": warps,
+    }
+
+
+def pixel_candidates(heuristic: Configuration) -> list[Configuration]:
+    """The heuristic and its neighbours, one setting changed at a time: what the tuner tries."""
+    pixels, lanes = int(heuristic["PIXELS"]), int(heuristic["CLASS_LANES"])
+    unroll, warps = int(heuristic["UNROLL"]), int(heuristic["num_warps"])
+    changes: list[Configuration] = [{"PIXELS": pixels // 2}, {"PIXELS": pixels * 2}]
+    changes += [{"UNROLL": max(unroll // 2, 1)}, {"UNROLL": unroll * 2}]
+    changes += [{"PIXELS": pixels // 2, "num_warps": warps // 2}]
+    changes += [{"PIXELS": pixels * 2, "num_warps": warps * 2}]
+    if lanes > 1:
+        changes += [{"CLASS_LANES": lanes // 2, "PIXELS": pixels * 2}]
+        changes += [{"CLASS_LANES": lanes * 2, "PIXELS": pixels // 2}]
+    candidates = [heuristic, *({**heuristic, **change} for change in changes)]
+    return [c for i, c in enumerate(candidates) if c not in candidates[:i]]
+
+
+def _launch(
+    loss: Loss, operator: str, logits: torch.Tensor, target: torch.Tensor, *grads: torch.Tensor
+) -> tuple[tuple[int], dict[str, Any]]:
+    """(grid, arguments) of a kernel that goes through all pixels of ``logits``."""
+    in_lanes = _classes_in_lanes(logits) and all(grad.stride(1) == 1 for grad in grads)
+    flat = _is_flat(in_lanes, logits, target, *grads)
+    configuration = launch_configuration(
+        operator,
+        device=logits.device,
+        dtype=logits.dtype,
+        classes=logits.size(1),
+        window=1,
+        layout="channels_last" if in_lanes else "contiguous" if flat else "strided",
+        heuristic=pixel_heuristic(loss, operator, logits),
+    )
+    warps, lanes = int(configuration["num_warps"]), int(configuration["CLASS_LANES"])
+    pixels, lanes = int(configuration["PIXELS"]), lanes if in_lanes else 1
+    grain = 1
+    if not in_lanes:
+        per_lane = max(pixels // (warps * warp_size()), 1)
+        grain = _grain(per_lane, logits, target, *grads) if flat else 1
+        # Without whole aligned grains a lane's neighbouring pixels would be moved one by one, each
+        # time across as many cache lines as if they were apart: one pixel per lane is better.
+        pixels = pixels if grain > 1 else min(pixels, warps * warp_size())
+    size = logits.size(2) * logits.size(3)
+    classes = logits.size(1)
+    unroll = min(int(configuration["UNROLL"]), triton.cdiv(classes, lanes))
+    step = unroll * lanes
+    tiles = triton.cdiv(size, pixels)
+    return (logits.size(0) * tiles,), {
+        "pixels": size // grain,
+        "width": logits.size(3),
+        "tiles": tiles,
+        "full": (classes - 1) // step * step,
+        "CLASSES": classes,
+        "TILE": Tile(pixels, lanes, unroll, grain, flat),
+        "num_warps": warps,
+        "enable_fp_fusion": True,
+    }
+
+
+def _labels(
+    loss: Loss, logits: torch.Tensor, target: torch.Tensor, ignore_index: int | None
+) -> dict[str, Any]:
+    """The kernels' arguments that tell which labels count."""
+    binary = loss.binary and logits.size(1) == 1
+    classes = 2 if binary else logits.size(1)
+    return {"IGNORED": ignored_class(ignore_index, classes, target.dtype), "BINARY": binary}
+
+
+def ignored_class(ignore_index: int | None, classes: int, dtype: torch.dtype) -> int:
+    """The ignore label if it would otherwise be a class, else -1: the range check does the rest."""
+    if ignore_index is None or not 0 <= ignore_index < min(classes, torch.iinfo(dtype).max + 1):
+        return -1
+    return ignore_index
+
+
+def _given(table: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    """A table as the kernels read it: of as many numbers as there are classes, side by side."""
+    return logits if table is None else table.contiguous()
+
+
+def _classes_in_lanes(logits: torch.Tensor) -> bool:
+    """Whether neighbouring addresses are classes, so that neighbouring lanes should be too."""
+    return logits.size(1) > 1 and logits.stride(1) == 1 and logits.stride(3) != 1
+
+
+def _is_flat(
+    in_lanes: bool, logits: torch.Tensor, target: torch.Tensor, *maps: torch.Tensor
+) -> bool:
+    """Whether the pixels of every map lie at even distances, in one run where that is needed."""
+    width = logits.size(3)
+    if target.stride(2) != 1 or target.stride(1) != width:
+        return False
+    for tensor in (logits, *maps):
+        if tensor.stride(2) != width * tensor.stride(3):
+            return False
+        if not in_lanes and tensor.stride(3) != 1:
+            return False
+    return True
+
+
+def _grain(per_lane: int, *maps: torch.Tensor) -> int:
+    """How many neighbouring pixels of flat maps can be moved at once: 1, or up to ``per_lane``."""
+    grain = min(per_lane, 4)
+    while grain > 1:
+        strides = [stride for tensor in maps for stride in tensor.stride()[:-2]]
+        size = maps[0].size(2) * maps[0].size(3)
+        if size % grain == 0 and all(stride % grain == 0 for stride in strides):
+            return grain
+        grain //= 2
+    return 1
+
+
+def _strides(tensor: torch.Tensor, tile: Tile) -> tuple[int, ...]:
+    """The tensor's strides as the kernels take them: outer ones in units of the grain."""
+    if tile.grain == 1:
+        return tensor.stride()
+    outer = tensor.dim() - 2
+    return (*(s // tile.grain for s in tensor.stride()[:outer]), *tensor.stride()[outer:])

@@ -1,0 +1,356 @@
+"""Margin-calibrated log-loss: one class against the best of the others, offset by its rarity.
+
+Yu et al., "Distribution-Aware Margin Calibration for Semantic Segmentation in Images". With the
+margin of class k at a pixel, its score less the best score of the other classes,
+
+    margin_k = z_k - max over j != k of z_j                           Eq. 8
+    calibrated_k = margin_k - own_k if k is the label else margin_k + other_k    Algorithm 2
+    loss = (1 / V) sum over pixels and classes of a penalty on it     Eq. 17, 18 or 9, 16
+
+the two largest scores give every margin of a pixel, and the gradient flows through both.
+
+Bytes per pass, L of logits and T of labels: forward L + T, where the second pass over the classes
+finds them in registers (up to 32 contiguous classes, or 256 in channels_last) or in the cache;
+backward 2 L + T. 8 bytes per pixel are saved (``_margin_kernels.py`` says which, and why).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernels_reference.margin_calibration import (
+    margin_calibrated_loss as margin_calibrated_loss_reference,
+)
+
+from . import _checks
+from ._backend import serves_triton
+from ._margin_kernels import Options, margin_backward, margin_forward
+from ._pixel_launch import (
+    REDUCTIONS,
+    Loss,
+    Results,
+    compute_dtype,
+    empty_results,
+    launch_backward,
+    launch_forward,
+    pixel_candidates,
+    pixel_heuristic,
+)
+from ._tuning import TuningCase
+from .label_statistics import MarginOffsets
+
+VARIANTS = ("paper", "released", "margin")
+
+# --- launchers ------------------------------------------------------------------------------------
+
+
+def _saves(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The classes of the two largest scores in 16 bits each, and the sum of the derivatives."""
+    return torch.int32, compute_dtype(dtype)
+
+
+LOSS = Loss(
+    name="margin_calibrated", forward=margin_forward, backward=margin_backward, saved=_saves,
+    held=32,
+)  # fmt: skip
+
+
+def _options(variant: str, classes: int, save: bool) -> Options:
+    """A penalty's share in the loss: the released code has a mean over the other classes."""
+    return Options(variant, 1.0, 1.0 / classes if variant == "released" else 1.0, save)
+
+
+def _margin_forward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    offsets: MarginOffsets,
+    variant: str,
+    reduction: str,
+    ignore_index: int | None,
+    save: bool,
+) -> Results:
+    """The loss, and what its backward pass needs if ``save``."""
+    options = _options(variant, logits.size(1), save)
+    return launch_forward(LOSS, logits, target, offsets, options, reduction, ignore_index, save)
+
+
+def _margin_backward(
+    upstream: torch.Tensor,
+    results: Results,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    offsets: MarginOffsets,
+    variant: str,
+    ignore_index: int | None,
+) -> torch.Tensor:
+    """The gradient of the logits under an upstream gradient [] or [N, H, W]."""
+    options = _options(variant, logits.size(1), True)
+    return launch_backward(LOSS, upstream, results, logits, target, offsets, options, ignore_index)
+
+
+def tuning_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` measures for this slice."""
+    cases = []
+    for classes in (19, 150):
+        for layout in ("contiguous", "channels_last"):
+            for dtype in (torch.float32, torch.bfloat16):
+                run = functools.partial(_tuning_pass, classes, layout, dtype)
+                like = _tuning_logits(classes, layout, dtype, torch.device("meta"))
+                for operator in ("margin_calibrated_forward", "margin_calibrated_backward"):
+                    candidates = pixel_candidates(pixel_heuristic(LOSS, operator, like))
+                    cases.append(TuningCase(operator, classes, 1, dtype, layout, run, candidates))
+    return cases
+
+
+def _tuning_logits(
+    classes: int, layout: str, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    logits = torch.empty(2, classes, 512, 512, dtype=dtype, device=device)
+    if layout == "channels_last":
+        logits = logits.to(memory_format=torch.channels_last)
+    return logits
+
+
+def _tuning_pass(
+    classes: int, layout: str, dtype: torch.dtype, device: torch.device
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    logits = _tuning_logits(classes, layout, dtype, device).normal_(0, 2)
+    target = torch.randint(0, classes, (2, 512, 512), device=device).to(torch.uint8)
+    offset = torch.full((classes,), 0.1, device=device)
+    offsets = MarginOffsets(offset, offset)
+
+    def both_passes() -> tuple[torch.Tensor, torch.Tensor]:
+        results = _margin_forward(logits, target, offsets, "paper", "mean", 255, save=True)
+        upstream = torch.ones_like(results.loss)
+        gradient = _margin_backward(upstream, results, logits, target, offsets, "paper", 255)
+        return results.loss, gradient
+
+    return both_passes
+
+
+# --- operator and gradient ------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tritonloss::margin_calibrated_forward", mutates_args=())
+def _forward_op(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    own: torch.Tensor,
+    other: torch.Tensor,
+    variant: str,
+    reduction: str,
+    ignore_index: int | None,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    offsets = MarginOffsets(own, other)
+    return _margin_forward(logits, target, offsets, variant, reduction, ignore_index, save)
+
+
+@_forward_op.register_fake
+def _forward_fake(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    own: torch.Tensor,
+    other: torch.Tensor,
+    variant: str,
+    reduction: str,
+    ignore_index: int | None,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return empty_results(LOSS, logits, reduction, save)
+
+
+@torch.library.custom_op("tritonloss::margin_calibrated_backward", mutates_args=())
+def _backward_op(
+    upstream: torch.Tensor,
+    scale: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    own: torch.Tensor,
+    other: torch.Tensor,
+    variant: str,
+    ignore_index: int | None,
+) -> torch.Tensor:
+    results = Results(scale, scale, first, second)
+    offsets = MarginOffsets(own, other)
+    return _margin_backward(upstream, results, logits, target, offsets, variant, ignore_index)
+
+
+@_backward_op.register_fake
+def _backward_fake(
+    upstream: torch.Tensor,
+    scale: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    logits: torch.Tensor,
+    *arguments: Any,
+) -> torch.Tensor:
+    return torch.empty_like(logits)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    logits, target, own, other, variant, _, ignore_index, _ = inputs
+    ctx.save_for_backward(logits, target, own, other, *output[1:])
+    ctx.variant, ctx.ignore_index = variant, ignore_index
+
+
+def _gradient(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    logits, target, own, other, *saved = ctx.saved_tensors
+    grad_logits = _backward_op(
+        upstream, *saved, logits, target, own, other, ctx.variant, ctx.ignore_index
+    )
+    return (grad_logits, *(None,) * 7)
+
+
+_forward_op.register_autograd(_gradient, setup_context=_setup_context)
+
+
+# --- function -------------------------------------------------------------------------------------
+
+
+def margin_calibrated_loss(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    offsets: tuple[torch.Tensor, torch.Tensor],
+    *,
+    variant: str = "paper",
+    ignore_index: int | None = 255,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Margin-calibrated loss: a penalty on every class's margin, harder on rare classes.
+
+    With margin_k = z_k - max over j != k of z_j (0 for scores that tie for the best), and for the
+    pixel's own class c = margin - own, for all others c = margin + other:
+
+        "paper"     log2(1 + 2^-c) for the own class, log2(1 + 2^c) for the others
+        "released"  log(1 + e^-c) for the own class, log(1 + e^c) / C for the others: what the
+                    authors' code computes
+        "margin"    min(1, max(0, 1 - margin / own)) for the own class,
+                    min(1, max(0, 1 + margin / other)) for the others: the ramp that the log-loss
+                    stands in for
+
+    summed over classes, averaged over valid pixels. The gradient flows through both maxima; of
+    equal scores the first counts as the larger.
+
+    Args:
+        logits: [N, C, H, W] with C from 2 to 65536, float16, bfloat16 or float32 (or float64), any
+            strides.
+        target: integer labels [N, H, W], uint8 to int64.
+        offsets: (own, other), floating-point [C] each and not negative, as
+            :func:`tritonloss.margin_offsets` returns them. They get no gradient.
+        variant: "paper" (default), "released" or "margin".
+        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255.
+            Other labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise,
+            they count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        reduction: "mean" (default), "sum", or "none": [N, H, W], zero at ignored pixels.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits); the mean is 0 with zero gradient if no
+        pixel is valid. The gradient has the dtype of the logits.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes do not match, an option is out of range, or a label is (see
+            ignore_index).
+
+    Reference:
+        Yu et al., "Distribution-Aware Margin Calibration for Semantic Segmentation in Images",
+        Eq. 8, 9, 16 to 18.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> from tritonloss.functional import margin_calibrated_loss
+        >>> target = torch.randint(0, 19, (2, 32, 64))
+        >>> offsets = tritonloss.margin_offsets(tritonloss.count_labels(target, 19))
+        >>> margin_calibrated_loss(torch.randn(2, 19, 32, 64), target, offsets).shape
+        torch.Size([])
+    """
+    _checks.check_logits(logits)
+    _checks.check_target(logits, target)
+    _checks.check_classes(logits, 2, 1 << 16)
+    own, other = _checks.check_pair("offsets", offsets)
+    _checks.check_class_weights("offsets.own", own, logits, optional=False)
+    _checks.check_class_weights("offsets.other", other, logits, optional=False)
+    _checks.check_option("variant", variant, VARIANTS)
+    _checks.check_option("reduction", reduction, REDUCTIONS)
+    _checks.check_ignore_index(ignore_index)
+    _checks.check_labels_in_range(target, logits.size(1), ignore_index)
+    if not serves_triton(logits):
+        return margin_calibrated_loss_reference(
+            logits,
+            target,
+            (own, other),
+            variant=variant,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+    # The offsets get no gradient; and without the logits' nothing is saved for a backward pass.
+    save = logits.requires_grad and torch.is_grad_enabled()
+    own, other = own.detach(), other.detach()
+    loss: torch.Tensor = torch.ops.tritonloss.margin_calibrated_forward(
+        logits, target, own, other, variant, reduction, ignore_index, save
+    )[0]
+    return loss
+
+
+# --- module ---------------------------------------------------------------------------------------
+
+
+class MarginCalibratedLoss(nn.Module):
+    """:func:`tritonloss.functional.margin_calibrated_loss` as a module.
+
+    The offsets are buffers: they go with ``.to()`` and into the state_dict.
+
+    Args: the offsets and the keyword arguments of the function, with the same defaults.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> counts = torch.tensor([9000, 900, 100])
+        >>> criterion = tritonloss.MarginCalibratedLoss(tritonloss.margin_offsets(counts))
+        >>> criterion(torch.randn(2, 3, 32, 64), torch.randint(0, 3, (2, 32, 64))).shape
+        torch.Size([])
+    """
+
+    own: torch.Tensor
+    other: torch.Tensor
+
+    def __init__(
+        self,
+        offsets: tuple[torch.Tensor, torch.Tensor],
+        *,
+        variant: str = "paper",
+        ignore_index: int | None = 255,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        own, other = _checks.check_pair("offsets", offsets)
+        self.register_buffer("own", own)
+        self.register_buffer("other", other)
+        self.variant = variant
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Logits [N, C, H, W], target [N, H, W] -> scalar, or [N, H, W]."""
+        return margin_calibrated_loss(
+            logits,
+            target,
+            MarginOffsets(self.own, self.other),
+            variant=self.variant,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return (
+            f"classes={self.own.numel()}, variant={self.variant!r}, "
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        )

@@ -1,0 +1,622 @@
+"""Pixelwise losses: cross entropy, binary cross entropy and focal loss, one value per pixel.
+
+With p = softmax(z) and t the pixel's label:
+
+    cross entropy           -w_t log p_t                      dz_k = w_t (p_k - y_k)
+    binary cross entropy    sum_k bce(z_k, y_k)               dz_k = sigmoid(z_k) - y_k
+    focal loss              -a_t (1 - p_t)^gamma log p_t      dz_k = a_t g(p_t) (p_k - y_k)
+
+Bytes per pass, L of logits and T of labels: forward L + T; backward 2 L + T. The softmax losses
+leave the largest logit and the logarithm of the sum to the backward pass, 6 or 8 bytes per pixel,
+binary cross entropy nothing. The gradient is the only map with classes in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernels_reference.pixelwise import (
+    binary_cross_entropy as binary_cross_entropy_reference,
+)
+from kernels_reference.pixelwise import cross_entropy as cross_entropy_reference
+from kernels_reference.pixelwise import focal_loss as focal_loss_reference
+
+from . import _checks, _pixelwise_kernels
+from ._backend import serves_triton
+from ._pixel_launch import (
+    REDUCTIONS,
+    Loss,
+    Results,
+    compute_dtype,
+    empty_results,
+    launch_backward,
+    launch_forward,
+    pixel_candidates,
+    pixel_heuristic,
+)
+from ._pixelwise_kernels import Options
+from ._tuning import TuningCase
+
+# --- launchers ------------------------------------------------------------------------------------
+
+
+def _softmax_saves(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The largest logit, which is one of the logits, and log2 of the sum."""
+    return dtype, compute_dtype(dtype)
+
+
+def _saves_nothing(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    return ()
+
+
+LOSSES = {
+    "cross_entropy": Loss(
+        name="cross_entropy",
+        forward=_pixelwise_kernels.cross_entropy_forward,
+        backward=_pixelwise_kernels.cross_entropy_backward,
+        saved=_softmax_saves,
+    ),
+    "binary_cross_entropy": Loss(
+        name="binary_cross_entropy",
+        forward=_pixelwise_kernels.binary_cross_entropy_forward,
+        backward=_pixelwise_kernels.binary_cross_entropy_backward,
+        saved=_saves_nothing,
+        unroll=16,  # one logarithm each
+        binary=True,
+    ),
+    "focal": Loss(
+        name="focal",
+        forward=_pixelwise_kernels.focal_forward,
+        backward=_pixelwise_kernels.focal_backward,
+        saved=_softmax_saves,
+    ),
+}
+
+
+def _pixelwise_forward(
+    name: str,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    options: Options,
+    reduction: str,
+    ignore_index: int | None,
+    save: bool,
+) -> Results:
+    """The loss called ``name``, and what its backward pass needs if ``save``."""
+    return launch_forward(
+        LOSSES[name], logits, target, (weight, None), options, reduction, ignore_index, save
+    )
+
+
+def _pixelwise_backward(
+    name: str,
+    upstream: torch.Tensor,
+    results: Results,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    options: Options,
+    ignore_index: int | None,
+) -> torch.Tensor:
+    """The gradient of the logits under an upstream gradient [] or [N, H, W]."""
+    return launch_backward(
+        LOSSES[name], upstream, results, logits, target, (weight, None), options, ignore_index
+    )
+
+
+def tuning_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` measures for this slice."""
+    cases = []
+    for name, loss in LOSSES.items():
+        for classes in (19, 150):
+            for layout in ("contiguous", "channels_last"):
+                for dtype in (torch.float32, torch.bfloat16):
+                    run = functools.partial(_tuning_pass, name, classes, layout, dtype)
+                    like = _tuning_logits(classes, layout, dtype, torch.device("meta"))
+                    for operator in (f"{name}_forward", f"{name}_backward"):
+                        candidates = pixel_candidates(pixel_heuristic(loss, operator, like))
+                        cases.append(
+                            TuningCase(operator, classes, 1, dtype, layout, run, candidates)
+                        )
+    return cases
+
+
+def _tuning_logits(
+    classes: int, layout: str, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    logits = torch.empty(2, classes, 512, 512, dtype=dtype, device=device)
+    if layout == "channels_last":
+        logits = logits.to(memory_format=torch.channels_last)
+    return logits
+
+
+def _tuning_pass(
+    name: str, classes: int, layout: str, dtype: torch.dtype, device: torch.device
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    logits = _tuning_logits(classes, layout, dtype, device).normal_(0, 2)
+    target = torch.randint(0, classes, (2, 512, 512), device=device).to(torch.uint8)
+    options = Options(weighted=False, smoothing=0.0, gamma=2.0, detached=False)
+
+    def both_passes() -> tuple[torch.Tensor, torch.Tensor]:
+        results = _pixelwise_forward(name, logits, target, None, options, "mean", 255, save=True)
+        upstream = torch.ones_like(results.loss)
+        gradient = _pixelwise_backward(name, upstream, results, logits, target, None, options, 255)
+        return results.loss, gradient
+
+    return both_passes
+
+
+# --- operator and gradient ------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tritonloss::pixelwise_forward", mutates_args=())
+def _forward_op(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    name: str,
+    smoothing: float,
+    gamma: float,
+    detached: bool,
+    reduction: str,
+    ignore_index: int | None,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    options = Options(weight is not None, smoothing, gamma, detached)
+    return _pixelwise_forward(name, logits, target, weight, options, reduction, ignore_index, save)
+
+
+@_forward_op.register_fake
+def _forward_fake(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    name: str,
+    smoothing: float,
+    gamma: float,
+    detached: bool,
+    reduction: str,
+    ignore_index: int | None,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return empty_results(LOSSES[name], logits, reduction, save)
+
+
+@torch.library.custom_op("tritonloss::pixelwise_backward", mutates_args=())
+def _backward_op(
+    upstream: torch.Tensor,
+    scale: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    name: str,
+    smoothing: float,
+    gamma: float,
+    detached: bool,
+    ignore_index: int | None,
+) -> torch.Tensor:
+    options = Options(weight is not None, smoothing, gamma, detached)
+    results = Results(scale, scale, first, second)
+    return _pixelwise_backward(
+        name, upstream, results, logits, target, weight, options, ignore_index
+    )
+
+
+@_backward_op.register_fake
+def _backward_fake(
+    upstream: torch.Tensor,
+    scale: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    logits: torch.Tensor,
+    *arguments: Any,
+) -> torch.Tensor:
+    return torch.empty_like(logits)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    logits, target, weight, name, smoothing, gamma, detached, _, ignore_index, _ = inputs
+    ctx.save_for_backward(logits, target, weight, *output[1:])
+    ctx.options = (name, smoothing, gamma, detached, ignore_index)
+
+
+def _gradient(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    logits, target, weight, *saved = ctx.saved_tensors
+    return (_backward_op(upstream, *saved, logits, target, weight, *ctx.options), *(None,) * 9)
+
+
+_forward_op.register_autograd(_gradient, setup_context=_setup_context)
+
+
+# --- functions ------------------------------------------------------------------------------------
+
+
+def _check(
+    logits: torch.Tensor, target: torch.Tensor, reduction: str, ignore_index: int | None
+) -> None:
+    """The checks that all losses of this file share, but for the labels' range."""
+    _checks.check_logits(logits)
+    _checks.check_target(logits, target)
+    _checks.check_option("reduction", reduction, REDUCTIONS)
+    _checks.check_ignore_index(ignore_index)
+
+
+def _call(
+    name: str,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: str,
+    ignore_index: int | None,
+    *,
+    smoothing: float = 0.0,
+    gamma: float = 0.0,
+    detached: bool = False,
+) -> torch.Tensor:
+    # The weights get no gradient; and without the logits' nothing is saved for a backward pass.
+    save = logits.requires_grad and torch.is_grad_enabled()
+    weight = None if weight is None else weight.detach()
+    loss: torch.Tensor = torch.ops.tritonloss.pixelwise_forward(
+        logits, target, weight, name, float(smoothing), float(gamma), detached, reduction,
+        ignore_index, save,
+    )[0]  # fmt: skip
+    return loss
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = 255,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Cross entropy of the softmax, as :func:`torch.nn.functional.cross_entropy` defines it.
+
+    Of a pixel with the label t, with smoothing s and C classes:
+
+        (1 - s) w_t (-log p_t) + (s / C) sum_k w_k (-log p_k)
+
+    The mean divides by the sum of w_t over valid pixels. The one exception to torch's definition:
+    if no pixel is valid the mean is 0 with zero gradient, not NaN.
+
+    Args:
+        logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
+        target: integer labels [N, H, W], uint8 to int64.
+        weight: a weight for each class, floating-point [C], or None for 1. It gets no gradient.
+        label_smoothing: s, in [0, 1]. Default 0.
+        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255.
+            Other labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise,
+            they count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        reduction: "mean" (default), "sum", or "none": [N, H, W], zero at ignored pixels.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits). The gradient has the dtype of the logits.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes do not match, an option is out of range, or a label is (see
+            ignore_index).
+
+    Reference:
+        Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", Section 7 (the
+        smoothing).
+
+    Example:
+        >>> import torch
+        >>> from tritonloss.functional import cross_entropy
+        >>> logits = torch.randn(2, 19, 32, 64, requires_grad=True)
+        >>> target = torch.randint(0, 19, (2, 32, 64))
+        >>> cross_entropy(logits, target, label_smoothing=0.1).backward()
+        >>> logits.grad.shape
+        torch.Size([2, 19, 32, 64])
+    """
+    _check(logits, target, reduction, ignore_index)
+    _checks.check_class_weights("weight", weight, logits)
+    _checks.check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    _checks.check_labels_in_range(target, logits.size(1), ignore_index)
+    if not serves_triton(logits):
+        return cross_entropy_reference(
+            logits,
+            target,
+            weight=weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+    return _call(
+        "cross_entropy", logits, target, weight, reduction, ignore_index, smoothing=label_smoothing
+    )
+
+
+def binary_cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    pos_weight: torch.Tensor | None = None,
+    ignore_index: int | None = 255,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Binary cross entropy of one sigmoid per class against the rest, from integer labels.
+
+    Of a pixel with the label t, summed over classes:
+
+        w_t softplus(-z_t) + sum over k != t of softplus(z_k)
+
+    which is torch's ``binary_cross_entropy_with_logits`` of the one-hot label. The mean is over
+    valid pixels. With one class the labels are 1 where the class is and 0 where it is not.
+
+    Args:
+        logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
+        target: integer labels [N, H, W], uint8 to int64: 0 to C - 1, or 0 and 1 if C is 1.
+        pos_weight: w, a weight for the positive term of each class, floating-point [C], or None for
+            1. It gets no gradient.
+        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255.
+            Other labels out of range raise on the CPU; on a GPU, where looking would synchronise,
+            they count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        reduction: "mean" (default), "sum", or "none": [N, H, W], zero at ignored pixels.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits); the mean is 0 with zero gradient if no
+        pixel is valid. The gradient has the dtype of the logits.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes do not match, an option is out of range, or a label is (see
+            ignore_index).
+
+    Reference:
+        :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
+
+    Example:
+        >>> import torch
+        >>> from tritonloss.functional import binary_cross_entropy
+        >>> logits = torch.randn(2, 1, 32, 64)
+        >>> target = torch.randint(0, 2, (2, 32, 64))
+        >>> binary_cross_entropy(logits, target, reduction="none").shape
+        torch.Size([2, 32, 64])
+    """
+    _check(logits, target, reduction, ignore_index)
+    _checks.check_class_weights("pos_weight", pos_weight, logits)
+    _checks.check_labels_in_range(target, max(logits.size(1), 2), ignore_index)
+    if not serves_triton(logits):
+        return binary_cross_entropy_reference(
+            logits, target, pos_weight=pos_weight, ignore_index=ignore_index, reduction=reduction
+        )
+    return _call("binary_cross_entropy", logits, target, pos_weight, reduction, ignore_index)
+
+
+def focal_loss(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    gamma: float = 2.0,
+    alpha: float | torch.Tensor | None = None,
+    detach_weight: bool = False,
+    ignore_index: int | None = 255,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Focal loss of the softmax: cross entropy that turns away from pixels it has learnt.
+
+    Of a pixel with the label t:
+
+        -a_t (1 - p_t)^gamma log p_t
+
+    The mean is over valid pixels, whatever their a_t.
+
+    Args:
+        logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
+        target: integer labels [N, H, W], uint8 to int64.
+        gamma: how steeply the weight falls, 0 to 100. Default 2; 0 is cross entropy.
+        alpha: a, a factor for each class, floating-point [C], one number for all of them, or None
+            for 1. It gets no gradient.
+        detach_weight: True holds (1 - p_t)^gamma constant in the gradient. Default False: the full
+            gradient.
+        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255.
+            Other labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise,
+            they count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        reduction: "mean" (default), "sum", or "none": [N, H, W], zero at ignored pixels.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits); the mean is 0 with zero gradient if no
+        pixel is valid. The gradient has the dtype of the logits.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes do not match, an option is out of range, or a label is (see
+            ignore_index).
+
+    Reference:
+        Lin et al., "Focal Loss for Dense Object Detection", Eq. 5, over the softmax.
+
+    Example:
+        >>> import torch
+        >>> from tritonloss.functional import focal_loss
+        >>> logits = torch.randn(2, 19, 32, 64)
+        >>> focal_loss(logits, torch.randint(0, 19, (2, 32, 64)), gamma=1.5).shape
+        torch.Size([])
+    """
+    _check(logits, target, reduction, ignore_index)
+    _checks.check_range("gamma", gamma, 0.0, 100.0)
+    _checks.check_flag("detach_weight", detach_weight)
+    if isinstance(alpha, (int, float)):
+        _checks.check_range("alpha", alpha, 0.0, 1e6)
+        dtype = compute_dtype(logits.dtype)
+        alpha = torch.full((logits.size(1),), alpha, dtype=dtype, device=logits.device)
+    _checks.check_class_weights("alpha", alpha, logits)
+    _checks.check_labels_in_range(target, logits.size(1), ignore_index)
+    if not serves_triton(logits):
+        return focal_loss_reference(
+            logits,
+            target,
+            gamma=gamma,
+            alpha=alpha,
+            detach_weight=detach_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+    return _call(
+        "focal", logits, target, alpha, reduction, ignore_index, gamma=gamma, detached=detach_weight
+    )
+
+
+# --- modules --------------------------------------------------------------------------------------
+
+
+class CrossEntropyLoss(nn.Module):
+    """:func:`tritonloss.functional.cross_entropy` as a module; ``weight`` is a buffer.
+
+    Args: the keyword arguments of the function, with the same defaults.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> criterion = tritonloss.CrossEntropyLoss(label_smoothing=0.1)
+        >>> criterion(torch.randn(2, 19, 32, 64), torch.randint(0, 19, (2, 32, 64))).shape
+        torch.Size([])
+    """
+
+    weight: torch.Tensor | None
+
+    def __init__(
+        self,
+        *,
+        weight: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int | None = 255,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Logits [N, C, H, W], target [N, H, W] -> scalar, or [N, H, W]."""
+        return cross_entropy(
+            logits,
+            target,
+            weight=self.weight,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return (
+            f"weight={_described(self.weight)}, label_smoothing={self.label_smoothing}, "
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        )
+
+
+class BinaryCrossEntropyLoss(nn.Module):
+    """:func:`tritonloss.functional.binary_cross_entropy` as a module; ``pos_weight`` is a buffer.
+
+    Args: the keyword arguments of the function, with the same defaults.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> criterion = tritonloss.BinaryCrossEntropyLoss(pos_weight=torch.tensor([2.0]))
+        >>> criterion(torch.randn(2, 1, 32, 64), torch.randint(0, 2, (2, 32, 64))).shape
+        torch.Size([])
+    """
+
+    pos_weight: torch.Tensor | None
+
+    def __init__(
+        self,
+        *,
+        pos_weight: torch.Tensor | None = None,
+        ignore_index: int | None = 255,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.register_buffer("pos_weight", pos_weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Logits [N, C, H, W], target [N, H, W] -> scalar, or [N, H, W]."""
+        return binary_cross_entropy(
+            logits,
+            target,
+            pos_weight=self.pos_weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return (
+            f"pos_weight={_described(self.pos_weight)}, ignore_index={self.ignore_index}, "
+            f"reduction={self.reduction!r}"
+        )
+
+
+class FocalLoss(nn.Module):
+    """:func:`tritonloss.functional.focal_loss` as a module; a tensor ``alpha`` is a buffer.
+
+    Args: the keyword arguments of the function, with the same defaults.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> criterion = tritonloss.FocalLoss(gamma=2.0, alpha=0.25)
+        >>> criterion(torch.randn(2, 19, 32, 64), torch.randint(0, 19, (2, 32, 64))).shape
+        torch.Size([])
+    """
+
+    alpha: float | torch.Tensor | None
+
+    def __init__(
+        self,
+        *,
+        gamma: float = 2.0,
+        alpha: float | torch.Tensor | None = None,
+        detach_weight: bool = False,
+        ignore_index: int | None = 255,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.gamma = gamma
+        if isinstance(alpha, torch.Tensor):
+            self.register_buffer("alpha", alpha)
+        else:
+            self.alpha = alpha
+        self.detach_weight = detach_weight
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Logits [N, C, H, W], target [N, H, W] -> scalar, or [N, H, W]."""
+        return focal_loss(
+            logits,
+            target,
+            gamma=self.gamma,
+            alpha=self.alpha,
+            detach_weight=self.detach_weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return (
+            f"gamma={self.gamma}, alpha={_described(self.alpha)}, "
+            f"detach_weight={self.detach_weight}, ignore_index={self.ignore_index}, "
+            f"reduction={self.reduction!r}"
+        )
+
+
+def _described(option: float | torch.Tensor | None) -> str:
+    """An option in short: of a tensor its shape."""
+    return f"tensor{tuple(option.shape)}" if isinstance(option, torch.Tensor) else repr(option)
