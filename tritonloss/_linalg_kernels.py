@@ -131,9 +131,9 @@ def _transposed_product(left, right, rows, order):
 
 
 @triton.jit
-def _indices(batch, MATRICES: tl.constexpr, SIDE: tl.constexpr):
+def _indices(program, batch, MATRICES: tl.constexpr, SIDE: tl.constexpr):
     """(matrix, rows, columns, mask) of a program's tiles, shaped to broadcast."""
-    matrix = tl.program_id(0).to(tl.int64) * MATRICES + tl.arange(0, MATRICES)
+    matrix = program.to(tl.int64) * MATRICES + tl.arange(0, MATRICES)
     side = tl.arange(0, SIDE)
     return (
         matrix[:, None, None],
@@ -203,7 +203,7 @@ def _cholesky_tile_kernel(
     MATRICES: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    matrix, rows, columns, mask = _indices(batch, MATRICES, SIDE)
+    matrix, rows, columns, mask = _indices(tl.program_id(0), batch, MATRICES, SIDE)
     tile = _load_tile(matrix_ptr, matrix, strides, rows, columns, order, order, mask, True)
     upper, _, info = _factor_tile(tile, rows, columns, order)
     upper = tl.where(info == 0, tl.where(columns >= rows, upper, 0.0), float("nan"))
@@ -226,7 +226,7 @@ def _logdet_tile_kernel(
     MATRICES: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    matrix, rows, columns, mask = _indices(batch, MATRICES, SIDE)
+    matrix, rows, columns, mask = _indices(tl.program_id(0), batch, MATRICES, SIDE)
     tile = _load_tile(matrix_ptr, matrix, strides, rows, columns, order, order, mask, True)
     _, pivots, info = _factor_tile(tile, rows, columns, order)
     total = tl.sum(tl.log(pivots), 2)[:, :, None]
@@ -244,6 +244,7 @@ def _solve_kernel(
     batch,
     order,
     columns,
+    blocks,
     MATRICES: tl.constexpr,
     SIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -251,9 +252,9 @@ def _solve_kernel(
     SCALED: tl.constexpr,
 ):
     """Scale A^-1 B for a block of columns, from one factorisation; B = I gives the inverse."""
-    matrix, rows, across, mask = _indices(batch, MATRICES, SIDE)
+    matrix, rows, across, mask = _indices(tl.program_id(0) // blocks, batch, MATRICES, SIDE)
     tile = _load_tile(matrix_ptr, matrix, strides, rows, across, order, order, mask, True)
-    column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, None, :]
+    column = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK))[None, None, :]
     if IDENTITY:
         right = tl.where(rows == column, 1.0, 0.0).to(tile.dtype)
         right = tl.broadcast_to(right, [MATRICES, SIDE, BLOCK])
@@ -285,7 +286,7 @@ def _cholesky_backward_kernel(
     SIDE: tl.constexpr,
 ):
     """1/2 L^-T (P + P^T) L^-1, with P the lower triangle of L^T dL, its diagonal halved."""
-    matrix, rows, columns, mask = _indices(batch, MATRICES, SIDE)
+    matrix, rows, columns, mask = _indices(tl.program_id(0), batch, MATRICES, SIDE)
     inside = mask & (rows < order) & (columns < order)
     offset = (matrix * order + rows) * order + columns
     factor = tl.load(factor_ptr + offset, mask=inside & (columns <= rows), other=0.0)
@@ -315,7 +316,7 @@ def _inverse_backward_kernel(
     SIDE: tl.constexpr,
 ):
     """-X sym(dX) X for X = A^-1."""
-    matrix, rows, columns, mask = _indices(batch, MATRICES, SIDE)
+    matrix, rows, columns, mask = _indices(tl.program_id(0), batch, MATRICES, SIDE)
     inside = mask & (rows < order) & (columns < order)
     offset = (matrix * order + rows) * order + columns
     inverse = tl.load(inverse_ptr + offset, mask=inside, other=0.0)
@@ -341,7 +342,7 @@ def _solve_backward_kernel(
     SIDE: tl.constexpr,
 ):
     """-sym(dB X^T), one rank-1 update per column of X."""
-    matrix, rows, across, mask = _indices(batch, MATRICES, SIDE)
+    matrix, rows, across, mask = _indices(tl.program_id(0), batch, MATRICES, SIDE)
     by_row = mask & (rows < order)
     by_column = mask & (across < order)
     row_offset = (matrix * order + rows) * columns

@@ -10,7 +10,8 @@ and every gradient has a closed form and a kernel. They are symmetric, as torch.
     dA = 1/2 L^-T (P + P^T) L^-1,  P = L^T dL below the diagonal, half of it on it     (cholesky_ex)
     dA = A^-1 d(logdet),   dA = -sym(dB X^T) with dB = A^-1 dX,   dA = -X sym(dX) X    (the others)
 
-Gradients of gradients are not available.
+Gradients of gradients are not available: asking for them raises. The gradient through a matrix that
+is not positive definite is undefined, and may be NaN; those of its neighbours are not touched by it.
 """
 
 from __future__ import annotations
@@ -148,9 +149,11 @@ def _solve(
     flat_right = flat if right is None else _flat(right)
     columns = shape[-1]
     programs, launch = _tile_launch("solve", flat)
-    block = min(triton.next_power_of_2(columns), launch["SIDE"])
+    block = min(triton.next_power_of_2(columns), max(launch["SIDE"], 16))
+    blocks = triton.cdiv(columns, block)
     with device_guard(matrices):
-        _solve_kernel[(programs, triton.cdiv(columns, block))](
+        # All on the first axis of the grid, the only one that takes more than 65535.
+        _solve_kernel[(programs * blocks,)](
             matrix_ptr=flat,
             right_ptr=flat_right,
             scale_ptr=solution if scale is None else scale.contiguous(),
@@ -158,6 +161,7 @@ def _solve(
             strides=flat.stride(),
             right_strides=flat_right.stride(),
             columns=columns,
+            blocks=blocks,
             BLOCK=block,
             IDENTITY=right is None,
             SCALED=scale is not None,
@@ -254,9 +258,15 @@ def _solve_backward_op(grad_right: torch.Tensor, solution: torch.Tensor) -> torc
     return _solve_backward(grad_right, solution)
 
 
+# An operator of its own, without a gradient: of gradients there is none, and asking raises.
+@torch.library.custom_op("tritonloss::logdet_backward", mutates_args=())
+def _logdet_backward_op(grad: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    return _solve(A, None, grad)
+
+
 @torch.library.custom_op("tritonloss::inv", mutates_args=())
-def _inverse_op(A: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    return _solve(A, None, scale)
+def _inverse_op(A: torch.Tensor) -> torch.Tensor:
+    return _solve(A, None, None)
 
 
 @torch.library.custom_op("tritonloss::inv_backward", mutates_args=())
@@ -285,7 +295,12 @@ def _solve_fake(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
 
 
 @_inverse_op.register_fake
-def _inverse_fake(A: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def _inverse_fake(A: torch.Tensor) -> torch.Tensor:
+    return _like(A)
+
+
+@_logdet_backward_op.register_fake
+def _logdet_backward_fake(grad: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
     return _like(A)
 
 
@@ -322,7 +337,7 @@ def _cholesky_gradient(ctx: Any, grad_factor: torch.Tensor, _: Any) -> torch.Ten
 
 
 def _logdet_gradient(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-    gradient: torch.Tensor = _inverse_op(ctx.saved_tensors[0], grad)
+    gradient: torch.Tensor = _logdet_backward_op(grad, ctx.saved_tensors[0])
     return gradient
 
 
@@ -333,8 +348,9 @@ def _solve_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, 
     return _solve_backward_op(grad_right, solution) if wanted else None, grad_right
 
 
-def _inverse_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-    return _inverse_backward_op(grad, ctx.saved_tensors[0]), None
+def _inverse_gradient(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+    gradient: torch.Tensor = _inverse_backward_op(grad, ctx.saved_tensors[0])
+    return gradient
 
 
 _cholesky_op.register_autograd(_cholesky_gradient, setup_context=_saves_output)
@@ -449,7 +465,7 @@ def inv(A: torch.Tensor) -> torch.Tensor:
     _check_matrices(A)
     if not serves_triton(A):
         return reference.inv(A)
-    result: torch.Tensor = torch.ops.tritonloss.inv(A, None)
+    result: torch.Tensor = torch.ops.tritonloss.inv(A)
     return result
 
 
