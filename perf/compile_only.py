@@ -15,9 +15,8 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -28,11 +27,13 @@ from triton.runtime.cache import get_cache_manager
 
 from perf import control_flow, machine_code
 from perf.cases import Case, KernelNotes, Operation, operations, scheduled
-from perf.launches import Launch, offline, recorded
 from perf.machine_code import MachineCode
-from perf.progress import Progress
 from perf.targets import TARGETS, Target
 from perf.text import plain
+from tritonloss._launches import Launch, offline, recorded
+from tritonloss._progress import Progress
+from tritonloss._resources import Resources
+from tritonloss._sieve import compiling_environment
 
 MAIN_TARGET = "sm_90"
 Job = tuple[str, int, str]  # operation, index of the case in Operation.shipped, target
@@ -72,14 +73,8 @@ class KernelFacts:
     @property
     def fault(self) -> str | None:
         """Why this kernel must not ship; None if it may."""
-        if self.error:
-            return self.error
-        if self.spill_bytes:
-            return f"spills {self.spill_bytes} B"
-        limit = TARGETS[self.target].shared_per_block
-        return (
-            f"needs {self.shared_bytes} of {limit} B shared" if self.shared_bytes > limit else None
-        )
+        taken = Resources(self.registers, self.spill_bytes, self.shared_bytes)
+        return self.error or taken.fault(TARGETS[self.target].shared_per_block)
 
     @property
     def text(self) -> str:
@@ -123,7 +118,7 @@ def table(
 ) -> list[KernelFacts]:
     """Compile all of the work in a pool of processes; the same kernel is listed once per target."""
     context = multiprocessing.get_context("spawn")
-    with _without_interpreter(), ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
+    with compiling_environment(), ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
         futures = {pool.submit(compile_case, *job): job for job in work}
         results: dict[Job, list[KernelFacts]] = {}
         for future in as_completed(futures):
@@ -230,26 +225,6 @@ def _analysis_version() -> str:
     files = (machine_code.__file__, control_flow.__file__)
     source = b"".join(Path(str(file)).read_bytes() for file in files)
     return hashlib.sha256(source).hexdigest()
-
-
-@contextmanager
-def _without_interpreter() -> Iterator[None]:
-    """Processes started inside find a plain Triton, and only the configurations that ship."""
-    changes = {"TRITON_INTERPRET": None, "TRITONLOSS_TUNING": "off"}
-    before = {name: os.environ.get(name) for name in changes}
-    _set_environment(changes)
-    try:
-        yield
-    finally:
-        _set_environment(before)
-
-
-def _set_environment(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 def pivoted(facts: Sequence[KernelFacts]) -> tuple[list[str], list[list[str]]]:

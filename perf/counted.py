@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from perf.cases import Case, Operation, bytes_of, scheduled
-from perf.launches import offline, recorded
 from perf.memory import counted_peak
 from perf.targets import TARGETS
 from perf.trial import Trial
+from tritonloss._launches import offline, recorded
 
 _META = torch.device("meta")
 

@@ -27,10 +27,10 @@ from perf.goals import Finding, findings
 from perf.interpreted import Parity
 from perf.machine import Machine, this_machine
 from perf.measure import Bench, providers
-from perf.progress import Progress
 from perf.record import RESULTS
 from perf.rows import Row
 from perf.timing import copy_bandwidth
+from tritonloss._progress import Progress
 
 _CPU_CASES = 4
 KEPT_TRAINING = RESULTS / "training"

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from perf import text
 from perf.photographs import CLASSES, VOID, Photograph, photographs
-from perf.progress import Progress
+from tritonloss._progress import Progress
 from tritonloss.functional import structural_similarity_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]

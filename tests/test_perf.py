@@ -29,11 +29,11 @@ from perf.measure import PARITY_FAILED, Bench
 from perf.memory import counted_peak
 from perf.page import Bars, Lines, number
 from perf.parity import Gate
-from perf.progress import Progress
 from perf.report import Choice, Report, _plan
 from perf.targets import TARGETS
 from perf.trial import Trial
 from tritonloss import functional
+from tritonloss._progress import Progress
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
