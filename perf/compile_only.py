@@ -163,7 +163,7 @@ def _ends(message: str) -> list[str]:
 
 
 def _facts(operation: Operation, case: Case, target: Target, record: Launch) -> KernelFacts:
-    code, seconds = _analysis(record)
+    code, seconds = analysis(record)
     shared = record.compiled.metadata.shared
     return KernelFacts(
         op=operation.name,
@@ -177,13 +177,13 @@ def _facts(operation: Operation, case: Case, target: Target, record: Launch) -> 
         shared_bytes=shared,
         occupancy=target.occupancy(code.registers, shared, record.num_warps),
         instructions=code.instructions,
-        loops=_loop_facts(operation.kernels.get(record.kernel), code, target, record),
+        loops=loop_facts(operation.kernels.get(record.kernel), code, target, record),
         compile_seconds=seconds,
         digest=record.compiled.hash,
     )
 
 
-def _loop_facts(
+def loop_facts(
     notes: KernelNotes | None, code: MachineCode, target: Target, record: Launch
 ) -> tuple[LoopFacts, ...]:
     big = code.big_loops(record.constants.get("STRIP.unroll", 1))
@@ -200,7 +200,7 @@ def _loop_facts(
     )
 
 
-def _analysis(record: Launch) -> tuple[MachineCode, float | None]:
+def analysis(record: Launch) -> tuple[MachineCode, float | None]:
     """The machine code's facts and the compile time, kept beside the kernel in Triton's cache."""
     manager = get_cache_manager(record.compiled.hash)
     name = f"{record.kernel}.analysis.json"

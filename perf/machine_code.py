@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perf.control_flow import Instruction, Loop, loops
-from tritonloss._resources import amd_usage, cuobjdump, nvidia_usage
+from tritonloss._resources import Resources, amd_usage, cuobjdump, nvidia_usage
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,10 @@ class MachineCode:
     spill_bytes: int
     instructions: int
     loops: tuple[Loop, ...]
+
+    def resources(self, shared_bytes: int) -> Resources:
+        """What a launch of it takes, with the shared memory that Triton asks for."""
+        return Resources(self.registers, self.spill_bytes, shared_bytes)
 
     def big_loops(self, unroll: int = 1) -> tuple[Loop, ...]:
         """The loops that matter, the smallest first.

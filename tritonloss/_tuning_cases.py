@@ -68,7 +68,10 @@ def tuning_cases(
     else:
         more = [sized(case, shape, layout) for shape, layout in SIZES for case in stated]
         cases = stated + [case for case in more if case is not None]
-    return list({case.key: case for case in reversed(cases)}.values())[::-1]
+    first: dict[str, TuningCase] = {}
+    for case in cases:
+        first.setdefault(case.key, case)
+    return list(first.values())
 
 
 def sized(case: TuningCase, shape: Shape, layout: str) -> TuningCase | None:
