@@ -116,7 +116,19 @@ def table(
     workers: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[KernelFacts]:
-    """Compile all of the work in a pool of processes; the same kernel is listed once per target."""
+    """Compile all of the work; the same kernel is listed once per target."""
+    unique: dict[tuple[str, str], KernelFacts] = {}
+    for fact in compile_cases(work, workers, progress):
+        unique.setdefault((fact.target, fact.digest), fact)
+    return list(unique.values())
+
+
+def compile_cases(
+    work: Sequence[Job],
+    workers: int | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[KernelFacts]:
+    """Compile all of the work in a pool of processes; what every case launches, in its order."""
     context = multiprocessing.get_context("spawn")
     with compiling_environment(), ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
         futures = {pool.submit(compile_case, *job): job for job in work}
@@ -125,11 +137,7 @@ def table(
             job = futures[future]
             results[job] = future.result()
             progress(f"{job[0]} for {job[2]}")
-    unique: dict[tuple[str, str], KernelFacts] = {}
-    for job in sorted(results):
-        for fact in results[job]:
-            unique.setdefault((fact.target, fact.digest), fact)
-    return list(unique.values())
+    return [fact for job in sorted(results) for fact in results[job]]
 
 
 def compile_case(operation_name: str, index: int, target_name: str) -> list[KernelFacts]:

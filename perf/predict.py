@@ -10,6 +10,10 @@ data sheet. Two warps keep a scheduler busy, since window code has two independe
 least; the last factor is the idle time of processors in the last round of programs. Candidates
 that do not compile, spill or ask for too much shared memory are out.
 
+The heuristics follow it for float32, with two reservations: candidates at the edge of the register
+file (what takes more than 160 registers here may spill on another target or in another layout),
+and a schedule that buys time with memory.
+
 `python -m tritonloss tune --compile-only [--target sm_90] [--op NAME] [--shapes NxCxHxW ...]`
 """
 
@@ -51,16 +55,18 @@ class Kernel:
     outputs: int
     tensor_bytes: int
     programs: int | None
+    num_warps: int
 
     def microseconds(self, target: Target) -> float | None:
         """How long the model says the launch takes."""
         if self.per_output is None:
             return None
         lanes = target.processors * target.lanes * target.clock_GHz * 1e3  # per microsecond
-        busy = min(1.0, self.occupancy * target.warps / 4 / _WARPS_THAT_KEEP_BUSY)
+        rounds = (self.programs or target.processors) / target.processors
+        resident = min(self.occupancy * target.warps, math.ceil(rounds) * self.num_warps)
+        busy = min(1.0, resident / 4 / _WARPS_THAT_KEEP_BUSY)
         issue = self.per_output * self.outputs / (lanes * busy)
         moved = self.tensor_bytes / (target.memory_GBps * 1e3)
-        rounds = (self.programs or target.processors) / target.processors
         return max(issue, moved) * math.ceil(rounds) / rounds
 
 
@@ -161,6 +167,7 @@ def _kernel(record: Launch, target: Target) -> Kernel:
         record.largest_tensor,
         record.tensor_bytes,
         record.programs,
+        record.num_warps,
     )
 
 
@@ -233,7 +240,7 @@ def described(ranking: Ranking) -> list[str]:
             "configuration",
             "predicted us",
             "x best",
-            "instr/output",
+            "instructions",
             "registers",
             "occupancy",
         ]
@@ -246,16 +253,21 @@ def described(ranking: Ranking) -> list[str]:
 
 def _cells(prediction: Prediction, target: Target, best: float, case: TuningCase) -> list[str]:
     time = prediction.microseconds(target) or math.nan
-    kernels = prediction.kernels
+    kernels = _counted(prediction.kernels)
     mark = "  (heuristic)" if prediction.configuration == case.candidates[0] else ""
     return [
         _text(prediction.configuration) + mark,
         f"{time:.0f}",
         f"{time / best:.2f}",
-        " + ".join(f"{kernel.per_output:.0f}" for kernel in kernels if kernel.per_output),
-        " + ".join(str(kernel.registers) for kernel in kernels if kernel.per_output),
-        " + ".join(f"{100 * kernel.occupancy:.0f}%" for kernel in kernels if kernel.per_output),
+        " + ".join(f"{kernel.per_output:.0f}" for kernel in kernels),
+        " + ".join(f"{kernel.registers}" for kernel in kernels),
+        " + ".join(f"{kernel.occupancy:.0%}" for kernel in kernels),
     ]
+
+
+def _counted(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """The kernels whose instructions count, each once however often it is launched."""
+    return list({kernel.name: kernel for kernel in kernels if kernel.per_output}.values())
 
 
 def _text(configuration: Configuration) -> str:

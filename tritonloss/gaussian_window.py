@@ -321,12 +321,13 @@ def _empty_statistics(
 
 
 def _forward_heuristic(window_size: int) -> Configuration:
-    columns = 4 if window_size <= 7 else 2 if window_size <= 11 else 1
+    columns = 4 if window_size <= 11 else 1
     return strip_heuristic(columns, UNROLL=2 if window_size <= 7 else 1)
 
 
 def _backward_heuristic(window_size: int) -> Configuration:
-    return strip_heuristic(4 if window_size <= 7 else 2 if window_size <= 11 else 1)
+    # With window 11 four columns spill in channels_last.
+    return strip_heuristic(4 if window_size <= 9 else 2 if window_size <= 11 else 1)
 
 
 def _gaussian_statistics_forward(

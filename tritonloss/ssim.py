@@ -223,6 +223,8 @@ def _ssim_adjoint(
 
 def _heuristic(operator: str, window_size: int) -> Configuration:
     configuration = strip_heuristic(4 if window_size <= 5 else 2 if window_size <= 11 else 1)
+    if operator != "ssim_forward":
+        configuration["ROWS"] = 32  # a group of planes makes few programs of 64 rows
     if operator == "ssim_backward" and window_size > 21:
         # With four warps ptxas keeps to 168 registers, for a spill of 8 bytes.
         configuration["LANES"] = 2 * int(configuration["LANES"])
