@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -115,10 +116,14 @@ def table(
     work: Sequence[Job],
     workers: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    end: float | None = None,
 ) -> list[KernelFacts]:
-    """Compile all of the work; the same kernel is listed once per target."""
+    """Compile all of the work; the same kernel is listed once per target.
+
+    After ``end``, a time of the monotonic clock, nothing more is begun.
+    """
     unique: dict[tuple[str, str], KernelFacts] = {}
-    for fact in compile_cases(work, workers, progress):
+    for fact in compile_cases(work, workers, progress, end):
         unique.setdefault((fact.target, fact.digest), fact)
     return list(unique.values())
 
@@ -127,6 +132,7 @@ def compile_cases(
     work: Sequence[Job],
     workers: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    end: float | None = None,
 ) -> list[KernelFacts]:
     """Compile all of the work in a pool of processes; what every case launches, in its order."""
     context = multiprocessing.get_context("spawn")
@@ -137,6 +143,9 @@ def compile_cases(
             job = futures[future]
             results[job] = future.result()
             progress(f"{job[0]} for {job[2]}")
+            if end is not None and time.monotonic() > end:
+                pool.shutdown(wait=False, cancel_futures=True)
+                break
     return [fact for job in sorted(results) for fact in results[job]]
 
 

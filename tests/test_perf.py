@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from perf import compare, content, goals, html, interpreted, markdown, plots, record, rows
-from perf.cases import SHAPES, Case, Goal, Operation, operations
+from perf import (
+    check,
+    compare,
+    content,
+    goals,
+    html,
+    interpreted,
+    markdown,
+    peers,
+    plots,
+    predict,
+    record,
+    rows,
+)
+from perf.cases import SHAPES, Case, Goal, Operation, UnknownCaseError, operations
 from perf.compile_only import KernelFacts, LoopFacts, pivoted
 from perf.control_flow import Instruction, Loop, loops
 from perf.counted import CountedMemory
@@ -34,6 +48,7 @@ from perf.targets import TARGETS
 from perf.trial import Trial
 from tritonloss import functional
 from tritonloss._progress import Progress
+from tritonloss._tuning import TuningCase
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -491,3 +506,202 @@ def test_quick_report_end_to_end(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "gaussian statistics" in page and "sm_90" in page
     assert (tmp_path / "report.md").read_text().startswith("# tritonloss")
+
+
+# --- baseline, predictions, other libraries -------------------------------------------------------
+
+
+def test_check_names_what_is_worse(tmp_path: Path) -> None:
+    before = check.measured([fact(), fact(target="sm_80"), fact(case="gone")])
+    path = tmp_path / "baseline" / "triton-3.9.json"
+    check.write(path, before)
+    assert check.read(path) == before
+    first = path.read_text()
+    check.write(path, dict(reversed(before.items())))
+    assert path.read_text() == first  # nothing depends on the order
+
+    slower = fact(loops=(LoopFacts("rows", 220, 27.0),), registers=42)
+    now = check.measured([slower, fact(target="sm_80", spill_bytes=8), fact(case="new")])
+    found = check.compare(before, now)
+    assert not found.passed and len(found.worse) == 2
+    assert "instructions 25 -> 27 (+8%)" in found.worse[0] and "sm_90" in found.worse[0]
+    assert "_gaussian_statistics_forward_kernel" in found.worse[0]
+    assert "spill bytes 0 -> 8 (from nothing)" in found.worse[1] and "sm_80" in found.worse[1]
+    assert found.new[0].endswith(": new)") and found.gone[0].endswith(": gone)")
+    lines = check.report(found, len(now), path)
+    assert "worse by more than 5%: 2" in lines and "check --update" in lines[-1]
+
+
+def test_check_lets_small_changes_and_improvements_pass() -> None:
+    before = check.measured([fact(registers=100)])
+    assert check.compare(before, check.measured([fact(registers=105)])).passed
+    assert not check.compare(before, check.measured([fact(registers=106)])).passed
+    better = check.compare(before, check.measured([fact(registers=80)]))
+    assert better.passed and "100 -> 80 (-20%)" in better.better[0]
+    loops = (LoopFacts("a", 90, 10.0), LoopFacts("b", 90, 15.5))
+    assert check.compare(before, check.measured([fact(registers=100, loops=loops)])).passed
+
+
+def test_check_knows_kernels_whose_loops_do_not_tell_and_repeated_launches() -> None:
+    nested = fact(loops=(LoopFacts("rows", 200, None),), instructions=321)
+    numbers = check.measured([nested, fact(), fact(error="does not compile", case="x")])
+    where = ("sm_90", "gaussian_statistics: cityscapes float32 contiguous window_size=3")
+    assert numbers == {
+        (*where, "_gaussian_statistics_forward_kernel"): (40, 0, 0, 321),
+        (*where, "_gaussian_statistics_forward_kernel 2"): (40, 0, 0, 25.0),
+    }
+
+
+def test_check_of_a_part_leaves_the_rest_of_the_baseline_alone() -> None:
+    case = operations(["gaussian_statistics"])[0].shipped[0].text
+    mine = ("sm_90", f"gaussian_statistics: {case}", "kernel")
+    renamed = ("sm_90", "gaussian_statistics: a case that is no more", "kernel")
+    dropped = ("sm_90", "no_such_operation: case", "kernel")
+    others = [("sm_80", *mine[1:]), ("sm_90", "ssim: case", "kernel")]
+    baseline = dict.fromkeys([mine, renamed, dropped, *others], (1.0,))
+    part = check.of_the_work(baseline, [("gaussian_statistics", 0, "sm_90")])
+    assert set(part) == {mine, renamed, dropped}
+
+
+def test_a_triton_without_a_baseline_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check.triton, "__version__", "9.1.2")
+    assert check.main(["--ops", "ssim"]) == 1
+    assert "no baseline for triton 9.1.2" in capsys.readouterr().out
+    assert check.path_of("9.1.2").name == "triton-9.1.json"
+
+
+@pytest.mark.parametrize("path", sorted(check.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_baselines_are_about_what_is_here(path: Path) -> None:
+    """A case that was renamed or dropped leaves no entry behind, and nothing in them spills."""
+    baseline = check.read(path)
+    known = {f"{op.name}: {case.text}" for op in operations() for case in op.shipped}
+    assert {case for _, case, _ in baseline} <= known
+    assert {target for target, _, _ in baseline} == set(TARGETS)
+    assert not [place for place, numbers in baseline.items() if numbers[1]]
+    copy = path.with_name("copy.json")
+    try:
+        check.write(copy, baseline)
+        assert copy.read_text() == path.read_text()
+    finally:
+        copy.unlink()
+
+
+def modelled(**values: Any) -> predict.Kernel:
+    common: dict[str, Any] = {
+        "name": "kernel", "registers": 40, "fault": None, "occupancy": 0.5, "per_output": 100.0,
+        "outputs": 10**8, "tensor_bytes": 8 * 10**8, "programs": 132 * 40, "num_warps": 4,
+    }  # fmt: skip
+    return predict.Kernel(**{**common, **values})
+
+
+def test_the_model_takes_the_larger_of_issue_and_bytes() -> None:
+    hopper = TARGETS["sm_90"]
+    issue = 100 * 1e8 / (132 * 128 * 1.98e3)
+    assert modelled().microseconds(hopper) == pytest.approx(issue)
+    assert modelled(per_output=1.0).microseconds(hopper) == pytest.approx(8e8 / 4.8e6)
+    # One warp per scheduler issues half the time; the last of 1.5 rounds is half idle.
+    assert modelled(occupancy=1 / 16).microseconds(hopper) == pytest.approx(2 * issue)
+    assert modelled(programs=198).microseconds(hopper) == pytest.approx(issue * 2 / 1.5)
+    assert modelled(programs=100).microseconds(hopper) == pytest.approx(2 * issue * 1.32)
+    assert modelled(per_output=None).microseconds(hopper) is None
+
+
+def test_predictions_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper = TARGETS["sm_90"]
+    case = TuningCase(
+        "some_forward", 19, 3, torch.float32, "contiguous", lambda device: lambda: None,
+        [{"ROWS": 64, "num_warps": 4}, {"ROWS": 32, "num_warps": 4}, {"ROWS": 16, "num_warps": 4}],
+    )  # fmt: skip
+    first, second, third = case.candidates
+    predictions = (
+        predict.Prediction(second, (modelled(),)),
+        predict.Prediction(first, (modelled(per_output=120.0),)),
+        predict.Prediction(third, (modelled(),), trouble="kernel spills 8 B"),
+    )
+    ranking = predict.Ranking(case, hopper, predictions)
+    assert ranking.excess == pytest.approx(0.2)
+    monkeypatch.setattr(predict, "cases_at_full_size", lambda *_: [case])
+    monkeypatch.setattr(predict, "rankings", lambda *_, **__: [ranking])
+    said: list[str] = []
+    assert predict.run("sm_90", None, None, said.append) == 0
+    text = "\n".join(said)
+    assert text.startswith("PREDICTION, not a measurement") and "predicted us" in text
+    assert re.search(r"ROWS=32 num_warps=4 +\d+ +1.00", text)
+    assert re.search(r"ROWS=64 num_warps=4  \(heuristic\) +\d+ +1.20", text)
+    assert "out: ROWS=16 num_warps=4: kernel spills 8 B" in text
+    assert " ms" not in text
+    assert predict.run("sm_1", None, None, said.append) == 1 and "--target" in said[-1]
+
+
+@pytest.mark.compile_only
+def test_heuristics_are_what_the_model_prefers() -> None:
+    """No candidate with the same schedule and registers to spare is predicted 10 % faster."""
+    script = (
+        "from perf import predict\n"
+        "from perf.targets import TARGETS\n"
+        "if __name__ == '__main__':\n"
+        "    target = TARGETS['sm_90']\n"
+        "    cases = [case for case in predict.cases_at_full_size(target)\n"
+        "             if case.key in ('gaussian_statistics_forward|c32|w11|float32|contiguous',\n"
+        "                             'ssim_coefficients|c4|w11|float32|contiguous')]\n"
+        "    assert len(cases) == 2\n"
+        "    for ranking in predict.rankings(target, cases):\n"
+        "        mine = ranking.heuristic\n"
+        "        time = mine.microseconds(target)\n"
+        "        for other in ranking.predictions:\n"
+        "            spare = all(kernel.registers <= 160 for kernel in other.kernels)\n"
+        "            predicted = other.microseconds(target)\n"
+        "            assert not (spare and predicted and predicted < time / 1.1), (\n"
+        "                ranking.case.key, other)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "model.py").write_text(script)
+        command = [sys.executable, f"{folder}/model.py"]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+
+@pytest.mark.parametrize("name", sorted(peers.SSIM))
+def test_installed_libraries_have_the_same_formula(name: str) -> None:
+    try:
+        function = peers.SSIM[name]()
+    except ImportError:
+        pytest.skip(f"{name} is not installed")
+    operation = operations(["ssim"])[0]
+    answered = 0
+    for case in operation.cases:
+        reduced = replace(case, shape=replace(case.shape, batch=2, height=24, width=29))
+        try:
+            verdict = Gate(operation, reduced, CPU).judge(function)
+        except UnknownCaseError:
+            continue
+        answered += 1
+        assert verdict.passed, (case.text, verdict)
+    assert answered
+
+
+def test_libraries_refuse_what_they_do_not_have() -> None:
+    refused: list[dict[str, Any]] = [
+        {"window_size": 3, "padding": "valid"},
+        {"window_size": 11},
+        {"padding": "valid", "reduction": "none"},
+        {"padding": "valid", "sigma": 2.0},
+    ]
+    for options in refused:
+        with pytest.raises(UnknownCaseError):
+            peers._only(options, window_size=(11,), padding=("valid",), reduction=("mean",))
+    peers._only({"padding": "valid"}, window_size=(11,), padding=("valid",), reduction=("mean",))
+
+
+def test_absent_libraries_are_named() -> None:
+    def missing() -> Callable[..., Any]:
+        raise ImportError("No module named 'some_library'")
+
+    operation = replace(
+        operations(["ssim"])[0],
+        libraries={"some library": missing, "other": lambda: lambda *tensors: tensors[0]},
+    )
+    assert peers.absent([operation, operation]) == ["some library"]
