@@ -11,6 +11,7 @@ COMMANDS = {
     "check": "every kernel's registers, spills and instructions against the baseline",
     "compare": "the rows that moved between two reports",
     "record": "add a report's GPU rows to perf/results",
+    "summary": "what a report's rows come to, as a table",
     "train": "train a small network on photographs with each loss",
 }
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from perf import (
     predict,
     record,
     rows,
+    summary,
 )
 from perf.cases import SHAPES, Case, Goal, Operation, UnknownCaseError, operations
 from perf.compile_only import KernelFacts, LoopFacts, pivoted
@@ -43,7 +45,7 @@ from perf.measure import PARITY_FAILED, Bench
 from perf.memory import counted_peak
 from perf.page import Bars, Lines, number
 from perf.parity import Gate
-from perf.report import Choice, Report, _plan
+from perf.report import Choice, Report, _count_memory, _measure, _plan
 from perf.targets import TARGETS
 from perf.trial import Trial
 from tritonloss import functional
@@ -411,9 +413,12 @@ def offline_report(**changes: Any) -> Report:
     made = Report(
         machine(), 10.0,
         parity=[Parity("loss", "float32 <odd>", 1e-7, 1e-5, True)],
-        memory=[CountedMemory("loss", "cityscapes", 100, 1700, 100)],
+        memory=[
+            CountedMemory("loss", "cityscapes float32", 100, 1700, 100, 19, 10),
+            CountedMemory("loss", "ade20k float32", 400, 6800, 400, 150, 5),
+        ],
         facts=[fact(), fact(constants={"WINDOW.size": 5}, case="cityscapes float32 contiguous b")],
-        goals=[Finding("a goal", "at least 1", None, None)],
+        goals=[Finding("a goal", "at least 1", None, None, "loss")],
         rows=rows.with_comparisons([row(provider="eager", gpu="no GPU", capability=None)]),
     )  # fmt: skip
     return replace(made, **changes)
@@ -441,6 +446,85 @@ def test_with_a_gpu_losing_and_failed_rows_stay_in() -> None:
         assert "window_size=9" in page and PARITY_FAILED in page
         assert "slower than eager in 1" in page and "2 of 3" in page
     assert content.page(gpu_report()).headline == "6.3x as fast as eager PyTorch"
+
+
+@pytest.mark.parametrize("make", [offline_report, gpu_report])
+def test_the_first_screen_answers_in_four_figures_and_two_plots(
+    make: Callable[[], Report],
+) -> None:
+    report = make()
+    made = content.page(report)
+    assert len(made.cards) == 4 and len(made.plots) == 2
+    assert all(isinstance(plot, Bars) and plot.groups for plot in made.plots)
+    titles = [section.title for section in made.sections]
+    assert titles == ["loss", "gaussian statistics", "Compiled, not run", "Environment"]
+    page = html.page(report)
+    places = [page.index(f"<h2>{title}</h2>") for title in titles]
+    assert places == sorted(places) and page.index('class="plots"') < places[0]
+    assert ("Extra memory against classes" in page) and ("<th>error</th>" in page)
+
+
+def test_offline_sections_name_what_was_not_measured() -> None:
+    made = content.page(offline_report(absent=["kornia", "MONAI"]))
+    text = html.page(offline_report(absent=["kornia", "MONAI"]))
+    assert made.cards[0].value == "not measured" and made.cards[2].value == "no GPU"
+    assert "counted" in made.cards[1].label and "Counted at full size" in made.cards[1].detail
+    assert "kornia, MONAI" in text
+    for plot in made.plots:
+        assert isinstance(plot, Bars)
+        assert "counted" in plot.title or "not run" in plot.unit
+    assert "of the reference on this CPU" in text
+
+
+def test_rows_that_cannot_be_trusted_colour_the_figure() -> None:
+    assert content.page(gpu_report()).cards[3].good is False  # one case failed its parity
+    spilled = offline_report(facts=[fact(spill_bytes=4)])
+    assert content.page(spilled).cards[3].good is False
+    assert content.page(offline_report()).cards[3].good is True
+    assert content.page(offline_report(parity=[])).cards[3].good is False
+
+
+def test_a_page_is_readable_on_paper_and_in_the_dark() -> None:
+    page = html.page(offline_report())
+    assert "@media screen and (prefers-color-scheme: dark)" in page and "@media print" in page
+    assert "beforeprint" in page  # folded tables open
+
+
+def test_summary_is_a_line_per_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows.write(tmp_path / "rows.csv", gpu_report().rows)
+    assert summary.main([str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "2 of 3 cases right, then timed, on GPU" in text and PARITY_FAILED in text
+    assert "6.3x eager PyTorch's speed, median of 2 cases" in text
+    assert "no kernel was measured" in summary.summary(offline_report().rows)
+    assert summary.main([str(tmp_path / "none")]) == 1
+
+
+def test_a_quick_report_begins_nothing_after_its_time() -> None:
+    over = time.monotonic() - 1
+    assert interpreted.check([("ssim", 0)], end=over) == ([], None)
+    report = offline_report(rows=[])
+    case = operations(["ssim"])[0].cases[0]
+    bar = Progress(1, io.StringIO())
+    choice = Choice(quick=True)
+    _measure(report, [(operations(["ssim"])[0], case)], choice, bar, over)
+    assert report.rows == [] and "1 cases were left out" in report.notes[0]
+
+
+def test_memory_is_counted_for_every_number_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a quick report: without a computation the size of a map costs nothing."""
+
+    def count(operation: Operation, case: Case) -> CountedMemory:
+        return CountedMemory(operation.name, case.text, 1, 17, 1, case.shape.classes)
+
+    monkeypatch.setattr("perf.report.count", count)
+    report = offline_report(memory=[], notes=[])
+    chosen = operations(["structural_similarity_loss"])
+    _count_memory(report, chosen, Choice(quick=True))
+    assert {entry.classes for entry in report.memory} == {1, 19, 21, 150, 171}
+    few = len(report.memory)
+    _count_memory(report, chosen, Choice())
+    assert len(report.memory) > 2 * few and not report.notes
 
 
 def test_html_is_self_contained_and_well_formed(tmp_path: Path) -> None:
@@ -480,6 +564,20 @@ def test_progress_in_a_log_file() -> None:
     bar.step("second", steps=2)
     bar.close()
     assert "3/3" in stream.getvalue() and "\r" not in stream.getvalue()
+
+
+def test_progress_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    bar = Progress(4, stream, budget_s=70.0)
+    bar.announce("first")
+    for seconds in (20.0, 40.0, 60.0, 80.0):
+        clock[0] = seconds
+        bar.step("next")
+    lines = stream.getvalue().splitlines()
+    left = [re.search(r", (\d+) s left", line) for line in lines]
+    assert [match and match[1] for match in left] == ["50", "30", "10", None]
 
 
 def test_interpreted_cases_are_kinds_of_questions() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -630,6 +631,14 @@ def test_tuner_refuses_an_unknown_operator(
     monkeypatch.setattr(_tune, "_gpu", lambda: CPU)
     assert __main__.main(["tune", "--op", "nonsense"]) == 1
     assert "gaussian_statistics_forward" in capsys.readouterr().out
+
+
+def test_every_environment_variable_stands_in_the_readme() -> None:
+    named: set[str] = set()
+    for path in (*ROOT.glob("tritonloss/*.py"), *ROOT.glob("perf/*.py")):
+        named |= set(re.findall(r'"(TRITON(?:LOSS)?_[A-Z_]+)"', path.read_text()))
+    table = (ROOT / "README.md").read_text().split("## Environment variables")[1].split("##")[0]
+    assert named == set(re.findall(r"^\| `(TRITON[A-Z_]+)", table, re.MULTILINE))
 
 
 def test_every_tuning_case_has_distinct_candidates() -> None:
