@@ -145,6 +145,8 @@ def compile_cases(
             progress(f"{job[0]} for {job[2]}")
             if end is not None and time.monotonic() > end:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()  # a large kernel compiles for a minute
                 break
     return [fact for job in sorted(results) for fact in results[job]]
 

@@ -133,6 +133,8 @@ def _trust_card(report: Report) -> Card:
         good = passed == len(report.parity) and bool(report.parity)
         worst = max((p.error for p in report.parity if "float32" in p.case), default=0.0)
         parts.append(f"in the interpreter, against float64; largest float32 error {worst:.0e}")
+        if report.parity_left_out:
+            parts.append(f"{report.parity_left_out} more were left out for lack of time")
     if report.facts:
         faults = sum(fact.fault is not None for fact in report.facts)
         good = good and not faults

@@ -68,6 +68,7 @@ class Report:
     copy_GBps: float  # noqa: N815
     rows: list[Row] = field(default_factory=list)
     parity: list[Parity] = field(default_factory=list)
+    parity_left_out: int = 0
     memory: list[CountedMemory] = field(default_factory=list)
     facts: list[KernelFacts] = field(default_factory=list)
     goals: list[Finding] = field(default_factory=list)
@@ -185,7 +186,8 @@ def _interpret(
     if trouble:
         report.parity.append(Parity("broke off", trouble, math.nan, 0.0, False))
     else:
-        _note(report, len(work) - len(report.parity), "parity checks in the interpreter")
+        report.parity_left_out = len(work) - len(report.parity)
+        _note(report, report.parity_left_out, "parity checks in the interpreter")
 
 
 def _compile(

@@ -24,6 +24,7 @@ import tritonloss
 from tritonloss import (
     __main__,
     _doctor,
+    _sieve,
     _source_hash,
     _tune,
     _tuned_files,
@@ -351,6 +352,21 @@ def test_tuner_leaves_out_what_compiling_has_sifted(cache: Path) -> None:
     outcome = _tune.tune_case(case, CPU, float("inf"), rows_as_time, faults)
     assert outcome.best == (8.0, {"ROWS": 8})
     assert outcome.dropped == ["{'ROWS': 4}: some_kernel spills 8 B"]
+
+
+def test_a_sieve_that_lets_nothing_pass_is_not_believed() -> None:
+    class Found:
+        def __init__(self, fault: str | None) -> None:
+            self.result = lambda: fault
+
+    sieve = object.__new__(_sieve.Sieve)
+    case = case_of({"ROWS": 8}, {"ROWS": 4})
+    sieve._futures = {case.key: [Found("spills"), Found(None)]}  # type: ignore[list-item]
+    assert sieve.faults(case) == ["spills", None]
+    sieve._futures = {case.key: [Found("no compiler"), Found("no compiler")]}  # type: ignore[list-item]
+    assert sieve.faults(case) == [None, None]
+    sieve._futures = {}
+    assert sieve.faults(case) == [None, None]
 
 
 def test_winners_are_checked_for_other_numbers_of_classes(cache: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -42,7 +43,7 @@ class Sieve:
         context = multiprocessing.get_context("spawn")
         self._futures: dict[str, list[Future[str | None]]] = {}
         with compiling_environment():
-            self._pool = ProcessPoolExecutor(count, context)
+            self._pool = ProcessPoolExecutor(count, context, initializer=_leave_interrupts)
             for case in cases:
                 place = (case.slice, case.number, case.shape, case.layout)
                 self._futures[case.key] = [
@@ -52,14 +53,24 @@ class Sieve:
 
     def faults(self, case: TuningCase) -> list[str | None]:
         """For each candidate why it is out; None if it may run, or if nothing can tell."""
+        unknown: list[str | None] = [None] * len(case.candidates)  # the launch itself will tell
         try:
-            return [future.result() for future in self._futures[case.key]]
+            found = [future.result() for future in self._futures[case.key]]
         except (BrokenProcessPool, KeyError):
-            return [None] * len(case.candidates)  # the launch itself will tell
+            return unknown
+        # If not even the heuristic's own were to run, it would be the compiling that is at fault.
+        return unknown if all(found) else found
 
     def close(self) -> None:
         """Compile nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C is the tuner's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def fault_of(place: Place, index: int, target: GPUTarget, shared_limit: int) -> str | None:

@@ -278,10 +278,12 @@ def _tune_cases(
 
 
 def _sieve(cases: Sequence[TuningCase], device: torch.device) -> Sieve | None:
-    """The pool that compiles for this GPU; None where there is no GPU to compile for."""
+    """The pool that compiles for this GPU; None where only the launch can tell."""
     if device.type == "cpu":
         return None
     driver = triton.runtime.driver.active
+    if driver.get_current_target().backend not in ("cuda", "hip"):
+        return None
     limit = driver.utils.get_device_properties(device.index or 0)["max_shared_mem"]
     return Sieve(cases, driver.get_current_target(), int(limit))
 
