@@ -665,3 +665,11 @@ def test_every_tuning_case_has_distinct_candidates() -> None:
         for candidate in case.candidates:
             assert _tuning._is_configuration(candidate), (case.key, candidate)
             assert case.candidates.count(candidate) == 1, (case.key, candidate)
+
+
+def test_predictions_need_a_checkout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "perf.predict", None)
+    assert __main__.main(["tune", "--compile-only", "--target", "sm_90"]) == 1
+    assert "the folder perf of the repository" in capsys.readouterr().out
