@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 WORKERS ?= auto
 
-.PHONY: report test lint gpu compile-only train
+.PHONY: report test lint gpu compile-only check train
 
 report: OUT ?= build/report
 report: $(READY)
@@ -22,6 +22,10 @@ lint: $(READY)
 
 compile-only: $(READY)
 	$(RUN) -m perf compile-only
+
+# The compile-only table again, held against the committed one of perf/baseline.
+check: $(READY)
+	$(RUN) -m perf check
 
 train: $(READY)
 	$(RUN) -m perf train

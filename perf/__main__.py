@@ -8,8 +8,10 @@ import sys
 COMMANDS = {
     "report": "measure on this machine and write rows.csv, report.md and report.html",
     "compile-only": "compile every shipped kernel for GPUs that need not be there",
+    "check": "every kernel's registers, spills and instructions against the baseline",
     "compare": "the rows that moved between two reports",
     "record": "add a report's GPU rows to perf/results",
+    "summary": "what a report's rows come to, as a table",
     "train": "train a small network on photographs with each loss",
 }
 

@@ -187,7 +187,7 @@ class Operation:
         operators: names in tritonloss._tuning, for forcing small launches in the interpreter.
         excused: elements of the first input's gradient where rounding may flip a decision, so
             that no kernel could agree with float64; None where there is no such thing.
-        libraries: other people's implementations, name -> import; the import may fail.
+        libraries: other people's implementations, name -> adapter in perf/peers.py.
     """
 
     name: str

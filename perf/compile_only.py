@@ -15,9 +15,9 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -28,11 +28,13 @@ from triton.runtime.cache import get_cache_manager
 
 from perf import control_flow, machine_code
 from perf.cases import Case, KernelNotes, Operation, operations, scheduled
-from perf.launches import Launch, offline, recorded
 from perf.machine_code import MachineCode
-from perf.progress import Progress
 from perf.targets import TARGETS, Target
 from perf.text import plain
+from tritonloss._launches import Launch, offline, recorded
+from tritonloss._progress import Progress
+from tritonloss._resources import Resources
+from tritonloss._sieve import compiling_environment
 
 MAIN_TARGET = "sm_90"
 Job = tuple[str, int, str]  # operation, index of the case in Operation.shipped, target
@@ -72,14 +74,8 @@ class KernelFacts:
     @property
     def fault(self) -> str | None:
         """Why this kernel must not ship; None if it may."""
-        if self.error:
-            return self.error
-        if self.spill_bytes:
-            return f"spills {self.spill_bytes} B"
-        limit = TARGETS[self.target].shared_per_block
-        return (
-            f"needs {self.shared_bytes} of {limit} B shared" if self.shared_bytes > limit else None
-        )
+        taken = Resources(self.registers, self.spill_bytes, self.shared_bytes)
+        return self.error or taken.fault(TARGETS[self.target].shared_per_block)
 
     @property
     def text(self) -> str:
@@ -120,21 +116,39 @@ def table(
     work: Sequence[Job],
     workers: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    end: float | None = None,
 ) -> list[KernelFacts]:
-    """Compile all of the work in a pool of processes; the same kernel is listed once per target."""
+    """Compile all of the work; the same kernel is listed once per target.
+
+    After ``end``, a time of the monotonic clock, nothing more is begun.
+    """
+    unique: dict[tuple[str, str], KernelFacts] = {}
+    for fact in compile_cases(work, workers, progress, end):
+        unique.setdefault((fact.target, fact.digest), fact)
+    return list(unique.values())
+
+
+def compile_cases(
+    work: Sequence[Job],
+    workers: int | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    end: float | None = None,
+) -> list[KernelFacts]:
+    """Compile all of the work in a pool of processes; what every case launches, in its order."""
     context = multiprocessing.get_context("spawn")
-    with _without_interpreter(), ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
+    with compiling_environment(), ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
         futures = {pool.submit(compile_case, *job): job for job in work}
         results: dict[Job, list[KernelFacts]] = {}
         for future in as_completed(futures):
             job = futures[future]
             results[job] = future.result()
             progress(f"{job[0]} for {job[2]}")
-    unique: dict[tuple[str, str], KernelFacts] = {}
-    for job in sorted(results):
-        for fact in results[job]:
-            unique.setdefault((fact.target, fact.digest), fact)
-    return list(unique.values())
+            if end is not None and time.monotonic() > end:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()  # a large kernel compiles for a minute
+                break
+    return [fact for job in sorted(results) for fact in results[job]]
 
 
 def compile_case(operation_name: str, index: int, target_name: str) -> list[KernelFacts]:
@@ -168,7 +182,7 @@ def _ends(message: str) -> list[str]:
 
 
 def _facts(operation: Operation, case: Case, target: Target, record: Launch) -> KernelFacts:
-    code, seconds = _analysis(record)
+    code, seconds = analysis(record)
     shared = record.compiled.metadata.shared
     return KernelFacts(
         op=operation.name,
@@ -182,13 +196,13 @@ def _facts(operation: Operation, case: Case, target: Target, record: Launch) -> 
         shared_bytes=shared,
         occupancy=target.occupancy(code.registers, shared, record.num_warps),
         instructions=code.instructions,
-        loops=_loop_facts(operation.kernels.get(record.kernel), code, target, record),
+        loops=loop_facts(operation.kernels.get(record.kernel), code, target, record),
         compile_seconds=seconds,
         digest=record.compiled.hash,
     )
 
 
-def _loop_facts(
+def loop_facts(
     notes: KernelNotes | None, code: MachineCode, target: Target, record: Launch
 ) -> tuple[LoopFacts, ...]:
     big = code.big_loops(record.constants.get("STRIP.unroll", 1))
@@ -205,7 +219,7 @@ def _loop_facts(
     )
 
 
-def _analysis(record: Launch) -> tuple[MachineCode, float | None]:
+def analysis(record: Launch) -> tuple[MachineCode, float | None]:
     """The machine code's facts and the compile time, kept beside the kernel in Triton's cache."""
     manager = get_cache_manager(record.compiled.hash)
     name = f"{record.kernel}.analysis.json"
@@ -230,26 +244,6 @@ def _analysis_version() -> str:
     files = (machine_code.__file__, control_flow.__file__)
     source = b"".join(Path(str(file)).read_bytes() for file in files)
     return hashlib.sha256(source).hexdigest()
-
-
-@contextmanager
-def _without_interpreter() -> Iterator[None]:
-    """Processes started inside find a plain Triton, and only the configurations that ship."""
-    changes = {"TRITON_INTERPRET": None, "TRITONLOSS_TUNING": "off"}
-    before = {name: os.environ.get(name) for name in changes}
-    _set_environment(changes)
-    try:
-        yield
-    finally:
-        _set_environment(before)
-
-
-def _set_environment(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 def pivoted(facts: Sequence[KernelFacts]) -> tuple[list[str], list[list[str]]]:

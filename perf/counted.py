@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from perf.cases import Case, Operation, bytes_of, scheduled
-from perf.launches import offline, recorded
 from perf.memory import counted_peak
 from perf.targets import TARGETS
 from perf.trial import Trial
+from tritonloss._launches import offline, recorded
 
 _META = torch.device("meta")
 
@@ -29,6 +29,8 @@ class CountedMemory:
     input_bytes: int  # of the maps that get a gradient: L
     eager: int
     kernels: int
+    classes: int = 1
+    pixels: int = 1
 
 
 def count(operation: Operation, case: Case) -> CountedMemory:
@@ -38,4 +40,12 @@ def count(operation: Operation, case: Case) -> CountedMemory:
     with offline(TARGETS["sm_90"].gpu), recorded("skip"), scheduled(operation, case):
         kernels = counted_peak(lambda: operation.launch(case, inputs))
     maps = [x for x in inputs if x.is_floating_point()]
-    return CountedMemory(operation.name, case.text, bytes_of(maps), eager, kernels)
+    return CountedMemory(
+        operation.name,
+        case.text,
+        bytes_of(maps),
+        eager,
+        kernels,
+        case.shape.classes,
+        case.shape.pixels,
+    )

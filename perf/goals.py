@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from perf.cases import CodeGoal, Goal, Operation
 from perf.compile_only import KernelFacts
@@ -17,8 +17,8 @@ class Finding:
     text: str
     wanted: str
     value: float | None
-
     met: bool | None
+    op: str = ""
 
     @property
     def verdict(self) -> str:
@@ -30,13 +30,15 @@ def findings(
     chosen: Sequence[Operation], rows: Sequence[Row], facts: Sequence[KernelFacts]
 ) -> list[Finding]:
     """One finding per goal of the operations."""
-    return [
-        _measured(operation, goal, rows)
-        if isinstance(goal, Goal)
-        else _counted(operation, goal, facts)
-        for operation in chosen
-        for goal in operation.goals
-    ]
+    found = []
+    for operation in chosen:
+        for goal in operation.goals:
+            if isinstance(goal, Goal):
+                finding = _measured(operation, goal, rows)
+            else:
+                finding = _counted(operation, goal, facts)
+            found.append(replace(finding, op=operation.name))
+    return found
 
 
 def _measured(operation: Operation, goal: Goal, rows: Sequence[Row]) -> Finding:

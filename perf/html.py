@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from perf.report import Report
 
 
+# What is folded on a screen is not folded on paper.
+_OPEN_IN_PRINT = """<script>
+addEventListener("beforeprint", () => {
+  for (const folded of document.querySelectorAll("details")) folded.open = true;
+});
+</script>"""
+
+
 def page(report: Report) -> str:
     """The whole file."""
     made = content.page(report)
@@ -41,11 +49,13 @@ def page(report: Report) -> str:
 <p class="machine">{summary}</p>
 {warning}
 <div class="cards">{"".join(map(_card, made.cards))}</div>
+<div class="plots">{"".join(map(_block, made.plots))}</div>
 <nav>{contents}</nav>
 </header>
 <main>
 {"".join(map(_section, made.sections))}
 </main>
+{_OPEN_IN_PRINT}
 </body>
 </html>
 """

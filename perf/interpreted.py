@@ -7,9 +7,12 @@ own: `check` starts one, and its `main` prints one line of JSON per case.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -57,9 +60,14 @@ def _question(case: Case) -> str:
 
 
 def check(
-    work: Sequence[tuple[str, int]], progress: Callable[[str], None] = lambda _: None
+    work: Sequence[tuple[str, int]],
+    progress: Callable[[str], None] = lambda _: None,
+    end: float | None = None,
 ) -> tuple[list[Parity], str | None]:
-    """(results, what went wrong if not all were reached) of a process with the interpreter."""
+    """(results, what went wrong if not all were reached) of a process with the interpreter.
+
+    At ``end``, a time of the monotonic clock, it is stopped, and what was not reached is left out.
+    """
     command = [sys.executable, "-m", "perf.interpreted", json.dumps(work)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITONLOSS_TUNING": "off"}
     root = Path(__file__).parent.parent
@@ -68,10 +76,16 @@ def check(
         command, cwd=root, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
+        stop = threading.Timer((end or math.inf) - time.monotonic(), process.kill)
+        if end is not None:
+            stop.start()
         for line in process.stdout or ():
             results.append(Parity(**json.loads(line)))
             progress(f"{results[-1].op} in the interpreter")
         errors = process.stderr.read().strip() if process.stderr else ""
+        stop.cancel()
+    if process.returncode and end is not None and time.monotonic() >= end:
+        return results, None
     return results, errors.splitlines()[-1] if process.returncode and errors else None
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import triton
-
 from perf.control_flow import Instruction, Loop, loops
+from tritonloss._resources import Resources, amd_usage, cuobjdump, nvidia_usage
 
 
 @dataclass(frozen=True)
@@ -22,6 +20,10 @@ class MachineCode:
     spill_bytes: int
     instructions: int
     loops: tuple[Loop, ...]
+
+    def resources(self, shared_bytes: int) -> Resources:
+        """What a launch of it takes, with the shared memory that Triton asks for."""
+        return Resources(self.registers, self.spill_bytes, shared_bytes)
 
     def big_loops(self, unroll: int = 1) -> tuple[Loop, ...]:
         """The loops that matter, the smallest first.
@@ -40,19 +42,17 @@ def read_cubin(cubin: bytes) -> MachineCode:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        return parse_sass(_cuobjdump("-sass", path), _cuobjdump("--dump-resource-usage", path))
+        return parse_sass(cuobjdump("-sass", path), cuobjdump("--dump-resource-usage", path))
 
 
 def parse_sass(listing: str, resources: str) -> MachineCode:
     """Analyse what cuobjdump prints about one kernel."""
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", resources)
-    if usage is None:
-        raise ValueError(f"cuobjdump tells no register count: {resources[:200]!r}")
+    registers, spilled = nvidia_usage(resources)
     lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", listing, re.MULTILINE)
     index = {int(address, 16): position for position, (address, _) in enumerate(lines)}
     program = [_sass_instruction(text, index) for _, text in lines]
     length = sum(instruction.opcode != "NOP" for instruction in program)  # padding at the end
-    return MachineCode(int(usage[1]), int(usage[2]), length, loops(program))
+    return MachineCode(registers, spilled, length, loops(program))
 
 
 def parse_amdgcn(assembly: str) -> MachineCode:
@@ -66,14 +66,7 @@ def parse_amdgcn(assembly: str) -> MachineCode:
         elif re.match(r"(s|v|ds|global|buffer|flat|scratch)_\w+", code):
             lines.append(code)
     program = [_gcn_instruction(line, labels) for line in lines]
-    # Scalar registers that spill go to lanes of a vector register, not to memory: not counted.
-    spilled = 4 * _metadata(assembly, "vgpr_spill_count")
-    return MachineCode(
-        registers=_metadata(assembly, "vgpr_count"),
-        spill_bytes=max(_metadata(assembly, "private_segment_fixed_size"), spilled),
-        instructions=len(program),
-        loops=loops(program),
-    )
+    return MachineCode(*amd_usage(assembly), instructions=len(program), loops=loops(program))
 
 
 def _sass_instruction(text: str, index: Mapping[int, int]) -> Instruction:
@@ -91,17 +84,3 @@ def _gcn_instruction(code: str, labels: Mapping[str, int]) -> Instruction:
     opcode, _, operands = code.partition(" ")
     jump = labels.get(operands.strip()) if "branch" in opcode else None
     return Instruction(opcode, jump, falls_through=opcode not in ("s_branch", "s_endpgm"))
-
-
-def _metadata(assembly: str, name: str) -> int:
-    value = re.search(rf"^\s+\.{name}:\s+(\d+)", assembly, re.MULTILINE)
-    if value is None:
-        raise ValueError(f"the assembly tells no {name}")
-    return int(value[1])
-
-
-def _cuobjdump(option: str, path: Path) -> str:
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run(
-        [program, option, path], check=True, capture_output=True, text=True
-    ).stdout

@@ -20,6 +20,7 @@ def page(report: Report) -> str:
     parts.append("  \n".join(made.summary))
     cards = [[card.value, card.label, card.detail] for card in made.cards]
     parts.append(text.markdown(["", "", "rests on"], cards))
+    parts += [_block(block) for block in made.plots]
     for section in made.sections:
         parts.append(f"## {section.title}")
         parts += [_block(block) for block in section.blocks]

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from perf.cases import PASSES, Case, Operation, Outputs, UnknownCaseError, scheduled
-from perf.launches import recorded
 from perf.machine import Machine
 from perf.memory import peak_bytes
 from perf.parity import Gate
 from perf.rows import Row
 from perf.timing import time_backward, time_call
 from perf.trial import Trial
+from tritonloss._launches import recorded
 
 PARITY_FAILED = "not timed: parity failed"
 _MIB = 2**20

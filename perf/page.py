@@ -75,6 +75,7 @@ class Page:
     summary: Sequence[str]
     warning: str | None
     cards: Sequence[Card]
+    plots: Sequence[Block] = field(default_factory=tuple)
     sections: Sequence[Section] = field(default_factory=tuple)
 
 

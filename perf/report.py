@@ -10,16 +10,17 @@ are not there; nothing of that is called a speed.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 
-from perf import compile_only, html, interpreted, markdown, rows
+from perf import compile_only, html, interpreted, markdown, peers, rows
 from perf.cases import SHAPES, Case, Operation, operations
 from perf.compile_only import KernelFacts
 from perf.counted import CountedMemory, count
@@ -27,12 +28,13 @@ from perf.goals import Finding, findings
 from perf.interpreted import Parity
 from perf.machine import Machine, this_machine
 from perf.measure import Bench, providers
-from perf.progress import Progress
 from perf.record import RESULTS
 from perf.rows import Row
 from perf.timing import copy_bandwidth
+from tritonloss._progress import Progress
 
 _CPU_CASES = 4
+QUICK_S = 70.0  # when a quick report begins nothing more; what runs then still ends
 KEPT_TRAINING = RESULTS / "training"
 
 
@@ -66,10 +68,12 @@ class Report:
     copy_GBps: float  # noqa: N815
     rows: list[Row] = field(default_factory=list)
     parity: list[Parity] = field(default_factory=list)
+    parity_left_out: int = 0
     memory: list[CountedMemory] = field(default_factory=list)
     facts: list[KernelFacts] = field(default_factory=list)
     goals: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)  # libraries that are not installed
     training: Path | None = None
     seconds: float = 0.0
 
@@ -85,21 +89,22 @@ class Report:
 def make(choice: Choice) -> Report:
     """Find out everything, with a progress bar on stderr. Interrupted, it keeps what it has."""
     started = time.monotonic()
+    end = started + QUICK_S if choice.quick else None
     chosen = operations(choice.ops)
     machine = this_machine()
     plan = _plan(chosen, choice, machine.has_gpu)
-    bar = Progress(len(plan) + 1)
+    bar = Progress(len(plan) + 1, budget_s=QUICK_S if choice.quick else None)
     bar.announce("copy bandwidth")
-    report = Report(machine, copy_bandwidth(machine.device))
+    report = Report(machine, copy_bandwidth(machine.device), absent=peers.absent(chosen))
     bar.step("copy bandwidth")
     try:
-        _measure(report, plan, choice, bar)
-        _count_memory(report, plan)
+        _measure(report, plan, choice, bar, end)
+        _count_memory(report, chosen, choice)
         with ThreadPoolExecutor(1) as beside:
             # The interpreter is one process; beside it the compilers have cores to spare.
-            step = (_interpret, report, chosen, choice, bar)
+            step = (_interpret, report, chosen, choice, bar, end)
             interpreting = [] if machine.has_gpu else [beside.submit(*step)]
-            _compile(report, chosen, choice, bar)
+            _compile(report, chosen, choice, bar, end)
             for future in interpreting:
                 future.result()
     except KeyboardInterrupt:
@@ -122,13 +127,18 @@ def _plan(
 
 
 def _measure(
-    report: Report, plan: Sequence[tuple[Operation, Case]], choice: Choice, bar: Progress
+    report: Report,
+    plan: Sequence[tuple[Operation, Case]],
+    choice: Choice,
+    bar: Progress,
+    end: float | None,
 ) -> None:
     bench = Bench(report.machine, report.copy_GBps)
-    started = time.monotonic()
+    if choice.budget_s is not None:
+        end = min(time.monotonic() + choice.budget_s, end or math.inf)
     left_out = 0
     for operation, case in plan:
-        if choice.budget_s is not None and time.monotonic() - started > choice.budget_s:
+        if end is not None and time.monotonic() > end:
             left_out += 1
             continue
         bar.announce(f"{operation.name}: {case.text}")
@@ -139,35 +149,68 @@ def _measure(
         candidates = providers(operation, gpu, compiled and not choice.quick)
         report.rows += bench.rows(operation, asked, candidates)
         bar.step(f"{operation.name}: {case.text}")
+    _note(report, left_out, "cases")
+
+
+def _note(report: Report, left_out: int, what: str) -> None:
     if left_out:
-        report.notes.append(f"{left_out} cases were left out to keep within the time allowed.")
+        report.notes.append(f"{left_out} {what} were left out to keep within the time allowed.")
 
 
-def _count_memory(report: Report, plan: Sequence[tuple[Operation, Case]]) -> None:
-    for operation, case in plan:
-        try:
-            report.memory.append(count(operation, case))
-        except Exception as error:  # the rest of the report does not depend on it
-            report.notes.append(
-                f"Memory of {operation.name} ({case.text}) was not counted: "
-                f"{type(error).__name__}: {error}"
-            )
+def _count_memory(report: Report, chosen: Sequence[Operation], choice: Choice) -> None:
+    """Nothing is computed, so all sizes are counted; of a quick report only the plain cases."""
+    for operation in chosen:
+        for case in replace(choice, quick=False).cases(operation, on_gpu=True):
+            plain = case.columns() | {"parameters": operation.cases[0].parameters}
+            if case.schedule is not None or choice.quick and plain != case.columns():
+                continue
+            try:
+                report.memory.append(count(operation, case))
+            except Exception as error:  # the rest of the report does not depend on it
+                report.notes.append(
+                    f"Memory of {operation.name} ({case.text}) was not counted: "
+                    f"{type(error).__name__}: {error}"
+                )
 
 
-def _interpret(report: Report, chosen: Sequence[Operation], choice: Choice, bar: Progress) -> None:
+def _interpret(
+    report: Report,
+    chosen: Sequence[Operation],
+    choice: Choice,
+    bar: Progress,
+    end: float | None,
+) -> None:
     work = [(op.name, i) for op in chosen for i in interpreted.cases(op, choice.quick)]
     bar.more(len(work))
-    report.parity, trouble = interpreted.check(work, bar.step)
+    report.parity, trouble = interpreted.check(work, bar.step, end)
     if trouble:
         report.parity.append(Parity("broke off", trouble, math.nan, 0.0, False))
+    else:
+        report.parity_left_out = len(work) - len(report.parity)
+        _note(report, report.parity_left_out, "parity checks in the interpreter")
 
 
-def _compile(report: Report, chosen: Sequence[Operation], choice: Choice, bar: Progress) -> None:
+def _compile(
+    report: Report,
+    chosen: Sequence[Operation],
+    choice: Choice,
+    bar: Progress,
+    end: float | None,
+) -> None:
     work = compile_only.jobs(chosen, short=True)
     if choice.quick:
         work = [job for job in work if job[1] == 0]
+        work.sort(key=lambda job: job[2] != compile_only.MAIN_TARGET)
     bar.more(len(work))
-    report.facts = compile_only.table(work, progress=bar.step)
+    done: list[str] = []
+    progress = functools.partial(_step, bar, done)
+    report.facts = compile_only.table(work, progress=progress, end=end)
+    _note(report, len(work) - len(done), "compilations")
+
+
+def _step(bar: Progress, done: list[str], text: str) -> None:
+    done.append(text)
+    bar.step(text)
 
 
 def write(report: Report, out: Path) -> None:
@@ -192,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ops", nargs="+", metavar="OP")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), metavar="SHAPE")
     parser.add_argument("--dtypes", nargs="+", metavar="DTYPE")
-    parser.add_argument("--quick", action="store_true", help="one case per operation")
+    parser.add_argument("--quick", action="store_true", help="a first look in 90 seconds")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after this")
     parser.add_argument("--out", type=Path, default=Path("build/report"), metavar="FOLDER")
     options = parser.parse_args(arguments)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from kernels_reference import ssim as ssim_reference
 from kernels_reference import ssim_loss as ssim_loss_reference
+from perf import peers
 from perf.cases import (
     SHAPES,
     Case,
@@ -18,7 +16,6 @@ from perf.cases import (
     KernelNotes,
     Operation,
     Shape,
-    UnknownCaseError,
     random_labels,
     random_map,
     strip_outputs,
@@ -81,30 +78,6 @@ def image_floor(case: Case) -> Floor:
     image = case.shape.elements * case.torch_dtype.itemsize
     similarity = 4 * case.shape.elements if case.options.get("reduction") == "none" else 0
     return Floor(forward=2 * image + similarity, backward=4 * image + similarity)
-
-
-def _pytorch_msssim() -> Callable[..., Tensor]:
-    from pytorch_msssim import ssim
-
-    def similarity(x: Tensor, y: Tensor, **options: Any) -> Tensor:
-        if options != {"window_size": 11, "padding": "valid"}:
-            raise UnknownCaseError
-        return ssim(x, y, data_range=1.0)
-
-    return similarity
-
-
-def _fused_ssim() -> Callable[..., Tensor]:
-    from fused_ssim import fused_ssim
-
-    def similarity(x: Tensor, y: Tensor, **options: Any) -> Tensor:
-        padding = {"zeros": "same", "valid": "valid"}.get(options.get("padding", "zeros"))
-        known = options.keys() <= {"window_size", "padding"} and options["window_size"] == 11
-        if padding is None or not known or x.dtype != torch.float32:
-            raise UnknownCaseError
-        return fused_ssim(x, y, padding=padding)
-
-    return similarity
 
 
 LOSS_BASE = Case(
@@ -196,6 +169,6 @@ OPERATIONS = (
         kernels=_KERNELS,
         operators=_OPERATORS,
         goals=_goals("SSIM of images, window 11", IMAGE_BASE),
-        libraries={"fused-ssim": _fused_ssim, "pytorch-msssim": _pytorch_msssim},
+        libraries=peers.SSIM,
     ),
 )

@@ -19,6 +19,9 @@ class Target:
         register_step: a warp is given registers per lane in steps of this.
         shared_per_block: the most shared memory a block may ask for.
         shared_reserved: what the driver takes from the processor's shared memory for every block.
+        processors, lanes, clock_GHz, memory_GBps: of the largest of these GPUs, from its data
+            sheet: how many, how many lanes each issues an instruction for in a cycle, how fast.
+            Predictions are made from them, never a measurement.
     """
 
     name: str
@@ -31,6 +34,10 @@ class Target:
     shared: int
     shared_per_block: int
     shared_reserved: int
+    processors: int
+    lanes: int
+    clock_GHz: float  # noqa: N815
+    memory_GBps: float  # noqa: N815
 
     def occupancy(self, registers: int, shared_bytes: int, num_warps: int) -> float:
         """Resident warps over the most there can be, if nothing but resources limits them."""
@@ -43,7 +50,9 @@ class Target:
         return blocks * num_warps / self.warps
 
 
-def _nvidia(capability: int, gpus: str, shared_kib: int) -> Target:
+def _nvidia(
+    capability: int, gpus: str, shared_kib: int, processors: int, clock: float, memory: float
+) -> Target:
     return Target(
         name=f"sm_{capability}",
         gpus=gpus,
@@ -55,6 +64,10 @@ def _nvidia(capability: int, gpus: str, shared_kib: int) -> Target:
         shared=shared_kib * _KIB,
         shared_per_block=(shared_kib - 1) * _KIB,
         shared_reserved=1 * _KIB,
+        processors=processors,
+        lanes=128,
+        clock_GHz=clock,
+        memory_GBps=memory,
     )
 
 
@@ -69,14 +82,18 @@ _GFX942 = Target(
     shared=64 * _KIB,
     shared_per_block=64 * _KIB,
     shared_reserved=0,
+    processors=304,
+    lanes=64,
+    clock_GHz=2.1,
+    memory_GBps=5300,
 )
 
 TARGETS = {
     target.name: target
     for target in (
-        _nvidia(80, "A100", 164),
-        _nvidia(90, "H100, H200", 228),
-        _nvidia(100, "B200", 228),
+        _nvidia(80, "A100", 164, processors=108, clock=1.41, memory=2039),
+        _nvidia(90, "H100, H200", 228, processors=132, clock=1.98, memory=4800),
+        _nvidia(100, "B200", 228, processors=148, clock=1.965, memory=8000),
         _GFX942,
     )
 }

@@ -24,8 +24,8 @@ from torch.nn import functional
 
 from perf import text
 from perf.photographs import CLASSES, VOID, Photograph, photographs
-from perf.progress import Progress
 from tritonloss import MarginOffsets, count_labels, margin_offsets
+from tritonloss._progress import Progress
 from tritonloss.functional import margin_calibrated_loss, rmi_loss, structural_similarity_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -129,7 +129,7 @@ def test_many_columns_on_the_right(order: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("order", [3, 9, 12])
 def test_failed_matrices(order: int, device: torch.device) -> None:
-    """info as LAPACK's, and NaN for the failed matrix alone; its neighbours have their gradients."""
+    """info as LAPACK's, NaN for the failed matrix alone; its neighbours have their gradients."""
     A = matrices(order, 6, device=device)
     A[1, order - 1, order - 1] = -1
     A[2] = 0

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +18,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from perf import compare, content, goals, html, interpreted, markdown, plots, record, rows
-from perf.cases import SHAPES, Case, Goal, Operation, Shape, operations
+from perf import (
+    check,
+    compare,
+    content,
+    goals,
+    html,
+    interpreted,
+    markdown,
+    peers,
+    plots,
+    predict,
+    record,
+    rows,
+    summary,
+)
+from perf.cases import SHAPES, Case, Goal, Operation, Shape, UnknownCaseError, operations
 from perf.compile_only import KernelFacts, LoopFacts, pivoted
 from perf.control_flow import Instruction, Loop, loops
 from perf.counted import CountedMemory
@@ -29,11 +45,12 @@ from perf.measure import PARITY_FAILED, Bench
 from perf.memory import counted_peak
 from perf.page import Bars, Lines, number
 from perf.parity import Gate
-from perf.progress import Progress
-from perf.report import Choice, Report, _plan
+from perf.report import Choice, Report, _count_memory, _measure, _plan
 from perf.targets import TARGETS
 from perf.trial import Trial
 from tritonloss import functional
+from tritonloss._progress import Progress
+from tritonloss._tuning import TuningCase
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -399,9 +416,12 @@ def offline_report(**changes: Any) -> Report:
     made = Report(
         machine(), 10.0,
         parity=[Parity("loss", "float32 <odd>", 1e-7, 1e-5, True)],
-        memory=[CountedMemory("loss", "cityscapes", 100, 1700, 100)],
+        memory=[
+            CountedMemory("loss", "cityscapes float32", 100, 1700, 100, 19, 10),
+            CountedMemory("loss", "ade20k float32", 400, 6800, 400, 150, 5),
+        ],
         facts=[fact(), fact(constants={"WINDOW.size": 5}, case="cityscapes float32 contiguous b")],
-        goals=[Finding("a goal", "at least 1", None, None)],
+        goals=[Finding("a goal", "at least 1", None, None, "loss")],
         rows=rows.with_comparisons([row(provider="eager", gpu="no GPU", capability=None)]),
     )  # fmt: skip
     return replace(made, **changes)
@@ -429,6 +449,85 @@ def test_with_a_gpu_losing_and_failed_rows_stay_in() -> None:
         assert "window_size=9" in page and PARITY_FAILED in page
         assert "slower than eager in 1" in page and "2 of 3" in page
     assert content.page(gpu_report()).headline == "6.3x as fast as eager PyTorch"
+
+
+@pytest.mark.parametrize("make", [offline_report, gpu_report])
+def test_the_first_screen_answers_in_four_figures_and_two_plots(
+    make: Callable[[], Report],
+) -> None:
+    report = make()
+    made = content.page(report)
+    assert len(made.cards) == 4 and len(made.plots) == 2
+    assert all(isinstance(plot, Bars) and plot.groups for plot in made.plots)
+    titles = [section.title for section in made.sections]
+    assert titles == ["loss", "gaussian statistics", "Compiled, not run", "Environment"]
+    page = html.page(report)
+    places = [page.index(f"<h2>{title}</h2>") for title in titles]
+    assert places == sorted(places) and page.index('class="plots"') < places[0]
+    assert ("Extra memory against classes" in page) and ("<th>error</th>" in page)
+
+
+def test_offline_sections_name_what_was_not_measured() -> None:
+    made = content.page(offline_report(absent=["kornia", "MONAI"]))
+    text = html.page(offline_report(absent=["kornia", "MONAI"]))
+    assert made.cards[0].value == "not measured" and made.cards[2].value == "no GPU"
+    assert "counted" in made.cards[1].label and "Counted at full size" in made.cards[1].detail
+    assert "kornia, MONAI" in text
+    for plot in made.plots:
+        assert isinstance(plot, Bars)
+        assert "counted" in plot.title or "not run" in plot.unit
+    assert "of the reference on this CPU" in text
+
+
+def test_rows_that_cannot_be_trusted_colour_the_figure() -> None:
+    assert content.page(gpu_report()).cards[3].good is False  # one case failed its parity
+    spilled = offline_report(facts=[fact(spill_bytes=4)])
+    assert content.page(spilled).cards[3].good is False
+    assert content.page(offline_report()).cards[3].good is True
+    assert content.page(offline_report(parity=[])).cards[3].good is False
+
+
+def test_a_page_is_readable_on_paper_and_in_the_dark() -> None:
+    page = html.page(offline_report())
+    assert "@media screen and (prefers-color-scheme: dark)" in page and "@media print" in page
+    assert "beforeprint" in page  # folded tables open
+
+
+def test_summary_is_a_line_per_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows.write(tmp_path / "rows.csv", gpu_report().rows)
+    assert summary.main([str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "2 of 3 cases right, then timed, on GPU" in text and PARITY_FAILED in text
+    assert "6.3x eager PyTorch's speed, median of 2 cases" in text
+    assert "no kernel was measured" in summary.summary(offline_report().rows)
+    assert summary.main([str(tmp_path / "none")]) == 1
+
+
+def test_a_quick_report_begins_nothing_after_its_time() -> None:
+    over = time.monotonic() - 1
+    assert interpreted.check([("ssim", 0)], end=over) == ([], None)
+    report = offline_report(rows=[])
+    case = operations(["ssim"])[0].cases[0]
+    bar = Progress(1, io.StringIO())
+    choice = Choice(quick=True)
+    _measure(report, [(operations(["ssim"])[0], case)], choice, bar, over)
+    assert report.rows == [] and "1 cases were left out" in report.notes[0]
+
+
+def test_memory_is_counted_for_every_number_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a quick report: without a computation the size of a map costs nothing."""
+
+    def count(operation: Operation, case: Case) -> CountedMemory:
+        return CountedMemory(operation.name, case.text, 1, 17, 1, case.shape.classes)
+
+    monkeypatch.setattr("perf.report.count", count)
+    report = offline_report(memory=[], notes=[])
+    chosen = operations(["structural_similarity_loss"])
+    _count_memory(report, chosen, Choice(quick=True))
+    assert {entry.classes for entry in report.memory} == {1, 19, 21, 150, 171}
+    few = len(report.memory)
+    _count_memory(report, chosen, Choice())
+    assert len(report.memory) > 2 * few and not report.notes
 
 
 def test_html_is_self_contained_and_well_formed(tmp_path: Path) -> None:
@@ -470,6 +569,20 @@ def test_progress_in_a_log_file() -> None:
     assert "3/3" in stream.getvalue() and "\r" not in stream.getvalue()
 
 
+def test_progress_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    bar = Progress(4, stream, budget_s=70.0)
+    bar.announce("first")
+    for seconds in (20.0, 40.0, 60.0, 80.0):
+        clock[0] = seconds
+        bar.step("next")
+    lines = stream.getvalue().splitlines()
+    left = [re.search(r", (\d+) s left", line) for line in lines]
+    assert [match and match[1] for match in left] == ["50", "30", "10", None]
+
+
 def test_interpreted_cases_are_kinds_of_questions() -> None:
     for operation in operations():
         chosen = [operation.cases[index] for index in interpreted.cases(operation)]
@@ -494,3 +607,202 @@ def test_quick_report_end_to_end(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "gaussian statistics" in page and "sm_90" in page
     assert (tmp_path / "report.md").read_text().startswith("# tritonloss")
+
+
+# --- baseline, predictions, other libraries -------------------------------------------------------
+
+
+def test_check_names_what_is_worse(tmp_path: Path) -> None:
+    before = check.measured([fact(), fact(target="sm_80"), fact(case="gone")])
+    path = tmp_path / "baseline" / "triton-3.9.json"
+    check.write(path, before)
+    assert check.read(path) == before
+    first = path.read_text()
+    check.write(path, dict(reversed(before.items())))
+    assert path.read_text() == first  # nothing depends on the order
+
+    slower = fact(loops=(LoopFacts("rows", 220, 27.0),), registers=42)
+    now = check.measured([slower, fact(target="sm_80", spill_bytes=8), fact(case="new")])
+    found = check.compare(before, now)
+    assert not found.passed and len(found.worse) == 2
+    assert "instructions 25 -> 27 (+8%)" in found.worse[0] and "sm_90" in found.worse[0]
+    assert "_gaussian_statistics_forward_kernel" in found.worse[0]
+    assert "spill bytes 0 -> 8 (from nothing)" in found.worse[1] and "sm_80" in found.worse[1]
+    assert found.new[0].endswith(": new)") and found.gone[0].endswith(": gone)")
+    lines = check.report(found, len(now), path)
+    assert "worse by more than 5%: 2" in lines and "check --update" in lines[-1]
+
+
+def test_check_lets_small_changes_and_improvements_pass() -> None:
+    before = check.measured([fact(registers=100)])
+    assert check.compare(before, check.measured([fact(registers=105)])).passed
+    assert not check.compare(before, check.measured([fact(registers=106)])).passed
+    better = check.compare(before, check.measured([fact(registers=80)]))
+    assert better.passed and "100 -> 80 (-20%)" in better.better[0]
+    loops = (LoopFacts("a", 90, 10.0), LoopFacts("b", 90, 15.5))
+    assert check.compare(before, check.measured([fact(registers=100, loops=loops)])).passed
+
+
+def test_check_knows_kernels_whose_loops_do_not_tell_and_repeated_launches() -> None:
+    nested = fact(loops=(LoopFacts("rows", 200, None),), instructions=321)
+    numbers = check.measured([nested, fact(), fact(error="does not compile", case="x")])
+    where = ("sm_90", "gaussian_statistics: cityscapes float32 contiguous window_size=3")
+    assert numbers == {
+        (*where, "_gaussian_statistics_forward_kernel"): (40, 0, 0, 321),
+        (*where, "_gaussian_statistics_forward_kernel 2"): (40, 0, 0, 25.0),
+    }
+
+
+def test_check_of_a_part_leaves_the_rest_of_the_baseline_alone() -> None:
+    case = operations(["gaussian_statistics"])[0].shipped[0].text
+    mine = ("sm_90", f"gaussian_statistics: {case}", "kernel")
+    renamed = ("sm_90", "gaussian_statistics: a case that is no more", "kernel")
+    dropped = ("sm_90", "no_such_operation: case", "kernel")
+    others = [("sm_80", *mine[1:]), ("sm_90", "ssim: case", "kernel")]
+    baseline = dict.fromkeys([mine, renamed, dropped, *others], (1.0,))
+    part = check.of_the_work(baseline, [("gaussian_statistics", 0, "sm_90")])
+    assert set(part) == {mine, renamed, dropped}
+
+
+def test_a_triton_without_a_baseline_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check.triton, "__version__", "9.1.2")
+    assert check.main(["--ops", "ssim"]) == 1
+    assert "no baseline for triton 9.1.2" in capsys.readouterr().out
+    assert check.path_of("9.1.2").name == "triton-9.1.json"
+
+
+@pytest.mark.parametrize("path", sorted(check.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_baselines_are_about_what_is_here(path: Path) -> None:
+    """A case that was renamed or dropped leaves no entry behind, and nothing in them spills."""
+    baseline = check.read(path)
+    known = {f"{op.name}: {case.text}" for op in operations() for case in op.shipped}
+    assert {case for _, case, _ in baseline} <= known
+    assert {target for target, _, _ in baseline} == set(TARGETS)
+    assert not [place for place, numbers in baseline.items() if numbers[1]]
+    copy = path.with_name("copy.json")
+    try:
+        check.write(copy, baseline)
+        assert copy.read_text() == path.read_text()
+    finally:
+        copy.unlink()
+
+
+def modelled(**values: Any) -> predict.Kernel:
+    common: dict[str, Any] = {
+        "name": "kernel", "registers": 40, "fault": None, "occupancy": 0.5, "per_output": 100.0,
+        "outputs": 10**8, "tensor_bytes": 8 * 10**8, "programs": 132 * 40, "num_warps": 4,
+    }  # fmt: skip
+    return predict.Kernel(**{**common, **values})
+
+
+def test_the_model_takes_the_larger_of_issue_and_bytes() -> None:
+    hopper = TARGETS["sm_90"]
+    issue = 100 * 1e8 / (132 * 128 * 1.98e3)
+    assert modelled().microseconds(hopper) == pytest.approx(issue)
+    assert modelled(per_output=1.0).microseconds(hopper) == pytest.approx(8e8 / 4.8e6)
+    # One warp per scheduler issues half the time; the last of 1.5 rounds is half idle.
+    assert modelled(occupancy=1 / 16).microseconds(hopper) == pytest.approx(2 * issue)
+    assert modelled(programs=198).microseconds(hopper) == pytest.approx(issue * 2 / 1.5)
+    assert modelled(programs=100).microseconds(hopper) == pytest.approx(2 * issue * 1.32)
+    assert modelled(per_output=None).microseconds(hopper) is None
+
+
+def test_predictions_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper = TARGETS["sm_90"]
+    case = TuningCase(
+        "some_forward", 19, 3, torch.float32, "contiguous", lambda device: lambda: None,
+        [{"ROWS": 64, "num_warps": 4}, {"ROWS": 32, "num_warps": 4}, {"ROWS": 16, "num_warps": 4}],
+    )  # fmt: skip
+    first, second, third = case.candidates
+    predictions = (
+        predict.Prediction(second, (modelled(),)),
+        predict.Prediction(first, (modelled(per_output=120.0),)),
+        predict.Prediction(third, (modelled(),), trouble="kernel spills 8 B"),
+    )
+    ranking = predict.Ranking(case, hopper, predictions)
+    assert ranking.excess == pytest.approx(0.2)
+    monkeypatch.setattr(predict, "cases_at_full_size", lambda *_: [case])
+    monkeypatch.setattr(predict, "rankings", lambda *_, **__: [ranking])
+    said: list[str] = []
+    assert predict.run("sm_90", None, None, said.append) == 0
+    text = "\n".join(said)
+    assert text.startswith("PREDICTION, not a measurement") and "predicted us" in text
+    assert re.search(r"ROWS=32 num_warps=4 +\d+ +1.00", text)
+    assert re.search(r"ROWS=64 num_warps=4  \(heuristic\) +\d+ +1.20", text)
+    assert "out: ROWS=16 num_warps=4: kernel spills 8 B" in text
+    assert " ms" not in text
+    assert predict.run("sm_1", None, None, said.append) == 1 and "--target" in said[-1]
+
+
+@pytest.mark.compile_only
+def test_heuristics_are_what_the_model_prefers() -> None:
+    """No candidate with the same schedule and registers to spare is predicted 10 % faster."""
+    script = (
+        "from perf import predict\n"
+        "from perf.targets import TARGETS\n"
+        "if __name__ == '__main__':\n"
+        "    target = TARGETS['sm_90']\n"
+        "    cases = [case for case in predict.cases_at_full_size(target)\n"
+        "             if case.key in ('gaussian_statistics_forward|c32|w11|float32|contiguous',\n"
+        "                             'ssim_coefficients|c4|w11|float32|contiguous')]\n"
+        "    assert len(cases) == 2\n"
+        "    for ranking in predict.rankings(target, cases):\n"
+        "        mine = ranking.heuristic\n"
+        "        time = mine.microseconds(target)\n"
+        "        for other in ranking.predictions:\n"
+        "            spare = all(kernel.registers <= 160 for kernel in other.kernels)\n"
+        "            predicted = other.microseconds(target)\n"
+        "            assert not (spare and predicted and predicted < time / 1.1), (\n"
+        "                ranking.case.key, other)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "model.py").write_text(script)
+        command = [sys.executable, f"{folder}/model.py"]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+
+@pytest.mark.parametrize("name", sorted(peers.SSIM))
+def test_installed_libraries_have_the_same_formula(name: str) -> None:
+    try:
+        function = peers.SSIM[name]()
+    except ImportError:
+        pytest.skip(f"{name} is not installed")
+    operation = operations(["ssim"])[0]
+    answered = 0
+    for case in operation.cases:
+        reduced = replace(case, shape=replace(case.shape, batch=2, height=24, width=29))
+        try:
+            verdict = Gate(operation, reduced, CPU).judge(function)
+        except UnknownCaseError:
+            continue
+        answered += 1
+        assert verdict.passed, (case.text, verdict)
+    assert answered
+
+
+def test_libraries_refuse_what_they_do_not_have() -> None:
+    refused: list[dict[str, Any]] = [
+        {"window_size": 3, "padding": "valid"},
+        {"window_size": 11},
+        {"padding": "valid", "reduction": "none"},
+        {"padding": "valid", "sigma": 2.0},
+    ]
+    for options in refused:
+        with pytest.raises(UnknownCaseError):
+            peers._only(options, window_size=(11,), padding=("valid",), reduction=("mean",))
+    peers._only({"padding": "valid"}, window_size=(11,), padding=("valid",), reduction=("mean",))
+
+
+def test_absent_libraries_are_named() -> None:
+    def missing() -> Callable[..., Any]:
+        raise ImportError("No module named 'some_library'")
+
+    operation = replace(
+        operations(["ssim"])[0],
+        libraries={"some library": missing, "other": lambda: lambda *tensors: tensors[0]},
+    )
+    assert peers.absent([operation, operation]) == ["some library"]

@@ -13,10 +13,10 @@ from triton.runtime.interpreter import GridExecutor
 
 import kernels_reference
 import tritonloss
-from perf.launches import recorded
 from perf.memory import counted_peak
 from tests.oracle import as_layout, check_three_way, segmentation_case
 from tritonloss import _checks
+from tritonloss._launches import recorded
 from tritonloss._region_backward import backward_pass
 from tritonloss._region_forward import forward_pass
 from tritonloss._region_maps import Options

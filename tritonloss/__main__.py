@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +11,26 @@ from pathlib import Path
 import torch
 
 from . import _doctor, _tune
+from ._tuning import Shape
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     options = _parser().parse_args(arguments)
     if options.command == "tune":
-        return _tune.tune(options.op, options.budget, options.out, _say)
+        return _run_tune(options)
     if options.self_test:
         return _doctor.self_test(torch.device("cpu"), _say)
     return _doctor.doctor(_say)
+
+
+def _run_tune(options: argparse.Namespace) -> int:
+    if options.export is not None:
+        return _tune.export(Path(options.export) if options.export else None, _say)
+    request = _tune.Request(options.op, options.shapes, options.budget, options.resume, options.out)
+    if options.compile_only:
+        return _tune.predict(options.target, request, _say)
+    return _tune.tune(request, _say)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,9 +44,35 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--op", metavar="NAME", help="one operator only")
     tune.add_argument("--budget", type=float, metavar="SECONDS", help="stop after about this long")
     tune.add_argument(
+        "--shapes", nargs="+", type=_shape, metavar="NxCxHxW", help="tune for logits of these sizes"
+    )
+    tune.add_argument(
+        "--resume", action="store_true", help="leave out what the file already has for this version"
+    )
+    tune.add_argument(
         "--out", type=Path, metavar="FILE", help="where to write (default: the user's cache)"
     )
+    tune.add_argument(
+        "--export", nargs="?", const="", metavar="FILE",
+        help="tune nothing; check a tuned file (default: this GPU's) and put it with those that "
+        "the package ships",
+    )  # fmt: skip
+    tune.add_argument(
+        "--compile-only", action="store_true",
+        help="without a GPU: compile the candidates and rank them by a model, as a prediction",
+    )  # fmt: skip
+    tune.add_argument(
+        "--target", default="sm_90", metavar="NAME", help="what --compile-only compiles for"
+    )
     return parser
+
+
+def _shape(text: str) -> Shape:
+    sizes = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", text)
+    if sizes is None or "0" in sizes.groups():
+        raise argparse.ArgumentTypeError(f"must be like 4x19x1024x2048; got {text!r}")
+    batch, classes, height, width = map(int, sizes.groups())
+    return batch, classes, height, width
 
 
 def _say(line: str) -> None:

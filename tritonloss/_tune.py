@@ -1,20 +1,17 @@
 """Measure launch configurations on the GPU at hand and write the user's tuned file.
 
-A candidate that does not compile, or that disagrees with the first one (the heuristic's own, which
-the tests hold to the reference), is dropped and reported; of the rest the fastest is kept. The file
-is replaced atomically after every case, so that an interruption keeps what was tuned.
+Candidates are compiled first (``_sieve.py``); what does not compile, spills or asks for too much
+shared memory is dropped. What disagrees with the heuristic's result, which the tests hold to the
+reference, is dropped and reported; of the rest the fastest is kept. The file is replaced atomically
+after every case, so that an interruption keeps what was tuned.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +19,35 @@ import torch
 import triton
 from triton.testing import do_bench
 
-import tritonloss
-
-from . import _tuning
+from . import _tuned_files, _tuning
 from ._backend import INTERPRETED
-from ._tuning import Configuration, TuningCase
-
-SLICES = (
-    "gaussian_window",
-    "structural_similarity",
-    "ssim",
-    "region_mutual_information",
-    "linalg",
-    "pixelwise",
-    "margin_calibration",
-)
+from ._launches import Launch, recorded
+from ._progress import Progress
+from ._sieve import Sieve
+from ._source_hash import source_hash
+from ._tuning import Configuration, Shape, TuningCase, bucket_of
+from ._tuning_cases import sized, tuning_cases
 
 # Candidates differ in the order of their sums, not in their mathematics.
 _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 4e-2, torch.float32: 1e-3, torch.float64: 1e-6}
+# Numbers of classes at which a winner is checked once more: it may serve all buckets between.
+_REACH = (1, 256)
+# Of a budget every case gets its share, but enough to measure a few candidates.
+_LEAST_SECONDS = 1.0
 
+Say = Callable[[str], None]
 Timer = Callable[[Callable[[], Any]], float]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of ``python -m tritonloss tune``; None is everything, or no limit."""
+
+    operator: str | None = None
+    shapes: Sequence[Shape] | None = None
+    budget: float | None = None
+    resume: bool = False
+    out: Path | None = None
 
 
 @dataclass
@@ -56,49 +62,34 @@ class Outcome:
         return min(self.measured, key=lambda pair: pair[0])
 
 
-def tuning_cases(operator: str | None = None) -> list[TuningCase]:
-    """The cases of every slice, or of one operator.
-
-    Raises:
-        ValueError: no slice has an operator of that name.
-    """
-    cases: list[TuningCase] = []
-    for name in SLICES:
-        cases += importlib.import_module(f"tritonloss.{name}").tuning_cases()
-    if operator is None:
-        return cases
-    selected = [case for case in cases if case.operator == operator]
-    if not selected:
-        known = ", ".join(sorted({case.operator for case in cases}))
-        raise ValueError(f"--op must be one of {known}; got {operator!r}")
-    return selected
-
-
-def tune(
-    operator: str | None, budget: float | None, out: Path | None, say: Callable[[str], None]
-) -> int:
+def tune(request: Request, say: Say) -> int:
     """Tune every case on the current GPU; the exit status of ``python -m tritonloss tune``."""
     device = _gpu()
     if device is None:
-        say(f"tune needs a GPU that torch can use, and there is none ({_what_is_missing()}).")
+        say(
+            f"tune needs a GPU that torch can use, and there is none ({_what_is_missing()}). "
+            "--compile-only --target sm_90 predicts without one."
+        )
         return 1
     name = _tuning.device_name(device)
-    path = out or _tuning.tuned_files(name)[0]
+    path = request.out or _tuning.tuned_files(name)[0]
     try:
-        cases = tuning_cases(operator)
-        write_entries(path, name, {})
+        cases = tuning_cases(request.operator, request.shapes)
+        _tuned_files.write_entries(path, name, {})
     except ValueError as error:
         say(str(error))
         return 1
     except OSError as error:
         say(f"cannot write {path}: {error}. --out or TRITONLOSS_CACHE_DIR choose another place.")
         return 1
+    if request.resume:
+        cases = _not_yet_tuned(cases, path, name)
     say(f"tuning {len(cases)} cases on {name} into {path}")
     failed: list[str] = []
     try:
-        failed = _tune_cases(cases, device, budget, path, say)
+        failed = _tune_cases(cases, device, request.budget, path, say)
     except KeyboardInterrupt:
-        say(f"interrupted; what was tuned so far is in {path}")
+        say(f"interrupted; what was tuned so far is in {path}, and --resume goes on from there")
         return 130
     finally:
         _tuning.forget()
@@ -108,29 +99,96 @@ def tune(
     return 1 if failed else 0
 
 
-def tune_case(case: TuningCase, device: torch.device, seconds: float, timer: Timer) -> Outcome:
-    """Measure the candidates that run and agree with the first, while ``seconds`` last."""
+def predict(target: str, request: Request, say: Say) -> int:
+    """Rank candidates without a GPU; the exit status of ``tune --compile-only``."""
+    try:
+        prediction = importlib.import_module("perf.predict")
+    except ImportError as error:
+        say(
+            f"--compile-only needs the model of the kernels in the folder perf of the repository, "
+            f"from which it has to be started ({error})"
+        )
+        return 1
+    return int(prediction.run(target, request.operator, request.shapes, say))
+
+
+def export(source: Path | None, say: Say) -> int:
+    """Write a tuned file for shipping; the exit status of ``tune --export``."""
+    if source is None:
+        device = _gpu()
+        if device is None:
+            say(f"--export needs the name of a tuned file, or a GPU ({_what_is_missing()})")
+            return 1
+        source = _tuning.tuned_files(_tuning.device_name(device))[0]
+    try:
+        path = _tuned_files.export(source, _tuning.SHIPPED_DIRECTORY)
+    except (OSError, _tuning.UnusableFileError) as error:
+        say(f"cannot export {source}: {error}")
+        return 1
+    say(f"exported: {path}")
+    return 0
+
+
+def tune_case(
+    case: TuningCase,
+    device: torch.device,
+    seconds: float,
+    timer: Timer,
+    faults: Sequence[str | None] | None = None,
+) -> Outcome:
+    """Measure the candidates that run and agree with the heuristic, while ``seconds`` last.
+
+    ``faults`` are reasons, known beforehand, to leave a candidate out.
+    """
     deadline = time.monotonic() + seconds
     outcome = Outcome()
-    expected: list[torch.Tensor] | None = None
-    launch: Callable[[], Any] | None = None
-    for candidate in case.candidates:
+    try:
+        launch = case.run(device)
+    except Exception as error:  # whatever a driver may raise
+        outcome.dropped.append(f"the inputs: {_described(error)}")
+        return outcome
+    expected, spills = _heuristic_result(case, launch)
+    for candidate, fault in zip(case.candidates, faults or [None] * 999, strict=False):
         if outcome.measured and time.monotonic() > deadline:
             break
+        if fault:
+            outcome.dropped.append(f"{candidate}: {fault}")
+            continue
         try:
-            launch = launch or case.run(device)
             with _tuning.forced(case.operator, candidate):
-                result = tensors(launch())
-                if expected is not None and (reason := disagreement(result, expected)):
+                with recorded("run") as launches:
+                    result = tensors(launch())
+                reason = disagreement(result, expected) if expected is not None else None
+                if reason is None and _spills(launches) > spills:
+                    reason = "spills registers"
+                if reason:
                     outcome.dropped.append(f"{candidate}: {reason}")
                     continue
+                if expected is None:
+                    expected = [tensor.clone() for tensor in result]
                 outcome.measured.append((timer(launch), candidate))
         except Exception as error:  # whatever a compiler or a driver may raise
-            outcome.dropped.append(f"{candidate}: {type(error).__name__}: {_first_line(error)}")
-            continue
-        if expected is None:
-            expected = [tensor.clone() for tensor in result]
+            outcome.dropped.append(f"{candidate}: {_described(error)}")
     return outcome
+
+
+def reach(case: TuningCase, configuration: Configuration, device: torch.device) -> list[int]:
+    """The buckets of classes for which the configuration was checked, its own among them."""
+    checked = [bucket_of(case.classes)]
+    for classes in _REACH:
+        other = sized(case, (1, classes, 130, 1024), case.layout)
+        if other is None or bucket_of(classes) in checked:
+            continue
+        try:
+            launch = other.run(device)
+            expected, _ = _heuristic_result(other, launch)
+            with _tuning.forced(case.operator, configuration):
+                agrees = expected is not None and not disagreement(tensors(launch()), expected)
+        except Exception:  # too large for this GPU, say: then it is not checked
+            continue
+        if agrees:
+            checked.append(bucket_of(classes))
+    return sorted(checked)
 
 
 def tensors(result: object) -> list[torch.Tensor]:
@@ -145,7 +203,7 @@ def tensors(result: object) -> list[torch.Tensor]:
 def disagreement(result: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str | None:
     """Why two results are not the same up to rounding; None if they are."""
     if [tensor.shape for tensor in result] != [tensor.shape for tensor in expected]:
-        return "wrong: other shapes than the first candidate"
+        return "wrong: other shapes than the heuristic's"
     for actual, wanted in zip(result, expected, strict=True):
         if wanted.numel() == 0:
             continue
@@ -154,64 +212,106 @@ def disagreement(result: Sequence[torch.Tensor], expected: Sequence[torch.Tensor
         scale = float(wanted.abs().max())
         difference = float((actual.to(exact) - wanted.to(exact)).abs().max())
         if not difference <= _TOLERANCE[wanted.dtype] * scale:
-            return f"wrong: differs from the first candidate by {difference:.3g} (of {scale:.3g})"
+            return f"wrong: differs from the heuristic by {difference:.3g} (of {scale:.3g})"
     return None
 
 
-def write_entries(path: Path, name: str, entries: dict[str, Any]) -> None:
-    """Lay ``entries`` over those of the file at ``path`` and replace it in one step."""
+def _heuristic_result(
+    case: TuningCase, launch: Callable[[], Any]
+) -> tuple[list[torch.Tensor] | None, int]:
+    """(result, spilled registers) without a candidate; None if not even that runs."""
     try:
-        kept = _tuning.read_document(path, name)["entries"]
-    except (FileNotFoundError, _tuning.UnusableFileError):
-        kept = {}
-    document = {
-        "schema": _tuning.SCHEMA,
-        "gpu": name,
-        "triton": triton.__version__,
-        "tritonloss": tritonloss.__version__,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "entries": dict(sorted({**kept, **entries}.items())),
+        with _tuning.forced(case.operator, {}), recorded("run") as launches:
+            result = [tensor.clone() for tensor in tensors(launch())]
+    except Exception:  # then the first candidate that runs has to do
+        return None, 0
+    return result, _spills(launches)
+
+
+def _spills(launches: Sequence[Launch]) -> int:
+    """What the driver says was spilled, of kernels that could not be compiled beforehand too."""
+    return sum(getattr(record.compiled, "n_spills", None) or 0 for record in launches)
+
+
+def _not_yet_tuned(cases: list[TuningCase], path: Path, name: str) -> list[TuningCase]:
+    known = _tuned_files.current_entries(path, name)
+    series = triton.__version__.split(".")[:2]
+    done = {
+        key for key, entry in known.items() if str(entry.get("triton")).split(".")[:2] == series
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".draft")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1)
-            file.write("\n")
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise
+    return [case for case in cases if case.key not in done]
 
 
 def _tune_cases(
-    cases: list[TuningCase],
-    device: torch.device,
-    budget: float | None,
-    path: Path,
-    say: Callable[[str], None],
+    cases: list[TuningCase], device: torch.device, budget: float | None, path: Path, say: Say
 ) -> list[str]:
     """Tune case after case, each with its share of the time left; the keys of those that failed."""
     name = _tuning.device_name(device)
     deadline = time.monotonic() + budget if budget is not None else float("inf")
     failed: list[str] = []
-    for index, case in enumerate(cases):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            say(f"the budget of {budget:g} s is spent; {len(cases) - index} cases are left out")
-            break
-        outcome = tune_case(case, device, left / (len(cases) - index), _median_ms)
-        say(f"[{index + 1}/{len(cases)}] {case.key}: {_summary(outcome)}")
-        for reason in outcome.dropped:
-            say(f"    dropped {reason}")
-        if outcome.measured:
-            ms, configuration = outcome.best
-            entry = {"configuration": configuration, "ms": round(ms, 6)}
-            write_entries(path, name, {case.key: entry})
-        else:
-            failed.append(case.key)
+    sieve = _sieve(cases, device)
+    bar = Progress(len(cases), budget_s=budget)
+    try:
+        for index, case in enumerate(cases):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                bar.clear()
+                say(f"the budget of {budget:g} s is spent; {len(cases) - index} cases are left out")
+                break
+            bar.announce(case.key)
+            share = max(left / (len(cases) - index), _LEAST_SECONDS)
+            faults = sieve.faults(case) if sieve else None
+            outcome = tune_case(case, device, share, _median_ms, faults)
+            bar.clear()
+            _report(f"[{index + 1}/{len(cases)}] {case.key}", outcome, say)
+            if outcome.measured:
+                entry = _entry(case, outcome, device)
+                _tuned_files.write_entries(path, name, {case.key: entry})
+            else:
+                failed.append(case.key)
+            bar.step(case.key)
+    finally:
+        if sieve:
+            sieve.close()
+        bar.close()
     return failed
+
+
+def _sieve(cases: Sequence[TuningCase], device: torch.device) -> Sieve | None:
+    """The pool that compiles for this GPU; None where only the launch can tell."""
+    if device.type == "cpu":
+        return None
+    driver = triton.runtime.driver.active
+    if driver.get_current_target().backend not in ("cuda", "hip"):
+        return None
+    limit = driver.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    return Sieve(cases, driver.get_current_target(), int(limit))
+
+
+def _entry(case: TuningCase, outcome: Outcome, device: torch.device) -> dict[str, Any]:
+    """What the tuned file keeps of a case."""
+    ms, configuration = outcome.best
+    return {
+        "configuration": configuration,
+        "ms": round(ms, 6),
+        "checked": reach(case, configuration, device),
+        "slice": case.slice,
+        "source": source_hash(case.slice),
+        "triton": triton.__version__,
+        "timings": [{"ms": round(ms, 6), **tried} for ms, tried in _sorted(outcome)],
+        "dropped": outcome.dropped,
+    }
+
+
+def _sorted(outcome: Outcome) -> list[tuple[float, Configuration]]:
+    """What was measured, the fastest first."""
+    return sorted(outcome.measured, key=lambda pair: pair[0])
+
+
+def _report(title: str, outcome: Outcome, say: Say) -> None:
+    say(f"{title}: {_summary(outcome)}")
+    for reason in outcome.dropped:
+        say(f"    dropped {reason}")
 
 
 def _summary(outcome: Outcome) -> str:
@@ -244,5 +344,6 @@ def _what_is_missing() -> str:
     return f"torch {torch.__version__} sees no CUDA, ROCm or XPU device"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
+def _described(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"

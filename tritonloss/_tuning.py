@@ -1,7 +1,8 @@
 """Launch configurations: which block sizes and warps a kernel is launched with.
 
 A launcher asks :func:`launch_configuration`; the answer is, in this order, what a caller has
-forced, the user's own tuned file, the file shipped for this GPU model, the launcher's heuristic. No
+forced, the user's own tuned file, the file shipped for this GPU model, what either file has for
+another number of classes if the tuner has checked it for this one too, the launcher's heuristic. No
 file can make a training step fail: what cannot be used is ignored with one warning that names the
 file and the reason. ``python -m tritonloss tune`` (``_tune.py``) writes the user's file.
 """
@@ -21,17 +22,22 @@ from typing import Any
 
 import torch
 
-Configuration = dict[str, int | str]
+from ._source_hash import source_hash
 
-SCHEMA = 1
+Configuration = dict[str, int | str]
+Launch = Callable[[], Any]
+Shape = tuple[int, int, int, int]  # [N, C, H, W]
+
+SCHEMA = 2
 SHIPPED_DIRECTORY = Path(__file__).parent / "tuned"
 
 # Process-wide, not thread-local: on a GPU the backward pass is launched from autograd's own
 # threads, which a thread-local or context-local override would not reach.
 _forced: dict[str, Configuration] = {}
 _names: dict[torch.device, str] = {}
-_tables: dict[str, dict[str, Configuration]] = {}
+_tables: dict[str, dict[str, dict[str, Any]]] = {}  # device name -> entries
 _resolved: dict[tuple[str, torch.device, torch.dtype, int, int, str], Configuration | None] = {}
+_UNKNOWN: Configuration = {}
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,12 @@ class TuningCase:
 
     ``run(device)`` builds the inputs and returns a launch without arguments, which the tuner calls
     inside ``forced(operator, candidate)``; what the launch returns must not depend on the candidate
-    beyond rounding. The first candidate is the heuristic's own.
+    beyond rounding. The first candidate is the heuristic's own. Where ``run`` does with torch's
+    meta device, candidates are compiled and sifted before any of them is launched.
+
+    ``sized(shape, layout, device)`` is ``run`` for other logits, where the code does not depend on
+    their size; without it the case is tuned as it stands. The tuner fills in which case of which
+    slice it is, and ``shape`` if it is ``sized``.
     """
 
     operator: str
@@ -48,8 +59,12 @@ class TuningCase:
     window: int
     dtype: torch.dtype
     layout: str
-    run: Callable[[torch.device], Callable[[], Any]]
+    run: Callable[[torch.device], Launch]
     candidates: list[Configuration]
+    sized: Callable[[Shape, str, torch.device], Launch] | None = None
+    slice: str = ""
+    number: int = -1
+    shape: Shape | None = None
 
     @property
     def key(self) -> str:
@@ -79,10 +94,11 @@ def launch_configuration(
     if os.environ.get("TRITONLOSS_TUNING") == "off":
         return heuristic
     signature = (operator, device, dtype, classes, window, layout)
-    if signature not in _resolved:
+    tuned = _resolved.get(signature, _UNKNOWN)
+    if tuned is _UNKNOWN:
         entry = key(operator, classes, window, dtype, layout)
-        _resolved[signature] = _tuned_entry(entry, device_name(device), heuristic)
-    tuned = _resolved[signature]
+        tuned = _tuned_configuration(entry, device_name(device), heuristic)
+        _resolved[signature] = tuned
     return heuristic if tuned is None else dict(tuned)
 
 
@@ -102,8 +118,13 @@ def forced(operator: str, configuration: Configuration) -> Iterator[None]:
 
 def key(operator: str, classes: int, window: int, dtype: torch.dtype, layout: str) -> str:
     """The name of an entry in a tuned file; classes are rounded up to a power of two."""
-    bucket = 1 << (max(classes, 1) - 1).bit_length()
-    return f"{operator}|c{bucket}|w{window}|{str(dtype).removeprefix('torch.')}|{layout}"
+    named = str(dtype).removeprefix("torch.")
+    return f"{operator}|c{bucket_of(classes)}|w{window}|{named}|{layout}"
+
+
+def bucket_of(classes: int) -> int:
+    """Numbers of classes with the same bucket share a configuration: the next power of two."""
+    return 1 << (max(classes, 1) - 1).bit_length()
 
 
 def device_name(device: torch.device) -> str:
@@ -170,6 +191,8 @@ def read_document(path: Path, name: str) -> dict[str, Any]:
     for entry, value in document["entries"].items():
         if not isinstance(value, dict) or not _is_configuration(value.get("configuration")):
             raise UnusableFileError(f"its entry {entry!r} holds no valid configuration")
+        if not _is_reach(value.get("checked", [])):
+            raise UnusableFileError(f"its entry {entry!r} does not say what it was checked for")
     return document
 
 
@@ -179,21 +202,53 @@ def forget() -> None:
     _resolved.clear()
 
 
-def _tuned_entry(entry: str, name: str, heuristic: Configuration) -> Configuration | None:
+def is_outdated(entry: dict[str, Any]) -> bool:
+    """Whether an entry of a tuned file was measured with other kernels than these."""
+    return entry.get("source") is None or entry["source"] != source_hash(str(entry.get("slice")))
+
+
+def _tuned_configuration(entry: str, name: str, heuristic: Configuration) -> Configuration | None:
     if name not in _tables:
         _tables[name] = _read_table(name)
-    tuned = _tables[name].get(entry)
-    if tuned is not None and tuned.keys() != heuristic.keys():
+    table = _tables[name]
+    tuned: Configuration
+    if entry in table:
+        tuned = table[entry]["configuration"]
+        if tuned.keys() == heuristic.keys():
+            return tuned
         _warn(
             f"the tuned entry {entry!r} for {name!r}",
             f"it sets {sorted(tuned)}, this version sets {sorted(heuristic)}",
         )
-        return None
-    return tuned
+    for other in _neighbours(entry, table):
+        tuned = table[other]["configuration"]
+        if tuned.keys() == heuristic.keys():
+            return tuned
+    return None
 
 
-def _read_table(name: str) -> dict[str, Configuration]:
-    table: dict[str, Configuration] = {}
+def _neighbours(entry: str, table: dict[str, dict[str, Any]]) -> list[str]:
+    """Entries for other numbers of classes that were checked for this one too, nearest first."""
+    operator, bucket, rest = _parts(entry)
+    found = []
+    for other, value in table.items():
+        parts = _parts(other)
+        reach = value.get("checked") or [0]
+        same = parts[::2] == (operator, rest) and parts[1] != bucket
+        if same and min(reach) <= bucket <= max(reach):
+            distance = abs(parts[1].bit_length() - bucket.bit_length())
+            found.append((distance, parts[1], other))
+    return [other for _, _, other in sorted(found)]
+
+
+def _parts(entry: str) -> tuple[str, int, str]:
+    """(operator, bucket of classes, the rest) of an entry's key; bucket 0 if it is no key."""
+    parts = re.fullmatch(r"([^|]*)\|c(\d{1,9})\|(.*)", entry)
+    return (parts[1], int(parts[2]), parts[3]) if parts else (entry, 0, "")
+
+
+def _read_table(name: str) -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = {}
     for path in reversed(tuned_files(name)):
         try:
             document = read_document(path, name)
@@ -202,8 +257,15 @@ def _read_table(name: str) -> dict[str, Configuration]:
         except UnusableFileError as error:
             _warn(f"the tuned file {path}", str(error))
             continue
-        for entry, value in document["entries"].items():
-            table[entry] = value["configuration"]
+        entries = document["entries"]
+        current = {entry: value for entry, value in entries.items() if not is_outdated(value)}
+        if len(current) < len(entries):
+            outdated = [entry for entry in entries if entry not in current]
+            _warn(
+                f"{len(outdated)} of {len(entries)} entries of the tuned file {path}",
+                f"they were measured with kernels that this version does not have ({outdated[0]})",
+            )
+        table |= current
     return table
 
 
@@ -217,6 +279,10 @@ def _is_configuration(value: object) -> bool:
         if isinstance(setting, int) and setting < 1:
             return False
     return value.get("num_warps") in (1, 2, 4, 8, 16, 32)
+
+
+def _is_reach(value: object) -> bool:
+    return isinstance(value, list) and all(type(bucket) is int for bucket in value)
 
 
 def _series(version: object) -> str:

@@ -16,7 +16,7 @@ back from there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,7 +44,8 @@ from ._strip import (
     strip_launch,
     window_of,
 )
-from ._tuning import Configuration, TuningCase
+from ._tuning import Configuration, Launch, Shape, TuningCase
+from ._tuning_inputs import random_map
 
 FORMS = ("full", "contrast_structure")
 IMAGE_PADDINGS = ("zeros", "valid", "reflect")
@@ -222,6 +223,8 @@ def _ssim_adjoint(
 
 def _heuristic(operator: str, window_size: int) -> Configuration:
     configuration = strip_heuristic(4 if window_size <= 5 else 2 if window_size <= 11 else 1)
+    if operator != "ssim_forward":
+        configuration["ROWS"] = 32  # a group of planes makes few programs of 64 rows
     if operator == "ssim_backward" and window_size > 21:
         # With four warps ptxas keeps to 168 registers, for a spill of 8 bytes.
         configuration["LANES"] = 2 * int(configuration["LANES"])
@@ -238,16 +241,18 @@ def tuning_cases() -> list[TuningCase]:
     cases = []
     for dtype in (torch.float32, torch.bfloat16):
         for operator in ("ssim_forward", "ssim_coefficients", "ssim_backward"):
-            run = functools.partial(_tuning_pass, dtype, operator == "ssim_forward")
+            sized = functools.partial(_tuning_pass, dtype, operator == "ssim_forward")
+            run = functools.partial(sized, (16, 3, 512, 512), "contiguous")
             candidates = strip_candidates(_heuristic(operator, 11))
-            cases.append(TuningCase(operator, 3, 11, dtype, "contiguous", run, candidates))
+            arguments = (3, 11, dtype, "contiguous", run, candidates)
+            cases.append(TuningCase(operator, *arguments, sized=sized))
     return cases
 
 
 def _tuning_pass(
-    dtype: torch.dtype, forward_only: bool, device: torch.device
-) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    x = torch.rand(16, 3, 512, 512, device=device).to(dtype)
+    dtype: torch.dtype, forward_only: bool, shape: Shape, layout: str, device: torch.device
+) -> Launch:
+    x = random_map(shape, layout, dtype, device)
     y = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
     options = (_image_similarity(1.0), 11, 1.5, "zeros")
     if forward_only:

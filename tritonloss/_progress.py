@@ -8,10 +8,16 @@ from typing import TextIO
 
 
 class Progress:
-    """Counts steps towards a total; `more` raises the total when work turns up on the way."""
+    """Counts steps towards a total; `more` raises the total when work turns up on the way.
 
-    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+    What is to end after ``budget_s`` seconds has no more time left than that.
+    """
+
+    def __init__(
+        self, total: int, stream: TextIO | None = None, budget_s: float | None = None
+    ) -> None:
         self._total = total
+        self._budget_s = budget_s
         self._done = 0
         self._stream = stream or sys.stderr
         self._started = time.monotonic()
@@ -30,6 +36,12 @@ class Progress:
         """What `text` says begins now."""
         self._show(text)
 
+    def clear(self) -> None:
+        """Make room on a terminal for a line that someone else prints."""
+        if self._stream.isatty():
+            self._stream.write(f"\r{'':100}\r")
+            self._stream.flush()
+
     def close(self) -> None:
         """Leave the line."""
         self._show("done", last=True)
@@ -43,7 +55,18 @@ class Progress:
         self._printed = now
         filled = 24 * self._done // max(self._total, 1)
         bar = "#" * filled + "." * (24 - filled)
-        line = f"[{bar}] {self._done}/{self._total} {now - self._started:4.0f} s  {text}"
+        line = f"[{bar}] {self._done}/{self._total} {self._clock(now)}  {text}"
         start, end = ("\r", "\n" if last else "") if terminal else ("", "\n")
         self._stream.write(f"{start}{line[:100]:<100}{end}" if terminal else f"{line}{end}")
         self._stream.flush()
+
+    def _clock(self, now: float) -> str:
+        """Time that has passed and, once steps tell how long one takes, time left."""
+        passed = now - self._started
+        clock = f"{passed:4.0f} s"
+        if not 0 < self._done < self._total:
+            return clock
+        left = passed / self._done * (self._total - self._done)
+        if self._budget_s is not None:
+            left = min(left, max(0.0, self._budget_s - passed))
+        return f"{clock}, {left:.0f} s left"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ class Launch:
     num_warps: int
     compiled: Any = None
     compile_seconds: float | None = None  # None: it came out of Triton's cache
+    programs: int | None = None  # None: the grid is a function
+    tensor_bytes: int = 0  # of all tensors that it is given, each once
+    largest_tensor: int = 0  # elements of the largest one
 
     @property
     def configuration(self) -> str:
@@ -55,6 +59,7 @@ def recorded(mode: Literal["run", "compile", "skip"]) -> Iterator[list[Launch]]:
                 compiled = original(
                     self, *args, grid=grid, warmup=warmup or mode == "compile", **kwargs
                 )
+        tensors = _tensors((*args, *kwargs.values()))
         launches.append(
             Launch(
                 kernel=self.__name__,
@@ -62,6 +67,9 @@ def recorded(mode: Literal["run", "compile", "skip"]) -> Iterator[list[Launch]]:
                 num_warps=kwargs.get("num_warps", 4),
                 compiled=compiled,
                 compile_seconds=seconds[0] if seconds else None,
+                programs=None if callable(grid) else math.prod(grid),
+                tensor_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+                largest_tensor=max((tensor.numel() for tensor in tensors), default=0),
             )
         )
         return compiled
@@ -118,6 +126,12 @@ def _compile_seconds(seconds: list[float]) -> Iterator[None]:
         yield
     finally:
         triton.knobs.compilation.listener = before
+
+
+def _tensors(values: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The tensors among the values; one that is given under two names counts once."""
+    tensors = {id(value): value for value in values if isinstance(value, torch.Tensor)}
+    return list(tensors.values())
 
 
 def _constants(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,75 @@
+"""What a compiled kernel takes of a GPU: registers, spilled bytes, shared memory."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one compiled kernel: registers per thread, bytes spilled per thread, shared per block."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+
+    def fault(self, shared_limit: int) -> str | None:
+        """Why such a kernel must not be launched; None if it may."""
+        if self.spill_bytes:
+            return f"spills {self.spill_bytes} B"
+        if self.shared_bytes > shared_limit:
+            return f"needs {self.shared_bytes} of {shared_limit} B shared"
+        return None
+
+
+def resources(compiled: Any) -> Resources | None:
+    """The resources of a kernel as Triton compiled it; None where nothing tells (Intel GPUs)."""
+    shared = int(compiled.metadata.shared)
+    if "cubin" in compiled.asm:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(compiled.asm["cubin"])
+            return Resources(*nvidia_usage(cuobjdump("--dump-resource-usage", path)), shared)
+    if "amdgcn" in compiled.asm:
+        return Resources(*amd_usage(compiled.asm["amdgcn"]), shared)
+    return None
+
+
+def nvidia_usage(listing: str) -> tuple[int, int]:
+    """(registers, spilled bytes) as cuobjdump lists them."""
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", listing)
+    if usage is None:
+        raise ValueError(f"cuobjdump tells no register count: {listing[:200]!r}")
+    return int(usage[1]), int(usage[2])
+
+
+def amd_usage(assembly: str) -> tuple[int, int]:
+    """(registers, spilled bytes) as the assembly text's metadata have them."""
+    # Scalar registers that spill go to lanes of a vector register, not to memory: not counted.
+    spilled = 4 * _metadata(assembly, "vgpr_spill_count")
+    return (
+        _metadata(assembly, "vgpr_count"),
+        max(_metadata(assembly, "private_segment_fixed_size"), spilled),
+    )
+
+
+def cuobjdump(option: str, path: Path) -> str:
+    """What the program that comes with Triton prints about a file."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run(
+        [program, option, path], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def _metadata(assembly: str, name: str) -> int:
+    value = re.search(rf"^\s+\.{name}:\s+(\d+)", assembly, re.MULTILINE)
+    if value is None:
+        raise ValueError(f"the assembly tells no {name}")
+    return int(value[1])
