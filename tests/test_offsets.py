@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,8 +104,19 @@ def test_far_strides_of_labels(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("window_size", [3, 7])
-def test_more_than_2_to_the_31_elements(window_size: int, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (structural_similarity_loss, {"window_size": 3}),
+        (structural_similarity_loss, {"window_size": 7}),
+        (ssim_loss, {"window_size": 3}),
+        (ssim_loss, {"window_size": 7}),
+        (rmi_loss, {"region_size": 1, "pooling": None, "ignore": "drop"}),
+    ],
+)
+def test_more_than_2_to_the_31_elements(
+    function: Callable[..., Tensor], options: dict[str, Any], device: torch.device
+) -> None:
     """All but the last corner is ignored: loss and gradient are those of the corner alone."""
     classes, side, corner = 3, 32768, 50
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
@@ -115,13 +127,12 @@ def test_more_than_2_to_the_31_elements(window_size: int, device: torch.device) 
     logits[..., -corner:, -corner:] = part.to(device)
     target[..., -corner:, -corner:] = labels.to(device)
     part, labels = part.to(device), labels.to(device)
-    for function in (structural_similarity_loss, ssim_loss):
-        leaf, alone = logits.detach().requires_grad_(), part.clone().requires_grad_()
-        loss = function(leaf, target, window_size=window_size)
-        expected = function(alone, labels, window_size=window_size)
-        torch.testing.assert_close(loss, expected)
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        (expected_gradient,) = torch.autograd.grad(expected, alone)
-        torch.testing.assert_close(gradient[..., -corner:, -corner:], expected_gradient)
-        assert gradient[..., : side - corner, :].count_nonzero() == 0
-        assert gradient[..., : side - corner].count_nonzero() == 0
+    leaf, alone = logits.requires_grad_(), part.clone().requires_grad_()
+    loss = function(leaf, target, **options)
+    expected = function(alone, labels, **options)
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    (expected_gradient,) = torch.autograd.grad(expected, alone)
+    torch.testing.assert_close(gradient[..., -corner:, -corner:], expected_gradient)
+    assert gradient[..., : side - corner, :].count_nonzero() == 0
+    assert gradient[..., : side - corner].count_nonzero() == 0

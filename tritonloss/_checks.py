@@ -184,9 +184,14 @@ def check_integer(name: str, value: int, low: int, high: int) -> None:
         raise ValueError(f"{accepted}; got {value}")
 
 
-def check_option(name: str, value: str, choices: Sequence[str]) -> None:
-    """``value`` must be one of ``choices``."""
+def check_option(
+    name: str, value: str | None, choices: Sequence[str], *, or_none: bool = False
+) -> None:
+    """``value`` must be one of ``choices``, or None where that is one too."""
     accepted = f"{name} must be one of {', '.join(repr(choice) for choice in choices)}"
+    accepted += " or None" if or_none else ""
+    if value is None and or_none:
+        return
     if not isinstance(value, str):
         raise TypeError(f"{accepted}; got {_value(value)}")
     if value not in choices:

@@ -20,16 +20,17 @@ from ._region_gradient_kernels import (
 from ._region_maps import (
     Maps,
     Options,
+    Part,
     Saved,
     cell_grid,
     cells_of,
-    ignored,
     is_direct,
     launch_of,
     maps_of,
     strides,
 )
 from ._region_pooling_kernels import _rmi_expand_kernel, _rmi_sample_backward_kernel
+from ._strip import ignored_class
 
 
 def backward_pass(
@@ -46,39 +47,38 @@ def backward_pass(
             maps = maps_of(options, logits, target, saved.residual, saved.labels)
             _gradient(options, grad_loss, logits.size(0), maps, saved, grad_logits)
             return grad_logits
-        for chosen, grad_pooled in _shares(saved.residual, grad_logits):
-            part = saved.images(chosen)
-            maps = Maps(part.residual, part.labels, -1, True)
-            _gradient(options, grad_loss, logits.size(0), maps, part, grad_pooled)
+        for part, grad_pooled in _shares(saved.residual, grad_logits):
+            own = saved.of(part)
+            maps = Maps(own.residual, own.labels, -1, True)
+            _gradient(options, grad_loss, logits.size(0), maps, own, grad_pooled)
             _expand(
-                options, grad_loss, saved.statistics, logits[chosen], target[chosen], grad_pooled,
-                grad_logits[chosen],
+                options, part, grad_loss, saved.statistics, logits, target, grad_pooled,
+                part.of(grad_logits),
             )  # fmt: skip
     return grad_logits
 
 
-def _shares(pooled: torch.Tensor, grad_logits: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
+def _shares(pooled: torch.Tensor, grad_logits: torch.Tensor) -> list[tuple[Part, torch.Tensor]]:
     """(images, room for the gradient to their pooled maps), to be worked off in order.
 
     The gradient to the pooled maps of most images waits where the gradient to the logits of the
-    last ones will stand, so that only these take memory of their own.
+    last ones will stand, so that only these take memory of their own. Of one image it is classes.
     """
-    images, image = grad_logits.size(0), math.prod(grad_logits.shape[1:])
-    pooled_image = math.prod(pooled.shape[1:])
+    axis = 0 if grad_logits.size(0) > 1 else 1
+    count, size = grad_logits.size(axis), math.prod(grad_logits.shape[axis + 1 :])
+    pooled_size = math.prod(pooled.shape[axis + 1 :])
     unit = pooled.dtype.itemsize // grad_logits.dtype.itemsize  # logits that one pooled value takes
-    last = -(-images * pooled_image * unit // (image + pooled_image * unit)) if image else images
-    first = images - last
+    first = count - -(-count * pooled_size * unit // (size + pooled_size * unit))
     # From an address that is a multiple of 16 bytes, as those of tensors are.
-    start = -(-first * image // 8) * 8
-    room = (images * image - start) // unit
-    if grad_logits.stride(0) != image or not 0 < first * pooled_image <= room:
-        return [(slice(0, images), torch.empty_like(pooled))]
+    start = -(-first * size // 8) * 8
+    room = (count * size - start) // unit
+    if grad_logits.stride(axis) != size or not 0 < first * pooled_size <= room:
+        return [(Part(axis, 0, count), torch.empty_like(pooled))]
     flat = grad_logits.as_strided((room * unit,), (1,), grad_logits.storage_offset() + start)
-    waiting = flat.view(pooled.dtype)[: first * pooled_image].view(first, *pooled.shape[1:])
-    return [
-        (slice(0, first), waiting),
-        (slice(first, images), torch.empty_like(pooled[first:])),
-    ]
+    shape = Part(axis, 0, first).of(pooled).shape
+    waiting = flat.view(pooled.dtype)[: math.prod(shape)].view(shape)
+    last = Part(axis, first, count - first)
+    return [(Part(axis, 0, first), waiting), (last, torch.empty_like(last.of(pooled)))]
 
 
 def _gradient(
@@ -105,7 +105,9 @@ def _direct_gradient(
     out: torch.Tensor,
 ) -> None:
     planes = out.size(0) * out.size(1)
-    _rmi_direct_gradient_kernel[(planes, triton.cdiv(maps.height * maps.width, 128))](
+    blocks = triton.cdiv(maps.height * maps.width, 128)
+    # All on the first axis of the grid, the only one that takes more than 65535.
+    _rmi_direct_gradient_kernel[(planes * blocks,)](
         **maps.arguments,
         grad_loss_ptr=grad_loss,
         statistics_ptr=saved.statistics,
@@ -117,10 +119,11 @@ def _direct_gradient(
         out_strides=strides(out),
         height=maps.height,
         width=maps.width,
+        blocks=blocks,
         images=images,
+        rmi_weight=1.0 - options.bce_weight,
         REGION=options.region_size,
         LANES=128,
-        WEIGHT=1.0 - options.bce_weight,
         CELL=options.cell,
         num_warps=4,
     )
@@ -146,8 +149,8 @@ def _lag_gradient(
         constants_ptr=saved.constants,
         taps_ptr=taps,
         images=images,
+        rmi_weight=1.0 - options.bce_weight,
         REGION=region,
-        WEIGHT=1.0 - options.bce_weight,
         CELL=options.cell,
         num_warps=1,
         enable_fp_fusion=True,
@@ -174,6 +177,7 @@ def _lag_gradient(
 
 def _expand(
     options: Options,
+    part: Part,
     grad_loss: torch.Tensor,
     statistics: torch.Tensor,
     logits: torch.Tensor,
@@ -181,7 +185,10 @@ def _expand(
     grad_pooled: torch.Tensor,
     grad_logits: torch.Tensor,
 ) -> None:
-    """From the pooled maps to the logits, with the cross entropy's gradient."""
+    """From a part's pooled maps to its logits, with the cross entropy's gradient."""
+    classes = logits.size(1)
+    logits = part.of(logits)
+    target = part.of(target) if part.axis == 0 else target
     batch, channels, height, width = logits.shape
     shared = {
         "grad_loss_ptr": grad_loss,
@@ -194,11 +201,13 @@ def _expand(
         "target_strides": strides(target),
         "grad_logits_strides": strides(grad_logits),
         "channels": channels,
+        "first_class": part.start if part.axis == 1 else 0,
+        "classes": classes,
         "height": height,
         "width": width,
         "pooled_height": grad_pooled.size(2),
         "pooled_width": grad_pooled.size(3),
-        "IGNORED": ignored(options, logits, target),
+        "IGNORED": ignored_class(options.ignore_index, classes, target.dtype),
     }
     if options.pooling == "nearest":
         launch = launch_of("rmi_sample", logits, options.pool_size, LANES=128)

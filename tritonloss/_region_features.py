@@ -17,8 +17,9 @@ import triton.language as tl
 from ._device_math import LOG2_E, inverse, sanitised_label
 
 SIZES = (
-    "channels", "height", "width", "pooled_height", "pooled_width", "cell_rows", "programs",
-    "bands", "parts", "planes", "images", "chunks", "window_rows", "window_columns",
+    "channels", "first_class", "classes", "height", "width", "pooled_height", "pooled_width",
+    "cell_rows", "programs", "blocks", "bands", "parts", "planes", "images", "chunks",
+    "window_rows", "window_columns",
 )  # fmt: skip
 
 
@@ -70,10 +71,13 @@ def load_scaled(logits, row, column, mask, dtype: tl.constexpr, SHIFT: tl.conste
 
 @triton.jit
 def sigmoid_pair(u):
-    """(larger, smaller) of the sigmoids of u log 2 and -u log 2: 1 in sum, both precise."""
+    """(larger, smaller) of the sigmoids of u log 2 and -u log 2, both precise.
+
+    1 in sum to the last digit: a constant map must not look as if p depended on y.
+    """
     t = tl.exp2(-tl.abs(u))
-    larger = inverse(1.0 + t)
-    return larger, t * larger
+    smaller = t * inverse(1.0 + t)
+    return 1.0 - smaller, smaller
 
 
 @triton.jit
@@ -95,8 +99,9 @@ def miss_of(u, positive):
     v = tl.where(positive, -u, u)
     t = tl.exp2(-tl.abs(v))
     factor = 1.0 + t
-    larger = inverse(factor)
-    return tl.where(v >= 0, larger, t * larger), tl.maximum(v, 0.0), factor, t - (factor - 1.0)
+    smaller = t * inverse(factor)
+    missed = tl.where(v >= 0, 1.0 - smaller, smaller)
+    return missed, tl.maximum(v, 0.0), factor, t - (factor - 1.0)
 
 
 @triton.jit
@@ -114,6 +119,26 @@ def load_features(
         residual, _ = residual_of(u, label, channel)
         y = tl.where(label == channel, 1.0, 0.0).to(dtype)
     return residual, y
+
+
+@triton.jit
+def load_pair(
+    first, second, center, row, column, mask, channel, channels, dtype: tl.constexpr,
+    CENTRED: tl.constexpr, IGNORED: tl.constexpr, POOLED: tl.constexpr, SHIFT: tl.constexpr = 0,
+):  # fmt: skip
+    """(residual, label), or CENTRED (residual, p - center): what the moments are taken of.
+
+    Sums in float32 need the second form: with the residual and p apart no digits are lost where p
+    is nearly y, and about the centre none where p is nearly constant.
+    """
+    e, y = load_features(
+        first, second, row, column, mask, channel, channels, dtype, IGNORED, POOLED, SHIFT
+    )
+    if CENTRED:
+        y = (y + e) - center
+        if mask is not None:
+            y = tl.where(mask, y, 0.0)
+    return e, y
 
 
 @triton.jit

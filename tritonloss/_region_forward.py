@@ -28,6 +28,7 @@ from ._region_maps import (
     sums_in_double,
 )
 from ._region_moments_kernels import (
+    _rmi_center_kernel,
     _rmi_direct_moments_kernel,
     _rmi_frame_kernel,
     _rmi_lags_kernel,
@@ -134,8 +135,23 @@ def _cross_entropy(options: Options, logits: torch.Tensor, target: torch.Tensor)
     return partials
 
 
-def _lag_moments(options: Options, logits: torch.Tensor, maps: Maps) -> torch.Tensor:
-    """[N * C, 1, 2 d + 1, 2 d + 1] by lag sums and frame corrections."""
+def _center(maps: Maps, statistics: torch.Tensor) -> torch.Tensor:
+    """An approximate mean of p in each plane, [N * C]."""
+    center = statistics.new_empty(maps.first.size(0) * maps.first.size(1))
+    _rmi_center_kernel[(center.numel(),)](
+        **maps.arguments,
+        center_ptr=center,
+        height=maps.height,
+        width=maps.width,
+        num_warps=4,
+    )
+    return center
+
+
+def _lag_moments(
+    options: Options, logits: torch.Tensor, maps: Maps, center: torch.Tensor
+) -> torch.Tensor:
+    """[N * C, 1, 2 d + 1, 2 d + 1] by lag sums and frame corrections; centred if there is one."""
     region = options.region_size
     span = 2 * region - 1
     half = region + (region - 1) * span
@@ -153,6 +169,7 @@ def _lag_moments(options: Options, logits: torch.Tensor, maps: Maps) -> torch.Te
     for own, cross in ((True, True),) if region < 4 else ((True, False), (False, True)):
         _rmi_lags_kernel[(planes, bands, blocks)](
             **maps.arguments,
+            center_ptr=center,
             lags_ptr=sums,
             height=maps.height,
             width=maps.width,
@@ -160,11 +177,12 @@ def _lag_moments(options: Options, logits: torch.Tensor, maps: Maps) -> torch.Te
             REGION=region,
             OWN=own,
             CROSS=cross,
-            DOUBLE=sums_in_double(options, logits),
+            CENTRED=center.numel() > 0,
             **launch,
         )
     _rmi_frame_kernel[(planes, lags)](
         **maps.arguments,
+        center_ptr=center,
         lags_ptr=sums,
         moments_ptr=moments,
         height=maps.height,
@@ -172,7 +190,8 @@ def _lag_moments(options: Options, logits: torch.Tensor, maps: Maps) -> torch.Te
         parts=bands * blocks,
         REGION=region,
         BLOCK=32,
-        num_warps=1,
+        CENTRED=center.numel() > 0,
+        num_warps=2 if region == 5 else 1,
     )
     return moments
 
@@ -220,7 +239,9 @@ def _direct_moments(
     return moments, kept
 
 
-def _head(options: Options, moments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _head(
+    options: Options, moments: torch.Tensor, center: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """(information [N * C], info [N * C], and the weights of the backward pass), one launch."""
     planes, area = moments.size(0), options.region_size**2
     information = moments.new_empty(planes)
@@ -230,16 +251,18 @@ def _head(options: Options, moments: torch.Tensor) -> tuple[torch.Tensor, ...]:
     constants = moments.new_empty(planes, area)
     _rmi_head_kernel[(planes,)](
         moments_ptr=moments,
+        center_ptr=center,
         information_ptr=information,
         info_ptr=info,
         residual_weights_ptr=residual_weights,
         label_weights_ptr=label_weights,
         constants_ptr=constants,
         chunks=moments.size(1),
+        epsilon=options.epsilon,
         REGION=options.region_size,
-        EPSILON=options.epsilon,
         CELL=options.cell,
         MEAN=options.moments == "mean",
+        CENTRED=center.numel() > 0,
         num_warps={3: 2, 4: 2, 5: 4}.get(options.region_size, 1),
         enable_fp_fusion=True,
     )
@@ -262,12 +285,15 @@ def forward_pass(
             touched = statistics.new_empty(0, dtype=torch.uint8)
             partials = _cross_entropy(options, logits, target)
         maps = maps_of(options, logits, target, residual, labels)
+        center = statistics.new_empty(0)
         if is_direct(options, maps.height, maps.width):
             moments, kept = _direct_moments(options, logits, maps, touched)
         else:
-            moments = _lag_moments(options, logits, maps)
+            if not sums_in_double(options, logits):
+                center = _center(maps, statistics)
+            moments = _lag_moments(options, logits, maps, center)
             kept = statistics.new_empty(0, dtype=torch.uint8)
-        information, info, *weights = _head(options, moments)
+        information, info, *weights = _head(options, moments, center)
         _rmi_finish_kernel[(1,)](
             partials_ptr=partials,
             information_ptr=information,
@@ -276,7 +302,8 @@ def forward_pass(
             programs=partials.size(1),
             planes=information.numel(),
             images=batch,
-            BCE_WEIGHT=options.bce_weight,
+            bce_weight=options.bce_weight,
+            rmi_weight=1.0 - options.bce_weight,
             BLOCK=1024,
             num_warps=4,
             enable_fp_fusion=True,

@@ -58,8 +58,8 @@ def _rmi_taps_kernel(
     constants_ptr,  # [N * C, R^2] float64
     taps_ptr,  # [N * C, (2R - 1)^2, 2 (2R - 1)^2 + 1]: per border class, taps and constant
     images,
+    rmi_weight,
     REGION: tl.constexpr,
-    WEIGHT: tl.constexpr,
     CELL: tl.constexpr,
 ):
     """Weights summed along lags, over the regions that exist; with all that scales the gradient."""
@@ -92,7 +92,7 @@ def _rmi_taps_kernel(
         )
 
     scale = tl.load(grad_loss_ptr).to(tl.float64) / images
-    scale = scale * tl.full((), WEIGHT, tl.float64) / CELL
+    scale = scale * rmi_weight / CELL
     out = taps_ptr + (plane * TAPS + tl.program_id(1)) * (2 * TAPS + 1)
     tl.store(out + tap, residual_tap * (scale / CELL), mask=tap < TAPS)
     tl.store(out + TAPS + tap, label_tap * (scale / CELL), mask=tap < TAPS)
@@ -262,10 +262,11 @@ def _rmi_direct_gradient_kernel(
     channels,
     height,
     width,
+    blocks,
     images,
+    rmi_weight,
     REGION: tl.constexpr,
     LANES: tl.constexpr,
-    WEIGHT: tl.constexpr,
     CELL: tl.constexpr,
     IGNORED: tl.constexpr,
     POOLED: tl.constexpr,
@@ -276,7 +277,7 @@ def _rmi_direct_gradient_kernel(
     """
     dtype: tl.constexpr = statistics_ptr.dtype.element_ty
     AREA: tl.constexpr = REGION * REGION
-    plane = tl.program_id(0).to(tl.int64)
+    plane = (tl.program_id(0) // blocks).to(tl.int64)
     channel = (plane % channels).to(tl.int32)
     image = plane // channels
     first = plane_of(first_ptr, first_strides, image, channel)
@@ -286,7 +287,7 @@ def _rmi_direct_gradient_kernel(
     window_rows = height - REGION + 1
     window_columns = width - REGION + 1
 
-    pixel = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    pixel = tl.program_id(0) % blocks * LANES + tl.arange(0, LANES)
     mask = pixel < height * width
     row = pixel // width
     column = pixel % width
@@ -309,7 +310,7 @@ def _rmi_direct_gradient_kernel(
             term += tl.load(label_weights_ptr + weight) * y.to(tl.float64)
         value += tl.where(exists, term, 0.0)
     scale = tl.load(grad_loss_ptr).to(tl.float64) / images
-    scale = scale * tl.full((), WEIGHT, tl.float64) / (CELL * CELL)
+    scale = scale * rmi_weight / (CELL * CELL)
     _store_gradient(
         out, (value * scale).to(dtype), first, second, row, column, mask, entropy_scale, channel,
         channels, dtype, IGNORED, POOLED,

@@ -47,16 +47,18 @@ def _load_moments(moments_ptr, rows, columns, mask, chunks, SIDE: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def _rmi_head_kernel(
     moments_ptr,  # [N * C, chunks, 2 d + 1, 2 d + 1] float64
+    center_ptr,  # [N * C], if CENTRED: then p - center takes the place of y in the moments
     information_ptr,  # [N * C] float64
     info_ptr,  # [N * C] int32
     residual_weights_ptr,  # [N * C, d, d] float64: K1 / (d n)
     label_weights_ptr,  # [N * C, d, d] float64: K2 / (d n)
     constants_ptr,  # [N * C, d] float64: what centring takes away
     chunks,
+    epsilon,
     REGION: tl.constexpr,
-    EPSILON: tl.constexpr,
     CELL: tl.constexpr,
     MEAN: tl.constexpr,
+    CENTRED: tl.constexpr,
 ):
     """CELL: by how much the pooled maps are to be divided."""
     AREA: tl.constexpr = REGION * REGION
@@ -71,7 +73,6 @@ def _rmi_head_kernel(
 
     # A constant becomes float32 unless it is made float64 here.
     cell = tl.full((1, 1), CELL, tl.float64)
-    epsilon = tl.full((1, 1), EPSILON, tl.float64)
     one = tl.full((1, 1), 1.0, tl.float64)
     scalar = tl.zeros((1, 1), tl.int32)
     count = _load_moments(moments, scalar + 2 * AREA, scalar + 2 * AREA, scalar == 0, chunks, SIDE)
@@ -79,20 +80,28 @@ def _rmi_head_kernel(
     scale = 1.0 / (regions if MEAN else one)
     e_sum = _load_moments(moments, rows, scalar + 2 * AREA, rows < AREA, chunks, SIDE) / cell
     y_sum = _load_moments(moments, rows + AREA, scalar + 2 * AREA, rows < AREA, chunks, SIDE) / cell
-    e_row = tl.trans(e_sum)
-    y_row = tl.trans(y_sum)
     area = cell * cell
     ee = _load_moments(moments, rows, columns, inside, chunks, SIDE) / area
     ey = _load_moments(moments, rows, columns + AREA, inside, chunks, SIDE) / area
     yy = _load_moments(moments, rows + AREA, columns + AREA, inside, chunks, SIDE) / area
-    ee = (ee - e_sum * e_row / regions) * scale
-    ey = (ey - e_sum * y_row / regions) * scale
-    yy = (yy - y_sum * y_row / regions) * scale
+    ee = (ee - e_sum * tl.trans(e_sum) / regions) * scale
+    ey = (ey - e_sum * tl.trans(y_sum) / regions) * scale
+    yy = (yy - y_sum * tl.trans(y_sum) / regions) * scale
+    if CENTRED:  # what was read as y is p - center; with y = p - e:
+        pp = yy
+        py = pp - tl.trans(ey)
+        yy = pp - ey - tl.trans(ey) + ee
+        center = tl.load(center_ptr + matrix).to(tl.float64) / cell
+        y_sum = tl.where(rows < AREA, y_sum - e_sum + center * regions, 0.0)
+    else:
+        pp = ee + ey + tl.trans(ey) + yy
+        py = ey + yy
+    e_row = tl.trans(e_sum)
+    y_row = tl.trans(y_sum)
 
-    ridge = tl.where(rows == columns, tl.where(rows < AREA, epsilon, one), 0.0)
-    pp = ee + ey + tl.trans(ey) + yy + ridge  # S_P + eps I
-    py = ey + yy  # S_PY, to become A^T
-    m = yy + ridge  # to become M
+    ridge = tl.where(rows == columns, tl.where(rows < AREA, one * epsilon, one), 0.0)
+    pp += ridge  # S_P + eps I
+    m = yy + ridge  # to become M; py, S_PY, is to become A^T
     info = tl.zeros((1, 1), tl.int32)
     for k in tl.range(0, AREA):
         row, pivot, info = _pivot(pp, info, rows, columns, k, 0)
@@ -143,7 +152,8 @@ def _rmi_finish_kernel(
     programs,
     planes,
     images,
-    BCE_WEIGHT: tl.constexpr,
+    bce_weight,
+    rmi_weight,
     BLOCK: tl.constexpr,
 ):
     """Adds the partial sums in float64, in an order that never changes, and forms the loss."""
@@ -159,10 +169,9 @@ def _rmi_finish_kernel(
         information += tl.load(
             information_ptr + start + lane, mask=start + lane < planes, other=0.0
         )
-    bce_weight = tl.full((1,), BCE_WEIGHT, tl.float64)
     count = tl.sum(valid) + tl.zeros((1,), tl.float64)
     entropy_scale = bce_weight / tl.maximum(count, 1.0)
-    mutual = (1.0 - bce_weight) * tl.sum(information) / images
+    mutual = rmi_weight * tl.sum(information) / images
     loss = entropy_scale * tl.sum(entropy) + mutual
     place = tl.arange(0, 1)
     tl.store(loss_ptr + place, tl.where(count > 0, loss, 0.0))

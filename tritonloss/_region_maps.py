@@ -66,6 +66,17 @@ class Maps(NamedTuple):
         }
 
 
+class Part(NamedTuple):
+    """Some of the images (axis 0) or of the classes (axis 1)."""
+
+    axis: int
+    start: int
+    length: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.narrow(self.axis, self.start, self.length)
+
+
 class Saved(NamedTuple):
     """What the forward pass leaves for the backward pass."""
 
@@ -77,9 +88,11 @@ class Saved(NamedTuple):
     label_weights: torch.Tensor  # [N, C, d, d] float64
     constants: torch.Tensor  # [N, C, d] float64
 
-    def images(self, chosen: slice) -> Saved:
-        """The same of a range of images."""
-        return Saved(self.statistics, *(tensor[chosen] for tensor in self[1:]))
+    def of(self, part: Part) -> Saved:
+        """The same of a part; of `kept` all classes of an image have the same."""
+        kept = part.of(self.kept) if part.axis == 0 and self.kept.numel() else self.kept
+        others = (part.of(tensor) for tensor in self[4:])
+        return Saved(self.statistics, part.of(self.residual), part.of(self.labels), kept, *others)
 
 
 def strides(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -10,6 +10,8 @@ before e, e before y, and last the plain sums of e and y; see _lag.
 Regions that are left out one by one (ignore="drop"), and maps smaller than 2R - 1, take the direct
 kernel, which forms every product of every region.
 
+Where sums are float32, p less its approximate mean takes the place of y (load_pair).
+
 Result: per (image, class) a symmetric matrix of side 2 R^2 + 1, float64: e, y, and a constant 1.
 """
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._region_features import SIZES, load_features, load_label, plane_of
+from ._region_features import SIZES, load_features, load_label, load_pair, plane_of
 
 # --- device functions -----------------------------------------------------------------------------
 
@@ -55,17 +57,20 @@ def _frame_place(f, size, regions, REGION: tl.constexpr):
 
 @triton.jit
 def _product(
-    first, second, row, column, dy, dx, mask, older_is_y, newer_is_y, plain, channel, channels,
-    dtype: tl.constexpr, IGNORED: tl.constexpr, POOLED: tl.constexpr,
+    first, second, center, row, column, dy, dx, mask, older_is_y, newer_is_y, plain, channel,
+    channels, dtype: tl.constexpr, CENTRED: tl.constexpr, IGNORED: tl.constexpr,
+    POOLED: tl.constexpr,
 ):  # fmt: skip
     """Older times newer feature in float64, or the older alone for a plain sum."""
-    e, y = load_features(
-        first, second, row, column, mask, channel, channels, dtype, IGNORED, POOLED
-    )
+    e, y = load_pair(
+        first, second, center, row, column, mask, channel, channels, dtype, CENTRED, IGNORED,
+        POOLED,
+    )  # fmt: skip
     older = tl.where(older_is_y, y, e).to(tl.float64)
-    e, y = load_features(
-        first, second, row + dy, column + dx, mask, channel, channels, dtype, IGNORED, POOLED
-    )
+    e, y = load_pair(
+        first, second, center, row + dy, column + dx, mask, channel, channels, dtype, CENTRED,
+        IGNORED, POOLED,
+    )  # fmt: skip
     newer = tl.where(newer_is_y, y, e).to(tl.float64)
     return tl.where(mask, older * tl.where(plain, 1.0, newer), 0.0)
 
@@ -74,9 +79,38 @@ def _product(
 
 
 @triton.jit(do_not_specialize=SIZES)
+def _rmi_center_kernel(
+    first_ptr,  # as in _rmi_lags_kernel
+    second_ptr,
+    center_ptr,  # [N * C]
+    first_strides,
+    second_strides,
+    channels,
+    height,
+    width,
+    IGNORED: tl.constexpr,
+    POOLED: tl.constexpr,
+):
+    """The mean of p over 32 x 32 places: near the mean of all, and exact if p is constant."""
+    dtype: tl.constexpr = center_ptr.dtype.element_ty
+    plane = tl.program_id(0).to(tl.int64)
+    channel = (plane % channels).to(tl.int32)
+    first = plane_of(first_ptr, first_strides, plane // channels, channel)
+    second = plane_of(second_ptr, second_strides, plane // channels, channel)
+    place = tl.arange(0, 1024)
+    row = place // 32 * height // 32
+    column = place % 32 * width // 32
+    e, y = load_features(
+        first, second, row, column, None, channel, channels, dtype, IGNORED, POOLED
+    )
+    tl.store(center_ptr + plane, tl.sum(y + e) / 1024)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def _rmi_lags_kernel(
     first_ptr,  # residuals [N, C, h, w], or logits
     second_ptr,  # labels [N, C, h, w], or target [N, h, w]
+    center_ptr,  # [N * C], if CENTRED
     lags_ptr,  # [N * C, bands * blocks, LAGS] float64
     first_strides,
     second_strides,
@@ -89,18 +123,18 @@ def _rmi_lags_kernel(
     ROWS: tl.constexpr,
     OWN: tl.constexpr,
     CROSS: tl.constexpr,
-    DOUBLE: tl.constexpr,
+    CENTRED: tl.constexpr,
     IGNORED: tl.constexpr,
     POOLED: tl.constexpr,
 ):
     """Lag sums over the core of ROWS rows: one column per lane, the older R - 1 rows in registers.
 
     OWN are the lags of e with e and of y with y, CROSS those of y with e; large regions take one
-    pass for each. The products are float32, their sums float64 if DOUBLE, else float32 for ROWS
+    pass for each. The products are float32, their sums float64, or if CENTRED float32 for ROWS
     rows.
     """
     dtype: tl.constexpr = tl.float64 if first_ptr.dtype.element_ty == tl.float64 else tl.float32
-    total: tl.constexpr = tl.float64 if DOUBLE else dtype
+    total: tl.constexpr = dtype if CENTRED else tl.float64
     SPAN: tl.constexpr = 2 * REGION - 1
     HALF: tl.constexpr = REGION + (REGION - 1) * SPAN
     LAGS: tl.constexpr = 2 * HALF + SPAN * SPAN + 2
@@ -110,6 +144,7 @@ def _rmi_lags_kernel(
     channel = (plane % channels).to(tl.int32)
     first = plane_of(first_ptr, first_strides, plane // channels, channel)
     second = plane_of(second_ptr, second_strides, plane // channels, channel)
+    center = tl.load(center_ptr + plane) if CENTRED else 0.0
     column = REGION - 1 + tl.program_id(2) * LANES + tl.arange(0, LANES)
     first_row = REGION - 1 + tl.program_id(1) * ROWS
     core = column < width - REGION + 1
@@ -121,9 +156,9 @@ def _rmi_lags_kernel(
     older_y = ()
     for k in tl.static_range(REGION - 1):
         mask = core & (column < tl.where(first_row - 1 - k < height, width, 0))
-        e, y = load_features(
-            first, second, first_row - 1 - k, column, mask, channel, channels, dtype, IGNORED,
-            POOLED,
+        e, y = load_pair(
+            first, second, center, first_row - 1 - k, column, mask, channel, channels, dtype,
+            CENTRED, IGNORED, POOLED,
         )  # fmt: skip
         older_e = older_e + (e.to(total),)
         older_y = older_y + (y,)
@@ -140,9 +175,9 @@ def _rmi_lags_kernel(
         new_e = ()
         new_y = ()
         for s in tl.static_range(SPAN):
-            e, y = load_features(
-                first, second, first_row + i, place, None, channel, channels, dtype, IGNORED,
-                POOLED, s - (REGION - 1),
+            e, y = load_pair(
+                first, second, center, first_row + i, place, None, channel, channels, dtype,
+                CENTRED, IGNORED, POOLED, s - (REGION - 1),
             )  # fmt: skip
             new_e = new_e + (e.to(total),)
             new_y = new_y + (y,)
@@ -208,6 +243,7 @@ def _rmi_lags_kernel(
 def _rmi_frame_kernel(
     first_ptr,  # as in _rmi_lags_kernel
     second_ptr,
+    center_ptr,
     lags_ptr,  # [N * C, parts, LAGS] float64
     moments_ptr,  # [N * C, 2 R^2 + 1, 2 R^2 + 1] float64
     first_strides,
@@ -218,6 +254,7 @@ def _rmi_frame_kernel(
     parts,
     REGION: tl.constexpr,
     BLOCK: tl.constexpr,
+    CENTRED: tl.constexpr,
     IGNORED: tl.constexpr,
     POOLED: tl.constexpr,
 ):
@@ -237,6 +274,7 @@ def _rmi_frame_kernel(
     channel = (plane % channels).to(tl.int32)
     first = plane_of(first_ptr, first_strides, plane // channels, channel)
     second = plane_of(second_ptr, second_strides, plane // channels, channel)
+    center = tl.load(center_ptr + plane) if CENTRED else 0.0
     older_is_y, newer_is_y, plain, dy, dx = _lag(tl.program_id(1), REGION)
     region_rows = height - REGION + 1
     region_columns = width - REGION + 1
@@ -261,22 +299,22 @@ def _rmi_frame_kernel(
     for start in tl.range(REGION - 1, region_columns, BLOCK):
         column = (start + lane)[None, :]
         rows += _product(
-            first, second, older_row[:, None], column, dy, dx,
+            first, second, center, older_row[:, None], column, dy, dx,
             is_row[:, None] & (column < region_columns), older_is_y, newer_is_y, plain, channel,
-            channels, dtype, IGNORED, POOLED,
+            channels, dtype, CENTRED, IGNORED, POOLED,
         )  # fmt: skip
     columns = tl.zeros((BLOCK, FRAME), tl.float64)
     for start in tl.range(REGION - 1, region_rows, BLOCK):
         row = (start + lane)[:, None]
         columns += _product(
-            first, second, row - dy, frame_column[None, :], dy, dx,
+            first, second, center, row - dy, frame_column[None, :], dy, dx,
             is_column[None, :] & (row < region_rows), older_is_y, newer_is_y, plain, channel,
-            channels, dtype, IGNORED, POOLED,
+            channels, dtype, CENTRED, IGNORED, POOLED,
         )  # fmt: skip
     corners = _product(
-        first, second, older_row[:, None], frame_column[None, :], dy, dx,
+        first, second, center, older_row[:, None], frame_column[None, :], dy, dx,
         is_row[:, None] & is_column[None, :], older_is_y, newer_is_y, plain, channel, channels,
-        dtype, IGNORED, POOLED,
+        dtype, CENTRED, IGNORED, POOLED,
     )  # fmt: skip
 
     # Which frame rows and columns the regions reach with the older pixel at (a, b).

@@ -281,7 +281,7 @@ def _rmi_sample_kernel(
 def _rmi_expand_kernel(
     grad_loss_ptr,  # []
     statistics_ptr,  # [1]: bce_weight / V
-    logits_ptr,  # [N, C, H, W]
+    logits_ptr,  # [N, C, H, W], of the classes from first_class on
     target_ptr,  # [N, H, W]
     grad_pooled_ptr,  # [N, C, h, w]: gradient to the probability of each pixel of the cell
     grad_logits_ptr,  # [N, C, H, W]
@@ -289,6 +289,8 @@ def _rmi_expand_kernel(
     target_strides,
     grad_logits_strides,
     channels,
+    first_class,
+    classes,
     height,
     width,
     pooled_height,
@@ -311,7 +313,7 @@ def _rmi_expand_kernel(
     for j in tl.static_range(SIZE):
         row = cell_row * SIZE + j - SIZE // 2
         mask = _in_row(inside, column, row, height, width)
-        labels = labels + (load_label(target, row, column, mask, channels, IGNORED),)
+        labels = labels + (load_label(target, row, column, mask, classes, IGNORED),)
 
     for channel in tl.range(tl.program_id(2), channels, tl.num_programs(2)):
         logits = plane_of(logits_ptr, logits_strides, image, channel)
@@ -340,7 +342,7 @@ def _rmi_expand_kernel(
                 place = tl.arange(0, SIDE)[None, :] + j * SIDE
                 share = tl.where(place == first, gradient, 0.0)
             u = load_scaled(logits, row, column, mask, dtype)
-            value = logit_gradient(u, labels[j], channel, share, entropy_scale)
+            value = logit_gradient(u, labels[j], first_class + channel, share, entropy_scale)
             tl.store(pointer_to(grad_logits, row, column), value, mask=mask)
 
 
@@ -348,7 +350,7 @@ def _rmi_expand_kernel(
 def _rmi_sample_backward_kernel(
     grad_loss_ptr,  # []
     statistics_ptr,  # [1]: bce_weight / V
-    logits_ptr,  # [N, C, H, W]
+    logits_ptr,  # [N, C, H, W], of the classes from first_class on
     target_ptr,  # [N, H, W]
     grad_pooled_ptr,  # [N, C, h, w]: gradient to the interpolated probabilities
     grad_logits_ptr,  # [N, C, H, W]
@@ -356,6 +358,8 @@ def _rmi_sample_backward_kernel(
     target_strides,
     grad_logits_strides,
     channels,
+    first_class,
+    classes,
     height,
     width,
     pooled_height,
@@ -377,7 +381,7 @@ def _rmi_sample_backward_kernel(
     share = down.to(dtype) / tl.maximum(pooled_height - 1, 1).to(dtype)
     share = share * (across.to(dtype) / tl.maximum(pooled_width - 1, 1).to(dtype))
     offset = cell_row * pooled_width + cell
-    label = load_label(target, row, column, mask, channels, IGNORED)
+    label = load_label(target, row, column, mask, classes, IGNORED)
 
     for channel in tl.range(0, channels):
         logits = plane_of(logits_ptr, logits_strides, image, channel)
@@ -385,5 +389,5 @@ def _rmi_sample_backward_kernel(
         plane = (image * channels + channel) * pooled_height * pooled_width
         gradient = tl.load(grad_pooled_ptr + plane + offset, mask=mask & (share > 0), other=0.0)
         u = load_scaled(logits, row, column, mask, dtype)
-        value = logit_gradient(u, label, channel, gradient * share, entropy_scale)
+        value = logit_gradient(u, label, first_class + channel, gradient * share, entropy_scale)
         tl.store(pointer_to(grad_logits, row, column), value, mask=mask)

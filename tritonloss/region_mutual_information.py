@@ -174,9 +174,9 @@ def rmi_loss(
     With d = region_size^2, P and Y the probabilities sigmoid(logits) and the one-hot labels in all
     regions of the pooled maps, S their second moments:
 
-        M = S_Y - S_YP (S_P + epsilon I)^-1 S_PY + epsilon I        per image and class
-        loss = bce_weight BCE + (1 - bce_weight) mean over images, sum over classes, log det M / (2
-        d)
+        M = S_Y - S_YP (S_P + epsilon I)^-1 S_PY + epsilon I            per image and class
+        RMI = mean over images, sum over classes, of log det M / (2 d)
+        loss = bce_weight BCE + (1 - bce_weight) RMI
 
     BCE is summed over classes and averaged over valid pixels. Values are often negative, or large
     with moments="sum", which adds log n / 2 per class for n regions.
@@ -185,22 +185,23 @@ def rmi_loss(
         logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
         target: integer labels [N, H, W], uint8 to int64.
         region_size: side of a region in pooled pixels, 1 to 5. Default 3.
-        pooling: "avg" (default) and "max" with zeros for padding of pool_size // 2; "nearest"
-        samples
-            labels and interpolates probabilities linearly, corners on corners; None.
+        pooling: "avg" (default) or "max", both with a margin of pool_size // 2 as padding, of
+            zeros that count for "avg" and of nothing for "max"; "nearest" takes labels from the
+            nearest pixel and interpolates probabilities linearly, corners on corners; None.
         pool_size: side and step of the pooling, 1 (none) to 8. Default 4.
         moments: "mean" (default, the paper) divides by the number of regions; "sum" (the released
             code) does not.
         epsilon: what is added to the diagonals, > 0. Default 1e-6 for "mean", 5e-4 for "sum".
         bce_weight: share of the cross entropy, in [0, 1]. Default 0.5.
         ignore: "zero" (default) counts invalid pixels as perfectly predicted background; "drop"
-            leaves out the regions that touch one.
+            leaves out the regions that touch one, at many times the price: it forms every product
+            of every region.
         ignore_index: label of pixels that are invalid, any integer or None. Default 255. Other
-        labels
-            outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they count
-            as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+            labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they
+            count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
         precision: "float64" or "float32" for the sums of products; by default float32 on GPUs that
-            are slow in float64.
+            are slow in float64. ignore="drop", and maps of less than 2 region_size - 1 rows or
+            columns, take float64 in any case.
         return_info: also return info. Default False.
 
     Returns:
@@ -254,15 +255,13 @@ def _check_options(
     precision: str | None,
 ) -> None:
     _checks.check_integer("region_size", region_size, 1, _LARGEST_REGION)
-    if pooling is not None:
-        _checks.check_option("pooling", pooling, POOLINGS)
+    _checks.check_option("pooling", pooling, POOLINGS, or_none=True)
     _checks.check_integer("pool_size", pool_size, 1, _LARGEST_POOL)
     _checks.check_option("moments", moments, MOMENTS)
     if epsilon is not None:
         _checks.check_range("epsilon", epsilon, 0.0, math.inf, interval="()")
     _checks.check_option("ignore", ignore, IGNORES)
-    if precision is not None:
-        _checks.check_option("precision", precision, PRECISIONS)
+    _checks.check_option("precision", precision, PRECISIONS, or_none=True)
 
 
 def _check_region_fits(
