@@ -234,7 +234,7 @@ def _direct_moments(
         window_columns=columns,
         REGION=region,
         BLOCK=32,
-        num_warps=4,
+        num_warps=8,
     )
     return moments, kept
 
