@@ -359,13 +359,17 @@ def launch_backward(
 
 def pixel_heuristic(loss: Loss, operator: str, logits: torch.Tensor) -> Configuration:
     """A configuration that is always valid: two or four pixels per lane."""
-    warps = 4
-    lanes = 8 if _classes_in_lanes(logits) else 1
-    slots = triton.cdiv(logits.size(1), lanes)
+    warps, classes = 4, logits.size(1)
     forward = operator.endswith("forward")
-    if lanes > 1:  # every value has an address of its own in registers
-        pixels, unroll = 4 if slots <= 4 else 2, loss.unroll if forward else 4
+    if _classes_in_lanes(logits):
+        # Every lane of a pixel does all that is to do once per pixel: few classes, few lanes.
+        lanes = 8 if classes > 32 else min(4, triton.next_power_of_2(classes))
+        slots = triton.cdiv(classes, lanes)
+        # Every value has an address of its own in registers.
+        pixels = 4 if slots <= 8 else 2
+        unroll = loss.unroll if forward else 4 if lanes == 8 else 8
     else:
+        lanes, slots = 1, classes
         pixels, unroll = 2 if forward and loss.held else 4, loss.unroll if forward else 8
     return {
         "PIXELS": pixels * warps * warp_size() // lanes,
