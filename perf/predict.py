@@ -6,9 +6,10 @@ A kernel of P programs with B warps per scheduler resident is taken to need
 
 with instructions per output counted in its machine code (the mean of its loops where it has one
 for classes that are absent), bytes of its tensors read or written once, and rates from the GPU's
-data sheet. Two warps keep a scheduler busy, since window code has two independent chains at
-least; the last factor is the idle time of processors in the last round of programs. Candidates
-that do not compile, spill or ask for too much shared memory are out.
+data sheet. Only kernels that differ between the candidates count. Two warps keep a scheduler busy,
+since window code has two independent chains at least; the last factor is the idle time of
+processors in the last round of programs. Candidates that do not compile, spill or ask for too much
+shared memory are out.
 
 The heuristics follow it for float32, with two reservations: candidates at the edge of the register
 file (what takes more than 160 registers here may spill on another target or in another layout),
@@ -24,7 +25,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -124,10 +125,28 @@ def rankings(
             for case in cases
         ]
         for case, mine in zip(cases, futures, strict=True):
-            found = [future.result() for future in mine]
+            found = _compared([future.result() for future in mine])
             found.sort(key=lambda prediction: prediction.microseconds(target) or math.inf)
             progress(case.key)
             yield Ranking(case, target, tuple(found))
+
+
+def _compared(predictions: list[Prediction]) -> list[Prediction]:
+    """Without the kernels that are the same for all candidates, which would blur the comparison."""
+    variants: dict[str, set[tuple[Kernel, ...]]] = {}
+    running = [prediction for prediction in predictions if not prediction.trouble]
+    for name in {kernel.name for prediction in running for kernel in prediction.kernels}:
+        variants[name] = {
+            tuple(kernel for kernel in prediction.kernels if kernel.name == name)
+            for prediction in running
+        }
+    moved = {name for name, found in variants.items() if len(found) > 1}
+    if not moved:
+        return predictions
+    return [
+        replace(p, kernels=tuple(kernel for kernel in p.kernels if kernel.name in moved))
+        for p in predictions
+    ]
 
 
 def predict(place: Place, index: int, target_name: str) -> Prediction:
@@ -186,16 +205,16 @@ def cases_at_full_size(
     """
     with offline(target.gpu):
         stated = [case for name in slices() for case in own_cases(name)]
-    chosen = [case for case in stated if operator in (None, case.operator)]
-    if not chosen:
-        known = ", ".join(sorted({case.operator for case in stated}))
-        raise ValueError(f"--op must be one of {known}; got {operator!r}")
-    return [
-        sized(case, shape, case.layout) or case
-        for case in chosen
-        for shape in shapes or [(4, 19, 1024, 2048) if case.classes == 19 else
-                                (16, case.classes, 1024, 1024)]
-    ]  # fmt: skip
+        chosen = [case for case in stated if operator in (None, case.operator)]
+        if not chosen:
+            known = ", ".join(sorted({case.operator for case in stated}))
+            raise ValueError(f"--op must be one of {known}; got {operator!r}")
+        return [
+            sized(case, shape, case.layout) or case
+            for case in chosen
+            for shape in shapes or [(4, 19, 1024, 2048) if case.classes == 19 else
+                                    (16, case.classes, 1024, 1024)]
+        ]  # fmt: skip
 
 
 def run(

@@ -206,6 +206,7 @@ OPERATIONS = (
             "_rmi_interior_kernel": _ROWS,
             "_rmi_pool_kernel": _CLASSES,
             "_rmi_expand_kernel": _CLASSES,
+            "_rmi_sample_backward_kernel": KernelNotes(columns_per_thread, ("classes",)),
         },
         operators=(),
         goals=GOALS,

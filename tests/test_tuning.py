@@ -11,7 +11,8 @@ import sys
 import tempfile
 import timeit
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from triton.runtime import interpreter
 
 import tritonloss
 from tritonloss import (
@@ -31,8 +33,11 @@ from tritonloss import (
     _tuning,
     _tuning_cases,
     _tuning_inputs,
+    functional,
     gaussian_window,
+    linalg,
 )
+from tritonloss._launches import recorded
 from tritonloss._source_hash import source_hash
 
 CPU = torch.device("cpu")
@@ -457,10 +462,99 @@ def test_cases_cover_buckets_and_layouts_of_every_sized_operator() -> None:
         same = [c for c in cases if c.operator == case.operator and c.dtype == case.dtype]
         if case.sized is not None:
             buckets = {(_tuning.bucket_of(c.classes), c.layout) for c in same}
-            assert len(buckets) >= len(_tuning_cases.SIZES)
+            sizes = [size for size in _tuning_cases.SIZES if size[1] in case.layouts]
+            assert len(buckets) >= len(sizes)
     last = cases[-1]
     again = _tuning_cases.same_case(last.slice, last.number, last.shape, last.layout)
     assert again.key == last.key and again.candidates == last.candidates
+
+
+@contextmanager
+def questions(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, _tuning.Configuration]]:
+    """The entries that launchers look up inside, with their heuristics; no kernel runs."""
+    asked: dict[str, _tuning.Configuration] = {}
+
+    def answer(
+        operator: str, *, device: torch.device, heuristic: _tuning.Configuration, **question: Any
+    ) -> _tuning.Configuration:
+        asked[_tuning.key(operator, **question)] = dict(heuristic)
+        return heuristic
+
+    with monkeypatch.context() as patch, recorded("skip"):
+        for module in [module for name, module in sys.modules.items() if "tritonloss." in name]:
+            if hasattr(module, "launch_configuration"):
+                patch.setattr(module, "launch_configuration", answer)
+        patch.setattr(interpreter.GridExecutor, "__call__", lambda *_, **__: None)
+        yield asked
+
+
+def ask_losses(dtype: torch.dtype, layout: str, device: torch.device) -> None:
+    """Forward and backward of every loss, with the windows that the standard options have."""
+    logits = _tuning_inputs.random_map((1, 19, 24, 40), layout, dtype, device).requires_grad_()
+    target = _tuning_inputs.random_labels((1, 19, 24, 40), device)
+    offsets = tritonloss.margin_offsets(torch.arange(1, 20, device=device))
+    losses = [
+        functional.cross_entropy(logits, target),
+        functional.binary_cross_entropy(logits, target),
+        functional.focal_loss(logits, target),
+        functional.margin_calibrated_loss(logits, target, offsets),
+        functional.rmi_loss(logits, target, pooling="nearest"),
+        functional.rmi_loss(logits, target, pooling="max", pool_size=2, region_size=2),
+    ]
+    losses += [functional.rmi_loss(logits, target, pooling=pooling) for pooling in ("avg", None)]
+    losses += [
+        functional.rmi_loss(logits, target, region_size=region, pooling=None)
+        for region in (2, 4, 5)
+    ]
+    for window_size in (3, 5, 7, 9, 11):
+        losses.append(
+            functional.structural_similarity_loss(logits, target, window_size=window_size)
+        )
+        losses.append(tritonloss.gaussian_statistics(logits, window_size)[0].sum())
+    for window_size in (7, 11):
+        losses.append(functional.ssim_loss(logits, target, window_size=window_size))
+    for loss in losses:
+        loss.backward()
+
+
+def ask_linalg(dtype: torch.dtype, device: torch.device) -> None:
+    """Every function on matrices, and its gradient, for orders in lanes and in tiles."""
+    for order in (2, 4, 8, 9, 10, 16, 32, 64):
+        matrices = torch.eye(order, dtype=dtype, device=device)[None].requires_grad_()
+        results = (
+            linalg.cholesky_ex(matrices)[0],
+            linalg.logdet(matrices),
+            linalg.inv(matrices),
+            linalg.solve(matrices, torch.ones_like(matrices)[..., :1]),
+        )
+        for result in results:
+            result.sum().backward()
+
+
+def test_the_tuner_has_a_case_for_whatever_a_launcher_asks(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with questions(monkeypatch) as asked, tritonloss.use_backend("triton"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for layout in ("contiguous", "channels_last", "strided"):
+                ask_losses(dtype, layout, device)
+        for dtype in (torch.float32, torch.float64):
+            ask_linalg(dtype, device)
+    cases = {case.key: case for case in _tuning_cases.tuning_cases()}
+    operators = {case.operator for case in cases.values()}
+    assert {name.split("|")[0] for name in asked} == operators
+    assert not asked.keys() - cases.keys()
+    for name, heuristic in asked.items():
+        assert cases[name].candidates[0] == heuristic, name
+        assert all(other.keys() == heuristic.keys() for other in cases[name].candidates), name
+
+
+def test_the_default_run_is_bounded() -> None:
+    """The first cases are those that most will profit from, whatever the budget leaves out."""
+    cases = _tuning_cases.tuning_cases()
+    assert len(cases) < 800
+    first = {case.operator for case in cases if case.dtype == torch.float32}
+    assert first == {case.operator for case in cases[:120] if case.dtype == torch.float32}
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])

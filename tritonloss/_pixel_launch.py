@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,8 @@ import triton.language as tl
 from ._backend import device_guard, warp_size
 from ._device_math import sanitised_label
 from ._pixels import Tile, far_offsets, label_pointers, map_view, pixel_program
-from ._tuning import Configuration, launch_configuration
+from ._tuning import Configuration, Launch, Shape, TuningCase, launch_configuration
+from ._tuning_inputs import random_map
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -356,13 +359,17 @@ def launch_backward(
 
 def pixel_heuristic(loss: Loss, operator: str, logits: torch.Tensor) -> Configuration:
     """A configuration that is always valid: two or four pixels per lane."""
-    warps = 4
-    lanes = 8 if _classes_in_lanes(logits) else 1
-    slots = triton.cdiv(logits.size(1), lanes)
+    warps, classes = 4, logits.size(1)
     forward = operator.endswith("forward")
-    if lanes > 1:  # every value has an address of its own in registers
-        pixels, unroll = 4 if slots <= 4 else 2, loss.unroll if forward else 4
+    if _classes_in_lanes(logits):
+        # Every lane of a pixel does all that is to do once per pixel: few classes, few lanes.
+        lanes = 8 if classes > 32 else min(4, triton.next_power_of_2(classes))
+        slots = triton.cdiv(classes, lanes)
+        # Every value has an address of its own in registers.
+        pixels = 4 if slots <= 8 else 2
+        unroll = loss.unroll if forward else 4 if lanes == 8 else 8
     else:
+        lanes, slots = 1, classes
         pixels, unroll = 2 if forward and loss.held else 4, loss.unroll if forward else 8
     return {
         "PIXELS": pixels * warps * warp_size() // lanes,
@@ -372,8 +379,12 @@ def pixel_heuristic(loss: Loss, operator: str, logits: torch.Tensor) -> Configur
     }
 
 
-def pixel_candidates(heuristic: Configuration) -> list[Configuration]:
+def pixel_candidates(
+    loss: Loss, operator: str, dtype: torch.dtype, classes: int, layout: str
+) -> list[Configuration]:
     """The heuristic and its neighbours, one setting changed at a time: what the tuner tries."""
+    like = random_map((1, classes, 2, 32), layout, dtype, torch.device("meta"))
+    heuristic = pixel_heuristic(loss, operator, like)
     pixels, lanes = int(heuristic["PIXELS"]), int(heuristic["CLASS_LANES"])
     unroll, warps = int(heuristic["UNROLL"]), int(heuristic["num_warps"])
     changes: list[Configuration] = [{"PIXELS": pixels // 2}, {"PIXELS": pixels * 2}]
@@ -385,6 +396,28 @@ def pixel_candidates(heuristic: Configuration) -> list[Configuration]:
         changes += [{"CLASS_LANES": lanes * 2, "PIXELS": pixels // 2}]
     candidates = [heuristic, *({**heuristic, **change} for change in changes)]
     return [c for i, c in enumerate(candidates) if c not in candidates[:i]]
+
+
+def pixel_cases(
+    losses: Sequence[Loss],
+    run: Callable[[Loss, torch.dtype, Shape, str, torch.device], Launch],
+) -> list[TuningCase]:
+    """A slice's tuning cases; ``run`` prepares both passes for logits of a shape and layout."""
+    cases = []
+    layouts = ("contiguous", "channels_last")
+    for classes, layout in (*itertools.product((19, 150), layouts), (1, "contiguous")):
+        for dtype, loss in itertools.product((torch.float32, torch.bfloat16), losses):
+            if classes == 1 and not loss.binary:
+                continue
+            sized = functools.partial(run, loss, dtype)
+            stated = functools.partial(sized, (2, classes, 512, 512), layout)
+            for operator in (f"{loss.name}_forward", f"{loss.name}_backward"):
+                candidates = functools.partial(pixel_candidates, loss, operator, dtype)
+                arguments = (classes, 1, dtype, layout, stated, candidates(classes, layout))
+                cases.append(
+                    TuningCase(operator, *arguments, sized=sized, sized_candidates=candidates)
+                )
+    return cases
 
 
 def _launch(

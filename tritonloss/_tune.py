@@ -181,9 +181,10 @@ def reach(case: TuningCase, configuration: Configuration, device: torch.device) 
             continue
         try:
             launch = other.run(device)
-            expected, _ = _heuristic_result(other, launch)
-            with _tuning.forced(case.operator, configuration):
+            expected, spills = _heuristic_result(other, launch)
+            with _tuning.forced(case.operator, configuration), recorded("run") as launches:
                 agrees = expected is not None and not disagreement(tensors(launch()), expected)
+            agrees = agrees and _spills(launches) <= spills
         except Exception:  # too large for this GPU, say: then it is not checked
             continue
         if agrees:

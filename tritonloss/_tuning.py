@@ -49,9 +49,10 @@ class TuningCase:
     beyond rounding. The first candidate is the heuristic's own. Where ``run`` does with torch's
     meta device, candidates are compiled and sifted before any of them is launched.
 
-    ``sized(shape, layout, device)`` is ``run`` for other logits, where the code does not depend on
-    their size; without it the case is tuned as it stands. The tuner fills in which case of which
-    slice it is, and ``shape`` if it is ``sized``.
+    ``sized(shape, layout, device)`` is ``run`` for other logits, in one of ``layouts``, the names
+    by which the launcher asks; without it the case is tuned as it stands. Where the heuristic
+    depends on classes or layout, ``sized_candidates(classes, layout)`` are the candidates then. The
+    tuner fills in which case of which slice it is, and ``shape`` if it is ``sized``.
     """
 
     operator: str
@@ -62,6 +63,8 @@ class TuningCase:
     run: Callable[[torch.device], Launch]
     candidates: list[Configuration]
     sized: Callable[[Shape, str, torch.device], Launch] | None = None
+    sized_candidates: Callable[[int, str], list[Configuration]] | None = None
+    layouts: tuple[str, ...] = ("contiguous", "channels_last", "strided")
     slice: str = ""
     number: int = -1
     shape: Shape | None = None

@@ -47,7 +47,7 @@ def tuning_cases(
 ) -> list[TuningCase]:
     """Every slice's cases, or one operator's; every slice's first one first, and so on.
 
-    After the cases as they stand come those that can be sized, for the other classes and layouts.
+    After a slice's cases as they stand come those that can be sized, for other classes and layouts.
     With ``shapes`` there are only these, in the layout that the slice states.
 
     Raises:
@@ -59,15 +59,26 @@ def tuning_cases(
         own = [[case for case in cases if case.operator == operator] for cases in own]
         if not any(own):
             raise ValueError(f"--op must be one of {', '.join(known)}; got {operator!r}")
-    stated = [case for turn in zip_longest(*own) for case in turn if case is not None]
-    if shapes is not None:
-        wanted = [sized(case, shape, case.layout) for shape in shapes for case in stated]
-        cases = [case for case in wanted if case is not None]
-        if not cases:
-            raise ValueError("--shapes: no case of these operators depends on a shape")
+    if shapes is None:
+        queues = [_distinct(cases + _at_sizes(cases)) for cases in own]
     else:
-        more = [sized(case, shape, layout) for shape, layout in SIZES for case in stated]
-        cases = stated + [case for case in more if case is not None]
+        queues = [_distinct(_at_shapes(cases, shapes)) for cases in own]
+        if not any(queues):
+            raise ValueError("--shapes: no case of these operators depends on a shape")
+    return [case for turn in zip_longest(*queues) for case in turn if case is not None]
+
+
+def _at_sizes(cases: Sequence[TuningCase]) -> list[TuningCase]:
+    found = [sized(case, shape, layout) for shape, layout in SIZES for case in cases]
+    return [case for case in found if case is not None]
+
+
+def _at_shapes(cases: Sequence[TuningCase], shapes: Sequence[Shape]) -> list[TuningCase]:
+    found = [sized(case, shape, case.layout) for shape in shapes for case in cases]
+    return [case for case in found if case is not None]
+
+
+def _distinct(cases: Sequence[TuningCase]) -> list[TuningCase]:
     first: dict[str, TuningCase] = {}
     for case in cases:
         first.setdefault(case.key, case)
@@ -75,11 +86,14 @@ def tuning_cases(
 
 
 def sized(case: TuningCase, shape: Shape, layout: str) -> TuningCase | None:
-    """The case for other logits; None if it has only those it states."""
-    if case.sized is None:
+    """The case for other logits; None if it has only those it states, or no such layout."""
+    if case.sized is None or layout not in case.layouts:
         return None
     run = functools.partial(case.sized, shape, layout)
-    return replace(case, classes=shape[1], layout=layout, shape=shape, run=run)
+    found = replace(case, classes=shape[1], layout=layout, shape=shape, run=run)
+    if case.sized_candidates is not None:
+        found = replace(found, candidates=case.sized_candidates(shape[1], layout))
+    return found
 
 
 def same_case(slice_name: str, number: int, shape: Shape | None, layout: str) -> TuningCase:

@@ -54,26 +54,32 @@ def _flat(tensor: torch.Tensor, trailing: int = 2) -> torch.Tensor:
 
 def _configuration(operator: str, matrices: torch.Tensor) -> Configuration:
     order = matrices.size(-1)
-    in_lanes = operator in ("cholesky", "logdet") and order <= LARGEST_IN_LANES
-    heuristic: Configuration
-    if in_lanes:
-        heuristic = {"LANES": 64, "num_warps": 2}
-    else:
-        side = triton.next_power_of_2(order)
-        # What solves or goes back holds two tiles; one warp would not hold them in float64.
-        wide = matrices.dtype == torch.float64 and operator not in ("cholesky", "logdet")
-        warps = {64: 8, 32: 4}.get(side, 2 if wide else 1)
-        elements = 128 if wide else 256
-        heuristic = {"MATRICES": max(1, elements // side**2), "num_warps": warps}
     return launch_configuration(
         operator,
         device=matrices.device,
         dtype=matrices.dtype,
         classes=order,
         window=1,
-        layout="contiguous",
-        heuristic=heuristic,
+        # Orders of one bucket may be served by either kernel, which take different settings.
+        layout="lanes" if _in_lanes(operator, order) else "tiles",
+        heuristic=_heuristic(operator, order, matrices.dtype),
     )
+
+
+def _in_lanes(operator: str, order: int) -> bool:
+    """Whether a whole matrix is one lane's work."""
+    return operator in ("cholesky", "logdet") and order <= LARGEST_IN_LANES
+
+
+def _heuristic(operator: str, order: int, dtype: torch.dtype) -> Configuration:
+    if _in_lanes(operator, order):
+        return {"LANES": 64, "num_warps": 2}
+    side = triton.next_power_of_2(order)
+    # What solves or goes back holds two tiles; one warp would not hold them in float64.
+    wide = dtype == torch.float64 and operator not in ("cholesky", "logdet")
+    warps = {64: 8, 32: 4}.get(side, 2 if wide else 1)
+    elements = 128 if wide else 256
+    return {"MATRICES": max(1, elements // side**2), "num_warps": warps}
 
 
 def _tile_launch(operator: str, matrices: torch.Tensor) -> tuple[int, dict[str, Any]]:
@@ -95,7 +101,7 @@ def _factorise(operator: str, matrices: torch.Tensor, lanes: Any, tile: Any, **o
     if batch == 0:
         return
     with device_guard(matrices):
-        if order <= LARGEST_IN_LANES:
+        if _in_lanes(operator, order):
             configuration = _configuration(operator, matrices)
             lanes[(triton.cdiv(batch, int(configuration["LANES"])),)](
                 matrix_ptr=matrices,
@@ -501,12 +507,13 @@ def _random_matrices(order: int, dtype: torch.dtype, device: torch.device) -> to
 
 
 def _case(operator: str, order: int, dtype: torch.dtype, run: Callable[..., Any]) -> TuningCase:
-    matrices = torch.empty(1, order, order, dtype=dtype, device="meta")
-    first = _configuration(operator, matrices)
-    size = "LANES" if "LANES" in first else "MATRICES"
-    sizes = (32, 64, 128, 256) if size == "LANES" else (1, 2, 4)
+    first = _heuristic(operator, order, dtype)
+    in_lanes = _in_lanes(operator, order)
+    name = "LANES" if in_lanes else "MATRICES"
+    size = int(first[name])
+    sizes = {32, 64, 128, 256} if in_lanes else {size, 2 * size, max(size // 2, 1)}
     others: list[Configuration] = [
-        {size: value, "num_warps": warps} for value in sizes for warps in (1, 2, 4, 8)
+        {name: value, "num_warps": warps} for value in sorted(sizes) for warps in (1, 2, 4, 8)
     ]
 
     def prepared(device: torch.device) -> Callable[[], Any]:
@@ -514,18 +521,25 @@ def _case(operator: str, order: int, dtype: torch.dtype, run: Callable[..., Any]
         return lambda: run(inputs)
 
     candidates = [first, *(other for other in others if other != first)]
-    return TuningCase(operator, order, 1, dtype, "contiguous", prepared, candidates)
+    layout = "lanes" if in_lanes else "tiles"
+    return TuningCase(operator, order, 1, dtype, layout, prepared, candidates)
 
 
 def tuning_cases() -> list[TuningCase]:
     """What ``python -m tritonloss tune`` tries out for this module."""
+    runs: tuple[tuple[str, Callable[..., Any]], ...] = (
+        ("cholesky", _cholesky),
+        ("logdet", _logdet),
+        ("solve", lambda matrices: _solve(matrices, None, None)),
+        # The matrices stand for factors and solutions too: the work is the same for any numbers.
+        ("cholesky_backward", lambda matrices: _cholesky_backward(matrices, matrices)),
+        ("inverse_backward", lambda matrices: _inverse_backward(matrices, matrices)),
+        ("solve_backward", lambda matrices: _solve_backward(matrices, matrices)),
+    )
     return [
         _case(operator, order, dtype, run)
+        for order in (9, 16, 32, 64, 8, 4, 2)
         for dtype in (torch.float32, torch.float64)
-        for order in (4, 8, 16, 32, 64)
-        for operator, run in (
-            ("cholesky", _cholesky),
-            ("logdet", _logdet),
-            ("solve", lambda matrices: _solve(matrices, None, None)),
-        )
+        for operator, run in runs
+        if order != 9 or _in_lanes(operator, order)  # in tiles the bucket of 16 is its own
     ]

@@ -16,8 +16,6 @@ backward 2 L + T. 8 bytes per pixel are saved (``_margin_kernels.py`` says which
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,10 +36,10 @@ from ._pixel_launch import (
     empty_results,
     launch_backward,
     launch_forward,
-    pixel_candidates,
-    pixel_heuristic,
+    pixel_cases,
 )
-from ._tuning import TuningCase
+from ._tuning import Launch, Shape, TuningCase
+from ._tuning_inputs import random_labels, random_map
 from .label_statistics import MarginOffsets
 
 VARIANTS = ("paper", "released", "margin")
@@ -95,33 +93,15 @@ def _margin_backward(
 
 def tuning_cases() -> list[TuningCase]:
     """What ``python -m tritonloss tune`` measures for this slice."""
-    cases = []
-    for classes in (19, 150):
-        for layout in ("contiguous", "channels_last"):
-            for dtype in (torch.float32, torch.bfloat16):
-                run = functools.partial(_tuning_pass, classes, layout, dtype)
-                like = _tuning_logits(classes, layout, dtype, torch.device("meta"))
-                for operator in ("margin_calibrated_forward", "margin_calibrated_backward"):
-                    candidates = pixel_candidates(pixel_heuristic(LOSS, operator, like))
-                    cases.append(TuningCase(operator, classes, 1, dtype, layout, run, candidates))
-    return cases
-
-
-def _tuning_logits(
-    classes: int, layout: str, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    logits = torch.empty(2, classes, 512, 512, dtype=dtype, device=device)
-    if layout == "channels_last":
-        logits = logits.to(memory_format=torch.channels_last)
-    return logits
+    return pixel_cases([LOSS], _tuning_pass)
 
 
 def _tuning_pass(
-    classes: int, layout: str, dtype: torch.dtype, device: torch.device
-) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    logits = _tuning_logits(classes, layout, dtype, device).normal_(0, 2)
-    target = torch.randint(0, classes, (2, 512, 512), device=device).to(torch.uint8)
-    offset = torch.full((classes,), 0.1, device=device)
+    loss: Loss, dtype: torch.dtype, shape: Shape, layout: str, device: torch.device
+) -> Launch:
+    logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
+    target = random_labels(shape, device)
+    offset = torch.full((shape[1],), 0.1, device=device)
     offsets = MarginOffsets(offset, offset)
 
     def both_passes() -> tuple[torch.Tensor, torch.Tensor]:

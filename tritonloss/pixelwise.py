@@ -13,8 +13,6 @@ binary cross entropy nothing. The gradient is the only map with classes in memor
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,11 +34,11 @@ from ._pixel_launch import (
     empty_results,
     launch_backward,
     launch_forward,
-    pixel_candidates,
-    pixel_heuristic,
+    pixel_cases,
 )
 from ._pixelwise_kernels import Options
-from ._tuning import TuningCase
+from ._tuning import Launch, Shape, TuningCase
+from ._tuning_inputs import random_labels, random_map
 
 # --- launchers ------------------------------------------------------------------------------------
 
@@ -112,36 +110,18 @@ def _pixelwise_backward(
 
 def tuning_cases() -> list[TuningCase]:
     """What ``python -m tritonloss tune`` measures for this slice."""
-    cases = []
-    for name, loss in LOSSES.items():
-        for classes in (19, 150):
-            for layout in ("contiguous", "channels_last"):
-                for dtype in (torch.float32, torch.bfloat16):
-                    run = functools.partial(_tuning_pass, name, classes, layout, dtype)
-                    like = _tuning_logits(classes, layout, dtype, torch.device("meta"))
-                    for operator in (f"{name}_forward", f"{name}_backward"):
-                        candidates = pixel_candidates(pixel_heuristic(loss, operator, like))
-                        cases.append(
-                            TuningCase(operator, classes, 1, dtype, layout, run, candidates)
-                        )
-    return cases
-
-
-def _tuning_logits(
-    classes: int, layout: str, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    logits = torch.empty(2, classes, 512, 512, dtype=dtype, device=device)
-    if layout == "channels_last":
-        logits = logits.to(memory_format=torch.channels_last)
-    return logits
+    return pixel_cases(list(LOSSES.values()), _tuning_pass)
 
 
 def _tuning_pass(
-    name: str, classes: int, layout: str, dtype: torch.dtype, device: torch.device
-) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    logits = _tuning_logits(classes, layout, dtype, device).normal_(0, 2)
-    target = torch.randint(0, classes, (2, 512, 512), device=device).to(torch.uint8)
+    loss: Loss, dtype: torch.dtype, shape: Shape, layout: str, device: torch.device
+) -> Launch:
+    logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
+    batch, classes, height, width = shape
+    labels = max(classes, 2) if loss.binary else classes
+    target = random_labels((batch, labels, height, width), device)
     options = Options(weighted=False, smoothing=0.0, gamma=2.0, detached=False)
+    name = loss.name
 
     def both_passes() -> tuple[torch.Tensor, torch.Tensor]:
         results = _pixelwise_forward(name, logits, target, None, options, "mean", 255, save=True)

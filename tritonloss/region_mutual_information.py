@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 from torch import nn
 
 from kernels_reference.region_mutual_information import pooled_size
@@ -34,7 +34,8 @@ from ._region_backward import backward_pass
 from ._region_forward import forward_pass
 from ._region_maps import Options, Saved, is_direct
 from ._strip import compute_dtype
-from ._tuning import Configuration, TuningCase
+from ._tuning import Configuration, Launch, Shape, TuningCase
+from ._tuning_inputs import random_labels, random_map
 
 __all__ = ["RMILoss", "rmi_loss", "tuning_cases"]
 
@@ -365,43 +366,90 @@ class RMILoss(nn.Module):
 # --- tuning ---------------------------------------------------------------------------------------
 
 
+def _cell_candidates(pool_size: int) -> list[Configuration]:
+    """Of kernels whose tiles are pooling cells; the first is the heuristic's."""
+    count = max(128 // triton.next_power_of_2(pool_size), 1)
+    sizes = [(count, 1), (2 * count, 1), (2 * count, 2), (4 * count, 2), (4 * count, 4)]
+    sizes += [(8 * count, 4), (max(count // 2, 1), 1)]
+    candidates: list[Configuration] = [
+        {"CELLS": cells, "num_warps": warps} for cells, warps in sizes
+    ]
+    return [c for i, c in enumerate(candidates) if c not in candidates[:i]]
+
+
+def _lane_candidates(first: int) -> list[Configuration]:
+    """Of kernels that go along a row, ``first`` being the heuristic's lanes."""
+    lanes = [first, *(other for other in (64, 128, 256) if other != first)]
+    return [{"LANES": count, "num_warps": warps} for count in lanes for warps in (4, 2)]
+
+
+def _row_candidates(lanes: int, rows: int, warps: int) -> list[Configuration]:
+    """Of kernels that go down a strip, the heuristic's first and then its neighbours."""
+    sizes = [(lanes, rows, warps)]
+    sizes += [(lanes, other, warps) for other in (rows // 2, rows // 4, 2 * rows)]
+    sizes += [(lanes // 2, rows, warps // 2), (2 * lanes, rows, 2 * warps)]
+    sizes += [(lanes // 2, rows // 2, warps // 2), (lanes // 2, rows, warps)]
+    return [{"LANES": a, "ROWS": b, "num_warps": c} for a, b, c in sizes]
+
+
 def _tuning_pass(
-    options: Options, dtype: torch.dtype, device: torch.device
-) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    """Forward and backward, on labels in regions as annotations are."""
-    logits = torch.randn(4, 19, 513, 1025, device=device).to(dtype)
-    target = torch.randint(0, 19, (4, 17, 33), device=device).repeat_interleave(32, 1)
-    target = target.repeat_interleave(32, 2)[:, :513, :1025].to(torch.uint8)
+    operator: str,
+    choices: tuple[Options, ...],
+    dtype: torch.dtype,
+    shape: Shape,
+    layout: str,
+    device: torch.device,
+) -> Launch:
+    """The passes that have the operator, with each of the options that its entry serves."""
+    # All that is not contiguous is "strided"; of such logits those in channels_last are common.
+    memory = "channels_last" if layout == "strided" else layout
+    logits = random_map(shape, memory, dtype, device).sub_(0.5).mul_(8)
+    target = random_labels(shape, device)
 
-    def both_passes() -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(options: Options) -> tuple[torch.Tensor, Saved]:
         loss, _, saved = forward_pass(options, logits, target)
-        return loss, backward_pass(options, loss, logits, target, saved)
+        return loss, saved
 
-    return both_passes
+    def backward(options: Options, loss: torch.Tensor, saved: Saved) -> torch.Tensor:
+        return backward_pass(options, loss, logits, target, saved)
+
+    if operator in ("rmi_pool", "rmi_cross_entropy", "rmi_moments"):
+        return lambda: [(loss, saved.residual) for loss, saved in map(forward, choices)]
+    if operator == "rmi_sample":
+        return lambda: [backward(options, *forward(options)) for options in choices]
+    kept = [(options, *forward(options)) for options in choices]
+    return lambda: [backward(*each) for each in kept]
 
 
 def tuning_cases() -> list[TuningCase]:
-    """What ``python -m tritonloss tune`` measures for this slice; the first is the heuristic's."""
-    rows: list[Configuration] = [
-        {"LANES": lanes, "ROWS": count, "num_warps": lanes // 32}
-        for lanes in (128, 64, 256)
-        for count in (64, 32, 16, 128)
-    ]
-    cells: list[Configuration] = [
-        {"CELLS": count, "num_warps": warps} for count in (128, 64, 256) for warps in (4, 2, 8)
-    ]
+    """What ``python -m tritonloss tune`` measures for this slice."""
     pooled = Options(3, "avg", 4, "mean", 1e-6, 0.5, "zero", 255, None)
-    choices = [
-        ("rmi_pool", 4, pooled, cells),
-        ("rmi_expand", 4, pooled, cells),
-        ("rmi_moments", 3, pooled._replace(pooling=None), rows),
-        ("rmi_gradient", 3, pooled._replace(pooling=None), rows),
-    ]
+    whole = pooled._replace(pooling=None)
+    choices: list[tuple[str, int, tuple[Options, ...], list[Configuration]]] = []
+    for region, size in ((3, 4), (2, 2), (5, 8), (4, 3)):
+        cells = _cell_candidates(size)
+        of_cells = (pooled._replace(pool_size=size),)
+        # Pooled maps and logits share an entry: what is best for both together is kept.
+        of_regions = (whole._replace(region_size=region), pooled._replace(region_size=region))
+        moments = (256, 64, 8) if region == 4 else (128, 64, 4)
+        choices += [
+            ("rmi_pool", size, of_cells, cells),
+            ("rmi_expand", size, of_cells, cells),
+            ("rmi_moments", region, of_regions, _row_candidates(*moments)),
+            ("rmi_gradient", region, of_regions, _row_candidates(128, 64, 4)),
+        ]
+        if region == 3:
+            choices.append(("rmi_cross_entropy", 1, (whole,), _row_candidates(256, 8, 4)))
+        if size in (4, 2):
+            sampled = (pooled._replace(pooling="nearest", pool_size=size),)
+            choices.append(("rmi_sample", size, sampled, _lane_candidates(128)))
     return [
         TuningCase(
             operator, 19, window, dtype, "contiguous",
-            functools.partial(_tuning_pass, options, dtype), candidates,
+            functools.partial(sized, (2, 19, 512, 1024), "contiguous"), candidates,
+            sized=sized, layouts=("contiguous", "strided"),
         )
-        for dtype in (torch.float32, torch.bfloat16)
         for operator, window, options, candidates in choices
+        for dtype in (torch.float32, torch.bfloat16)
+        for sized in [functools.partial(_tuning_pass, operator, options, dtype)]
     ]  # fmt: skip

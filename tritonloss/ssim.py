@@ -239,22 +239,29 @@ def _configuration(operator: str, x: torch.Tensor, window_size: int) -> Configur
 def tuning_cases() -> list[TuningCase]:
     """What ``python -m tritonloss tune`` measures for this slice."""
     cases = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for operator in ("ssim_forward", "ssim_coefficients", "ssim_backward"):
-            sized = functools.partial(_tuning_pass, dtype, operator == "ssim_forward")
-            run = functools.partial(sized, (16, 3, 512, 512), "contiguous")
-            candidates = strip_candidates(_heuristic(operator, 11))
-            arguments = (3, 11, dtype, "contiguous", run, candidates)
-            cases.append(TuningCase(operator, *arguments, sized=sized))
+    for window_size in (11, 7):
+        for dtype in (torch.float32, torch.bfloat16):
+            for operator in ("ssim_forward", "ssim_coefficients", "ssim_backward"):
+                forward_only = operator == "ssim_forward"
+                sized = functools.partial(_tuning_pass, window_size, dtype, forward_only)
+                run = functools.partial(sized, (16, 3, 512, 512), "contiguous")
+                candidates = strip_candidates(_heuristic(operator, window_size))
+                arguments = (3, window_size, dtype, "contiguous", run, candidates)
+                cases.append(TuningCase(operator, *arguments, sized=sized))
     return cases
 
 
 def _tuning_pass(
-    dtype: torch.dtype, forward_only: bool, shape: Shape, layout: str, device: torch.device
+    window_size: int,
+    dtype: torch.dtype,
+    forward_only: bool,
+    shape: Shape,
+    layout: str,
+    device: torch.device,
 ) -> Launch:
     x = random_map(shape, layout, dtype, device)
     y = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
-    options = (_image_similarity(1.0), 11, 1.5, "zeros")
+    options = (_image_similarity(1.0), window_size, 1.5, "zeros")
     if forward_only:
         return lambda: _ssim_forward(x, y, *options, mapped=False)
     mean, scale = _ssim_forward(x, y, *options, mapped=False)

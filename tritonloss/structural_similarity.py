@@ -118,18 +118,17 @@ def _window_arguments(options: Options, dtype: torch.dtype, columns: int) -> dic
     }
 
 
-def _heuristic(operator: str, window_size: int) -> Configuration:
+def _heuristic(operator: str, window_size: int, in_lanes: bool) -> Configuration:
     columns = 4 if 3 <= window_size <= 7 else 2 if window_size <= 11 else 1
-    configuration = strip_heuristic(columns, UNROLL=2 if window_size == 3 else 1)
+    unroll = 2 if window_size == 3 and not in_lanes else 1
+    configuration = strip_heuristic(columns, UNROLL=unroll)
     if operator == "structural_similarity_forward":
         configuration["schedule"] = "recompute" if window_size <= 5 else "stored"
     return configuration
 
 
 def _configuration(operator: str, logits: torch.Tensor, window_size: int) -> Configuration:
-    heuristic = _heuristic(operator, window_size)
-    if channels_in_lanes(logits):
-        heuristic["UNROLL"] = 1
+    heuristic = _heuristic(operator, window_size, channels_in_lanes(logits))
     return strip_configuration(operator, logits, window_size, heuristic)
 
 
@@ -260,20 +259,53 @@ def _structural_similarity_stored(
 def tuning_cases() -> list[TuningCase]:
     """What ``python -m tritonloss tune`` measures for this slice."""
     cases = []
+    shape = (2, 19, 512, 1024)
     for window_size in (3, 11, 7, 5, 9):
         for dtype in (torch.float32, torch.bfloat16):
             sized = functools.partial(_tuning_pass, window_size, dtype)
-            run = functools.partial(sized, (2, 19, 512, 1024), "contiguous")
             for operator in ("structural_similarity_forward", "structural_similarity_backward"):
-                open_choice = operator.endswith("forward") and dtype == torch.float32
-                schedules = ("recompute", "stored") if open_choice else ()
-                candidates = strip_candidates(
-                    _heuristic(operator, window_size),
-                    **({"schedule": schedules} if schedules else {}),
+                candidates = functools.partial(_tuning_candidates, operator, window_size, dtype)
+                arguments = (19, window_size, dtype, "contiguous")
+                run = functools.partial(sized, shape, "contiguous")
+                first = candidates(19, "contiguous")
+                cases.append(
+                    TuningCase(
+                        operator, *arguments, run, first, sized=sized, sized_candidates=candidates
+                    )
                 )
-                arguments = (19, window_size, dtype, "contiguous", run, candidates)
-                cases.append(TuningCase(operator, *arguments, sized=sized))
-    return cases
+    run = functools.partial(_tuning_stored, shape, "contiguous")
+    arguments = (19, 1, torch.float32, "contiguous")
+    first = strip_candidates(strip_heuristic(4))
+    name = "structural_similarity_stored"
+    stored = TuningCase(name, *arguments, run, first, sized=_tuning_stored)
+    return [*cases[:8], stored, *cases[8:]]  # after the windows 3 and 11, which are most used
+
+
+def _tuning_candidates(
+    operator: str, window_size: int, dtype: torch.dtype, classes: int, layout: str
+) -> list[Configuration]:
+    heuristic = _heuristic(operator, window_size, layout == "channels_last")
+    if operator.endswith("forward") and dtype == torch.float32:
+        return strip_candidates(heuristic, schedule=("recompute", "stored"))
+    return strip_candidates(heuristic)
+
+
+def _tuning_stored(shape: Shape, layout: str, device: torch.device) -> Launch:
+    """The gradient from a copy of what is stored, which it overwrites."""
+    logits = random_map(shape, layout, torch.float32, device).sub_(0.5).mul_(8)
+    target = random_labels(shape, device)
+    options = Options(11, 1.5, 0.1, 0.01, "zeros", True, True, 255)
+    loss, statistics, stored = _structural_similarity_forward(
+        logits, target, options, 0.5, store=True
+    )
+    upstream = torch.ones_like(loss)
+
+    def stored_pass() -> torch.Tensor:
+        gradient = stored.clone()
+        _structural_similarity_stored(upstream, statistics, logits, target, gradient, 255)
+        return gradient
+
+    return stored_pass
 
 
 def _tuning_pass(
