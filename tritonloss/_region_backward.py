@@ -210,7 +210,7 @@ def _expand(
         "IGNORED": ignored_class(options.ignore_index, classes, target.dtype),
     }
     if options.pooling == "nearest":
-        launch = launch_of("rmi_sample", logits, options.pool_size, LANES=128)
+        launch = launch_of("rmi_sample", logits, options.pool_size, LANES=128, num_warps=2)
         blocks = triton.cdiv(width, int(launch["LANES"]))
         _rmi_sample_backward_kernel[(batch * height, blocks)](
             **shared, **launch, enable_fp_fusion=True

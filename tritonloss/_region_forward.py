@@ -87,7 +87,7 @@ def _sample(
     touched: torch.Tensor,
 ) -> None:
     batch, channels, pooled_height, pooled_width = residual.shape
-    launch = launch_of("rmi_sample", logits, options.pool_size, LANES=128)
+    launch = launch_of("rmi_sample", logits, options.pool_size, LANES=128, num_warps=2)
     blocks = triton.cdiv(pooled_width, int(launch["LANES"]))
     _rmi_sample_kernel[(batch * pooled_height, blocks)](
         logits_ptr=logits,

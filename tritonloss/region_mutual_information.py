@@ -380,7 +380,7 @@ def _cell_candidates(pool_size: int) -> list[Configuration]:
 def _lane_candidates(first: int) -> list[Configuration]:
     """Of kernels that go along a row, ``first`` being the heuristic's lanes."""
     lanes = [first, *(other for other in (64, 128, 256) if other != first)]
-    return [{"LANES": count, "num_warps": warps} for count in lanes for warps in (4, 2)]
+    return [{"LANES": count, "num_warps": warps} for count in lanes for warps in (2, 4)]
 
 
 def _row_candidates(lanes: int, rows: int, warps: int) -> list[Configuration]:
