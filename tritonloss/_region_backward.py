@@ -6,6 +6,7 @@ The mathematics stands in region_mutual_information.py.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -45,12 +46,12 @@ def backward_pass(
     with device_guard(logits):
         if not options.pools:
             maps = maps_of(options, logits, target, saved.residual, saved.labels)
-            _gradient(options, grad_loss, logits.size(0), maps, saved, grad_logits)
+            _gradient(options, grad_loss, logits, maps, saved, grad_logits)
             return grad_logits
         for part, grad_pooled in _shares(saved.residual, grad_logits):
             own = saved.of(part)
             maps = Maps(own.residual, own.labels, -1, True)
-            _gradient(options, grad_loss, logits.size(0), maps, own, grad_pooled)
+            _gradient(options, grad_loss, logits, maps, own, grad_pooled)
             _expand(
                 options, part, grad_loss, saved.statistics, logits, target, grad_pooled,
                 part.of(grad_logits),
@@ -84,16 +85,16 @@ def _shares(pooled: torch.Tensor, grad_logits: torch.Tensor) -> list[tuple[Part,
 def _gradient(
     options: Options,
     grad_loss: torch.Tensor,
-    images: int,
+    logits: torch.Tensor,
     maps: Maps,
     saved: Saved,
     out: torch.Tensor,
 ) -> None:
     """The gradient to the pooled probabilities, or to the logits where nothing is pooled."""
     if is_direct(options, maps.height, maps.width):
-        _direct_gradient(options, grad_loss, images, maps, saved, out)
+        _direct_gradient(options, grad_loss, logits.size(0), maps, saved, out)
     else:
-        _lag_gradient(options, grad_loss, images, maps, saved, out)
+        _lag_gradient(options, grad_loss, logits, maps, saved, out)
 
 
 def _direct_gradient(
@@ -132,7 +133,7 @@ def _direct_gradient(
 def _lag_gradient(
     options: Options,
     grad_loss: torch.Tensor,
-    images: int,
+    logits: torch.Tensor,
     maps: Maps,
     saved: Saved,
     out: torch.Tensor,
@@ -148,7 +149,7 @@ def _lag_gradient(
         label_weights_ptr=saved.label_weights,
         constants_ptr=saved.constants,
         taps_ptr=taps,
-        images=images,
+        images=logits.size(0),
         rmi_weight=1.0 - options.bce_weight,
         REGION=region,
         CELL=options.cell,
@@ -166,7 +167,7 @@ def _lag_gradient(
         "width": maps.width,
         "REGION": region,
     }
-    launch = launch_of("rmi_gradient", out, region, LANES=128, ROWS=64)
+    launch = launch_of("rmi_gradient", logits, region, LANES=128, ROWS=64)
     bands = triton.cdiv(maps.height - span + 1, int(launch["ROWS"]))
     blocks = triton.cdiv(maps.width - span + 1, int(launch["LANES"]))
     _rmi_interior_kernel[(planes, bands, blocks)](**shared, **launch)
@@ -187,6 +188,12 @@ def _expand(
 ) -> None:
     """From a part's pooled maps to its logits, with the cross entropy's gradient."""
     classes = logits.size(1)
+    if options.pooling == "nearest":
+        launch: dict[str, Any] = launch_of(
+            "rmi_sample", logits, options.pool_size, LANES=128, num_warps=2
+        )
+    else:
+        launch = cells_of("rmi_expand", options, logits)
     logits = part.of(logits)
     target = part.of(target) if part.axis == 0 else target
     batch, channels, height, width = logits.shape
@@ -210,11 +217,9 @@ def _expand(
         "IGNORED": ignored_class(options.ignore_index, classes, target.dtype),
     }
     if options.pooling == "nearest":
-        launch = launch_of("rmi_sample", logits, options.pool_size, LANES=128, num_warps=2)
         blocks = triton.cdiv(width, int(launch["LANES"]))
         _rmi_sample_backward_kernel[(batch * height, blocks)](
             **shared, **launch, enable_fp_fusion=True
         )
-        return
-    cells = cells_of("rmi_expand", options, logits)
-    _rmi_expand_kernel[cell_grid(logits, cells)](**shared, **cells)
+    else:
+        _rmi_expand_kernel[cell_grid(logits, launch)](**shared, **launch)
