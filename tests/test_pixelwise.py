@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +21,7 @@ import tritonloss
 from tests.oracle import LAYOUTS, as_layout, check_three_way, segmentation_case
 from tests.test_offsets import far_apart
 from tritonloss import _checks, _pixel_launch, _tuning
+from tritonloss._pixels import Tile, pixel_program
 from tritonloss.functional import binary_cross_entropy, cross_entropy, focal_loss
 
 pytestmark = pytest.mark.parity
@@ -216,6 +219,21 @@ def test_many_classes(device: torch.device) -> None:
         check(loss, as_layout(logits, "channels_last"), target)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("value", [0.7, 3.3])
+@pytest.mark.shipped_sizes
+def test_sums_over_many_classes_keep_their_digits(
+    value: float, layout: str, device: torch.device
+) -> None:
+    """Equal logits: every rounding of a running sum goes the same way."""
+    logits = as_layout(torch.full((1, 1000, 1, 2), value, device=device), layout)
+    target = torch.zeros(1, 1, 2, dtype=torch.int16, device=device)
+    found, _ = kernel_gradient(binary_cross_entropy, logits, target)
+    truth = logits.double().cpu()
+    expected = F.softplus(truth).sum(1).mean() - truth[0, 0, 0, 0]
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=2e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 2, 1, 1), (3, 2, 1, 67), (2, 3, 13, 11), (1, 3, 129, 1), (2, 2, 8, 16)], ids=str
 )
@@ -295,6 +313,22 @@ def test_far_strides_of_labels(axis: int, tmp_path: Path) -> None:
     expected, _ = kernel_gradient(cross_entropy, logits, target)
     value, _ = kernel_gradient(cross_entropy, logits, far_apart(target, axis, tmp_path))
     assert torch.equal(value, expected)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def _program_kernel(first_ptr, inside_ptr, pixels, tiles, TILE: tl.constexpr):
+    _, first, local, inside = pixel_program(pixels, tiles, TILE)
+    tl.store(first_ptr + tl.program_id(0), first)
+    tl.store(inside_ptr + tl.program_id(0) * TILE.pixels + local, inside.to(tl.int32))
+
+
+def test_images_of_2_to_the_31_pixels(device: torch.device) -> None:
+    """Their number fits 32 bits in grains alone."""
+    tile = Tile(pixels=64, lanes=1, unroll=1, grain=4, flat=True)
+    first = torch.empty(2, dtype=torch.int64, device=device)
+    inside = torch.empty(2, 64, dtype=torch.int32, device=device)
+    _program_kernel[(2,)](first, inside, 2**29, 2**25, tile)
+    assert first.tolist() == [0, 64] and inside.all()
 
 
 @pytest.mark.gpu

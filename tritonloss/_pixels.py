@@ -55,7 +55,7 @@ def pixel_program(pixels, tiles, TILE: tl.constexpr):
     image = (program // tiles).to(tl.int64)
     first = (program % tiles).to(tl.int64) * PIXELS
     local = tl.arange(0, PIXELS)
-    inside = first + local < pixels * GRAIN
+    inside = first + local < pixels.to(tl.int64) * GRAIN
     return image, first, local, inside
 
 

@@ -299,18 +299,19 @@ def _add_softplus(
 ):  # fmt: skip
     """Add softplus(z) of the classes that are not the pixel's own."""
     own = for_classes(pixel[1], TILE)
-    total = state[0]
-    rest = tl.zeros_like(total)
+    # Summed within the block first: one sum over a thousand classes would lose its last digits.
+    linear = tl.zeros_like(state[0])
+    rest = tl.zeros_like(state[0])
     for j in tl.static_range(COUNT):
         # Left out rather than added and taken away again, which would cost a confident pixel all
         # of its digits.
         z = tl.where(class_of(start, j, TILE) == own, float("-inf"), values[j])
         t = tl.exp2(tl.abs(z) * -LOG2_E)
-        total += tl.maximum(z, 0.0)
+        linear += tl.maximum(z, 0.0)
         # One logarithm for all of the block: 1 + rest is the product of all 1 + t. Kept as
         # rest + t + rest t, small values are not rounded away beside the 1.
         rest = tl.fma(rest, t, rest + t)
-    return (total + log_one_plus(rest),)
+    return (state[0] + (linear + log_one_plus(rest)),)
 
 
 @triton.jit
