@@ -172,7 +172,7 @@ def _summed_over_ranks(counts: torch.Tensor, failed: bool, group: ProcessGroup) 
     all_reduce(message, group=group)
     if int(message[-1]) and not failed:
         raise RuntimeError(
-            f"labels must be countable on every rank; {int(message[-1])} of them failed, and say why"
+            f"labels must be countable on every rank; {int(message[-1])} failed, and say why"
         )
     return message[:-1].to(counts.device)
 
