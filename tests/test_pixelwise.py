@@ -22,6 +22,7 @@ from tests.oracle import LAYOUTS, as_layout, check_three_way, segmentation_case
 from tests.test_offsets import far_apart
 from tritonloss import _checks, _pixel_launch, _tuning
 from tritonloss._pixels import Tile, pixel_program
+from tritonloss._pixelwise_kernels import Options
 from tritonloss.functional import binary_cross_entropy, cross_entropy, focal_loss
 
 pytestmark = pytest.mark.parity
@@ -517,6 +518,27 @@ def test_focal_loss_of_certain_pixels(gamma: float, device: torch.device) -> Non
         check(focal_loss, logits, target, gamma=gamma)
         value, gradient = kernel_gradient(focal_loss, logits, target, gamma=gamma)
         assert value.isfinite() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("gap", [0.5, 3.4, 3.5, 4.0, 5.0])
+def test_focal_loss_in_float64(gap: float, device: torch.device) -> None:
+    """1 - p by its series, where p is nearly 1, and by a difference elsewhere."""
+    logits = torch.tensor([gap, 0.0], dtype=torch.float64, device=device).view(1, 2, 1, 1)
+    target = torch.zeros(1, 1, 1, dtype=torch.uint8, device=device)
+    value, gradient = kernel_gradient(focal_loss, logits, target)
+    entropy = F.softplus(torch.tensor(-gap, dtype=torch.float64))
+    q, p = -torch.expm1(-entropy), torch.exp(-entropy)
+    slope = q * (q * q + 2 * p * q * entropy)
+    tight = {"rtol": 1e-12, "atol": 0.0}
+    torch.testing.assert_close(value.cpu(), q * q * entropy, **tight)
+    torch.testing.assert_close(gradient.flatten().cpu(), torch.stack((-slope, slope)), **tight)
+
+
+def test_new_values_of_options_compile_nothing() -> None:
+    first = Options(weighted=True, smoothing=0.1, gamma=0.5, detached=False)
+    assert first._replace(smoothing=0.2, gamma=3.5).compiled == first.compiled
+    for change in ({"smoothing": 0.0}, {"gamma": 1.0}, {"gamma": 2.0}, {"weighted": False}):
+        assert first._replace(**change).compiled != first.compiled
 
 
 @pytest.mark.parametrize(("loss", "options"), [(loss, {}) for loss in LOSSES] + OPTIONS, ids=str)

@@ -59,6 +59,7 @@ def _pixelwise_forward_kernel(
     values_ptr,  # [N, H, W]: the loss of every pixel, unless REDUCED
     partials_ptr,  # [3, programs]: sums of values, of weights, of valid pixels, if REDUCED
     saved_ptrs,  # up to two maps [N, H, W] for the backward pass
+    numbers,  # the loss's own
     logits_strides,
     target_strides,
     pixels,  # of an image, in grains
@@ -83,9 +84,9 @@ def _pixelwise_forward_kernel(
         TILE,
     )  # fmt: skip
     view = map_view(logits_ptr, logits_strides, image, first, local, width, TILE)
-    tables = (own_ptr, other_ptr)
+    given = (own_ptr, other_ptr, numbers)
 
-    value, weight, saved = FORWARD(pixel, view, tables, full, dtype, OPTIONS, CLASSES, TILE)
+    value, weight, saved = FORWARD(pixel, view, given, full, dtype, OPTIONS, CLASSES, TILE)
 
     valid = pixel[0] >= 0
     value = tl.where(valid, value, 0.0)
@@ -158,6 +159,7 @@ def _pixelwise_backward_kernel(
     other_ptr,  # [C]
     saved_ptrs,  # up to two maps [N, H, W]
     grad_ptr,  # [N, C, H, W]
+    numbers,
     upstream_strides,
     logits_strides,
     target_strides,
@@ -198,9 +200,9 @@ def _pixelwise_backward_kernel(
         scale = scale * tl.load(upstream, mask=inside, other=0.0).to(dtype)
     scale = tl.where(pixel[0] >= 0, scale, 0.0)
 
+    given = (own_ptr, other_ptr, numbers)
     BACKWARD(
-        scale, saved, pixel, view, grad_view, (own_ptr, other_ptr), full, dtype, OPTIONS, CLASSES,
-        TILE,
+        scale, saved, pixel, view, grad_view, given, full, dtype, OPTIONS, CLASSES, TILE
     )  # fmt: skip
 
 
@@ -254,6 +256,7 @@ def launch_forward(
     logits: torch.Tensor,
     target: torch.Tensor,
     tables: tuple[torch.Tensor | None, torch.Tensor | None],
+    numbers: tuple[float, ...],
     options: Any,
     reduction: str,
     ignore_index: int | None,
@@ -272,6 +275,7 @@ def launch_forward(
             values_ptr=results.loss,
             partials_ptr=partials,
             saved_ptrs=(results.first, results.second),
+            numbers=numbers,
             logits_strides=_strides(logits, launch["TILE"]),
             target_strides=_strides(target, launch["TILE"]),
             programs=grid[0],
@@ -323,6 +327,7 @@ def launch_backward(
     logits: torch.Tensor,
     target: torch.Tensor,
     tables: tuple[torch.Tensor | None, torch.Tensor | None],
+    numbers: tuple[float, ...],
     options: Any,
     ignore_index: int | None,
 ) -> torch.Tensor:
@@ -339,6 +344,7 @@ def launch_backward(
             own_ptr=_given(tables[0], logits),
             other_ptr=_given(tables[1], logits),
             saved_ptrs=(results.first, results.second),
+            numbers=numbers,
             grad_ptr=grad_logits,
             upstream_strides=(0, 0, 0) if reduced else upstream.stride(),
             logits_strides=_strides(logits, launch["TILE"]),

@@ -12,13 +12,13 @@ A **pixelwise loss is a pair of device functions**; the two kernels of ``_pixel_
 all the rest.
 
     @triton.jit
-    def my_loss_forward(pixel, view, tables, full, dtype, OPTIONS, CLASSES, TILE):
-        state = fold_classes((start values), view, pixel, tables, full, dtype, ADD, ...)
+    def my_loss_forward(pixel, view, given, full, dtype, OPTIONS, CLASSES, TILE):
+        state = fold_classes((start values), view, pixel, given, full, dtype, ADD, ...)
         return value, weight, saved     # [pixels] each; saved: a tuple of at most two
 
     @triton.jit
-    def my_loss_backward(scale, saved, pixel, view, grad_view, tables, full, dtype, ...):
-        write_gradients((what a class needs), view, grad_view, pixel, tables, ..., SLOPE, ...)
+    def my_loss_backward(scale, saved, pixel, view, grad_view, given, full, dtype, ...):
+        write_gradients((what a class needs), view, grad_view, pixel, given, ..., SLOPE, ...)
 
 ``ADD`` adds a block of classes to the state, ``SLOPE`` turns one class's logit into its gradient.
 ``weight`` is what the mean divides by the sum of. Values at pixels that are not valid may be
@@ -240,10 +240,10 @@ def load_class(view, index, exists, dtype: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def fold_classes(
-    state, view, pixel, tables, full, dtype: tl.constexpr, ADD: tl.constexpr,
+    state, view, pixel, given, full, dtype: tl.constexpr, ADD: tl.constexpr,
     OPTIONS: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The state after ADD(state, values, start, pixel, tables, dtype, ...) of all blocks in turn.
+    """The state after ADD(state, values, start, pixel, given, dtype, ...) of all blocks in turn.
 
     ``full`` is the number of classes in the blocks before the last, known at run time only, so that
     the loop over them stays one.
@@ -257,17 +257,15 @@ def fold_classes(
     if FULL > 0:
         for start in tl.range(0, full, STEP):
             values = load_block((pointer, offsets, stride), inside, dtype, TILE.unroll, STEP, TILE)
-            state = ADD(
-                state, values, start, pixel, tables, dtype, OPTIONS, TILE.unroll, STEP, TILE
-            )
+            state = ADD(state, values, start, pixel, given, dtype, OPTIONS, TILE.unroll, STEP, TILE)
             pointer += STEP * stride
     values = load_block((pointer, offsets, stride), inside, dtype, COUNT, LEFT, TILE)
-    return ADD(state, values, FULL, pixel, tables, dtype, OPTIONS, COUNT, LEFT, TILE)
+    return ADD(state, values, FULL, pixel, given, dtype, OPTIONS, COUNT, LEFT, TILE)
 
 
 @triton.jit
 def fold_classes_twice(
-    first, view, pixel, tables, full, dtype: tl.constexpr, ADD_FIRST: tl.constexpr,
+    first, view, pixel, given, full, dtype: tl.constexpr, ADD_FIRST: tl.constexpr,
     ADD_SECOND: tl.constexpr, JOIN: tl.constexpr, OPTIONS: tl.constexpr, CLASSES: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
@@ -279,30 +277,30 @@ def fold_classes_twice(
     if CLASSES <= TILE.unroll * TILE.lanes:
         COUNT: tl.constexpr = (CLASSES + TILE.lanes - 1) // TILE.lanes
         values = load_block(view, pixel[2], dtype, COUNT, CLASSES, TILE)
-        first = ADD_FIRST(first, values, 0, pixel, tables, dtype, OPTIONS, COUNT, CLASSES, TILE)
+        first = ADD_FIRST(first, values, 0, pixel, given, dtype, OPTIONS, COUNT, CLASSES, TILE)
         second = JOIN(first, dtype, TILE)
-        second = ADD_SECOND(second, values, 0, pixel, tables, dtype, OPTIONS, COUNT, CLASSES, TILE)
+        second = ADD_SECOND(second, values, 0, pixel, given, dtype, OPTIONS, COUNT, CLASSES, TILE)
     else:
         first = fold_classes(
-            first, view, pixel, tables, full, dtype, ADD_FIRST, OPTIONS, CLASSES, TILE
+            first, view, pixel, given, full, dtype, ADD_FIRST, OPTIONS, CLASSES, TILE
         )
         second = JOIN(first, dtype, TILE)
         second = fold_classes(
-            second, view, pixel, tables, full, dtype, ADD_SECOND, OPTIONS, CLASSES, TILE
+            second, view, pixel, given, full, dtype, ADD_SECOND, OPTIONS, CLASSES, TILE
         )
     return second
 
 
 @triton.jit
 def _write_block(
-    factors, view, grad_view, start, pixel, tables, dtype: tl.constexpr, SLOPE: tl.constexpr,
+    factors, view, grad_view, start, pixel, given, dtype: tl.constexpr, SLOPE: tl.constexpr,
     OPTIONS: tl.constexpr, COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     inside = pixel[2]
     valid = for_classes(pixel[0] >= 0, TILE)
     values = load_block(view, inside, dtype, COUNT, LEFT, TILE)
     for j in tl.static_range(COUNT):
-        gradient = SLOPE(factors, values[j], start, j, LEFT, tables, dtype, OPTIONS, TILE)
+        gradient = SLOPE(factors, values[j], start, j, LEFT, given, dtype, OPTIONS, TILE)
         # Selected, not multiplied by 0: an ignored pixel may hold an infinity.
         gradient = tl.where(valid, gradient, 0.0)
         tl.store(slot_pointers(grad_view, j, TILE), gradient, mask=slot_mask(inside, j, LEFT, TILE))
@@ -310,10 +308,10 @@ def _write_block(
 
 @triton.jit
 def write_gradients(
-    factors, view, grad_view, pixel, tables, full, dtype: tl.constexpr, SLOPE: tl.constexpr,
+    factors, view, grad_view, pixel, given, full, dtype: tl.constexpr, SLOPE: tl.constexpr,
     OPTIONS: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Store SLOPE(factors, values, start, slot, left, tables, dtype, ...) of every class."""
+    """Store SLOPE(factors, values, start, slot, left, given, dtype, ...) of every class."""
     STEP: tl.constexpr = TILE.unroll * TILE.lanes
     FULL: tl.constexpr = (CLASSES - 1) // STEP * STEP
     LEFT: tl.constexpr = CLASSES - FULL  # at least one, at most a whole block
@@ -324,11 +322,11 @@ def write_gradients(
         for start in tl.range(0, full, STEP):
             _write_block(
                 factors, (pointer, offsets, stride), (grad_pointer, grad_offsets, grad_stride),
-                start, pixel, tables, dtype, SLOPE, OPTIONS, TILE.unroll, STEP, TILE,
+                start, pixel, given, dtype, SLOPE, OPTIONS, TILE.unroll, STEP, TILE,
             )  # fmt: skip
             pointer += STEP * stride
             grad_pointer += STEP * grad_stride
     _write_block(
         factors, (pointer, offsets, stride), (grad_pointer, grad_offsets, grad_stride), FULL, pixel,
-        tables, dtype, SLOPE, OPTIONS, COUNT, LEFT, TILE,
+        given, dtype, SLOPE, OPTIONS, COUNT, LEFT, TILE,
     )  # fmt: skip

@@ -76,7 +76,7 @@ def _margin_forward(
 ) -> Results:
     """The loss, and what its backward pass needs if ``save``."""
     options = _options(variant, logits.size(1), save)
-    return launch_forward(LOSS, logits, target, offsets, options, reduction, ignore_index, save)
+    return launch_forward(LOSS, logits, target, offsets, (), options, reduction, ignore_index, save)
 
 
 def _margin_backward(
@@ -90,7 +90,9 @@ def _margin_backward(
 ) -> torch.Tensor:
     """The gradient of the logits under an upstream gradient [] or [N, H, W]."""
     options = _options(variant, logits.size(1), True)
-    return launch_backward(LOSS, upstream, results, logits, target, offsets, options, ignore_index)
+    return launch_backward(
+        LOSS, upstream, results, logits, target, offsets, (), options, ignore_index
+    )
 
 
 def tuning_cases() -> list[TuningCase]:

@@ -90,8 +90,9 @@ def _pixelwise_forward(
 ) -> Results:
     """The loss called ``name``, and what its backward pass needs if ``save``."""
     return launch_forward(
-        LOSSES[name], logits, target, (weight, None), options, reduction, ignore_index, save
-    )
+        LOSSES[name], logits, target, (weight, None), options.numbers, options.compiled, reduction,
+        ignore_index, save,
+    )  # fmt: skip
 
 
 def _pixelwise_backward(
@@ -106,8 +107,9 @@ def _pixelwise_backward(
 ) -> torch.Tensor:
     """The gradient of the logits under an upstream gradient [] or [N, H, W]."""
     return launch_backward(
-        LOSSES[name], upstream, results, logits, target, (weight, None), options, ignore_index
-    )
+        LOSSES[name], upstream, results, logits, target, (weight, None), options.numbers,
+        options.compiled, ignore_index,
+    )  # fmt: skip
 
 
 def tuning_cases() -> list[TuningCase]:
