@@ -21,7 +21,16 @@ import tritonloss
 from tests.oracle import LAYOUTS, as_layout, check_three_way, segmentation_case
 from tests.test_offsets import far_apart
 from tritonloss import _checks, _pixel_launch, _tuning
-from tritonloss._pixels import Tile, pixel_program
+from tritonloss._pixels import (
+    Tile,
+    class_of,
+    fold_classes,
+    for_classes,
+    nothing_yet,
+    pixel_program,
+    sum_of_lanes,
+    write_gradients,
+)
 from tritonloss._pixelwise_kernels import Options
 from tritonloss.functional import binary_cross_entropy, cross_entropy, focal_loss
 
@@ -330,6 +339,88 @@ def test_images_of_2_to_the_31_pixels(device: torch.device) -> None:
     inside = torch.empty(2, 64, dtype=torch.int32, device=device)
     _program_kernel[(2,)](first, inside, 2**29, 2**25, tile)
     assert first.tolist() == [0, 64] and inside.all()
+
+
+@triton.jit
+def _add_squares(
+    state, values, start, pixel, given, dtype: tl.constexpr, OPTIONS: tl.constexpr,
+    COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    own = for_classes(pixel[1], TILE)
+    total = state[0]
+    for j in tl.static_range(COUNT):
+        z = tl.where(class_of(start, j, TILE) == own, 0.0, tl.maximum(values[j], 0.0))
+        total += z * z
+    return (total,)
+
+
+@triton.jit
+def squares_forward(
+    pixel, view, given, full, dtype: tl.constexpr, OPTIONS: tl.constexpr,
+    CLASSES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    state = (nothing_yet(0.0, dtype, TILE),)
+    state = fold_classes(
+        state, view, pixel, given, full, dtype, _add_squares, OPTIONS, CLASSES, TILE
+    )
+    value = sum_of_lanes(state[0], TILE) * given[2][0]
+    return value, tl.zeros_like(value) + 1.0, ()
+
+
+@triton.jit
+def _squares_slope(
+    factors, value, start, SLOT: tl.constexpr, LEFT: tl.constexpr, given, dtype: tl.constexpr,
+    OPTIONS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    scale, own = factors
+    is_own = class_of(start, SLOT, TILE) == own
+    return tl.where(is_own, 0.0, 2 * scale * tl.maximum(value, 0.0))
+
+
+@triton.jit
+def squares_backward(
+    scale, saved, pixel, view, grad_view, given, full, dtype: tl.constexpr,
+    OPTIONS: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    factors = (for_classes(scale * given[2][0], TILE), for_classes(pixel[1], TILE))
+    write_gradients(
+        factors,
+        view,
+        grad_view,
+        pixel,
+        given,
+        full,
+        dtype,
+        _squares_slope,
+        OPTIONS,
+        CLASSES,
+        TILE,
+    )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_loss_of_ones_own(reduction: str, layout: str, device: torch.device) -> None:
+    """The example in _pixels.py: all that a new loss takes."""
+    squares = _pixel_launch.Loss(
+        "squares", squares_forward, squares_backward, saved=lambda dtype: ()
+    )
+    logits, target = segmentation_case((2, 7, 6, 12), device=device)
+    leaf = as_layout(logits, layout).requires_grad_()
+    valid = target != 255
+    index = torch.arange(7, device=device).view(1, -1, 1, 1)
+    others = torch.where(target[:, None] == index, 0, leaf.clamp(min=0))
+    expected = torch.where(valid, 0.5 * others.square().sum(1), 0)
+    if reduction != "none":
+        expected = expected.sum() / (valid.sum() if reduction == "mean" else 1)
+    upstream = torch.ones_like(expected)
+
+    none, numbers = (None, None), (0.5,)
+    arguments = (leaf.detach(), target, none, numbers, ())
+    results = _pixel_launch.launch_forward(squares, *arguments, reduction, 255, True)
+    gradient = _pixel_launch.launch_backward(squares, upstream, results, *arguments, 255)
+    torch.testing.assert_close(results.loss, expected.detach())
+    torch.testing.assert_close(gradient, *torch.autograd.grad(expected, leaf, upstream))
 
 
 @pytest.mark.gpu
