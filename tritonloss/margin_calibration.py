@@ -9,9 +9,10 @@ margin of class k at a pixel, its score less the best score of the other classes
 
 the two largest scores give every margin of a pixel, and the gradient flows through both.
 
-Bytes per pass, L of logits and T of labels: forward L + T, where the second pass over the classes
-finds them in registers (up to 32 contiguous classes, or 256 in channels_last) or in the cache;
-backward 2 L + T. 8 bytes per pixel are saved (``_margin_kernels.py`` says which, and why).
+Bytes per pass, L of logits and T of labels: forward L + T up to 32 contiguous classes, or 256 in
+channels_last, which the second pass over the classes finds in registers; of more, 2 L + T are read,
+the second L out of the cache as far as it fits there; backward 2 L + T. 8 bytes per pixel are
+saved, 12 for float64 (``_margin_kernels.py`` says which, and why).
 """
 
 from __future__ import annotations
