@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -821,7 +822,13 @@ TARGET = torch.zeros(2, 4, 5, dtype=torch.uint8)
         (focal_loss, {"gamma": -1.0}, ValueError, "gamma must .*got -1.0"),
         (focal_loss, {"gamma": "2"}, TypeError, "gamma must .*'2'"),
         (focal_loss, {"alpha": -0.5}, ValueError, "alpha must .*got -0.5"),
-        (focal_loss, {"alpha": [0.5] * 3}, TypeError, "alpha must .*got list"),
+        (
+            focal_loss,
+            {"alpha": [0.5] * 3},
+            TypeError,
+            r"alpha must be a number in \[0, 1e6\], a .*tensor of shape \(3,\) or None; got list",
+        ),
+        (focal_loss, {"alpha": True}, TypeError, "alpha must be a number .*got True"),
         (focal_loss, {"detach_weight": 1}, TypeError, "detach_weight must .*1"),
     ],
 )
@@ -830,6 +837,50 @@ def test_errors(
 ) -> None:
     with tritonloss.use_backend(backend), pytest.raises(error, match=message):
         loss(LOGITS, TARGET, **options)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "error", "message"),
+    [
+        (tritonloss.CrossEntropyLoss, {"label_smoothing": 2}, ValueError, "label_smoothing must"),
+        (
+            tritonloss.CrossEntropyLoss,
+            {"weight": [1.0]},
+            TypeError,
+            r"weight must .*\(C,\) or None",
+        ),
+        (tritonloss.CrossEntropyLoss, {"reduction": "avg"}, ValueError, "reduction must be"),
+        (
+            tritonloss.BinaryCrossEntropyLoss,
+            {"pos_weight": torch.ones(3, 1)},
+            ValueError,
+            r"pos_weight must .*\(C,\) or None; got float32 of shape \(3, 1\)",
+        ),
+        (tritonloss.BinaryCrossEntropyLoss, {"ignore_index": "x"}, TypeError, "ignore_index must"),
+        (tritonloss.FocalLoss, {"gamma": -1}, ValueError, "gamma must"),
+        (tritonloss.FocalLoss, {"alpha": -0.5}, ValueError, "alpha must .*got -0.5"),
+        (tritonloss.FocalLoss, {"alpha": [0.5]}, TypeError, "alpha must be a number .*got list"),
+        (tritonloss.FocalLoss, {"detach_weight": 1}, TypeError, "detach_weight must"),
+    ],
+)
+def test_errors_of_modules(
+    module: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        module(**options)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_numbers_of_numpy(backend: str) -> None:
+    logits, target = segmentation_case((1, 3, 5, 8), ignore_index=1)
+    kinds = [(float, int)] + [(kind, np.int64) for kind in (np.float32, np.float64)]
+    with tritonloss.use_backend(backend):
+        for loss, name in ((cross_entropy, "label_smoothing"), (focal_loss, "alpha")):
+            values = [
+                loss(logits, target, **{name: real(0.5)}, ignore_index=integer(1))
+                for real, integer in kinds
+            ]
+            assert values[0] == values[1] == values[2]
 
 
 def test_errors_of_shapes_and_labels(loss: Loss) -> None:

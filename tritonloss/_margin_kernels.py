@@ -10,10 +10,11 @@ of mu = margin for the other classes, mu = -margin for the pixel's own, and of a
 
 With u_k the derivatives by the margins, dz_k = u_k - [k = a] sum_{j != a} u_j - [k = b] u_a. The
 sum takes one pass over the classes and the gradient another. Saved are a, b and the sum, 8 bytes
-per pixel, written and read once: 16 bytes of traffic. To find them again, the backward pass would
-have to go through the logits three times instead of once, 2 L more from the cache or the memory,
-and spend 30 instructions more per pixel and class (10 for the top two, 20 for the sum; counted for
-sm_90) on the 18 that the gradient takes. z_a and z_b, which it needs as well, are looked up.
+per pixel (12 for float64), written and read once: 16 bytes of traffic. To find them again, the
+backward pass would have to go through the logits three times instead of once, 2 L more from the
+cache or the memory, and spend 30 instructions more per pixel and class (10 for the top two, 20 for
+the sum; counted for sm_90) on the 18 that the gradient takes. z_a and z_b, which it needs as well,
+are looked up.
 """
 
 from __future__ import annotations
@@ -217,6 +218,8 @@ def margin_forward(
     if OPTIONS.saved:
         own_slope = OPTIONS.own_share * _penalty_slope(own_mu, own_rho, OPTIONS)
         slope = OPTIONS.other_share * slope - tl.where(own_is_best, 0.0, own_slope)
+        # A ramp's slopes hide a NaN, its value does not.
+        slope = tl.where(value == value, slope, value)
     return value, tl.zeros_like(value) + 1.0, (best | (runner_up << 16), slope)
 
 

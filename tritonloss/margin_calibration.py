@@ -234,7 +234,7 @@ def margin_calibrated_loss(
 
         "paper"     log2(1 + 2^-c) for the own class, log2(1 + 2^c) for the others
         "released"  log(1 + e^-c) for the own class, log(1 + e^c) / C for the others: what the
-                    authors' code computes
+                    authors' code computes, a mean over classes in which the own class weighs C
         "margin"    min(1, max(0, 1 - margin / own)) for the own class,
                     min(1, max(0, 1 + margin / other)) for the others: the ramp that the log-loss
                     stands in for
@@ -278,12 +278,7 @@ def margin_calibrated_loss(
     _checks.check_logits(logits)
     _checks.check_target(logits, target)
     _checks.check_classes(logits, 2, 1 << 16)
-    own, other = _checks.check_pair("offsets", offsets)
-    _checks.check_class_weights("offsets.own", own, logits, optional=False)
-    _checks.check_class_weights("offsets.other", other, logits, optional=False)
-    _checks.check_option("variant", variant, VARIANTS)
-    _checks.check_option("reduction", reduction, REDUCTIONS)
-    _checks.check_ignore_index(ignore_index)
+    own, other = _check_options(offsets, variant, ignore_index, reduction, logits)
     _checks.check_labels_in_range(target, logits.size(1), ignore_index)
     if not serves_triton(logits):
         return margin_calibrated_loss_reference(
@@ -298,9 +293,31 @@ def margin_calibrated_loss(
     save = logits.requires_grad and torch.is_grad_enabled()
     own, other = own.detach(), other.detach()
     loss: torch.Tensor = torch.ops.tritonloss.margin_calibrated_forward(
-        logits, target, own, other, variant, reduction, ignore_index, save
-    )[0]
+        logits, target, own, other, variant, reduction,
+        None if ignore_index is None else int(ignore_index), save,
+    )[0]  # fmt: skip
     return loss
+
+
+def _check_options(
+    offsets: tuple[torch.Tensor, torch.Tensor],
+    variant: str,
+    ignore_index: int | None,
+    reduction: str,
+    logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The offsets, if all is right; without ``logits``, for any number of classes."""
+    own, other = _checks.check_pair("offsets", offsets)
+    _checks.check_class_weights("offsets.own", own, logits, optional=False)
+    _checks.check_class_weights("offsets.other", other, logits, optional=False)
+    if own.shape != other.shape:
+        raise ValueError(
+            f"offsets must be of one shape; got {tuple(own.shape)} and {tuple(other.shape)}"
+        )
+    _checks.check_option("variant", variant, VARIANTS)
+    _checks.check_option("reduction", reduction, REDUCTIONS)
+    _checks.check_ignore_index(ignore_index)
+    return own, other
 
 
 # --- module ---------------------------------------------------------------------------------------
@@ -309,7 +326,9 @@ def margin_calibrated_loss(
 class MarginCalibratedLoss(nn.Module):
     """:func:`tritonloss.functional.margin_calibrated_loss` as a module.
 
-    The offsets are buffers: they go with ``.to()`` and into the state_dict.
+    The offsets are buffers, copies of what is given: they go with ``.to()`` and into state_dict().
+    A change of dtype rounds them: under ``.half()`` those below 3e-8 become 0, as the own offsets
+    of a large data set are. Logits of any dtype go with offsets in float32.
 
     Args: the offsets and the keyword arguments of the function, with the same defaults.
 
@@ -333,9 +352,9 @@ class MarginCalibratedLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        own, other = _checks.check_pair("offsets", offsets)
-        self.register_buffer("own", own)
-        self.register_buffer("other", other)
+        own, other = _check_options(offsets, variant, ignore_index, reduction)
+        self.register_buffer("own", own.detach().clone())
+        self.register_buffer("other", other.detach().clone())
         self.variant = variant
         self.ignore_index = ignore_index
         self.reduction = reduction
