@@ -104,6 +104,24 @@ def test_many_classes(device: torch.device) -> None:
     check(as_layout(logits, "channels_last"), target)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.shipped_sizes
+def test_sums_over_many_classes_keep_their_digits(layout: str, device: torch.device) -> None:
+    """Equal scores but for one: every rounding of a running sum goes the same way."""
+    logits = torch.full((1, 1000, 1, 2), -0.3, device=device)
+    logits[:, 0] = 0.0
+    target = torch.zeros(1, 1, 2, dtype=torch.int16, device=device)
+    for variant in ("paper", "released"):
+        options = {"offsets": offsets_for(1000, device), "variant": variant}
+        value, gradient = kernel_gradient(as_layout(logits, layout), target, **options)
+        leaf = logits.double().requires_grad_()
+        with tritonloss.use_backend("reference"):
+            truth = margin_calibrated_loss(leaf, target, **options)
+        torch.testing.assert_close(value.double(), truth.detach(), rtol=2e-6, atol=0)
+        (expected,) = torch.autograd.grad(truth, leaf)
+        torch.testing.assert_close(gradient.double(), expected, rtol=4e-6, atol=0)
+
+
 def test_classes_whose_index_needs_sixteen_bits(device: torch.device) -> None:
     """Two indices share 32 bits: the larger must keep its sign bit to itself."""
     logits = torch.zeros(1, 40000, 1, 2, device=device)

@@ -150,8 +150,10 @@ def _add_penalties(
     largest = for_classes(top, TILE)
     own_class = for_classes(pixel[1], TILE)
     best_class = for_classes(best, TILE)
+    # Summed within the block first, lest sums over many classes lose their last digits.
     linear = tl.zeros_like(penalties)
     rest = tl.zeros_like(penalties)
+    slope = tl.zeros_like(slopes)
     for j in tl.static_range(COUNT):
         index = class_of(start, j, TILE)
         left_out = (index == own_class) | (index == best_class)
@@ -160,7 +162,7 @@ def _add_penalties(
         if OPTIONS.variant == "margin":
             linear += _ramp(mu, rho)
             if OPTIONS.saved:
-                slopes += _penalty_slope(mu, rho, OPTIONS)
+                slope += _penalty_slope(mu, rho, OPTIONS)
         else:
             x = _exponent(mu, rho, OPTIONS)
             t = tl.exp2(-tl.abs(x))
@@ -169,14 +171,14 @@ def _add_penalties(
             rest = tl.fma(rest, t, rest + t)
             if OPTIONS.saved:
                 near = inverse(1.0 + t)
-                slopes += tl.where(x >= 0, near, t * near)
+                slope += tl.where(x >= 0, near, t * near)
     if OPTIONS.variant == "margin":
         penalties += linear
     elif OPTIONS.variant == "paper":
         penalties += linear + log_one_plus(rest) * LOG2_E
     else:
         penalties += linear * LN_2 + log_one_plus(rest)
-    return penalties, slopes, top, second, best, runner_up
+    return penalties, slopes + slope, top, second, best, runner_up
 
 
 @triton.jit
@@ -218,8 +220,9 @@ def margin_forward(
     if OPTIONS.saved:
         own_slope = OPTIONS.own_share * _penalty_slope(own_mu, own_rho, OPTIONS)
         slope = OPTIONS.other_share * slope - tl.where(own_is_best, 0.0, own_slope)
-        # A ramp's slopes hide a NaN, its value does not.
-        slope = tl.where(value == value, slope, value)
+        if OPTIONS.variant == "margin":
+            # A ramp's slopes hide a NaN, its value does not.
+            slope = tl.where(value == value, slope, value)
     return value, tl.zeros_like(value) + 1.0, (best | (runner_up << 16), slope)
 
 

@@ -262,7 +262,11 @@ def launch_forward(
     ignore_index: int | None,
     save: bool,
 ) -> Results:
-    """Loss, and what its backward pass needs if ``save``."""
+    """Loss, and what its backward pass needs if ``save``.
+
+    The device functions get ``tables`` and ``numbers`` as they are; ``options``, a NamedTuple, is
+    what the kernels are compiled for.
+    """
     results = empty_results(loss, logits, reduction, save)
     grid, launch = _launch(loss, f"{loss.name}_forward", logits, target)
     partials = results.scale.new_empty(3, grid[0] if reduction != "none" else 0)

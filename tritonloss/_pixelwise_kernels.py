@@ -70,10 +70,11 @@ def _add_softmax(
     largest = state[0]
     for j in tl.static_range(COUNT):
         largest = tl.maximum(largest, values[j])
-    total = state[1] * tl.exp2((state[0] - largest) * LOG2_E)
-    for j in tl.static_range(COUNT):
+    # Summed within the block first: one sum over a thousand classes would lose its last digits.
+    total = tl.exp2((values[0] - largest) * LOG2_E)
+    for j in tl.static_range(1, COUNT):
         total += tl.exp2((values[j] - largest) * LOG2_E)
-    return largest, total
+    return largest, total + state[1] * tl.exp2((state[0] - largest) * LOG2_E)
 
 
 @triton.jit
@@ -325,7 +326,7 @@ def _add_softplus(
 ):  # fmt: skip
     """Add softplus(z) of the classes that are not the pixel's own."""
     own = for_classes(pixel[1], TILE)
-    # Summed within the block first: one sum over a thousand classes would lose its last digits.
+    # Summed within the block first, as in _add_softmax.
     linear = tl.zeros_like(state[0])
     rest = tl.zeros_like(state[0])
     for j in tl.static_range(COUNT):
