@@ -123,18 +123,27 @@ GOALS: tuple[Goal | CodeGoal, ...] = (
         "peak_delta_MiB",
         at_most=(BASE.shape.elements * 4 + 8 * BASE.shape.pixels) * 1.001 / 2**20,
     ),
-    # The instructions of the prototypes.
+    # Going forward, the penalties take what they took in the prototype. All else: the first that
+    # shipped, and a twentieth. (channels_last has no loop going forward: its classes are held.)
     *(
         CodeGoal(
             text=f"Margin calibration, {text}: instructions per pixel and class",
-            case=SHIPPED[1],
+            case=case,
             kernel=kernel,
             loop=loop,
             at_most=instructions,
         )
-        for text, kernel, loop, instructions in (
-            ("forward, penalties", "_pixelwise_forward_kernel", "penalties", 25.1),
-            ("backward", "_pixelwise_backward_kernel", "classes", 25.8),
+        for text, case, kernel, loop, instructions in (
+            ("top two", SHIPPED[1], "_pixelwise_forward_kernel", "top two", 11.0),
+            ("penalties", SHIPPED[1], "_pixelwise_forward_kernel", "penalties", 25.1),
+            ("backward", SHIPPED[1], "_pixelwise_backward_kernel", "classes", 18.7),
+            (
+                "backward, channels_last",
+                SHIPPED[3],
+                "_pixelwise_backward_kernel",
+                "classes",
+                21.6,
+            ),
         )
     ),
 )

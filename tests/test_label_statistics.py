@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import kernels_reference
 import tritonloss
@@ -94,6 +94,31 @@ def test_stream() -> None:
     assert count_labels([], 3).tolist() == [0, 0, 0]
 
 
+class Streamed(IterableDataset[Tensor]):
+    """Two label maps; a DataLoader over it has no length."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from (torch.tensor([0, 1]), torch.tensor([1, 2]))
+
+
+class Indexed(Dataset[Tensor]):
+    """Two label maps, and the last one for every index beyond."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor([[0, 1], [1, 2]][min(index, 1)])
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_data_sets(progress: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    for labels in (Streamed(), DataLoader(Streamed()), Indexed(), DataLoader(Indexed())):
+        assert count_labels(labels, 3, progress=progress).tolist() == [1, 2, 1]
+    shown = capsys.readouterr().err
+    assert shown.count("2 maps") == shown.count("2 of 2 [####") == (2 if progress else 0)
+
+
 def test_stream_is_not_held() -> None:
     alive: list[int] = []
 
@@ -120,6 +145,9 @@ def test_progress_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     assert "counting labels: 3 of 3 [####" in capsys.readouterr().err
     count_labels(iter(maps), 2, progress=True)
     assert "counting labels: 3 maps" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="labels, map 1, must"):
+        count_labels([maps[0], maps[0] + 7], 2, progress=True)
+    assert capsys.readouterr().err.endswith("\n")
 
 
 def test_labels_outside_are_named_and_counted() -> None:
@@ -146,6 +174,10 @@ def test_wrong_arguments() -> None:
         count_labels([labels, [0]], 2)
     with pytest.raises(TypeError, match="labels must be an integer tensor or an iterable"):
         count_labels(3, 2)
+    with pytest.raises(TypeError, match="labels must be .*got ndarray, of which torch.as_tensor"):
+        count_labels(labels.numpy(), 2)
+    with pytest.raises(TypeError, match="process_group must be a ProcessGroup .*got int"):
+        count_labels(labels, 2, process_group=-100)  # what torch has for a rank outside a group
     with pytest.raises(ValueError, match="num_classes must be .*got 0"):
         count_labels(labels, 0)
     with pytest.raises(TypeError, match="num_classes must be .*2.0"):
@@ -162,23 +194,30 @@ def count_on_one_rank(rank: int, directory: str) -> None:
     group = torch.distributed.group.WORLD
     counts = count_labels(torch.full((3,), rank), 3, process_group=group)
     messages = []
-    for labels in (torch.full((3,), 9 * rank), torch.zeros(1, dtype=torch.int64)):
+
+    def broken() -> Iterator[Tensor]:
+        yield torch.zeros(3, dtype=torch.int64)
+        if rank == 1:
+            raise OSError("a file is missing")
+
+    for labels in (torch.full((3,), 9 * rank), broken(), torch.zeros(1, dtype=torch.int64)):
         try:
             again = count_labels(labels, 3, process_group=group)
-        except ValueError as error:
-            messages.append(str(error))
+        except (ValueError, OSError, RuntimeError) as error:
+            messages.append(f"{type(error).__name__}: {error}")
     torch.save((counts, messages, again), os.path.join(directory, f"{rank}.pt"))
     torch.distributed.destroy_process_group()
 
 
 def test_process_group(tmp_path: Path) -> None:
-    """The counts of all ranks; a label out of range on one of them is an error on all."""
+    """The counts of all ranks; whatever goes wrong on one of them is an error on all."""
     torch.multiprocessing.spawn(count_on_one_rank, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for counts, messages, again in ranks:
         assert counts.tolist() == [3, 3, 0] and again.tolist() == [2, 0, 0]
-        assert len(messages) == 1
-    assert "1 other ranks" in ranks[0][1][0] and "9 (3x)" in ranks[1][1][0]
+        assert len(messages) == 2
+    assert all(m.startswith("RuntimeError: labels must be countable") for m in ranks[0][1])
+    assert "9 (3x)" in ranks[1][1][0] and ranks[1][1][1] == "OSError: a file is missing"
 
 
 def test_offsets_are_the_papers() -> None:
@@ -217,6 +256,13 @@ def test_offsets_of_the_cityscapes_order() -> None:
     assert 1e-4 < offsets.other[0].item() < 1e-3
     assert offsets.other[4].item() > 50 * offsets.other[0].item()
     assert (offsets.own < 1e-7).all()
+
+
+def test_offsets_of_counts_beyond_float64() -> None:
+    """One pixel beside 2^60 of the other class: their difference is 1, and not 0."""
+    offsets = margin_offsets(torch.tensor([2**60, 1]), upsilon=2.0)
+    assert offsets.other[0].item() == pytest.approx(10 / 2**60)
+    assert offsets.own.isfinite().all() and (offsets.own > 0).all()
 
 
 def test_absent_classes_are_warned_of() -> None:

@@ -8,8 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +22,17 @@ import tritonloss
 from tests.oracle import LAYOUTS, as_layout, check_three_way, segmentation_case
 from tests.test_offsets import far_apart
 from tritonloss import _checks, _pixel_launch, _tuning
+from tritonloss._pixels import (
+    Tile,
+    class_of,
+    fold_classes,
+    for_classes,
+    nothing_yet,
+    pixel_program,
+    sum_of_lanes,
+    write_gradients,
+)
+from tritonloss._pixelwise_kernels import Options
 from tritonloss.functional import binary_cross_entropy, cross_entropy, focal_loss
 
 pytestmark = pytest.mark.parity
@@ -216,6 +230,24 @@ def test_many_classes(device: torch.device) -> None:
         check(loss, as_layout(logits, "channels_last"), target)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("value", [0.7, 3.3])
+@pytest.mark.shipped_sizes
+def test_sums_over_many_classes_keep_their_digits(
+    value: float, layout: str, device: torch.device
+) -> None:
+    """Equal logits but for one: every rounding of a running sum goes the same way."""
+    logits = as_layout(torch.full((1, 1000, 1, 2), value, device=device), layout)
+    logits[:, 0] += 1
+    target = torch.zeros(1, 1, 2, dtype=torch.int16, device=device)
+    truth = logits.double()
+    for loss in LOSSES:
+        found, _ = kernel_gradient(loss, logits, target)
+        with tritonloss.use_backend("reference"):
+            expected = loss(truth, target)
+        torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 2, 1, 1), (3, 2, 1, 67), (2, 3, 13, 11), (1, 3, 129, 1), (2, 2, 8, 16)], ids=str
 )
@@ -295,6 +327,104 @@ def test_far_strides_of_labels(axis: int, tmp_path: Path) -> None:
     expected, _ = kernel_gradient(cross_entropy, logits, target)
     value, _ = kernel_gradient(cross_entropy, logits, far_apart(target, axis, tmp_path))
     assert torch.equal(value, expected)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def _program_kernel(first_ptr, inside_ptr, pixels, tiles, TILE: tl.constexpr):
+    _, first, local, inside = pixel_program(pixels, tiles, TILE)
+    tl.store(first_ptr + tl.program_id(0), first)
+    tl.store(inside_ptr + tl.program_id(0) * TILE.pixels + local, inside.to(tl.int32))
+
+
+def test_images_of_2_to_the_31_pixels(device: torch.device) -> None:
+    """Their number fits 32 bits in grains alone."""
+    tile = Tile(pixels=64, lanes=1, unroll=1, grain=4, flat=True)
+    first = torch.empty(2, dtype=torch.int64, device=device)
+    inside = torch.empty(2, 64, dtype=torch.int32, device=device)
+    _program_kernel[(2,)](first, inside, 2**29, 2**25, tile)
+    assert first.tolist() == [0, 64] and inside.all()
+
+
+@triton.jit
+def _add_squares(
+    state, values, start, pixel, given, dtype: tl.constexpr, OPTIONS: tl.constexpr,
+    COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    own = for_classes(pixel[1], TILE)
+    total = state[0]
+    for j in tl.static_range(COUNT):
+        z = tl.where(class_of(start, j, TILE) == own, 0.0, tl.maximum(values[j], 0.0))
+        total += z * z
+    return (total,)
+
+
+@triton.jit
+def squares_forward(
+    pixel, view, given, full, dtype: tl.constexpr, OPTIONS: tl.constexpr,
+    CLASSES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    state = (nothing_yet(0.0, dtype, TILE),)
+    state = fold_classes(
+        state, view, pixel, given, full, dtype, _add_squares, OPTIONS, CLASSES, TILE
+    )
+    value = sum_of_lanes(state[0], TILE) * given[2][0]
+    return value, tl.zeros_like(value) + 1.0, ()
+
+
+@triton.jit
+def _squares_slope(
+    factors, value, start, SLOT: tl.constexpr, LEFT: tl.constexpr, given, dtype: tl.constexpr,
+    OPTIONS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    scale, own = factors
+    is_own = class_of(start, SLOT, TILE) == own
+    return tl.where(is_own, 0.0, 2 * scale * tl.maximum(value, 0.0))
+
+
+@triton.jit
+def squares_backward(
+    scale, saved, pixel, view, grad_view, given, full, dtype: tl.constexpr,
+    OPTIONS: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    factors = (for_classes(scale * given[2][0], TILE), for_classes(pixel[1], TILE))
+    write_gradients(
+        factors,
+        view,
+        grad_view,
+        pixel,
+        given,
+        full,
+        dtype,
+        _squares_slope,
+        OPTIONS,
+        CLASSES,
+        TILE,
+    )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_loss_of_ones_own(reduction: str, layout: str, device: torch.device) -> None:
+    """The example in _pixels.py: all that a new loss takes."""
+    squares = _pixel_launch.Loss(
+        "squares", squares_forward, squares_backward, saved=lambda dtype: ()
+    )
+    logits, target = segmentation_case((2, 7, 6, 12), device=device)
+    leaf = as_layout(logits, layout).requires_grad_()
+    valid = target != 255
+    index = torch.arange(7, device=device).view(1, -1, 1, 1)
+    others = torch.where(target[:, None] == index, 0, leaf.clamp(min=0))
+    expected = torch.where(valid, 0.5 * others.square().sum(1), 0)
+    if reduction != "none":
+        expected = expected.sum() / (valid.sum() if reduction == "mean" else 1)
+    upstream = torch.ones_like(expected)
+
+    none, numbers = (None, None), (0.5,)
+    arguments = (leaf.detach(), target, none, numbers, ())
+    results = _pixel_launch.launch_forward(squares, *arguments, reduction, 255, True)
+    gradient = _pixel_launch.launch_backward(squares, upstream, results, *arguments, 255)
+    torch.testing.assert_close(results.loss, expected.detach())
+    torch.testing.assert_close(gradient, *torch.autograd.grad(expected, leaf, upstream))
 
 
 @pytest.mark.gpu
@@ -483,6 +613,27 @@ def test_focal_loss_of_certain_pixels(gamma: float, device: torch.device) -> Non
         check(focal_loss, logits, target, gamma=gamma)
         value, gradient = kernel_gradient(focal_loss, logits, target, gamma=gamma)
         assert value.isfinite() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("gap", [0.5, 3.4, 3.5, 4.0, 5.0])
+def test_focal_loss_in_float64(gap: float, device: torch.device) -> None:
+    """1 - p by its series, where p is nearly 1, and by a difference elsewhere."""
+    logits = torch.tensor([gap, 0.0], dtype=torch.float64, device=device).view(1, 2, 1, 1)
+    target = torch.zeros(1, 1, 1, dtype=torch.uint8, device=device)
+    value, gradient = kernel_gradient(focal_loss, logits, target)
+    entropy = F.softplus(torch.tensor(-gap, dtype=torch.float64))
+    q, p = -torch.expm1(-entropy), torch.exp(-entropy)
+    slope = q * (q * q + 2 * p * q * entropy)
+    tight = {"rtol": 1e-12, "atol": 0.0}
+    torch.testing.assert_close(value.cpu(), q * q * entropy, **tight)
+    torch.testing.assert_close(gradient.flatten().cpu(), torch.stack((-slope, slope)), **tight)
+
+
+def test_new_values_of_options_compile_nothing() -> None:
+    first = Options(weighted=True, smoothing=0.1, gamma=0.5, detached=False)
+    assert first._replace(smoothing=0.2, gamma=3.5).compiled == first.compiled
+    for change in ({"smoothing": 0.0}, {"gamma": 1.0}, {"gamma": 2.0}, {"weighted": False}):
+        assert first._replace(**change).compiled != first.compiled
 
 
 @pytest.mark.parametrize(("loss", "options"), [(loss, {}) for loss in LOSSES] + OPTIONS, ids=str)
@@ -674,7 +825,13 @@ TARGET = torch.zeros(2, 4, 5, dtype=torch.uint8)
         (focal_loss, {"gamma": -1.0}, ValueError, "gamma must .*got -1.0"),
         (focal_loss, {"gamma": "2"}, TypeError, "gamma must .*'2'"),
         (focal_loss, {"alpha": -0.5}, ValueError, "alpha must .*got -0.5"),
-        (focal_loss, {"alpha": [0.5] * 3}, TypeError, "alpha must .*got list"),
+        (
+            focal_loss,
+            {"alpha": [0.5] * 3},
+            TypeError,
+            r"alpha must be a number in \[0, 1e6\], a .*tensor of shape \(3,\) or None; got list",
+        ),
+        (focal_loss, {"alpha": True}, TypeError, "alpha must be a number .*got True"),
         (focal_loss, {"detach_weight": 1}, TypeError, "detach_weight must .*1"),
     ],
 )
@@ -683,6 +840,50 @@ def test_errors(
 ) -> None:
     with tritonloss.use_backend(backend), pytest.raises(error, match=message):
         loss(LOGITS, TARGET, **options)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "error", "message"),
+    [
+        (tritonloss.CrossEntropyLoss, {"label_smoothing": 2}, ValueError, "label_smoothing must"),
+        (
+            tritonloss.CrossEntropyLoss,
+            {"weight": [1.0]},
+            TypeError,
+            r"weight must .*\(C,\) or None",
+        ),
+        (tritonloss.CrossEntropyLoss, {"reduction": "avg"}, ValueError, "reduction must be"),
+        (
+            tritonloss.BinaryCrossEntropyLoss,
+            {"pos_weight": torch.ones(3, 1)},
+            ValueError,
+            r"pos_weight must .*\(C,\) or None; got float32 of shape \(3, 1\)",
+        ),
+        (tritonloss.BinaryCrossEntropyLoss, {"ignore_index": "x"}, TypeError, "ignore_index must"),
+        (tritonloss.FocalLoss, {"gamma": -1}, ValueError, "gamma must"),
+        (tritonloss.FocalLoss, {"alpha": -0.5}, ValueError, "alpha must .*got -0.5"),
+        (tritonloss.FocalLoss, {"alpha": [0.5]}, TypeError, "alpha must be a number .*got list"),
+        (tritonloss.FocalLoss, {"detach_weight": 1}, TypeError, "detach_weight must"),
+    ],
+)
+def test_errors_of_modules(
+    module: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        module(**options)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_numbers_of_numpy(backend: str) -> None:
+    logits, target = segmentation_case((1, 3, 5, 8), ignore_index=1)
+    kinds = [(float, int)] + [(kind, np.int64) for kind in (np.float32, np.float64)]
+    with tritonloss.use_backend(backend):
+        for loss, name in ((cross_entropy, "label_smoothing"), (focal_loss, "alpha")):
+            values = [
+                loss(logits, target, **{name: real(0.5)}, ignore_index=integer(1))
+                for real, integer in kinds
+            ]
+            assert values[0] == values[1] == values[2]
 
 
 def test_errors_of_shapes_and_labels(loss: Loss) -> None:

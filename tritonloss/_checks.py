@@ -6,6 +6,7 @@ dtypes, ValueError for values and shapes.
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Sequence
 
@@ -126,10 +127,20 @@ def check_classes(logits: torch.Tensor, low: int, high: int) -> None:
 
 
 def check_class_weights(
-    name: str, weight: torch.Tensor | None, logits: torch.Tensor, *, optional: bool = True
+    name: str,
+    weight: torch.Tensor | None,
+    logits: torch.Tensor | None,
+    *,
+    optional: bool = True,
+    or_number: str = "",
 ) -> None:
-    """``weight`` must hold a floating-point number for each class, or be None if it may."""
-    accepted = f"{name} must be a floating-point tensor of shape ({logits.shape[1]},)"
+    """``weight`` must hold a floating-point number for each class, or be None if it may.
+
+    Without ``logits`` there may be any number of classes. ``or_number`` names what else the
+    argument may be, for the message: a number that the caller has looked at.
+    """
+    classes = "C" if logits is None else logits.shape[1]
+    accepted = f"{name} must be {or_number}a floating-point tensor of shape ({classes},)"
     if optional:
         accepted += " or None"
         if weight is None:
@@ -138,9 +149,10 @@ def check_class_weights(
         raise TypeError(f"{accepted}; got {_type(weight)}")
     if weight.dtype not in _FLOATING:
         raise TypeError(f"{accepted}; got {described(weight)}")
-    if weight.dim() != 1 or weight.shape[0] != logits.shape[1]:
+    if weight.dim() != 1 or (logits is not None and weight.shape[0] != logits.shape[1]):
         raise ValueError(f"{accepted}; got {described(weight)}")
-    _check_device(logits, "logits", weight, name)
+    if logits is not None:
+        _check_device(logits, "logits", weight, name)
 
 
 def check_window_size(window_size: int, name: str = "window_size") -> None:
@@ -229,7 +241,7 @@ def check_pair(name: str, pair: object) -> tuple[torch.Tensor, torch.Tensor]:
 def check_range(name: str, value: float, low: float, high: float, *, interval: str = "[]") -> None:
     """``value`` must be a number from ``low`` to ``high``; a round bracket leaves that end out."""
     accepted = f"{name} must be a number in {interval[0]}{low}, {high}{interval[1]}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{accepted}; got {_value(value)}")
     above = value > low if interval[0] == "(" else value >= low
     below = value < high if interval[1] == ")" else value <= high
@@ -248,7 +260,7 @@ def _check_device(
 
 
 def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, (int, numbers.Integral)) and not isinstance(value, bool)
 
 
 def _type(value: object) -> str:

@@ -10,10 +10,11 @@ of mu = margin for the other classes, mu = -margin for the pixel's own, and of a
 
 With u_k the derivatives by the margins, dz_k = u_k - [k = a] sum_{j != a} u_j - [k = b] u_a. The
 sum takes one pass over the classes and the gradient another. Saved are a, b and the sum, 8 bytes
-per pixel, written and read once: 16 bytes of traffic. To find them again, the backward pass would
-have to go through the logits three times instead of once, 2 L more from the cache or the memory,
-and spend 30 instructions more per pixel and class (10 for the top two, 20 for the sum; counted for
-sm_90) on the 18 that the gradient takes. z_a and z_b, which it needs as well, are looked up.
+per pixel (12 for float64), written and read once: 16 bytes of traffic. To find them again, the
+backward pass would have to go through the logits three times instead of once, 2 L more from the
+cache or the memory, and spend 30 instructions more per pixel and class (10 for the top two, 20 for
+the sum; counted for sm_90) on the 18 that the gradient takes. z_a and z_b, which it needs as well,
+are looked up.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _penalty_slope(mu, rho, OPTIONS: tl.constexpr):
 
 @triton.jit
 def _add_to_top_two(
-    state, values, start, pixel, tables, dtype: tl.constexpr, OPTIONS: tl.constexpr,
+    state, values, start, pixel, given, dtype: tl.constexpr, OPTIONS: tl.constexpr,
     COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """(largest, next, class of the largest, class of the next) with a block of classes."""
@@ -137,7 +138,7 @@ def _top_two_of_lanes(state, dtype: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _add_penalties(
-    state, values, start, pixel, tables, dtype: tl.constexpr, OPTIONS: tl.constexpr,
+    state, values, start, pixel, given, dtype: tl.constexpr, OPTIONS: tl.constexpr,
     COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Add penalties and slopes of the classes that are neither the pixel's own nor its best.
@@ -149,17 +150,19 @@ def _add_penalties(
     largest = for_classes(top, TILE)
     own_class = for_classes(pixel[1], TILE)
     best_class = for_classes(best, TILE)
+    # Summed within the block first, lest sums over many classes lose their last digits.
     linear = tl.zeros_like(penalties)
     rest = tl.zeros_like(penalties)
+    slope = tl.zeros_like(slopes)
     for j in tl.static_range(COUNT):
         index = class_of(start, j, TILE)
         left_out = (index == own_class) | (index == best_class)
         mu = tl.where(left_out, float("-inf"), values[j] - largest)
-        rho = load_table(tables[1], start, j, LEFT, dtype, TILE)
+        rho = load_table(given[1], start, j, LEFT, dtype, TILE)
         if OPTIONS.variant == "margin":
             linear += _ramp(mu, rho)
             if OPTIONS.saved:
-                slopes += _penalty_slope(mu, rho, OPTIONS)
+                slope += _penalty_slope(mu, rho, OPTIONS)
         else:
             x = _exponent(mu, rho, OPTIONS)
             t = tl.exp2(-tl.abs(x))
@@ -168,14 +171,14 @@ def _add_penalties(
             rest = tl.fma(rest, t, rest + t)
             if OPTIONS.saved:
                 near = inverse(1.0 + t)
-                slopes += tl.where(x >= 0, near, t * near)
+                slope += tl.where(x >= 0, near, t * near)
     if OPTIONS.variant == "margin":
         penalties += linear
     elif OPTIONS.variant == "paper":
         penalties += linear + log_one_plus(rest) * LOG2_E
     else:
         penalties += linear * LN_2 + log_one_plus(rest)
-    return penalties, slopes, top, second, best, runner_up
+    return penalties, slopes + slope, top, second, best, runner_up
 
 
 @triton.jit
@@ -189,7 +192,7 @@ def _table_of_pixels(table, index, dtype: tl.constexpr):
 
 @triton.jit
 def margin_forward(
-    pixel, view, tables, full, dtype: tl.constexpr, OPTIONS: tl.constexpr, CLASSES: tl.constexpr,
+    pixel, view, given, full, dtype: tl.constexpr, OPTIONS: tl.constexpr, CLASSES: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """The sum of all classes' penalties; saved: a and b in 16 bits each, sum of u_j for j != a."""
@@ -197,7 +200,7 @@ def margin_forward(
     no_class = nothing_yet(0, tl.int32, TILE)
     state = (nothing, nothing, no_class, no_class)
     state = fold_classes_twice(
-        state, view, pixel, tables, full, dtype, _add_to_top_two, _add_penalties,
+        state, view, pixel, given, full, dtype, _add_to_top_two, _add_penalties,
         _top_two_of_lanes, OPTIONS, CLASSES, TILE,
     )  # fmt: skip
     others, slopes, largest, second, best, runner_up = state
@@ -207,9 +210,9 @@ def margin_forward(
     own_is_best = own == best
     score = load_class(view, own, own >= 0, dtype, TILE)
     own_mu = tl.where(own_is_best, second - largest, largest - score)
-    own_rho = _table_of_pixels(tables[0], own, dtype)
+    own_rho = _table_of_pixels(given[0], own, dtype)
     best_mu = largest - second
-    best_rho = _table_of_pixels(tables[1], best, dtype)
+    best_rho = _table_of_pixels(given[1], best, dtype)
     others += tl.where(own_is_best, 0.0, _penalty(best_mu, best_rho, OPTIONS))
     value = OPTIONS.own_share * _penalty(own_mu, own_rho, OPTIONS) + OPTIONS.other_share * others
 
@@ -217,18 +220,21 @@ def margin_forward(
     if OPTIONS.saved:
         own_slope = OPTIONS.own_share * _penalty_slope(own_mu, own_rho, OPTIONS)
         slope = OPTIONS.other_share * slope - tl.where(own_is_best, 0.0, own_slope)
+        if OPTIONS.variant == "margin":
+            # A ramp's slopes hide a NaN, its value does not.
+            slope = tl.where(value == value, slope, value)
     return value, tl.zeros_like(value) + 1.0, (best | (runner_up << 16), slope)
 
 
 @triton.jit
 def _margin_slope(
-    factors, value, start, SLOT: tl.constexpr, LEFT: tl.constexpr, tables, dtype: tl.constexpr,
+    factors, value, start, SLOT: tl.constexpr, LEFT: tl.constexpr, given, dtype: tl.constexpr,
     OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """u_k, with what the largest and the next score receive from the others."""
     largest, own, best, runner_up, other_share, of_own, of_best, of_runner_up = factors
     index = class_of(start, SLOT, TILE)
-    rho = load_table(tables[1], start, SLOT, LEFT, dtype, TILE)
+    rho = load_table(given[1], start, SLOT, LEFT, dtype, TILE)
     gradient = _penalty_slope(value - largest, rho, OPTIONS) * other_share
     gradient = tl.where(index == own, of_own, gradient)
     gradient = tl.where(index == best, of_best, gradient)
@@ -237,7 +243,7 @@ def _margin_slope(
 
 @triton.jit
 def margin_backward(
-    scale, saved, pixel, view, grad_view, tables, full, dtype: tl.constexpr,
+    scale, saved, pixel, view, grad_view, given, full, dtype: tl.constexpr,
     OPTIONS: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """u_k - [k = a] sum_{j != a} u_j - [k = b] u_a."""
@@ -250,9 +256,9 @@ def margin_backward(
 
     own_is_best = own == best
     own_mu = tl.where(own_is_best, second - largest, largest - score)
-    own_rho = _table_of_pixels(tables[0], own, dtype)
+    own_rho = _table_of_pixels(given[0], own, dtype)
     of_own = -scale * OPTIONS.own_share * _penalty_slope(own_mu, own_rho, OPTIONS)
-    best_rho = _table_of_pixels(tables[1], best, dtype)
+    best_rho = _table_of_pixels(given[1], best, dtype)
     best_slope = _penalty_slope(largest - second, best_rho, OPTIONS)
     other_share = scale * OPTIONS.other_share
     u_best = tl.where(own_is_best, of_own, other_share * best_slope)
@@ -268,5 +274,5 @@ def margin_backward(
         for_classes(u_best, TILE),
     )
     write_gradients(
-        factors, view, grad_view, pixel, tables, full, dtype, _margin_slope, OPTIONS, CLASSES, TILE
+        factors, view, grad_view, pixel, given, full, dtype, _margin_slope, OPTIONS, CLASSES, TILE
     )

@@ -62,6 +62,7 @@ def _pixelwise_forward_kernel(
     values_ptr,  # [N, H, W]: the loss of every pixel, unless REDUCED
     partials_ptr,  # [3, programs]: sums of values, of weights, of valid pixels, if REDUCED
     saved_ptrs,  # up to two maps [N, H, W] for the backward pass
+    numbers,  # the loss's own
     logits_strides,
     target_strides,
     pixels,  # of an image, in grains
@@ -86,9 +87,9 @@ def _pixelwise_forward_kernel(
         TILE,
     )  # fmt: skip
     view = map_view(logits_ptr, logits_strides, image, first, local, width, TILE)
-    tables = (own_ptr, other_ptr)
+    given = (own_ptr, other_ptr, numbers)
 
-    value, weight, saved = FORWARD(pixel, view, tables, full, dtype, OPTIONS, CLASSES, TILE)
+    value, weight, saved = FORWARD(pixel, view, given, full, dtype, OPTIONS, CLASSES, TILE)
 
     valid = pixel[0] >= 0
     value = tl.where(valid, value, 0.0)
@@ -161,6 +162,7 @@ def _pixelwise_backward_kernel(
     other_ptr,  # [C]
     saved_ptrs,  # up to two maps [N, H, W]
     grad_ptr,  # [N, C, H, W]
+    numbers,
     upstream_strides,
     logits_strides,
     target_strides,
@@ -201,9 +203,9 @@ def _pixelwise_backward_kernel(
         scale = scale * tl.load(upstream, mask=inside, other=0.0).to(dtype)
     scale = tl.where(pixel[0] >= 0, scale, 0.0)
 
+    given = (own_ptr, other_ptr, numbers)
     BACKWARD(
-        scale, saved, pixel, view, grad_view, (own_ptr, other_ptr), full, dtype, OPTIONS, CLASSES,
-        TILE,
+        scale, saved, pixel, view, grad_view, given, full, dtype, OPTIONS, CLASSES, TILE
     )  # fmt: skip
 
 
@@ -257,12 +259,17 @@ def launch_forward(
     logits: torch.Tensor,
     target: torch.Tensor,
     tables: tuple[torch.Tensor | None, torch.Tensor | None],
+    numbers: tuple[float, ...],
     options: Any,
     reduction: str,
     ignore_index: int | None,
     save: bool,
 ) -> Results:
-    """Loss, and what its backward pass needs if ``save``."""
+    """Loss, and what its backward pass needs if ``save``.
+
+    The device functions get ``tables`` and ``numbers`` as they are; ``options``, a NamedTuple, is
+    what the kernels are compiled for.
+    """
     results = empty_results(loss, logits, reduction, save)
     grid, launch = _launch(loss, f"{loss.name}_forward", logits, target)
     partials = results.scale.new_empty(3, grid[0] if reduction != "none" else 0)
@@ -275,6 +282,7 @@ def launch_forward(
             values_ptr=results.loss,
             partials_ptr=partials,
             saved_ptrs=(results.first, results.second),
+            numbers=numbers,
             logits_strides=_strides(logits, launch["TILE"]),
             target_strides=_strides(target, launch["TILE"]),
             programs=grid[0],
@@ -326,6 +334,7 @@ def launch_backward(
     logits: torch.Tensor,
     target: torch.Tensor,
     tables: tuple[torch.Tensor | None, torch.Tensor | None],
+    numbers: tuple[float, ...],
     options: Any,
     ignore_index: int | None,
 ) -> torch.Tensor:
@@ -342,6 +351,7 @@ def launch_backward(
             own_ptr=_given(tables[0], logits),
             other_ptr=_given(tables[1], logits),
             saved_ptrs=(results.first, results.second),
+            numbers=numbers,
             grad_ptr=grad_logits,
             upstream_strides=(0, 0, 0) if reduced else upstream.stride(),
             logits_strides=_strides(logits, launch["TILE"]),

@@ -8,21 +8,73 @@ that the label of a pixel is handled once and no sum ever leaves a warp:
 - channels_last logits: neighbouring addresses are classes. A few lanes share a pixel, each with
   every ``Tile.lanes``-th class; what they find is joined once per pixel: tiles [pixels, lanes].
 
-A **pixelwise loss is a pair of device functions**; the two kernels of ``_pixel_launch.py`` do
-all the rest.
+A **pixelwise loss is a pair of device functions**, each with a callback for a block of classes; the
+two kernels of ``_pixel_launch.py`` do all the rest. Here is one, w sum of max(0, z_k)^2 over the
+classes that are not the pixel's own (tests/test_pixelwise.py runs it):
 
     @triton.jit
-    def my_loss_forward(pixel, view, tables, full, dtype, OPTIONS, CLASSES, TILE):
-        state = fold_classes((start values), view, pixel, tables, full, dtype, ADD, ...)
-        return value, weight, saved     # [pixels] each; saved: a tuple of at most two
+    def _add_squares(
+        state, values, start, pixel, given, dtype: tl.constexpr, OPTIONS: tl.constexpr,
+        COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr,
+    ):
+        own = for_classes(pixel[1], TILE)
+        total = state[0]
+        for j in tl.static_range(COUNT):
+            z = tl.where(class_of(start, j, TILE) == own, 0.0, tl.maximum(values[j], 0.0))
+            total += z * z
+        return (total,)
 
     @triton.jit
-    def my_loss_backward(scale, saved, pixel, view, grad_view, tables, full, dtype, ...):
-        write_gradients((what a class needs), view, grad_view, pixel, tables, ..., SLOPE, ...)
+    def squares_forward(
+        pixel, view, given, full, dtype: tl.constexpr, OPTIONS: tl.constexpr,
+        CLASSES: tl.constexpr, TILE: tl.constexpr,
+    ):
+        state = (nothing_yet(0.0, dtype, TILE),)
+        state = fold_classes(
+            state, view, pixel, given, full, dtype, _add_squares, OPTIONS, CLASSES, TILE
+        )
+        value = sum_of_lanes(state[0], TILE) * given[2][0]
+        return value, tl.zeros_like(value) + 1.0, ()
 
-``ADD`` adds a block of classes to the state, ``SLOPE`` turns one class's logit into its gradient.
-``weight`` is what the mean divides by the sum of. Values at pixels that are not valid may be
-anything: the kernels select. ``_pixelwise_kernels.py`` has three such pairs to copy from.
+    @triton.jit
+    def _squares_slope(
+        factors, value, start, SLOT: tl.constexpr, LEFT: tl.constexpr, given, dtype: tl.constexpr,
+        OPTIONS: tl.constexpr, TILE: tl.constexpr,
+    ):
+        scale, own = factors
+        is_own = class_of(start, SLOT, TILE) == own
+        return tl.where(is_own, 0.0, 2 * scale * tl.maximum(value, 0.0))
+
+    @triton.jit
+    def squares_backward(
+        scale, saved, pixel, view, grad_view, given, full, dtype: tl.constexpr,
+        OPTIONS: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
+    ):
+        factors = (for_classes(scale * given[2][0], TILE), for_classes(pixel[1], TILE))
+        write_gradients(
+            factors, view, grad_view, pixel, given, full, dtype, _squares_slope, OPTIONS, CLASSES,
+            TILE,
+        )
+
+    SQUARES = Loss("squares", squares_forward, squares_backward, saved=lambda dtype: ())
+
+- ``pixel`` is (label, own, inside), ``_load_pixel`` says what they are. Values at pixels that are
+  not valid may be anything: the kernels select.
+- ``values`` holds COUNT slots of logits, [pixels] each, or [pixels, lanes]; -inf where a lane has
+  no class left (the last LEFT classes need not fill a block). A value of each pixel goes beside
+  them with ``for_classes``, a number of each class with ``load_table``; a state, a tuple that
+  begins with ``nothing_yet``, becomes one value per pixel with ``..._of_lanes``.
+- ``given`` is (own table, other table, numbers): what the launchers were given beside the logits,
+  two tables [C] that may be None and numbers that no kernel is compiled for. OPTIONS is a
+  NamedTuple of what kernels are compiled for.
+- The forward returns (value, weight, saved), [pixels] each: the mean divides by the sum of the
+  weights; ``saved`` are up to two values of the dtypes that ``Loss.saved`` names, which the
+  backward gets back. ``scale`` is what the gradient of a pixel's value is multiplied by.
+- Two passes over the classes: ``fold_classes_twice``, whose JOIN(state, dtype, TILE) turns the
+  state of the first pass into that of the second; ``Loss.held`` and ``_margin_kernels.py``.
+- Then ``launch_forward(SQUARES, ...)`` and ``launch_backward`` are the launchers; operator, fake,
+  gradient and function around them are as in ``pixelwise.py``. A loss whose options are those of
+  its ``Options`` needs only an entry in its ``LOSSES``, and the function.
 """
 
 from __future__ import annotations
@@ -55,7 +107,7 @@ def pixel_program(pixels, tiles, TILE: tl.constexpr):
     image = (program // tiles).to(tl.int64)
     first = (program % tiles).to(tl.int64) * PIXELS
     local = tl.arange(0, PIXELS)
-    inside = first + local < pixels * GRAIN
+    inside = first + local < pixels.to(tl.int64) * GRAIN
     return image, first, local, inside
 
 
@@ -240,10 +292,10 @@ def load_class(view, index, exists, dtype: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def fold_classes(
-    state, view, pixel, tables, full, dtype: tl.constexpr, ADD: tl.constexpr,
+    state, view, pixel, given, full, dtype: tl.constexpr, ADD: tl.constexpr,
     OPTIONS: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The state after ADD(state, values, start, pixel, tables, dtype, ...) of all blocks in turn.
+    """The state after ADD(state, values, start, pixel, given, dtype, ...) of all blocks in turn.
 
     ``full`` is the number of classes in the blocks before the last, known at run time only, so that
     the loop over them stays one.
@@ -257,17 +309,15 @@ def fold_classes(
     if FULL > 0:
         for start in tl.range(0, full, STEP):
             values = load_block((pointer, offsets, stride), inside, dtype, TILE.unroll, STEP, TILE)
-            state = ADD(
-                state, values, start, pixel, tables, dtype, OPTIONS, TILE.unroll, STEP, TILE
-            )
+            state = ADD(state, values, start, pixel, given, dtype, OPTIONS, TILE.unroll, STEP, TILE)
             pointer += STEP * stride
     values = load_block((pointer, offsets, stride), inside, dtype, COUNT, LEFT, TILE)
-    return ADD(state, values, FULL, pixel, tables, dtype, OPTIONS, COUNT, LEFT, TILE)
+    return ADD(state, values, FULL, pixel, given, dtype, OPTIONS, COUNT, LEFT, TILE)
 
 
 @triton.jit
 def fold_classes_twice(
-    first, view, pixel, tables, full, dtype: tl.constexpr, ADD_FIRST: tl.constexpr,
+    first, view, pixel, given, full, dtype: tl.constexpr, ADD_FIRST: tl.constexpr,
     ADD_SECOND: tl.constexpr, JOIN: tl.constexpr, OPTIONS: tl.constexpr, CLASSES: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
@@ -279,30 +329,30 @@ def fold_classes_twice(
     if CLASSES <= TILE.unroll * TILE.lanes:
         COUNT: tl.constexpr = (CLASSES + TILE.lanes - 1) // TILE.lanes
         values = load_block(view, pixel[2], dtype, COUNT, CLASSES, TILE)
-        first = ADD_FIRST(first, values, 0, pixel, tables, dtype, OPTIONS, COUNT, CLASSES, TILE)
+        first = ADD_FIRST(first, values, 0, pixel, given, dtype, OPTIONS, COUNT, CLASSES, TILE)
         second = JOIN(first, dtype, TILE)
-        second = ADD_SECOND(second, values, 0, pixel, tables, dtype, OPTIONS, COUNT, CLASSES, TILE)
+        second = ADD_SECOND(second, values, 0, pixel, given, dtype, OPTIONS, COUNT, CLASSES, TILE)
     else:
         first = fold_classes(
-            first, view, pixel, tables, full, dtype, ADD_FIRST, OPTIONS, CLASSES, TILE
+            first, view, pixel, given, full, dtype, ADD_FIRST, OPTIONS, CLASSES, TILE
         )
         second = JOIN(first, dtype, TILE)
         second = fold_classes(
-            second, view, pixel, tables, full, dtype, ADD_SECOND, OPTIONS, CLASSES, TILE
+            second, view, pixel, given, full, dtype, ADD_SECOND, OPTIONS, CLASSES, TILE
         )
     return second
 
 
 @triton.jit
 def _write_block(
-    factors, view, grad_view, start, pixel, tables, dtype: tl.constexpr, SLOPE: tl.constexpr,
+    factors, view, grad_view, start, pixel, given, dtype: tl.constexpr, SLOPE: tl.constexpr,
     OPTIONS: tl.constexpr, COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     inside = pixel[2]
     valid = for_classes(pixel[0] >= 0, TILE)
     values = load_block(view, inside, dtype, COUNT, LEFT, TILE)
     for j in tl.static_range(COUNT):
-        gradient = SLOPE(factors, values[j], start, j, LEFT, tables, dtype, OPTIONS, TILE)
+        gradient = SLOPE(factors, values[j], start, j, LEFT, given, dtype, OPTIONS, TILE)
         # Selected, not multiplied by 0: an ignored pixel may hold an infinity.
         gradient = tl.where(valid, gradient, 0.0)
         tl.store(slot_pointers(grad_view, j, TILE), gradient, mask=slot_mask(inside, j, LEFT, TILE))
@@ -310,10 +360,10 @@ def _write_block(
 
 @triton.jit
 def write_gradients(
-    factors, view, grad_view, pixel, tables, full, dtype: tl.constexpr, SLOPE: tl.constexpr,
+    factors, view, grad_view, pixel, given, full, dtype: tl.constexpr, SLOPE: tl.constexpr,
     OPTIONS: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Store SLOPE(factors, values, start, slot, left, tables, dtype, ...) of every class."""
+    """Store SLOPE(factors, values, start, slot, left, given, dtype, ...) of every class."""
     STEP: tl.constexpr = TILE.unroll * TILE.lanes
     FULL: tl.constexpr = (CLASSES - 1) // STEP * STEP
     LEFT: tl.constexpr = CLASSES - FULL  # at least one, at most a whole block
@@ -324,11 +374,11 @@ def write_gradients(
         for start in tl.range(0, full, STEP):
             _write_block(
                 factors, (pointer, offsets, stride), (grad_pointer, grad_offsets, grad_stride),
-                start, pixel, tables, dtype, SLOPE, OPTIONS, TILE.unroll, STEP, TILE,
+                start, pixel, given, dtype, SLOPE, OPTIONS, TILE.unroll, STEP, TILE,
             )  # fmt: skip
             pointer += STEP * stride
             grad_pointer += STEP * grad_stride
     _write_block(
         factors, (pointer, offsets, stride), (grad_pointer, grad_offsets, grad_stride), FULL, pixel,
-        tables, dtype, SLOPE, OPTIONS, COUNT, LEFT, TILE,
+        given, dtype, SLOPE, OPTIONS, COUNT, LEFT, TILE,
     )  # fmt: skip

@@ -30,12 +30,32 @@ _LOWEST = tl.constexpr(-3.0e38)
 
 
 class Options(NamedTuple):
-    """The options of a pixelwise loss; known when a kernel is compiled."""
+    """The options of a pixelwise loss."""
 
     weighted: bool  # a weight for every class, in the table of own classes
     smoothing: float  # of the labels of the cross entropy
     gamma: float  # the exponent of the focal loss
     detached: bool  # the focal weight carries no gradient
+
+    @property
+    def compiled(self) -> Compiled:
+        """What of them a kernel is compiled for."""
+        power = int(self.gamma) if self.gamma in (0, 1, 2) else -1
+        return Compiled(self.weighted, self.smoothing != 0, power, self.detached)
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """What of them reaches a kernel at run time: a new value is no reason to compile."""
+        return self.smoothing, self.gamma
+
+
+class Compiled(NamedTuple):
+    """The options that change a kernel's code."""
+
+    weighted: bool
+    smoothed: bool
+    power: int  # gamma, if it is 0, 1 or 2; any other one is -1 here
+    detached: bool
 
 
 # --- statistics of the softmax --------------------------------------------------------------------
@@ -43,22 +63,23 @@ class Options(NamedTuple):
 
 @triton.jit
 def _add_softmax(
-    state, values, start, pixel, tables, dtype: tl.constexpr, OPTIONS: tl.constexpr,
+    state, values, start, pixel, given, dtype: tl.constexpr, OPTIONS: tl.constexpr,
     COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Add a block of classes to (largest, sum of 2^(...)), relative to the largest so far."""
     largest = state[0]
     for j in tl.static_range(COUNT):
         largest = tl.maximum(largest, values[j])
-    total = state[1] * tl.exp2((state[0] - largest) * LOG2_E)
-    for j in tl.static_range(COUNT):
+    # Summed within the block first: one sum over a thousand classes would lose its last digits.
+    total = tl.exp2((values[0] - largest) * LOG2_E)
+    for j in tl.static_range(1, COUNT):
         total += tl.exp2((values[j] - largest) * LOG2_E)
-    return largest, total
+    return largest, total + state[1] * tl.exp2((state[0] - largest) * LOG2_E)
 
 
 @triton.jit
 def _add_smoothed_softmax(
-    state, values, start, pixel, tables, dtype: tl.constexpr, OPTIONS: tl.constexpr,
+    state, values, start, pixel, given, dtype: tl.constexpr, OPTIONS: tl.constexpr,
     COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """_add_softmax, and to (sum of w (z - largest), sum of w) over classes.
@@ -66,12 +87,12 @@ def _add_smoothed_softmax(
     Relative to the largest, nothing cancels when all logits are large.
     """
     largest, total = _add_softmax(
-        (state[0], state[1]), values, start, pixel, tables, dtype, OPTIONS, COUNT, LEFT, TILE
+        (state[0], state[1]), values, start, pixel, given, dtype, OPTIONS, COUNT, LEFT, TILE
     )
     seen = state[3]
     weighted = state[2] + seen * (state[0] - largest)
     for j in tl.static_range(COUNT):
-        weight = _class_weight(tables[0], start, j, LEFT, dtype, OPTIONS, TILE)
+        weight = _class_weight(given[0], start, j, LEFT, dtype, OPTIONS, TILE)
         # Not a product with 0: a lane without a class left holds -inf.
         weighted += tl.where(weight == 0, 0.0, weight * (values[j] - largest))
         seen += weight
@@ -95,11 +116,11 @@ def _class_weight(
 
 
 @triton.jit
-def _own_weight(pixel, tables, dtype: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+def _own_weight(pixel, given, dtype: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr):
     """The weight of each pixel's own class, [pixels]; 1 if there are none."""
     if OPTIONS.weighted:
         own = pixel[1]
-        result = tl.load(tables[0] + tl.where(own >= 0, own, 0)).to(dtype)
+        result = tl.load(given[0] + tl.where(own >= 0, own, 0)).to(dtype)
     else:
         result = tl.full((TILE.pixels,), 1.0, dtype)
     return result
@@ -107,13 +128,13 @@ def _own_weight(pixel, tables, dtype: tl.constexpr, OPTIONS: tl.constexpr, TILE:
 
 @triton.jit
 def _softmax_statistics(
-    pixel, view, tables, full, dtype: tl.constexpr, OPTIONS: tl.constexpr, CLASSES: tl.constexpr,
+    pixel, view, given, full, dtype: tl.constexpr, OPTIONS: tl.constexpr, CLASSES: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """(largest, log2 of the sum), [pixels]."""
     state = (nothing_yet(_LOWEST, dtype, TILE), nothing_yet(0.0, dtype, TILE))
     state = fold_classes(
-        state, view, pixel, tables, full, dtype, _add_softmax, OPTIONS, CLASSES, TILE
+        state, view, pixel, given, full, dtype, _add_softmax, OPTIONS, CLASSES, TILE
     )
     largest = largest_of_lanes(state[0], TILE)
     total = sum_of_lanes(state[1] * tl.exp2((state[0] - for_classes(largest, TILE)) * LOG2_E), TILE)
@@ -125,20 +146,20 @@ def _softmax_statistics(
 
 @triton.jit
 def cross_entropy_forward(
-    pixel, view, tables, full, dtype: tl.constexpr, OPTIONS: tl.constexpr, CLASSES: tl.constexpr,
+    pixel, view, given, full, dtype: tl.constexpr, OPTIONS: tl.constexpr, CLASSES: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """-w_t log p_t; smoothed by s, (1 - s) of it and s / C of -sum w_k log p_k."""
-    weight = _own_weight(pixel, tables, dtype, OPTIONS, TILE)
-    if OPTIONS.smoothing == 0:
+    weight = _own_weight(pixel, given, dtype, OPTIONS, TILE)
+    if not OPTIONS.smoothed:
         largest, log_sum = _softmax_statistics(
-            pixel, view, tables, full, dtype, OPTIONS, CLASSES, TILE
+            pixel, view, given, full, dtype, OPTIONS, CLASSES, TILE
         )
     else:
         zero = nothing_yet(0.0, dtype, TILE)
         state = (nothing_yet(_LOWEST, dtype, TILE), zero, zero, zero)
         state = fold_classes(
-            state, view, pixel, tables, full, dtype, _add_smoothed_softmax, OPTIONS, CLASSES, TILE
+            state, view, pixel, given, full, dtype, _add_smoothed_softmax, OPTIONS, CLASSES, TILE
         )
         largest = largest_of_lanes(state[0], TILE)
         beyond = state[0] - for_classes(largest, TILE)
@@ -148,16 +169,16 @@ def cross_entropy_forward(
 
     own = load_class(view, pixel[1], pixel[1] >= 0, dtype, TILE)
     value = weight * (log_sum * LN_2 + (largest - own))
-    if OPTIONS.smoothing != 0:
-        share: tl.constexpr = OPTIONS.smoothing / CLASSES
+    if OPTIONS.smoothed:
+        smoothing = given[2][0]
         smooth = all_weights * (log_sum * LN_2) - weighted
-        value = (1.0 - OPTIONS.smoothing) * value + share * smooth
+        value = (1.0 - smoothing) * value + smoothing / CLASSES * smooth
     return value, weight, (largest, log_sum)
 
 
 @triton.jit
 def _softmax_slope(
-    factors, value, start, SLOT: tl.constexpr, LEFT: tl.constexpr, tables, dtype: tl.constexpr,
+    factors, value, start, SLOT: tl.constexpr, LEFT: tl.constexpr, given, dtype: tl.constexpr,
     OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A p_k - B y_k - D w_k, factors being (largest, log_sum, own, A, B, D)."""
@@ -165,15 +186,15 @@ def _softmax_slope(
     probability = tl.exp2((value - largest) * LOG2_E - log_sum)
     gradient = probability * all_classes
     gradient -= tl.where(class_of(start, SLOT, TILE) == own, own_class, 0.0)
-    if OPTIONS.smoothing != 0:
-        weight = _class_weight(tables[0], start, SLOT, LEFT, dtype, OPTIONS, TILE)
+    if OPTIONS.smoothed:
+        weight = _class_weight(given[0], start, SLOT, LEFT, dtype, OPTIONS, TILE)
         gradient -= smooth * weight
     return gradient
 
 
 @triton.jit
 def _write_softmax_gradients(
-    largest, log_sum, all_classes, own_class, smooth, pixel, view, grad_view, tables, full,
+    largest, log_sum, all_classes, own_class, smooth, pixel, view, grad_view, given, full,
     dtype: tl.constexpr, OPTIONS: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     factors = (
@@ -185,7 +206,7 @@ def _write_softmax_gradients(
         for_classes(smooth, TILE),
     )
     write_gradients(
-        factors, view, grad_view, pixel, tables, full, dtype, _softmax_slope, OPTIONS, CLASSES, TILE
+        factors, view, grad_view, pixel, given, full, dtype, _softmax_slope, OPTIONS, CLASSES, TILE
     )
 
 
@@ -202,21 +223,21 @@ def _sum_of_weights(table, dtype: tl.constexpr, OPTIONS: tl.constexpr, CLASSES: 
 
 @triton.jit
 def cross_entropy_backward(
-    scale, saved, pixel, view, grad_view, tables, full, dtype: tl.constexpr,
+    scale, saved, pixel, view, grad_view, given, full, dtype: tl.constexpr,
     OPTIONS: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """(1 - s) w_t (p_k - y_k) + (s / C) (p_k sum w - w_k)."""
-    own_class = scale * _own_weight(pixel, tables, dtype, OPTIONS, TILE)
+    own_class = scale * _own_weight(pixel, given, dtype, OPTIONS, TILE)
     all_classes = own_class
     smooth = own_class
-    if OPTIONS.smoothing != 0:
-        share: tl.constexpr = OPTIONS.smoothing / CLASSES
-        own_class = own_class * (1.0 - OPTIONS.smoothing)
-        smooth = scale * share
-        all_classes = own_class + smooth * _sum_of_weights(tables[0], dtype, OPTIONS, CLASSES)
+    if OPTIONS.smoothed:
+        smoothing = given[2][0]
+        own_class = own_class * (1.0 - smoothing)
+        smooth = scale * (smoothing / CLASSES)
+        all_classes = own_class + smooth * _sum_of_weights(given[0], dtype, OPTIONS, CLASSES)
     _write_softmax_gradients(
         saved[0].to(dtype), saved[1].to(dtype), all_classes, own_class, smooth, pixel, view,
-        grad_view, tables, full, dtype, OPTIONS, CLASSES, TILE,
+        grad_view, given, full, dtype, OPTIONS, CLASSES, TILE,
     )  # fmt: skip
 
 
@@ -224,47 +245,51 @@ def cross_entropy_backward(
 
 
 @triton.jit
-def _power(base, EXPONENT: tl.constexpr):
-    """base^EXPONENT for base >= 0."""
-    if EXPONENT == 0:
+def _power(base, exponent, POWER: tl.constexpr):
+    """base^exponent for base >= 0; POWER is the exponent if it is 0, 1 or 2."""
+    if POWER == 0:
         result = tl.zeros_like(base) + 1.0
-    elif EXPONENT == 1:
+    elif POWER == 1:
         result = base
-    elif EXPONENT == 2:
+    elif POWER == 2:
         result = base * base
     else:
-        result = tl.exp2(tl.log2(base) * EXPONENT)
+        result = tl.exp2(tl.log2(base) * exponent)
     return result
 
 
 @triton.jit
-def _focal_parts(entropy, OPTIONS: tl.constexpr):
+def _focal_parts(entropy, gamma, OPTIONS: tl.constexpr):
     """(p_t, 1 - p_t, (1 - p_t)^gamma) of -log p_t."""
+    TERMS: tl.constexpr = 9 if entropy.dtype == tl.float64 else 4
     probability = tl.exp2(entropy * -LOG2_E)
-    # Where p is 1 but for a few digits, 1 - p by the series of 1 - e^-x.
-    series = entropy * (1.0 - entropy * (0.5 - entropy * (0.16666666666666666 - entropy / 24)))
+    # Where p is 1 but for a few digits, 1 - p by the series x - x^2 / 2! + ... of 1 - e^-x.
+    series = tl.zeros_like(entropy) + 1.0
+    for i in tl.static_range(TERMS - 1):
+        series = 1.0 - entropy * (1.0 / (TERMS - i)) * series
+    series = entropy * series
     rest = tl.where(entropy < 0.03125, series, 1.0 - probability)
     rest = tl.where(rest < 0, 0.0, rest)  # rounded below; a NaN stays
-    return probability, rest, _power(rest, OPTIONS.gamma)
+    return probability, rest, _power(rest, gamma, OPTIONS.power)
 
 
 @triton.jit
 def focal_forward(
-    pixel, view, tables, full, dtype: tl.constexpr, OPTIONS: tl.constexpr, CLASSES: tl.constexpr,
+    pixel, view, given, full, dtype: tl.constexpr, OPTIONS: tl.constexpr, CLASSES: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """-a_t (1 - p_t)^gamma log p_t."""
-    largest, log_sum = _softmax_statistics(pixel, view, tables, full, dtype, OPTIONS, CLASSES, TILE)
+    largest, log_sum = _softmax_statistics(pixel, view, given, full, dtype, OPTIONS, CLASSES, TILE)
     own = load_class(view, pixel[1], pixel[1] >= 0, dtype, TILE)
     entropy = log_sum * LN_2 + (largest - own)
-    _, _, modulation = _focal_parts(entropy, OPTIONS)
-    weight = _own_weight(pixel, tables, dtype, OPTIONS, TILE)
+    _, _, modulation = _focal_parts(entropy, given[2][1], OPTIONS)
+    weight = _own_weight(pixel, given, dtype, OPTIONS, TILE)
     return weight * modulation * entropy, tl.zeros_like(weight) + 1.0, (largest, log_sum)
 
 
 @triton.jit
 def focal_backward(
-    scale, saved, pixel, view, grad_view, tables, full, dtype: tl.constexpr,
+    scale, saved, pixel, view, grad_view, given, full, dtype: tl.constexpr,
     OPTIONS: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """a_t (q^gamma - gamma p_t q^(gamma - 1) log p_t) (p_k - y_k) with q = 1 - p_t.
@@ -275,16 +300,18 @@ def focal_backward(
     log_sum = saved[1].to(dtype)
     own = load_class(view, pixel[1], pixel[1] >= 0, dtype, TILE)
     entropy = log_sum * LN_2 + (largest - own)
-    probability, rest, slope = _focal_parts(entropy, OPTIONS)
-    if not OPTIONS.detached and OPTIONS.gamma != 0:
+    gamma = given[2][1]
+    probability, rest, slope = _focal_parts(entropy, gamma, OPTIONS)
+    if not OPTIONS.detached and OPTIONS.power != 0:
         # At q = 0 the product is 0, for log p_t is then -q; q^(gamma - 1) alone may be infinite.
-        power = _power(tl.where(rest == 0, 1.0, rest), OPTIONS.gamma - 1.0)
-        live = OPTIONS.gamma * probability * power * entropy
+        below: tl.constexpr = OPTIONS.power - 1 if OPTIONS.power > 0 else -1
+        power = _power(tl.where(rest == 0, 1.0, rest), gamma - 1.0, below)
+        live = gamma * probability * power * entropy
         # p_t = 0 with an infinite entropy: nothing is left of the product.
         slope += tl.where((rest == 0) | (probability == 0), 0.0, live)
-    factor = scale * _own_weight(pixel, tables, dtype, OPTIONS, TILE) * slope
+    factor = scale * _own_weight(pixel, given, dtype, OPTIONS, TILE) * slope
     _write_softmax_gradients(
-        largest, log_sum, factor, factor, factor, pixel, view, grad_view, tables, full, dtype,
+        largest, log_sum, factor, factor, factor, pixel, view, grad_view, given, full, dtype,
         OPTIONS, CLASSES, TILE,
     )  # fmt: skip
 
@@ -294,45 +321,46 @@ def focal_backward(
 
 @triton.jit
 def _add_softplus(
-    state, values, start, pixel, tables, dtype: tl.constexpr, OPTIONS: tl.constexpr,
+    state, values, start, pixel, given, dtype: tl.constexpr, OPTIONS: tl.constexpr,
     COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Add softplus(z) of the classes that are not the pixel's own."""
     own = for_classes(pixel[1], TILE)
-    total = state[0]
-    rest = tl.zeros_like(total)
+    # Summed within the block first, as in _add_softmax.
+    linear = tl.zeros_like(state[0])
+    rest = tl.zeros_like(state[0])
     for j in tl.static_range(COUNT):
         # Left out rather than added and taken away again, which would cost a confident pixel all
         # of its digits.
         z = tl.where(class_of(start, j, TILE) == own, float("-inf"), values[j])
         t = tl.exp2(tl.abs(z) * -LOG2_E)
-        total += tl.maximum(z, 0.0)
+        linear += tl.maximum(z, 0.0)
         # One logarithm for all of the block: 1 + rest is the product of all 1 + t. Kept as
         # rest + t + rest t, small values are not rounded away beside the 1.
         rest = tl.fma(rest, t, rest + t)
-    return (total + log_one_plus(rest),)
+    return (state[0] + (linear + log_one_plus(rest)),)
 
 
 @triton.jit
 def binary_cross_entropy_forward(
-    pixel, view, tables, full, dtype: tl.constexpr, OPTIONS: tl.constexpr, CLASSES: tl.constexpr,
+    pixel, view, given, full, dtype: tl.constexpr, OPTIONS: tl.constexpr, CLASSES: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """w_t softplus(-z_t) + sum of softplus(z_k) over the other classes."""
     state = fold_classes(
-        (nothing_yet(0.0, dtype, TILE),), view, pixel, tables, full, dtype, _add_softplus, OPTIONS,
+        (nothing_yet(0.0, dtype, TILE),), view, pixel, given, full, dtype, _add_softplus, OPTIONS,
         CLASSES, TILE,
     )  # fmt: skip
     own = pixel[1]
     positive = softplus_base2(load_class(view, own, own >= 0, dtype, TILE) * -LOG2_E)
-    positive = tl.where(own >= 0, _own_weight(pixel, tables, dtype, OPTIONS, TILE) * positive, 0.0)
+    positive = tl.where(own >= 0, _own_weight(pixel, given, dtype, OPTIONS, TILE) * positive, 0.0)
     value = sum_of_lanes(state[0], TILE) + positive
     return value, tl.zeros_like(value) + 1.0, ()
 
 
 @triton.jit
 def _sigmoid_slope(
-    factors, value, start, SLOT: tl.constexpr, LEFT: tl.constexpr, tables, dtype: tl.constexpr,
+    factors, value, start, SLOT: tl.constexpr, LEFT: tl.constexpr, given, dtype: tl.constexpr,
     OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Of the own class -w sigmoid(-z), not p - 1, which has no digits left near p = 1."""
@@ -344,15 +372,15 @@ def _sigmoid_slope(
 
 @triton.jit
 def binary_cross_entropy_backward(
-    scale, saved, pixel, view, grad_view, tables, full, dtype: tl.constexpr,
+    scale, saved, pixel, view, grad_view, given, full, dtype: tl.constexpr,
     OPTIONS: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """sigmoid(z_k), and -w_t sigmoid(-z_t) for the pixel's own class."""
     factors = (
         for_classes(pixel[1], TILE),
         for_classes(scale, TILE),
-        for_classes(scale * _own_weight(pixel, tables, dtype, OPTIONS, TILE), TILE),
+        for_classes(scale * _own_weight(pixel, given, dtype, OPTIONS, TILE), TILE),
     )
     write_gradients(
-        factors, view, grad_view, pixel, tables, full, dtype, _sigmoid_slope, OPTIONS, CLASSES, TILE
+        factors, view, grad_view, pixel, given, full, dtype, _sigmoid_slope, OPTIONS, CLASSES, TILE
     )

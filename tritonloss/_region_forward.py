@@ -191,7 +191,7 @@ def _lag_moments(
         REGION=region,
         BLOCK=32,
         CENTRED=center.numel() > 0,
-        num_warps=2 if region == 5 else 1,
+        num_warps=4 if region == 5 else 1,
     )
     return moments
 
@@ -263,7 +263,7 @@ def _head(
         CELL=options.cell,
         MEAN=options.moments == "mean",
         CENTRED=center.numel() > 0,
-        num_warps={3: 2, 4: 2, 5: 4}.get(options.region_size, 1),
+        num_warps={1: 1, 5: 4}.get(options.region_size, 2),
         enable_fp_fusion=True,
     )
     return information, info, residual_weights, label_weights, constants

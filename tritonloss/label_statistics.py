@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
 from typing import NamedTuple
 
 import torch
 from torch.distributed import ProcessGroup, all_reduce, get_backend
+from torch.utils.data import Dataset
 
 from . import _checks
 
@@ -29,7 +30,7 @@ class MarginOffsets(NamedTuple):
 
 
 def count_labels(
-    labels: torch.Tensor | Iterable[torch.Tensor],
+    labels: torch.Tensor | Iterable[torch.Tensor] | Dataset[torch.Tensor],
     num_classes: int,
     *,
     ignore_index: int | None = 255,
@@ -40,7 +41,8 @@ def count_labels(
 
     Args:
         labels: integer labels of any shape, dtype and device, or an iterable of such tensors, for
-            example a DataLoader that yields label maps. Only one of them is held at a time.
+            example a DataLoader that yields label maps, or a data set that is indexed from 0 to its
+            length. Only one of them is held at a time.
         num_classes: C; labels are 0 to C - 1.
         ignore_index: label of pixels that are not counted, any integer or None. Default 255.
         process_group: given one, the counts of all of its ranks are summed; every rank must call.
@@ -51,8 +53,9 @@ def count_labels(
 
     Raises:
         TypeError: an argument has the wrong type, or labels are not integers.
-        ValueError: num_classes is below 1, or labels lie outside [0, C) and are not ignore_index;
-            with a process group on every rank.
+        ValueError: num_classes is below 1, or labels lie outside [0, C) and are not ignore_index.
+        RuntimeError: another rank of the process group has failed; whatever goes wrong while one
+            rank counts, none waits for it.
 
     Example:
         >>> import torch, tritonloss
@@ -62,9 +65,14 @@ def count_labels(
     _checks.check_positive("num_classes", num_classes)
     _checks.check_ignore_index(ignore_index)
     _checks.check_flag("progress", progress)
+    if process_group is not None and not isinstance(process_group, ProcessGroup):
+        raise TypeError(
+            f"process_group must be a ProcessGroup that this rank is in, or None; "
+            f"got {type(process_group).__name__}"
+        )
     try:
         counts = _count(labels, num_classes, ignore_index, progress)
-    except ValueError:
+    except Exception:
         if process_group is not None:  # the other ranks are waiting for this one
             _summed_over_ranks(torch.zeros(num_classes, dtype=torch.int64), True, process_group)
         raise
@@ -74,7 +82,7 @@ def count_labels(
 
 
 def _count(
-    labels: torch.Tensor | Iterable[torch.Tensor],
+    labels: torch.Tensor | Iterable[torch.Tensor] | Dataset[torch.Tensor],
     classes: int,
     ignore_index: int | None,
     progress: bool,
@@ -82,22 +90,46 @@ def _count(
     if isinstance(labels, torch.Tensor):
         _checks.check_labels(labels, "labels")
         return _count_map(labels, classes, ignore_index, "labels")
-    if not isinstance(labels, Iterable):
-        raise TypeError(
-            f"labels must be an integer tensor or an iterable of them; got {type(labels).__name__}"
-        )
+    total = _length(labels) if progress else None
     counts: torch.Tensor | None = None
-    total = len(labels) if isinstance(labels, Sized) else None
-    for position, label_map in enumerate(labels):
-        name = f"labels, map {position},"
-        _checks.check_labels(label_map, name)
-        found = _count_map(label_map, classes, ignore_index, name)
-        counts = found if counts is None else counts.add_(found.to(counts.device))
-        if progress:
-            _show(position + 1, total)
-    if progress:
-        print(file=sys.stderr)
+    try:
+        for position, label_map in enumerate(_maps(labels)):
+            name = f"labels, map {position},"
+            _checks.check_labels(label_map, name)
+            found = _count_map(label_map, classes, ignore_index, name)
+            counts = found if counts is None else counts.add_(found.to(counts.device))
+            if progress:
+                _show(position + 1, total)
+    finally:
+        if progress:  # leaves the line, whatever comes next
+            print(file=sys.stderr)
     return torch.zeros(classes, dtype=torch.int64) if counts is None else counts
+
+
+def _maps(labels: Iterable[torch.Tensor] | Dataset[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The label maps one by one."""
+    accepted = "labels must be an integer tensor or an iterable of them"
+    if hasattr(labels, "__array__"):
+        raise TypeError(
+            f"{accepted}; got {type(labels).__name__}, of which torch.as_tensor makes a tensor"
+        )
+    if isinstance(labels, Iterable):
+        return iter(labels)
+    length = _length(labels)
+    if length is None or not hasattr(labels, "__getitem__"):
+        raise TypeError(f"{accepted}; got {type(labels).__name__}")
+    # Not iter(labels), which ends with an IndexError: a data set need not raise one.
+    return (labels[index] for index in range(length))
+
+
+def _length(labels: object) -> int | None:
+    """How many label maps there are, where that is known."""
+    if not isinstance(labels, Sized):
+        return None
+    try:
+        return len(labels)
+    except TypeError:  # a DataLoader has a length, but over a stream does not know it
+        return None
 
 
 def _count_map(
@@ -131,7 +163,7 @@ def _summed_over_ranks(counts: torch.Tensor, failed: bool, group: ProcessGroup) 
     """The counts of all ranks.
 
     Raises:
-        ValueError: another rank has failed; without it the others would wait for ever.
+        RuntimeError: another rank has failed; without it the others would wait for ever.
     """
     device = counts.device
     if get_backend(group) == "nccl" and device.type != "cuda":
@@ -139,9 +171,8 @@ def _summed_over_ranks(counts: torch.Tensor, failed: bool, group: ProcessGroup) 
     message = torch.cat((counts, counts.new_tensor([int(failed)]))).to(device)
     all_reduce(message, group=group)
     if int(message[-1]) and not failed:
-        raise ValueError(
-            f"labels must be in range on every rank; {int(message[-1])} other ranks found labels "
-            "outside, and name them"
+        raise RuntimeError(
+            f"labels must be countable on every rank; {int(message[-1])} failed, and say why"
         )
     return message[:-1].to(counts.device)
 
@@ -195,19 +226,23 @@ def margin_offsets(
     _checks.check_range("upsilon", upsilon, 0.0, 1e9, interval="(]")
     if label_counts.dim() != 1 or label_counts.numel() < 2:
         raise ValueError(f"{accepted}; got shape {tuple(label_counts.shape)}")
-    n_k = label_counts.detach().double()
-    if bool((n_k < 0).any()):
-        raise ValueError(f"{accepted}; got {int(n_k.min())}")
+    counts = label_counts.tolist()
+    if min(counts) < 0:
+        raise ValueError(f"{accepted}; got {min(counts)}")
+    # Differences are taken of integers: float64 would round away a rare class beside 2^53 others.
+    total = sum(counts)
+    device = label_counts.device
+    n_k = torch.tensor(counts, dtype=torch.float64, device=device)
+    rest = torch.tensor([total - count for count in counts], dtype=torch.float64, device=device)
     present = n_k > 0
     if int(present.sum()) < 2:
         raise ValueError(
             f"label_counts must hold at least two classes that occur; got "
             f"{present.nonzero().flatten().tolist()}"
         )
-    n = n_k.sum()
-    share = n_k / n
-    other = tau * (n - n_k).sqrt() / n_k
-    divisor = upsilon * (n - n_k) - share * (n - n_k).sqrt()
+    share = n_k / total
+    other = tau * rest.sqrt() / n_k
+    divisor = upsilon * rest - share * rest.sqrt()
     if bool((divisor <= 0).any()):
         raise ValueError(f"upsilon must be larger for these label_counts; got {upsilon}")
     own = share * n_k.sqrt() / divisor * other

@@ -9,9 +9,10 @@ margin of class k at a pixel, its score less the best score of the other classes
 
 the two largest scores give every margin of a pixel, and the gradient flows through both.
 
-Bytes per pass, L of logits and T of labels: forward L + T, where the second pass over the classes
-finds them in registers (up to 32 contiguous classes, or 256 in channels_last) or in the cache;
-backward 2 L + T. 8 bytes per pixel are saved (``_margin_kernels.py`` says which, and why).
+Bytes per pass, L of logits and T of labels: forward L + T up to 32 contiguous classes, or 256 in
+channels_last, which the second pass over the classes finds in registers; of more, 2 L + T are read,
+the second L out of the cache as far as it fits there; backward 2 L + T. 8 bytes per pixel are
+saved, 12 for float64 (``_margin_kernels.py`` says which, and why).
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _margin_forward(
 ) -> Results:
     """The loss, and what its backward pass needs if ``save``."""
     options = _options(variant, logits.size(1), save)
-    return launch_forward(LOSS, logits, target, offsets, options, reduction, ignore_index, save)
+    return launch_forward(LOSS, logits, target, offsets, (), options, reduction, ignore_index, save)
 
 
 def _margin_backward(
@@ -88,7 +89,9 @@ def _margin_backward(
 ) -> torch.Tensor:
     """The gradient of the logits under an upstream gradient [] or [N, H, W]."""
     options = _options(variant, logits.size(1), True)
-    return launch_backward(LOSS, upstream, results, logits, target, offsets, options, ignore_index)
+    return launch_backward(
+        LOSS, upstream, results, logits, target, offsets, (), options, ignore_index
+    )
 
 
 def tuning_cases() -> list[TuningCase]:
@@ -211,7 +214,7 @@ def margin_calibrated_loss(
 
         "paper"     log2(1 + 2^-c) for the own class, log2(1 + 2^c) for the others
         "released"  log(1 + e^-c) for the own class, log(1 + e^c) / C for the others: what the
-                    authors' code computes
+                    authors' code computes, a mean over classes in which the own class weighs C
         "margin"    min(1, max(0, 1 - margin / own)) for the own class,
                     min(1, max(0, 1 + margin / other)) for the others: the ramp that the log-loss
                     stands in for
@@ -255,12 +258,7 @@ def margin_calibrated_loss(
     _checks.check_logits(logits)
     _checks.check_target(logits, target)
     _checks.check_classes(logits, 2, 1 << 16)
-    own, other = _checks.check_pair("offsets", offsets)
-    _checks.check_class_weights("offsets.own", own, logits, optional=False)
-    _checks.check_class_weights("offsets.other", other, logits, optional=False)
-    _checks.check_option("variant", variant, VARIANTS)
-    _checks.check_option("reduction", reduction, REDUCTIONS)
-    _checks.check_ignore_index(ignore_index)
+    own, other = _check_options(offsets, variant, ignore_index, reduction, logits)
     _checks.check_labels_in_range(target, logits.size(1), ignore_index)
     if not serves_triton(logits):
         return margin_calibrated_loss_reference(
@@ -275,9 +273,31 @@ def margin_calibrated_loss(
     save = logits.requires_grad and torch.is_grad_enabled()
     own, other = own.detach(), other.detach()
     loss: torch.Tensor = torch.ops.tritonloss.margin_calibrated_forward(
-        logits, target, own, other, variant, reduction, ignore_index, save
-    )[0]
+        logits, target, own, other, variant, reduction,
+        None if ignore_index is None else int(ignore_index), save,
+    )[0]  # fmt: skip
     return loss
+
+
+def _check_options(
+    offsets: tuple[torch.Tensor, torch.Tensor],
+    variant: str,
+    ignore_index: int | None,
+    reduction: str,
+    logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The offsets, if all is right; without ``logits``, for any number of classes."""
+    own, other = _checks.check_pair("offsets", offsets)
+    _checks.check_class_weights("offsets.own", own, logits, optional=False)
+    _checks.check_class_weights("offsets.other", other, logits, optional=False)
+    if own.shape != other.shape:
+        raise ValueError(
+            f"offsets must be of one shape; got {tuple(own.shape)} and {tuple(other.shape)}"
+        )
+    _checks.check_option("variant", variant, VARIANTS)
+    _checks.check_option("reduction", reduction, REDUCTIONS)
+    _checks.check_ignore_index(ignore_index)
+    return own, other
 
 
 # --- module ---------------------------------------------------------------------------------------
@@ -286,7 +306,9 @@ def margin_calibrated_loss(
 class MarginCalibratedLoss(nn.Module):
     """:func:`tritonloss.functional.margin_calibrated_loss` as a module.
 
-    The offsets are buffers: they go with ``.to()`` and into the state_dict.
+    The offsets are buffers, copies of what is given: they go with ``.to()`` and into state_dict().
+    A change of dtype rounds them: under ``.half()`` those below 3e-8 become 0, as the own offsets
+    of a large data set are. Logits of any dtype go with offsets in float32.
 
     Args: the offsets and the keyword arguments of the function, with the same defaults.
 
@@ -310,9 +332,9 @@ class MarginCalibratedLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        own, other = _checks.check_pair("offsets", offsets)
-        self.register_buffer("own", own)
-        self.register_buffer("other", other)
+        own, other = _check_options(offsets, variant, ignore_index, reduction)
+        self.register_buffer("own", own.detach().clone())
+        self.register_buffer("other", other.detach().clone())
         self.variant = variant
         self.ignore_index = ignore_index
         self.reduction = reduction

@@ -7,12 +7,13 @@ With p = softmax(z) and t the pixel's label:
     focal loss              -a_t (1 - p_t)^gamma log p_t      dz_k = a_t g(p_t) (p_k - y_k)
 
 Bytes per pass, L of logits and T of labels: forward L + T; backward 2 L + T. The softmax losses
-leave the largest logit and the logarithm of the sum to the backward pass, 6 or 8 bytes per pixel,
-binary cross entropy nothing. The gradient is the only map with classes in memory.
+leave the largest logit and the logarithm of the sum to the backward pass, 6 or 8 bytes per pixel
+(16 for float64), binary cross entropy nothing. The gradient is the only map with classes in memory.
 """
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -88,8 +89,9 @@ def _pixelwise_forward(
 ) -> Results:
     """The loss called ``name``, and what its backward pass needs if ``save``."""
     return launch_forward(
-        LOSSES[name], logits, target, (weight, None), options, reduction, ignore_index, save
-    )
+        LOSSES[name], logits, target, (weight, None), options.numbers, options.compiled, reduction,
+        ignore_index, save,
+    )  # fmt: skip
 
 
 def _pixelwise_backward(
@@ -104,8 +106,9 @@ def _pixelwise_backward(
 ) -> torch.Tensor:
     """The gradient of the logits under an upstream gradient [] or [N, H, W]."""
     return launch_backward(
-        LOSSES[name], upstream, results, logits, target, (weight, None), options, ignore_index
-    )
+        LOSSES[name], upstream, results, logits, target, (weight, None), options.numbers,
+        options.compiled, ignore_index,
+    )  # fmt: skip
 
 
 def tuning_cases() -> list[TuningCase]:
@@ -225,8 +228,24 @@ def _check(
     """The checks that all losses of this file share, but for the labels' range."""
     _checks.check_logits(logits)
     _checks.check_target(logits, target)
+    _check_options(reduction, ignore_index)
+
+
+def _check_options(reduction: str, ignore_index: int | None) -> None:
     _checks.check_option("reduction", reduction, REDUCTIONS)
     _checks.check_ignore_index(ignore_index)
+
+
+def _check_focal(
+    gamma: float, alpha: float | torch.Tensor | None, detach_weight: bool, logits: Any = None
+) -> None:
+    """The focal loss's own options; without ``logits``, for any number of classes."""
+    _checks.check_range("gamma", gamma, 0.0, 100.0)
+    _checks.check_flag("detach_weight", detach_weight)
+    if isinstance(alpha, (int, float, numbers.Real)):
+        _checks.check_range("alpha", alpha, 0.0, 1e6)
+    else:
+        _checks.check_class_weights("alpha", alpha, logits, or_number="a number in [0, 1e6], ")
 
 
 def _call(
@@ -246,7 +265,7 @@ def _call(
     weight = None if weight is None else weight.detach()
     loss: torch.Tensor = torch.ops.tritonloss.pixelwise_forward(
         logits, target, weight, name, float(smoothing), float(gamma), detached, reduction,
-        ignore_index, save,
+        None if ignore_index is None else int(ignore_index), save,
     )[0]  # fmt: skip
     return loss
 
@@ -397,8 +416,8 @@ def focal_loss(
         logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
         target: integer labels [N, H, W], uint8 to int64.
         gamma: how steeply the weight falls, 0 to 100. Default 2; 0 is cross entropy.
-        alpha: a, a factor for each class, floating-point [C], one number for all of them, or None
-            for 1. It gets no gradient.
+        alpha: a, a factor for each class, floating-point [C], one number in [0, 1e6] for all of
+            them, or None for 1. It gets no gradient.
         detach_weight: True holds (1 - p_t)^gamma constant in the gradient. Default False: the full
             gradient.
         ignore_index: label of pixels that take part in nothing, any integer or None. Default 255.
@@ -426,13 +445,10 @@ def focal_loss(
         torch.Size([])
     """
     _check(logits, target, reduction, ignore_index)
-    _checks.check_range("gamma", gamma, 0.0, 100.0)
-    _checks.check_flag("detach_weight", detach_weight)
-    if isinstance(alpha, (int, float)):
-        _checks.check_range("alpha", alpha, 0.0, 1e6)
+    _check_focal(gamma, alpha, detach_weight, logits)
+    if alpha is not None and not isinstance(alpha, torch.Tensor):
         dtype = compute_dtype(logits.dtype)
-        alpha = torch.full((logits.size(1),), alpha, dtype=dtype, device=logits.device)
-    _checks.check_class_weights("alpha", alpha, logits)
+        alpha = torch.full((logits.size(1),), float(alpha), dtype=dtype, device=logits.device)
     _checks.check_labels_in_range(target, logits.size(1), ignore_index)
     if not serves_triton(logits):
         return focal_loss_reference(
@@ -475,6 +491,9 @@ class CrossEntropyLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        _check_options(reduction, ignore_index)
+        _checks.check_class_weights("weight", weight, None)
+        _checks.check_range("label_smoothing", label_smoothing, 0.0, 1.0)
         self.register_buffer("weight", weight)
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
@@ -521,6 +540,8 @@ class BinaryCrossEntropyLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        _check_options(reduction, ignore_index)
+        _checks.check_class_weights("pos_weight", pos_weight, None)
         self.register_buffer("pos_weight", pos_weight)
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -567,6 +588,8 @@ class FocalLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        _check_options(reduction, ignore_index)
+        _check_focal(gamma, alpha, detach_weight)
         self.gamma = gamma
         if isinstance(alpha, torch.Tensor):
             self.register_buffer("alpha", alpha)
