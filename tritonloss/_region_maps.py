@@ -150,12 +150,21 @@ def launch_of(
     )
 
 
+def cells_and_warps(pool_size: int) -> tuple[int, int]:
+    """How many cells a program takes.
+
+    Few: padding makes one cell more in a row than fit evenly, 129 for 513 pixels.
+    """
+    warps = 2 if pool_size == 2 else 1  # a single one spills under Triton 3.6
+    return max(warps * 128 // triton.next_power_of_2(pool_size), 1), warps
+
+
 def cells_of(operator: str, options: Options, logits: torch.Tensor) -> dict[str, Any]:
     """Launch arguments of a kernel whose tiles are pooling cells."""
     size = options.pool_size
     side = triton.next_power_of_2(size)
-    # Narrow programs: padding makes one cell more in a row than fit evenly, 129 for 513 pixels.
-    launch = launch_of(operator, logits, size, CELLS=max(128 // side, 1), num_warps=1)
+    cells, warps = cells_and_warps(size)
+    launch = launch_of(operator, logits, size, CELLS=cells, num_warps=warps)
     return {
         "cell_rows": triton.cdiv(logits.size(2) + size // 2, size),
         "SIZE": size,

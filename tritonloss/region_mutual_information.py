@@ -32,7 +32,7 @@ from . import _checks
 from ._backend import serves_triton
 from ._region_backward import backward_pass
 from ._region_forward import forward_pass
-from ._region_maps import Options, Saved, is_direct
+from ._region_maps import Options, Saved, cells_and_warps, is_direct
 from ._strip import compute_dtype
 from ._tuning import Configuration, Launch, Shape, TuningCase
 from ._tuning_inputs import random_labels, random_map
@@ -368,8 +368,9 @@ class RMILoss(nn.Module):
 
 def _cell_candidates(pool_size: int) -> list[Configuration]:
     """Of kernels whose tiles are pooling cells; the first is the heuristic's."""
+    first = cells_and_warps(pool_size)
     count = max(128 // triton.next_power_of_2(pool_size), 1)
-    sizes = [(count, 1), (2 * count, 1), (2 * count, 2), (4 * count, 2), (4 * count, 4)]
+    sizes = [first, (count, 1), (2 * count, 1), (2 * count, 2), (4 * count, 2), (4 * count, 4)]
     sizes += [(8 * count, 4), (max(count // 2, 1), 1)]
     candidates: list[Configuration] = [
         {"CELLS": cells, "num_warps": warps} for cells, warps in sizes
