@@ -176,7 +176,7 @@ class Operation:
 
     Attributes:
         function: the public function of tritonloss, called as function(*inputs, **options).
-        reference: the same function of kernels_reference.
+        reference: the same function of kernels_reference, or PyTorch's own where it has one.
         inputs: makes a case's tensors on a device, random and repeatable.
         launch: runs the launchers of forward and backward on a case's tensors, without autograd.
             It must do with tensors on torch's meta device.

@@ -55,7 +55,12 @@ def small_runs(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=LOSSES, ids=lambda loss: loss.__name__)
+def named(parameter: Any) -> str:
+    """A name for a parameter: of functions without the address, which differs between workers."""
+    return getattr(parameter, "__name__", None) or str(parameter)
+
+
+@pytest.fixture(params=LOSSES, ids=named)
 def loss(request: pytest.FixtureRequest) -> Loss:
     return request.param
 
@@ -112,7 +117,7 @@ def filled(options: dict[str, Any], classes: int, device: torch.device) -> dict[
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize(("loss", "options"), [(loss, {}) for loss in LOSSES] + OPTIONS, ids=str)
+@pytest.mark.parametrize(("loss", "options"), [(loss, {}) for loss in LOSSES] + OPTIONS, ids=named)
 def test_every_option_and_reduction(
     loss: Loss, options: dict[str, Any], reduction: str, layout: str, device: torch.device
 ) -> None:
@@ -636,7 +641,7 @@ def test_new_values_of_options_compile_nothing() -> None:
         assert first._replace(**change).compiled != first.compiled
 
 
-@pytest.mark.parametrize(("loss", "options"), [(loss, {}) for loss in LOSSES] + OPTIONS, ids=str)
+@pytest.mark.parametrize(("loss", "options"), [(loss, {}) for loss in LOSSES] + OPTIONS, ids=named)
 def test_gradient_is_that_of_the_value(
     loss: Loss, options: dict[str, Any], device: torch.device
 ) -> None:
@@ -779,7 +784,7 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize(("module", "function", "options"), MODULES, ids=str)
+@pytest.mark.parametrize(("module", "function", "options"), MODULES, ids=named)
 def test_modules(module: Any, function: Loss, options: dict[str, Any]) -> None:
     logits, target = segmentation_case((1, 2, 9, 12), ignore_index=1)
     options = {**options, "ignore_index": 1, "reduction": "sum"}
