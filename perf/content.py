@@ -131,8 +131,9 @@ def _trust_card(report: Report) -> Card:
         passed = sum(entry.passed for entry in report.parity)
         value, label = f"{passed} of {len(report.parity)}", "parity checks passed"
         good = passed == len(report.parity) and bool(report.parity)
-        worst = max((p.error for p in report.parity if "float32" in p.case), default=0.0)
-        parts.append(f"in the interpreter, against float64; largest float32 error {worst:.0e}")
+        parts.append("in the interpreter, against float64")
+        if errors := [p.error for p in report.parity if "float32" in p.case]:
+            parts[0] += f"; largest float32 error {max(errors):.0e}"
         if report.parity_left_out:
             parts.append(f"{report.parity_left_out} more were left out for lack of time")
     if report.facts:
