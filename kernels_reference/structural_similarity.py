@@ -41,8 +41,9 @@ def structural_similarity_loss(
     mean_cross_entropy = cross_entropy.sum() / valid.sum().clamp(min=1)
 
     with torch.no_grad():
+        # Detached as well: no_grad does not keep forward-mode derivatives out.
         e = structural_difference(
-            logits,
+            logits.detach(),
             target,
             window_size=window_size,
             sigma=sigma,

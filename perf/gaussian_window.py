@@ -30,9 +30,9 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 def launch(case: Case, tensors: tuple[Tensor, ...]) -> Tensor:
     """Forward and backward launchers; the maps' gradients stand in the maps themselves."""
     (x,) = tensors
-    options = {"window_size": 3, "sigma": 1.5, "padding": "zeros", **case.options}
-    mean, variance = kernels._gaussian_statistics_forward(x, **options)
-    return kernels._gaussian_statistics_backward(mean, variance, x, mean, **options)
+    options = kernels.Options(3, 1.5, "zeros")._replace(**case.options)
+    mean, variance = kernels._gaussian_statistics_forward(x, options)
+    return kernels._gaussian_statistics_backward(mean, variance, x, mean, options)
 
 
 def floor(case: Case) -> Floor:

@@ -52,11 +52,10 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     """Forward and backward launchers."""
     logits, target = tensors
-    pair = offsets(logits.size(1), logits.device)
-    variant = case.options.get("variant", "paper")
-    results = kernels._margin_forward(logits, target, pair, variant, "mean", 255, save=True)
-    upstream = torch.empty_like(results.loss)
-    kernels._margin_backward(upstream, results, logits, target, pair, variant, 255)
+    given = (logits, target, *offsets(logits.size(1), logits.device))
+    options = kernels.CallOptions(case.options.get("variant", "paper"), "mean", 255)
+    loss, *saved = kernels._margin_forward(*given, options, save=True)
+    kernels._margin_backward(torch.empty_like(loss), *saved, *given, options)
 
 
 def floor(case: Case) -> Floor:

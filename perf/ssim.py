@@ -36,13 +36,13 @@ def loss_inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 def loss_launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     """Forward and backward launchers of the loss."""
     logits, target = tensors
-    options = {"form": "full", "window_size": 11, "ignore_index": 255, **case.options}
-    similarity = kernels._loss_similarity(
-        logits, target, options["form"] == "full", 1e-4, 9e-4, options["ignore_index"]
+    given = {"form": "full", "window_size": 11, "ignore_index": 255, **case.options}
+    full = given["form"] == "full"
+    options = kernels.LossOptions(
+        full, given["window_size"], 1.5, 1e-4, 9e-4, given["ignore_index"]
     )
-    window = (options["window_size"], 1.5, "zeros")
-    loss, scale = kernels._ssim_forward(logits, target, similarity, *window, mapped=False)
-    kernels._ssim_backward(loss, scale, logits, target, similarity, *window, both=False)
+    loss, scale = kernels._loss_forward(logits, target, options)
+    kernels._loss_backward(loss, scale, logits, target, options)
 
 
 def loss_floor(case: Case) -> Floor:
@@ -62,12 +62,11 @@ def image_inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 def image_launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     """Forward and backward launchers for two images, with gradients to both."""
     x, y = tensors
-    options = {"window_size": 11, "padding": "zeros", "reduction": "mean", **case.options}
-    window = (options["window_size"], 1.5, options["padding"])
-    similarity = kernels._image_similarity(1.0)
-    mapped = options["reduction"] == "none"
-    result, scale = kernels._ssim_forward(x, y, similarity, *window, mapped)
-    kernels._ssim_backward(result, scale, x, y, similarity, *window, both=True)
+    given = {"window_size": 11, "padding": "zeros", "reduction": "mean", **case.options}
+    mapped = given["reduction"] == "none"
+    options = kernels.ImageOptions(given["window_size"], 1.5, 1.0, given["padding"], mapped)
+    result, scale = kernels._image_forward(x, y, options)
+    kernels._image_backward(result, scale, x, y, True, options)
 
 
 def image_floor(case: Case) -> Floor:

@@ -23,16 +23,7 @@ from perf.cases import (
 from tritonloss import functional
 from tritonloss import structural_similarity as kernels
 
-_DEFAULTS = kernels.Options(
-    window_size=3,
-    sigma=1.5,
-    beta=0.1,
-    stability=0.01,
-    padding="zeros",
-    hard_mining=True,
-    reweight=True,
-    ignore_index=255,
-)
+_DEFAULTS = kernels.Options()
 
 
 def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
@@ -44,13 +35,8 @@ def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     """Forward and backward launchers, in the schedule that the configuration asks for."""
     logits, target = tensors
     options = _DEFAULTS._replace(**case.options)
-    loss, statistics, stored = kernels._structural_similarity_forward(
-        logits,
-        target,
-        options,
-        bce_weight=0.5,
-        store=kernels.stores_differences(logits, options.window_size),
-    )
+    options = options._replace(store=kernels.stores_differences(logits, options.window_size))
+    loss, statistics, stored = kernels._structural_similarity_forward(logits, target, options)
     gradient_arguments = (loss, statistics, logits, target)
     if stored.dim() == logits.dim():
         kernels._structural_similarity_stored(*gradient_arguments, stored, options.ignore_index)

@@ -260,11 +260,10 @@ def test_errors_on_the_right(B: Any, error: type[Exception], message: str) -> No
 def test_operators(order: int, device: torch.device) -> None:
     A = matrices(order, 2, device=device).requires_grad_()
     checks = ("test_schema", "test_faketensor")
-    operators = torch.ops.tritonloss
-    torch.library.opcheck(operators.cholesky_ex, (A,), test_utils=checks)
-    torch.library.opcheck(operators.logdet, (A,), test_utils=checks)
-    torch.library.opcheck(operators.solve, (A, A.detach()), test_utils=checks)
-    torch.library.opcheck(operators.inv, (A,), test_utils=checks)
+    torch.library.opcheck(linalg.CHOLESKY.forward, (A,), test_utils=checks)
+    torch.library.opcheck(linalg.LOGDET.forward, (A,), test_utils=checks)
+    torch.library.opcheck(linalg.SOLVE.forward, (A, A.detach()), test_utils=checks)
+    torch.library.opcheck(linalg.INVERSE.forward, (A,), test_utils=checks)
 
 
 def test_determinism(device: torch.device) -> None:

@@ -22,6 +22,7 @@ from tritonloss._region_forward import forward_pass
 from tritonloss._region_maps import Options
 from tritonloss._tuning import forced
 from tritonloss.functional import rmi_loss
+from tritonloss.region_mutual_information import RMI
 
 # The whole of the loss at the lowest price in the interpreter: regions of four pixels.
 SMALL: dict[str, Any] = {"region_size": 2, "pool_size": 2}
@@ -460,7 +461,7 @@ def test_operators(options: dict[str, Any], device: torch.device) -> None:
     defaults = Options(3, "avg", 4, "mean", 1e-6, 0.5, "zero", 255, None)
     arguments = (logits.requires_grad_(), target, *defaults._replace(**options))
     torch.library.opcheck(
-        torch.ops.tritonloss.rmi_forward,
+        RMI.forward,
         arguments,
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, get_args
@@ -82,10 +83,18 @@ def warp_size() -> int:
     return int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
+# Triton's interpreter replaces functions of its own library while it runs a kernel: a second thread
+# would take them for the first one's.
+_interpreter = threading.RLock()
+
+
 def device_guard(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's GPU the current one, where Triton launches; nothing for other devices."""
+    """What every launch stands in: the tensor's GPU made the current one, where Triton launches.
+
+    In the interpreter it is one thread at a time.
+    """
     if tensor.device.type == "cuda":
         return torch.cuda.device(tensor.device)
     if tensor.device.type == "xpu":
         return torch.xpu.device(tensor.device)
-    return nullcontext()
+    return _interpreter if INTERPRETED else nullcontext()

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -66,24 +67,39 @@ def check_labels_in_range(target: torch.Tensor, classes: int, ignore_index: int 
         return
     if type(target).__module__.startswith("torch._"):  # PyTorch's own, without data to look at
         return
-    target = target.as_subclass(torch.Tensor)
+    target = _without_transforms(target.as_subclass(torch.Tensor))
     if target.device.type != "cpu" and os.environ.get("TRITONLOSS_CHECK_LABELS") != "1":
         return
     if target.numel() == 0:
         return
+    # Whoever traces the call is not to see the look at the labels.
+    with _disable_current_modes():
+        found = _labels_outside(target, classes, ignore_index)
+    if found:
+        raise ValueError(labels_outside("target", classes, ignore_index, found))
+
+
+def _labels_outside(
+    target: torch.Tensor, classes: int, ignore_index: int | None
+) -> list[tuple[int, int]]:
+    """(value, count) of the labels out of range."""
     low, high = (int(extreme) for extreme in torch.aminmax(target))
     if 0 <= low and high < classes:
-        return
+        return []
     # In int64: compared with a narrow label tensor, Python's 300 or -100 would wrap around.
     labels = target.to(torch.int64)
     wrong = (labels < 0) | (labels >= classes)
     if ignore_index is not None:
         wrong &= labels != ignore_index
     values, counts = torch.unique(labels[wrong], return_counts=True)
-    if values.numel() == 0:
-        return
-    found = list(zip(values.tolist(), counts.tolist(), strict=True))
-    raise ValueError(labels_outside("target", classes, ignore_index, found))
+    return list(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def _without_transforms(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that the transforms of torch.func have wrapped; under vmap, of all slices."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def check_labels(labels: torch.Tensor, name: str) -> None:

@@ -10,7 +10,7 @@ gradients; the gradient of x).
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,6 +21,7 @@ from kernels_reference.gaussian_window import gaussian_statistics as gaussian_st
 from . import _checks
 from ._backend import device_guard, serves_triton
 from ._device_math import plus
+from ._operator import Operator
 from ._strip import (
     PADDINGS,
     SIZES,
@@ -307,17 +308,30 @@ def _gaussian_statistics_backward_kernel(
 # --- launchers ------------------------------------------------------------------------------------
 
 
-def _empty_statistics(
-    x: torch.Tensor, window_size: int, padding: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+class Options(NamedTuple):
+    """The options, as they pass through the operator."""
+
+    window_size: int
+    sigma: float
+    padding: str
+
+
+class Results(NamedTuple):
+    """Both maps of a forward pass, [N, C, H, W]."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+
+
+def _empty_statistics(x: torch.Tensor, options: Options) -> Results:
     """Two maps in the layout of x."""
-    lost = window_size - 1 if padding == "valid" else 0
+    lost = options.window_size - 1 if options.padding == "valid" else 0
     shape = (*x.shape[:2], x.size(2) - lost, x.size(3) - lost)
     layout = torch.channels_last if channels_in_lanes(x) else torch.contiguous_format
     dtype = compute_dtype(x.dtype)
     mean = torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
     variance = torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
-    return mean, variance
+    return Results(mean, variance)
 
 
 def _forward_heuristic(window_size: int) -> Configuration:
@@ -330,10 +344,9 @@ def _backward_heuristic(window_size: int) -> Configuration:
     return strip_heuristic(4 if window_size <= 9 else 2 if window_size <= 11 else 1)
 
 
-def _gaussian_statistics_forward(
-    x: torch.Tensor, window_size: int, sigma: float, padding: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, variance = _empty_statistics(x, window_size, padding)
+def _gaussian_statistics_forward(x: torch.Tensor, options: Options) -> Results:
+    window_size, sigma, padding = options
+    mean, variance = _empty_statistics(x, options)
     configuration = strip_configuration(
         "gaussian_statistics_forward", x, window_size, _forward_heuristic(window_size)
     )
@@ -354,7 +367,7 @@ def _gaussian_statistics_forward(
             SHIFT=0 if padding == "valid" else -(window_size // 2),
             **launch,
         )
-    return mean, variance
+    return Results(mean, variance)
 
 
 def _gaussian_statistics_backward(
@@ -362,10 +375,9 @@ def _gaussian_statistics_backward(
     grad_variance: torch.Tensor,
     x: torch.Tensor,
     mean: torch.Tensor,
-    window_size: int,
-    sigma: float,
-    padding: str,
+    options: Options,
 ) -> torch.Tensor:
+    window_size, sigma, padding = options
     grad_x = torch.empty_like(x)
     configuration = strip_configuration(
         "gaussian_statistics_backward", x, window_size, _backward_heuristic(window_size)
@@ -435,74 +447,29 @@ def _tuning_forward(
     window_size: int, dtype: torch.dtype, shape: Shape, layout: str, device: torch.device
 ) -> Launch:
     x = random_map(shape, layout, dtype, device)
-    return lambda: _gaussian_statistics_forward(x, window_size, 1.5, "zeros")
+    return lambda: _gaussian_statistics_forward(x, Options(window_size, 1.5, "zeros"))
 
 
 def _tuning_backward(
     window_size: int, dtype: torch.dtype, shape: Shape, layout: str, device: torch.device
 ) -> Launch:
     x = random_map(shape, layout, dtype, device)
-    mean, variance = _gaussian_statistics_forward(x, window_size, 1.5, "zeros")
-    return lambda: _gaussian_statistics_backward(mean, variance, x, mean, window_size, 1.5, "zeros")
+    options = Options(window_size, 1.5, "zeros")
+    mean, variance = _gaussian_statistics_forward(x, options)
+    return lambda: _gaussian_statistics_backward(mean, variance, x, mean, options)
 
 
-# --- operator and gradient ------------------------------------------------------------------------
+# --- operator -------------------------------------------------------------------------------------
 
-
-@torch.library.custom_op("tritonloss::gaussian_statistics_forward", mutates_args=())
-def _forward_op(
-    x: torch.Tensor, window_size: int, sigma: float, padding: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _gaussian_statistics_forward(x, window_size, sigma, padding)
-
-
-@_forward_op.register_fake
-def _forward_fake(
-    x: torch.Tensor, window_size: int, sigma: float, padding: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_statistics(x, window_size, padding)
-
-
-@torch.library.custom_op("tritonloss::gaussian_statistics_backward", mutates_args=())
-def _backward_op(
-    grad_mean: torch.Tensor,
-    grad_variance: torch.Tensor,
-    x: torch.Tensor,
-    mean: torch.Tensor,
-    window_size: int,
-    sigma: float,
-    padding: str,
-) -> torch.Tensor:
-    return _gaussian_statistics_backward(
-        grad_mean, grad_variance, x, mean, window_size, sigma, padding
-    )
-
-
-@_backward_op.register_fake
-def _backward_fake(
-    grad_mean: torch.Tensor,
-    grad_variance: torch.Tensor,
-    x: torch.Tensor,
-    mean: torch.Tensor,
-    window_size: int,
-    sigma: float,
-    padding: str,
-) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, *ctx.options = inputs
-    mean, _ = output
-    ctx.save_for_backward(x, mean)
-
-
-def _gradient(ctx: Any, grad_mean: torch.Tensor, grad_variance: torch.Tensor) -> tuple[Any, ...]:
-    x, mean = ctx.saved_tensors
-    return _backward_op(grad_mean, grad_variance, x, mean, *ctx.options), None, None, None
-
-
-_forward_op.register_autograd(_gradient, setup_context=_setup_context)
+STATISTICS = Operator(
+    "gaussian_statistics",
+    forward=_gaussian_statistics_forward,
+    backward=_gaussian_statistics_backward,
+    allocate=_empty_statistics,
+    results=Results,
+    options=Options,
+    returned=2,
+)
 
 
 # --- function -------------------------------------------------------------------------------------
@@ -551,8 +518,6 @@ def gaussian_statistics(
     _checks.check_option("padding", padding, PADDINGS)
     _checks.check_padding_fits(x, window_size, padding, "x")
     if serves_triton(x):
-        mean, variance = torch.ops.tritonloss.gaussian_statistics_forward(
-            x, window_size, float(sigma), padding
-        )
+        mean, variance = STATISTICS(x, options=Options(int(window_size), float(sigma), padding))
         return mean, variance
     return gaussian_statistics_reference(x, window_size, sigma, padding)

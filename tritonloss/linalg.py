@@ -17,7 +17,7 @@ that is not positive definite is undefined and may be NaN; its neighbours' are n
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,6 +36,7 @@ from ._linalg_kernels import (
     _solve_backward_kernel,
     _solve_kernel,
 )
+from ._operator import Operator
 from ._tuning import Configuration, TuningCase, launch_configuration
 
 __all__ = ["cholesky_ex", "inv", "logdet", "solve"]
@@ -238,48 +239,20 @@ def _solve_backward(grad_right: torch.Tensor, solution: torch.Tensor) -> torch.T
     return result
 
 
-# --- operators and gradients ----------------------------------------------------------------------
+# --- operators ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("tritonloss::cholesky_ex", mutates_args=())
-def _cholesky_op(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return _cholesky(A)
+class Factor(NamedTuple):
+    """L [..., n, n] and int32 [...]."""
+
+    factor: torch.Tensor
+    info: torch.Tensor
 
 
-@torch.library.custom_op("tritonloss::cholesky_backward", mutates_args=())
-def _cholesky_backward_op(grad_factor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return _cholesky_backward(grad_factor, factor)
+class Result(NamedTuple):
+    """The one result of an operator."""
 
-
-@torch.library.custom_op("tritonloss::logdet", mutates_args=())
-def _logdet_op(A: torch.Tensor) -> torch.Tensor:
-    return _logdet(A)
-
-
-@torch.library.custom_op("tritonloss::solve", mutates_args=())
-def _solve_op(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    return _solve(A, B, None)
-
-
-@torch.library.custom_op("tritonloss::solve_backward", mutates_args=())
-def _solve_backward_op(grad_right: torch.Tensor, solution: torch.Tensor) -> torch.Tensor:
-    return _solve_backward(grad_right, solution)
-
-
-# An operator of its own, without a gradient: of gradients there is none, and asking raises.
-@torch.library.custom_op("tritonloss::logdet_backward", mutates_args=())
-def _logdet_backward_op(grad: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    return _solve(A, None, grad)
-
-
-@torch.library.custom_op("tritonloss::inv", mutates_args=())
-def _inverse_op(A: torch.Tensor) -> torch.Tensor:
-    return _solve(A, None, None)
-
-
-@torch.library.custom_op("tritonloss::inv_backward", mutates_args=())
-def _inverse_backward_op(grad_inverse: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    return _inverse_backward(grad_inverse, inverse)
+    result: torch.Tensor
 
 
 def _like(tensor: torch.Tensor, shape: torch.Size | None = None) -> torch.Tensor:
@@ -287,84 +260,62 @@ def _like(tensor: torch.Tensor, shape: torch.Size | None = None) -> torch.Tensor
     return tensor.new_empty(tensor.shape if shape is None else shape)
 
 
-@_cholesky_op.register_fake
-def _cholesky_fake(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return _like(A), A.new_empty(A.shape[:-2], dtype=torch.int32)
+def _nothing(tensor: torch.Tensor) -> torch.Tensor:
+    """An empty tensor with the same leading dimensions."""
+    return tensor.new_empty((*tensor.shape[:-1], 0))
 
 
-@_logdet_op.register_fake
-def _logdet_fake(A: torch.Tensor) -> torch.Tensor:
-    return _like(A, A.shape[:-2])
+def _solve_gradients(
+    grad_result: torch.Tensor, result: torch.Tensor, A: torch.Tensor, wants_A: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_right = _solve(A, grad_result, None)
+    return _solve_backward(grad_right, result) if wants_A else _nothing(A), grad_right
 
 
-@_solve_op.register_fake
-def _solve_fake(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    return _like(B)
+def _empty_solve_gradients(
+    result: torch.Tensor, A: torch.Tensor, wants_A: bool, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _like(A) if wants_A else _nothing(A), _like(result)
 
 
-@_inverse_op.register_fake
-def _inverse_fake(A: torch.Tensor) -> torch.Tensor:
-    return _like(A)
-
-
-@_logdet_backward_op.register_fake
-def _logdet_backward_fake(grad: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    return _like(A)
-
-
-@_cholesky_backward_op.register_fake
-def _cholesky_backward_fake(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return _like(factor)
-
-
-@_inverse_backward_op.register_fake
-def _inverse_backward_fake(grad: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    return _like(inverse)
-
-
-@_solve_backward_op.register_fake
-def _solve_backward_fake(grad: torch.Tensor, solution: torch.Tensor) -> torch.Tensor:
-    return _like(solution, torch.Size((*solution.shape[:-1], solution.shape[-2])))
-
-
-def _saves_output(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(output[0] if isinstance(output, tuple) else output)
-
-
-def _saves_matrix(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(inputs[0])
-
-
-def _saves_both(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(inputs[0], output)
-
-
-def _cholesky_gradient(ctx: Any, grad_factor: torch.Tensor, _: Any) -> torch.Tensor:
-    gradient: torch.Tensor = _cholesky_backward_op(grad_factor, ctx.saved_tensors[0])
-    return gradient
-
-
-def _logdet_gradient(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-    gradient: torch.Tensor = _logdet_backward_op(grad, ctx.saved_tensors[0])
-    return gradient
-
-
-def _solve_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    matrix, solution = ctx.saved_tensors
-    grad_right = _solve_op(matrix, grad)
-    wanted = ctx.needs_input_grad[0]
-    return _solve_backward_op(grad_right, solution) if wanted else None, grad_right
-
-
-def _inverse_gradient(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-    gradient: torch.Tensor = _inverse_backward_op(grad, ctx.saved_tensors[0])
-    return gradient
-
-
-_cholesky_op.register_autograd(_cholesky_gradient, setup_context=_saves_output)
-_logdet_op.register_autograd(_logdet_gradient, setup_context=_saves_matrix)
-_solve_op.register_autograd(_solve_gradient, setup_context=_saves_both)
-_inverse_op.register_autograd(_inverse_gradient, setup_context=_saves_output)
+CHOLESKY = Operator(
+    "cholesky_ex",
+    forward=lambda A: Factor(*_cholesky(A)),
+    backward=lambda grad_factor, factor: _cholesky_backward(grad_factor, factor),
+    allocate=lambda A: Factor(_like(A), A.new_empty(A.shape[:-2], dtype=torch.int32)),
+    allocate_gradient=lambda factor, **_: _like(factor),
+    results=Factor,
+    returned=2,
+    batched=True,
+)
+LOGDET = Operator(
+    "logdet",
+    forward=lambda A: Result(_logdet(A)),
+    backward=lambda grad_result, A: _solve(A, None, grad_result),
+    allocate=lambda A: Result(_like(A, A.shape[:-2])),
+    allocate_gradient=lambda A, **_: _like(A),
+    results=Result,
+    batched=True,
+)
+SOLVE = Operator(
+    "solve",
+    forward=lambda A, B: Result(_solve(A, B, None)),
+    backward=_solve_gradients,
+    allocate=lambda A, B: Result(_like(B)),
+    allocate_gradient=_empty_solve_gradients,
+    results=Result,
+    batched=True,
+    differentiable=("A", "B"),
+)
+INVERSE = Operator(
+    "inv",
+    forward=lambda A: Result(_solve(A, None, None)),
+    backward=lambda grad_result, result: _inverse_backward(grad_result, result),
+    allocate=lambda A: Result(_like(A)),
+    allocate_gradient=lambda result, **_: _like(result),
+    results=Result,
+    batched=True,
+)
 
 
 # --- functions ------------------------------------------------------------------------------------
@@ -395,7 +346,7 @@ def cholesky_ex(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     _check_matrices(A)
     if not serves_triton(A):
         return reference.cholesky_ex(A)
-    factor, info = torch.ops.tritonloss.cholesky_ex(A)
+    factor, info = CHOLESKY(A)
     return factor, info
 
 
@@ -420,8 +371,7 @@ def logdet(A: torch.Tensor) -> torch.Tensor:
     _check_matrices(A)
     if not serves_triton(A):
         return reference.logdet(A)
-    result: torch.Tensor = torch.ops.tritonloss.logdet(A)
-    return result
+    return LOGDET(A)[0]
 
 
 def solve(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -448,8 +398,7 @@ def solve(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     _check_right(A, B)
     if not serves_triton(A):
         return reference.solve(A, B)
-    result: torch.Tensor = torch.ops.tritonloss.solve(A, B)
-    return result
+    return SOLVE(A, B)[0]
 
 
 def inv(A: torch.Tensor) -> torch.Tensor:
@@ -473,8 +422,7 @@ def inv(A: torch.Tensor) -> torch.Tensor:
     _check_matrices(A)
     if not serves_triton(A):
         return reference.inv(A)
-    result: torch.Tensor = torch.ops.tritonloss.inv(A)
-    return result
+    return INVERSE(A)[0]
 
 
 def _check_matrices(A: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ saved, 12 for float64 (``_margin_kernels.py`` says which, and why).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from kernels_reference.margin_calibration import (
 from . import _checks
 from ._backend import serves_triton
 from ._margin_kernels import Options, margin_backward, margin_forward
+from ._operator import Operator
 from ._pixel_launch import (
     REDUCTIONS,
     Loss,
@@ -59,39 +60,56 @@ LOSS = Loss(
 )  # fmt: skip
 
 
-def _options(variant: str, classes: int, save: bool) -> Options:
-    """A penalty's share in the loss: the released code has a mean over the other classes."""
-    return Options(variant, 1.0, 1.0 / classes if variant == "released" else 1.0, save)
+class CallOptions(NamedTuple):
+    """The options of the loss, as they pass through the operator."""
+
+    variant: str
+    reduction: str
+    ignore_index: int | None
+
+    def of_kernels(self, classes: int, save: bool) -> Options:
+        """With a penalty's share in the loss: the released code has a mean over other classes."""
+        share = 1.0 / classes if self.variant == "released" else 1.0
+        return Options(self.variant, 1.0, share, save)
 
 
 def _margin_forward(
     logits: torch.Tensor,
     target: torch.Tensor,
-    offsets: MarginOffsets,
-    variant: str,
-    reduction: str,
-    ignore_index: int | None,
+    own: torch.Tensor,
+    other: torch.Tensor,
+    options: CallOptions,
     save: bool,
 ) -> Results:
     """The loss, and what its backward pass needs if ``save``."""
-    options = _options(variant, logits.size(1), save)
-    return launch_forward(LOSS, logits, target, offsets, (), options, reduction, ignore_index, save)
+    compiled = options.of_kernels(logits.size(1), save)
+    return launch_forward(
+        LOSS, logits, target, (own, other), (), compiled, options.reduction, options.ignore_index,
+        save,
+    )  # fmt: skip
 
 
 def _margin_backward(
-    upstream: torch.Tensor,
-    results: Results,
+    grad_loss: torch.Tensor,
+    scale: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
     logits: torch.Tensor,
     target: torch.Tensor,
-    offsets: MarginOffsets,
-    variant: str,
-    ignore_index: int | None,
+    own: torch.Tensor,
+    other: torch.Tensor,
+    options: CallOptions,
 ) -> torch.Tensor:
     """The gradient of the logits under an upstream gradient [] or [N, H, W]."""
-    options = _options(variant, logits.size(1), True)
+    compiled = options.of_kernels(logits.size(1), True)
+    results = Results(scale, scale, first, second)
     return launch_backward(
-        LOSS, upstream, results, logits, target, offsets, (), options, ignore_index
+        LOSS, grad_loss, results, logits, target, (own, other), (), compiled, options.ignore_index
     )
+
+
+def _allocate(logits: torch.Tensor, options: CallOptions, save: bool, **_: torch.Tensor) -> Results:
+    return empty_results(LOSS, logits, options.reduction, save)
 
 
 def tuning_cases() -> list[TuningCase]:
@@ -105,94 +123,27 @@ def _tuning_pass(
     logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
     target = random_labels(shape, device)
     offset = torch.full((shape[1],), 0.1, device=device)
-    offsets = MarginOffsets(offset, offset)
+    given = (logits, target, offset, offset)
+    options = CallOptions("paper", "mean", 255)
 
     def both_passes() -> tuple[torch.Tensor, torch.Tensor]:
-        results = _margin_forward(logits, target, offsets, "paper", "mean", 255, save=True)
+        results = _margin_forward(*given, options, save=True)
         upstream = torch.ones_like(results.loss)
-        gradient = _margin_backward(upstream, results, logits, target, offsets, "paper", 255)
-        return results.loss, gradient
+        return results.loss, _margin_backward(upstream, *results[1:], *given, options)
 
     return both_passes
 
 
-# --- operator and gradient ------------------------------------------------------------------------
+# --- operator -------------------------------------------------------------------------------------
 
-
-@torch.library.custom_op("tritonloss::margin_calibrated_forward", mutates_args=())
-def _forward_op(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    own: torch.Tensor,
-    other: torch.Tensor,
-    variant: str,
-    reduction: str,
-    ignore_index: int | None,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    offsets = MarginOffsets(own, other)
-    return _margin_forward(logits, target, offsets, variant, reduction, ignore_index, save)
-
-
-@_forward_op.register_fake
-def _forward_fake(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    own: torch.Tensor,
-    other: torch.Tensor,
-    variant: str,
-    reduction: str,
-    ignore_index: int | None,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return empty_results(LOSS, logits, reduction, save)
-
-
-@torch.library.custom_op("tritonloss::margin_calibrated_backward", mutates_args=())
-def _backward_op(
-    upstream: torch.Tensor,
-    scale: torch.Tensor,
-    first: torch.Tensor,
-    second: torch.Tensor,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    own: torch.Tensor,
-    other: torch.Tensor,
-    variant: str,
-    ignore_index: int | None,
-) -> torch.Tensor:
-    results = Results(scale, scale, first, second)
-    offsets = MarginOffsets(own, other)
-    return _margin_backward(upstream, results, logits, target, offsets, variant, ignore_index)
-
-
-@_backward_op.register_fake
-def _backward_fake(
-    upstream: torch.Tensor,
-    scale: torch.Tensor,
-    first: torch.Tensor,
-    second: torch.Tensor,
-    logits: torch.Tensor,
-    *arguments: Any,
-) -> torch.Tensor:
-    return torch.empty_like(logits)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logits, target, own, other, variant, _, ignore_index, _ = inputs
-    ctx.save_for_backward(logits, target, own, other, *output[1:])
-    ctx.variant, ctx.ignore_index = variant, ignore_index
-
-
-def _gradient(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    logits, target, own, other, *saved = ctx.saved_tensors
-    grad_logits = _backward_op(
-        upstream, *saved, logits, target, own, other, ctx.variant, ctx.ignore_index
-    )
-    return (grad_logits, *(None,) * 7)
-
-
-_forward_op.register_autograd(_gradient, setup_context=_setup_context)
+MARGIN_CALIBRATED = Operator(
+    "margin_calibrated",
+    forward=_margin_forward,
+    backward=_margin_backward,
+    allocate=_allocate,
+    results=Results,
+    options=CallOptions,
+)
 
 
 # --- function -------------------------------------------------------------------------------------
@@ -269,14 +220,10 @@ def margin_calibrated_loss(
             ignore_index=ignore_index,
             reduction=reduction,
         )
-    # The offsets get no gradient; and without the logits' nothing is saved for a backward pass.
-    save = logits.requires_grad and torch.is_grad_enabled()
-    own, other = own.detach(), other.detach()
-    loss: torch.Tensor = torch.ops.tritonloss.margin_calibrated_forward(
-        logits, target, own, other, variant, reduction,
-        None if ignore_index is None else int(ignore_index), save,
-    )[0]  # fmt: skip
-    return loss
+    # The offsets get no gradient.
+    ignored = None if ignore_index is None else int(ignore_index)
+    options = CallOptions(variant, reduction, ignored)
+    return MARGIN_CALIBRATED(logits, target, own.detach(), other.detach(), options=options)[0]
 
 
 def _check_options(

@@ -14,7 +14,7 @@ leave the largest logit and the logarithm of the sum to the backward pass, 6 or 
 from __future__ import annotations
 
 import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from kernels_reference.pixelwise import focal_loss as focal_loss_reference
 
 from . import _checks, _pixelwise_kernels
 from ._backend import serves_triton
+from ._operator import Operator
 from ._pixel_launch import (
     REDUCTIONS,
     Loss,
@@ -135,88 +136,69 @@ def _tuning_pass(
     return both_passes
 
 
-# --- operator and gradient ------------------------------------------------------------------------
+# --- operators ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("tritonloss::pixelwise_forward", mutates_args=())
-def _forward_op(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    name: str,
-    smoothing: float,
-    gamma: float,
-    detached: bool,
-    reduction: str,
-    ignore_index: int | None,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = Options(weight is not None, smoothing, gamma, detached)
-    return _pixelwise_forward(name, logits, target, weight, options, reduction, ignore_index, save)
+class CallOptions(NamedTuple):
+    """The options of all losses of this file, as they pass through the operators."""
+
+    reduction: str
+    ignore_index: int | None
+    smoothing: float = 0.0
+    gamma: float = 0.0
+    detached: bool = False
+
+    def of_kernels(self, weight: torch.Tensor | None) -> Options:
+        """What the device functions take."""
+        return Options(weight is not None, self.smoothing, self.gamma, self.detached)
 
 
-@_forward_op.register_fake
-def _forward_fake(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    name: str,
-    smoothing: float,
-    gamma: float,
-    detached: bool,
-    reduction: str,
-    ignore_index: int | None,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return empty_results(LOSSES[name], logits, reduction, save)
+def _operator(loss: Loss) -> Operator:
+    name = loss.name
 
+    def forward(
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        weight: torch.Tensor | None,
+        options: CallOptions,
+        save: bool,
+    ) -> Results:
+        reduction, ignore_index = options.reduction, options.ignore_index
+        return _pixelwise_forward(
+            name, logits, target, weight, options.of_kernels(weight), reduction, ignore_index, save
+        )
 
-@torch.library.custom_op("tritonloss::pixelwise_backward", mutates_args=())
-def _backward_op(
-    upstream: torch.Tensor,
-    scale: torch.Tensor,
-    first: torch.Tensor,
-    second: torch.Tensor,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    name: str,
-    smoothing: float,
-    gamma: float,
-    detached: bool,
-    ignore_index: int | None,
-) -> torch.Tensor:
-    options = Options(weight is not None, smoothing, gamma, detached)
-    results = Results(scale, scale, first, second)
-    return _pixelwise_backward(
-        name, upstream, results, logits, target, weight, options, ignore_index
+    def backward(
+        grad_loss: torch.Tensor,
+        scale: torch.Tensor,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        weight: torch.Tensor | None,
+        options: CallOptions,
+    ) -> torch.Tensor:
+        return _pixelwise_backward(
+            name, grad_loss, Results(scale, scale, first, second), logits, target, weight,
+            options.of_kernels(weight), options.ignore_index,
+        )  # fmt: skip
+
+    def allocate(
+        logits: torch.Tensor, options: CallOptions, save: bool, **_: torch.Tensor | None
+    ) -> Results:
+        return empty_results(loss, logits, options.reduction, save)
+
+    return Operator(
+        name,
+        forward=forward,
+        backward=backward,
+        allocate=allocate,
+        results=Results,
+        options=CallOptions,
     )
 
 
-@_backward_op.register_fake
-def _backward_fake(
-    upstream: torch.Tensor,
-    scale: torch.Tensor,
-    first: torch.Tensor,
-    second: torch.Tensor,
-    logits: torch.Tensor,
-    *arguments: Any,
-) -> torch.Tensor:
-    return torch.empty_like(logits)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logits, target, weight, name, smoothing, gamma, detached, _, ignore_index, _ = inputs
-    ctx.save_for_backward(logits, target, weight, *output[1:])
-    ctx.options = (name, smoothing, gamma, detached, ignore_index)
-
-
-def _gradient(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    logits, target, weight, *saved = ctx.saved_tensors
-    return (_backward_op(upstream, *saved, logits, target, weight, *ctx.options), *(None,) * 9)
-
-
-_forward_op.register_autograd(_gradient, setup_context=_setup_context)
+OPERATORS = {name: _operator(loss) for name, loss in LOSSES.items()}
 
 
 # --- functions ------------------------------------------------------------------------------------
@@ -260,14 +242,11 @@ def _call(
     gamma: float = 0.0,
     detached: bool = False,
 ) -> torch.Tensor:
-    # The weights get no gradient; and without the logits' nothing is saved for a backward pass.
-    save = logits.requires_grad and torch.is_grad_enabled()
+    # The weights get no gradient.
     weight = None if weight is None else weight.detach()
-    loss: torch.Tensor = torch.ops.tritonloss.pixelwise_forward(
-        logits, target, weight, name, float(smoothing), float(gamma), detached, reduction,
-        None if ignore_index is None else int(ignore_index), save,
-    )[0]  # fmt: skip
-    return loss
+    ignored = None if ignore_index is None else int(ignore_index)
+    options = CallOptions(reduction, ignored, float(smoothing), float(gamma), detached)
+    return OPERATORS[name](logits, target, weight, options=options)[0]
 
 
 def cross_entropy(

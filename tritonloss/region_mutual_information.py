@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,6 +30,7 @@ from kernels_reference.region_mutual_information import rmi_loss as rmi_loss_ref
 
 from . import _checks
 from ._backend import serves_triton
+from ._operator import Operator
 from ._region_backward import backward_pass
 from ._region_forward import forward_pass
 from ._region_maps import Options, Saved, cells_and_warps, is_direct
@@ -47,39 +48,46 @@ _EPSILON = {"mean": 1e-6, "sum": 5e-4}
 _LARGEST_REGION = 5
 _LARGEST_POOL = 8
 
-# --- operator and gradient ------------------------------------------------------------------------
+# --- operator -------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("tritonloss::rmi_forward", mutates_args=())
-def _forward_op(
+class Results(NamedTuple):
+    """What a forward pass returns: loss [] and info [N, C], and what ``Saved`` names."""
+
+    loss: torch.Tensor
+    info: torch.Tensor
+    statistics: torch.Tensor
+    residual: torch.Tensor
+    labels: torch.Tensor
+    kept: torch.Tensor
+    residual_weights: torch.Tensor
+    label_weights: torch.Tensor
+    constants: torch.Tensor
+
+
+def _forward(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Results:
+    loss, info, saved = forward_pass(options, logits, target)
+    return Results(loss, info, *saved)
+
+
+def _backward(
+    grad_loss: torch.Tensor,
+    statistics: torch.Tensor,
+    residual: torch.Tensor,
+    labels: torch.Tensor,
+    kept: torch.Tensor,
+    residual_weights: torch.Tensor,
+    label_weights: torch.Tensor,
+    constants: torch.Tensor,
     logits: torch.Tensor,
     target: torch.Tensor,
-    region_size: int,
-    pooling: str | None,
-    pool_size: int,
-    moments: str,
-    epsilon: float,
-    bce_weight: float,
-    ignore: str,
-    ignore_index: int | None,
-    precision: str | None,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
-    torch.Tensor, torch.Tensor, torch.Tensor,
-]:  # fmt: skip
-    options = Options(
-        region_size, pooling, pool_size, moments, epsilon, bce_weight, ignore, ignore_index,
-        precision,
-    )  # fmt: skip
-    loss, info, saved = forward_pass(options, logits, target)
-    return loss, info, *saved
+    options: Options,
+) -> torch.Tensor:
+    saved = Saved(statistics, residual, labels, kept, residual_weights, label_weights, constants)
+    return backward_pass(options, grad_loss, logits, target, saved)
 
 
-@_forward_op.register_fake
-def _forward_fake(
-    logits: torch.Tensor, target: torch.Tensor, *arguments: Any
-) -> tuple[torch.Tensor, ...]:
-    options = Options(*arguments)
+def _empty_results(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Results:
     batch, channels, height, width = logits.shape
     dtype = compute_dtype(logits.dtype)
     area = options.region_size**2
@@ -89,67 +97,28 @@ def _forward_fake(
     if is_direct(options, *pooled):
         kept_shape = (batch, *(size - options.region_size + 1 for size in pooled))
     planes = (batch, channels)
-    return (
-        logits.new_empty((), dtype=dtype),
-        logits.new_empty(planes, dtype=torch.int32),
-        logits.new_empty(1, dtype=dtype),
-        logits.new_empty(map_shape, dtype=dtype),
-        logits.new_empty(map_shape, dtype=torch.float16),
-        logits.new_empty(kept_shape, dtype=torch.uint8),
-        logits.new_empty((*planes, area, area), dtype=torch.float64),
-        logits.new_empty((*planes, area, area), dtype=torch.float64),
-        logits.new_empty((*planes, area), dtype=torch.float64),
+    return Results(
+        loss=logits.new_empty((), dtype=dtype),
+        info=logits.new_empty(planes, dtype=torch.int32),
+        statistics=logits.new_empty(1, dtype=dtype),
+        residual=logits.new_empty(map_shape, dtype=dtype),
+        labels=logits.new_empty(map_shape, dtype=torch.float16),
+        kept=logits.new_empty(kept_shape, dtype=torch.uint8),
+        residual_weights=logits.new_empty((*planes, area, area), dtype=torch.float64),
+        label_weights=logits.new_empty((*planes, area, area), dtype=torch.float64),
+        constants=logits.new_empty((*planes, area), dtype=torch.float64),
     )
 
 
-@torch.library.custom_op("tritonloss::rmi_backward", mutates_args=())
-def _backward_op(
-    grad_loss: torch.Tensor,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    statistics: torch.Tensor,
-    residual: torch.Tensor,
-    labels: torch.Tensor,
-    kept: torch.Tensor,
-    residual_weights: torch.Tensor,
-    label_weights: torch.Tensor,
-    constants: torch.Tensor,
-    region_size: int,
-    pooling: str | None,
-    pool_size: int,
-    moments: str,
-    epsilon: float,
-    bce_weight: float,
-    ignore: str,
-    ignore_index: int | None,
-    precision: str | None,
-) -> torch.Tensor:
-    options = Options(
-        region_size, pooling, pool_size, moments, epsilon, bce_weight, ignore, ignore_index,
-        precision,
-    )  # fmt: skip
-    saved = Saved(statistics, residual, labels, kept, residual_weights, label_weights, constants)
-    return backward_pass(options, grad_loss, logits, target, saved)
-
-
-@_backward_op.register_fake
-def _backward_fake(grad_loss: torch.Tensor, logits: torch.Tensor, *_: Any) -> torch.Tensor:
-    return torch.empty_like(logits)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logits, target, *options = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(logits, target, *output[2:])
-    ctx.options = Options(*options)
-
-
-def _gradient(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    grad_logits = _backward_op(grad_loss, *ctx.saved_tensors, *ctx.options)
-    return (grad_logits, *(None,) * 10)
-
-
-_forward_op.register_autograd(_gradient, setup_context=_setup_context)
+RMI = Operator(
+    "rmi",
+    forward=_forward,
+    backward=_backward,
+    allocate=_empty_results,
+    results=Results,
+    options=Options,
+    returned=2,
+)
 
 
 # --- function -------------------------------------------------------------------------------------
@@ -242,7 +211,7 @@ def rmi_loss(
     )  # fmt: skip
     if logits.size(0) == 0 or not serves_triton(logits):
         return rmi_loss_reference(logits, target, **options._asdict(), return_info=return_info)
-    loss, info, *_ = torch.ops.tritonloss.rmi_forward(logits, target, *options)
+    loss, info = RMI(logits, target, options=options)
     return (loss, info) if return_info else loss
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from kernels_reference.ssim import ssim_loss as ssim_loss_reference
 
 from . import _checks
 from ._backend import device_guard, serves_triton
+from ._operator import Operator
 from ._ssim_kernels import (
     Similarity,
     _ssim_backward_kernel,
@@ -261,11 +262,11 @@ def _tuning_pass(
 ) -> Launch:
     x = random_map(shape, layout, dtype, device)
     y = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
-    options = (_image_similarity(1.0), window_size, 1.5, "zeros")
+    options = ImageOptions(window_size, 1.5, 1.0, "zeros", mapped=False)
     if forward_only:
-        return lambda: _ssim_forward(x, y, *options, mapped=False)
-    mean, scale = _ssim_forward(x, y, *options, mapped=False)
-    return lambda: _ssim_backward(torch.ones_like(mean), scale, x, y, *options, both=True)
+        return lambda: _image_forward(x, y, options)
+    mean, scale = _image_forward(x, y, options)
+    return lambda: _image_backward(torch.ones_like(mean), scale, x, y, True, options)
 
 
 def _out_shape(x: torch.Tensor, window_size: int, padding: str) -> torch.Size:
@@ -306,157 +307,115 @@ def _plane_groups(shape: torch.Size, scratch: torch.Size) -> Iterator[tuple[slic
             yield slice(image, image + scratch[1]), slice(channel, channel + scratch[2])
 
 
-# --- operators and gradients ----------------------------------------------------------------------
+# --- operators ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("tritonloss::ssim_loss_forward", mutates_args=())
-def _loss_forward_op(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    full: bool,
-    window_size: int,
-    sigma: float,
-    c1: float,
-    c2: float,
-    ignore_index: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    similarity = _loss_similarity(logits, target, full, c1, c2, ignore_index)
-    return _ssim_forward(logits, target, similarity, window_size, sigma, "zeros", mapped=False)
+class Results(NamedTuple):
+    """What a forward pass returns."""
+
+    result: torch.Tensor  # the mean [], or the map
+    scale: torch.Tensor  # []
 
 
-@_loss_forward_op.register_fake
-def _loss_forward_fake(
-    logits: torch.Tensor, target: torch.Tensor, full: bool, window_size: int, *options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_results(logits, window_size, "zeros", mapped=False)
+class LossOptions(NamedTuple):
+    """The options of the loss, as they pass through its operator."""
+
+    full: bool
+    window_size: int
+    sigma: float
+    c1: float
+    c2: float
+    ignore_index: int | None
+
+    def similarity(self, logits: torch.Tensor, target: torch.Tensor) -> Similarity:
+        """What the kernels are compiled for."""
+        ignored = ignored_class(self.ignore_index, logits.size(1), target.dtype)
+        return Similarity(True, self.full, self.c1, self.c2, ignored)
 
 
-@torch.library.custom_op("tritonloss::ssim_loss_backward", mutates_args=())
-def _loss_backward_op(
-    grad: torch.Tensor,
+class ImageOptions(NamedTuple):
+    """The options of the similarity of two images, as they pass through its operator."""
+
+    window_size: int
+    sigma: float
+    data_range: float
+    padding: str
+    mapped: bool
+
+    def similarity(self) -> Similarity:
+        """What the kernels are compiled for."""
+        c1, c2 = (0.01 * self.data_range) ** 2, (0.03 * self.data_range) ** 2
+        return Similarity(False, True, c1, c2, -1)
+
+
+def _loss_forward(logits: torch.Tensor, target: torch.Tensor, options: LossOptions) -> Results:
+    similarity = options.similarity(logits, target)
+    window = (options.window_size, options.sigma, "zeros")
+    return Results(*_ssim_forward(logits, target, similarity, *window, mapped=False))
+
+
+def _loss_backward(
+    grad_result: torch.Tensor,
     scale: torch.Tensor,
     logits: torch.Tensor,
     target: torch.Tensor,
-    full: bool,
-    window_size: int,
-    sigma: float,
-    c1: float,
-    c2: float,
-    ignore_index: int | None,
+    options: LossOptions,
 ) -> torch.Tensor:
-    similarity = _loss_similarity(logits, target, full, c1, c2, ignore_index)
-    return _ssim_backward(
-        grad, scale, logits, target, similarity, window_size, sigma, "zeros", both=False
-    )[0]
+    similarity = options.similarity(logits, target)
+    window = (options.window_size, options.sigma, "zeros")
+    arguments = (grad_result, scale, logits, target, similarity, *window)
+    return _ssim_backward(*arguments, both=False)[0]
 
 
-@_loss_backward_op.register_fake
-def _loss_backward_fake(
-    grad: torch.Tensor, scale: torch.Tensor, logits: torch.Tensor, *arguments: Any
-) -> torch.Tensor:
-    return torch.empty_like(logits)
+def _loss_results(logits: torch.Tensor, target: torch.Tensor, options: LossOptions) -> Results:
+    return Results(*_empty_results(logits, options.window_size, "zeros", mapped=False))
 
 
-def _loss_similarity(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    full: bool,
-    c1: float,
-    c2: float,
-    ignore_index: int | None,
-) -> Similarity:
-    ignored = ignored_class(ignore_index, logits.size(1), target.dtype)
-    return Similarity(True, full, c1, c2, ignored)
+def _image_forward(x: torch.Tensor, y: torch.Tensor, options: ImageOptions) -> Results:
+    window = (options.window_size, options.sigma, options.padding)
+    return Results(*_ssim_forward(x, y, options.similarity(), *window, options.mapped))
 
 
-def _loss_setup_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]
-) -> None:
-    logits, target, *ctx.options = inputs
-    ctx.save_for_backward(logits, target, output[1])
-
-
-def _loss_gradient(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
-    logits, target, scale = ctx.saved_tensors
-    return (_loss_backward_op(grad, scale, logits, target, *ctx.options), *(None,) * 7)
-
-
-_loss_forward_op.register_autograd(_loss_gradient, setup_context=_loss_setup_context)
-
-
-@torch.library.custom_op("tritonloss::ssim_forward", mutates_args=())
-def _forward_op(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    window_size: int,
-    sigma: float,
-    data_range: float,
-    padding: str,
-    mapped: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _ssim_forward(x, y, _image_similarity(data_range), window_size, sigma, padding, mapped)
-
-
-@_forward_op.register_fake
-def _forward_fake(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    window_size: int,
-    sigma: float,
-    data_range: float,
-    padding: str,
-    mapped: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_results(x, window_size, padding, mapped)
-
-
-@torch.library.custom_op("tritonloss::ssim_backward", mutates_args=())
-def _backward_op(
-    grad: torch.Tensor,
+def _image_backward(
+    grad_result: torch.Tensor,
     scale: torch.Tensor,
     x: torch.Tensor,
     y: torch.Tensor,
-    both: bool,
-    window_size: int,
-    sigma: float,
-    data_range: float,
-    padding: str,
+    wants_y: bool,
+    options: ImageOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    similarity = _image_similarity(data_range)
-    return _ssim_backward(grad, scale, x, y, similarity, window_size, sigma, padding, both)
+    window = (options.window_size, options.sigma, options.padding)
+    return _ssim_backward(grad_result, scale, x, y, options.similarity(), *window, wants_y)
 
 
-@_backward_op.register_fake
-def _backward_fake(
-    grad: torch.Tensor,
-    scale: torch.Tensor,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    both: bool,
-    *options: Any,
+def _image_results(x: torch.Tensor, y: torch.Tensor, options: ImageOptions) -> Results:
+    return Results(*_empty_results(x, options.window_size, options.padding, options.mapped))
+
+
+def _image_gradients(
+    x: torch.Tensor, y: torch.Tensor, wants_y: bool, **_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_gradients(x, y, both)
+    return _empty_gradients(x, y, wants_y)
 
 
-def _image_similarity(data_range: float) -> Similarity:
-    return Similarity(False, True, (0.01 * data_range) ** 2, (0.03 * data_range) ** 2, -1)
-
-
-def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]
-) -> None:
-    x, y, *ctx.options, _ = inputs
-    ctx.save_for_backward(x, y, output[1])
-
-
-def _gradient(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
-    x, y, scale = ctx.saved_tensors
-    both = ctx.needs_input_grad[1]
-    grad_x, grad_y = _backward_op(grad, scale, x, y, both, *ctx.options)
-    return (grad_x, grad_y if both else None, *(None,) * 5)
-
-
-_forward_op.register_autograd(_gradient, setup_context=_setup_context)
+SSIM_LOSS = Operator(
+    "ssim_loss",
+    forward=_loss_forward,
+    backward=_loss_backward,
+    allocate=_loss_results,
+    results=Results,
+    options=LossOptions,
+)
+SSIM = Operator(
+    "ssim",
+    forward=_image_forward,
+    backward=_image_backward,
+    allocate=_image_results,
+    allocate_gradient=_image_gradients,
+    results=Results,
+    options=ImageOptions,
+    differentiable=("x", "y"),
+)
 
 
 # --- functions ------------------------------------------------------------------------------------
@@ -534,17 +493,15 @@ def ssim_loss(
             c2=c2,
             ignore_index=ignore_index,
         )
-    loss: torch.Tensor = torch.ops.tritonloss.ssim_loss_forward(
-        logits,
-        target,
-        form == "full",
-        window_size,
-        float(sigma),
-        float(c1),
-        float(c2),
-        ignore_index,
-    )[0]
-    return loss
+    options = LossOptions(
+        full=form == "full",
+        window_size=int(window_size),
+        sigma=float(sigma),
+        c1=float(c1),
+        c2=float(c2),
+        ignore_index=None if ignore_index is None else int(ignore_index),
+    )
+    return SSIM_LOSS(logits, target, options=options)[0]
 
 
 def ssim(
@@ -610,10 +567,10 @@ def ssim(
             padding=padding,
             reduction=reduction,
         )
-    result: torch.Tensor = torch.ops.tritonloss.ssim_forward(
-        x, y, window_size, float(sigma), float(data_range), padding, reduction == "none"
-    )[0]
-    return result
+    options = ImageOptions(
+        int(window_size), float(sigma), float(data_range), padding, mapped=reduction == "none"
+    )
+    return SSIM(x, y, options=options)[0]
 
 
 # --- module ---------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from kernels_reference.structural_similarity import (
 
 from . import _checks
 from ._backend import device_guard, serves_triton
+from ._operator import Operator, can_reuse
 from ._strip import (
     PADDINGS,
     channels_in_lanes,
@@ -62,16 +63,26 @@ from ._tuning_inputs import random_labels, random_map
 
 
 class Options(NamedTuple):
-    """The options of the loss that the kernels depend on, as they pass through the operators."""
+    """The options of the loss, as they pass through the operator."""
 
-    window_size: int
-    sigma: float
-    beta: float
-    stability: float
-    padding: str
-    hard_mining: bool
-    reweight: bool
-    ignore_index: int | None
+    window_size: int = 3
+    sigma: float = 1.5
+    beta: float = 0.1
+    stability: float = 0.01
+    bce_weight: float = 0.5
+    padding: str = "zeros"
+    hard_mining: bool = True
+    reweight: bool = True
+    ignore_index: int | None = 255
+    store: bool = False  # the forward pass leaves e f to the backward pass
+
+
+class Results(NamedTuple):
+    """What a forward pass returns."""
+
+    loss: torch.Tensor  # []
+    statistics: torch.Tensor  # [2]
+    stored: torch.Tensor  # e f [N, C, H, W], or [0] unless the options say "store"
 
 
 @functools.lru_cache(maxsize=256)
@@ -141,21 +152,19 @@ def stores_differences(logits: torch.Tensor, window_size: int) -> bool:
     return configuration["schedule"] == "stored"
 
 
-def _empty_results(
-    logits: torch.Tensor, store: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss [], statistics [2], e f [N, C, H, W] or [0])."""
+def _empty_results(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Results:
     dtype = compute_dtype(logits.dtype)
     loss = torch.empty((), dtype=dtype, device=logits.device)
     statistics = torch.empty(2, dtype=dtype, device=logits.device)
-    return loss, statistics, torch.empty_like(logits) if store else logits.new_empty(0)
+    stored = torch.empty_like(logits) if options.store else logits.new_empty(0)
+    return Results(loss, statistics, stored)
 
 
 def _structural_similarity_forward(
-    logits: torch.Tensor, target: torch.Tensor, options: Options, bce_weight: float, store: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss [], statistics [2], e f [N, C, H, W], or [0] unless ``store``)."""
-    loss, statistics, stored = _empty_results(logits, store)
+    logits: torch.Tensor, target: torch.Tensor, options: Options
+) -> Results:
+    loss, statistics, stored = _empty_results(logits, target, options)
+    store = options.store
     moved = (logits, target, stored) if store else (logits, target)
     configuration = _configuration("structural_similarity_forward", logits, options.window_size)
     if store:
@@ -184,12 +193,12 @@ def _structural_similarity_forward(
             loss_ptr=loss,
             statistics_ptr=statistics,
             programs=grid[0],
-            BCE_WEIGHT=bce_weight,
+            BCE_WEIGHT=options.bce_weight,
             BLOCK=1024,
             num_warps=4,
             enable_fp_fusion=True,
         )
-    return loss, statistics, stored
+    return Results(loss, statistics, stored)
 
 
 def _structural_similarity_backward(
@@ -294,10 +303,8 @@ def _tuning_stored(shape: Shape, layout: str, device: torch.device) -> Launch:
     """The gradient from a copy of what is stored, which it overwrites."""
     logits = random_map(shape, layout, torch.float32, device).sub_(0.5).mul_(8)
     target = random_labels(shape, device)
-    options = Options(11, 1.5, 0.1, 0.01, "zeros", True, True, 255)
-    loss, statistics, stored = _structural_similarity_forward(
-        logits, target, options, 0.5, store=True
-    )
+    options = Options(window_size=11, store=True)
+    loss, statistics, stored = _structural_similarity_forward(logits, target, options)
     upstream = torch.ones_like(loss)
 
     def stored_pass() -> torch.Tensor:
@@ -314,12 +321,10 @@ def _tuning_pass(
     """Forward and backward: which schedule is faster shows in both together."""
     logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
     target = random_labels(shape, device)
-    options = Options(window_size, 1.5, 0.1, 0.01, "zeros", True, True, 255)
 
     def both_passes() -> tuple[torch.Tensor, torch.Tensor]:
-        loss, statistics, stored = _structural_similarity_forward(
-            logits, target, options, 0.5, store=stores_differences(logits, window_size)
-        )
+        options = Options(window_size, store=stores_differences(logits, window_size))
+        loss, statistics, stored = _structural_similarity_forward(logits, target, options)
         upstream = torch.ones_like(loss)
         if stored.dim() == 4:
             _structural_similarity_stored(upstream, statistics, logits, target, stored, 255)
@@ -329,109 +334,39 @@ def _tuning_pass(
     return both_passes
 
 
-# --- operator and gradient ------------------------------------------------------------------------
+# --- operator -------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("tritonloss::structural_similarity_forward", mutates_args=())
-def _forward_op(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    bce_weight: float,
-    store: bool,
-    window_size: int,
-    sigma: float,
-    beta: float,
-    stability: float,
-    padding: str,
-    hard_mining: bool,
-    reweight: bool,
-    ignore_index: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = Options(
-        window_size, sigma, beta, stability, padding, hard_mining, reweight, ignore_index
-    )
-    return _structural_similarity_forward(logits, target, options, bce_weight, store)
-
-
-@_forward_op.register_fake
-def _forward_fake(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    bce_weight: float,
-    store: bool,
-    window_size: int,
-    *options: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _empty_results(logits, store)
-
-
-@torch.library.custom_op("tritonloss::structural_similarity_backward", mutates_args=())
-def _backward_op(
-    grad_loss: torch.Tensor,
-    statistics: torch.Tensor,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    window_size: int,
-    sigma: float,
-    beta: float,
-    stability: float,
-    padding: str,
-    hard_mining: bool,
-    reweight: bool,
-    ignore_index: int | None,
-) -> torch.Tensor:
-    options = Options(
-        window_size, sigma, beta, stability, padding, hard_mining, reweight, ignore_index
-    )
-    return _structural_similarity_backward(grad_loss, statistics, logits, target, options)
-
-
-@_backward_op.register_fake
-def _backward_fake(
-    grad_loss: torch.Tensor, statistics: torch.Tensor, logits: torch.Tensor, *arguments: Any
-) -> torch.Tensor:
-    return torch.empty_like(logits)
-
-
-@torch.library.custom_op("tritonloss::structural_similarity_stored", mutates_args=("stored",))
-def _stored_op(
+def _structural_similarity_reuse(
     grad_loss: torch.Tensor,
     statistics: torch.Tensor,
     logits: torch.Tensor,
     target: torch.Tensor,
     stored: torch.Tensor,
-    ignore_index: int | None,
-) -> None:
-    _structural_similarity_stored(grad_loss, statistics, logits, target, stored, ignore_index)
+    options: Options,
+) -> torch.Tensor | None:
+    """The gradient in the buffer that holds e f, if there is one.
+
+    As .data it has a version of its own: whoever changes the gradient does not spoil the graph.
+    """
+    if stored.dim() < 4:
+        return None
+    gradient = stored.data
+    _structural_similarity_stored(
+        grad_loss, statistics, logits, target, gradient, options.ignore_index
+    )
+    return gradient
 
 
-@_stored_op.register_fake
-def _stored_fake(*arguments: Any) -> None:
-    return None
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logits, target, _, _, *options = inputs
-    _, statistics, stored = output
-    ctx.save_for_backward(logits, target, statistics, stored)
-    ctx.options = Options(*options)
-    ctx.is_stored = stored.dim() == 4
-
-
-def _gradient(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    logits, target, statistics, stored = ctx.saved_tensors
-    if ctx.is_stored and not torch.is_grad_enabled():
-        # The buffer becomes the gradient; a second backward through the same graph recomputes. As
-        # .data it has a version of its own: whoever changes the gradient does not spoil the graph.
-        ctx.is_stored = False
-        grad_logits = stored.data
-        _stored_op(grad_loss, statistics, logits, target, grad_logits, ctx.options.ignore_index)
-    else:
-        grad_logits = _backward_op(grad_loss, statistics, logits, target, *ctx.options)
-    return (grad_logits, *(None,) * 11)
-
-
-_forward_op.register_autograd(_gradient, setup_context=_setup_context)
+STRUCTURAL_SIMILARITY = Operator(
+    "structural_similarity",
+    forward=_structural_similarity_forward,
+    backward=_structural_similarity_backward,
+    reuse=_structural_similarity_reuse,
+    allocate=_empty_results,
+    results=Results,
+    options=Options,
+)
 
 
 # --- function -------------------------------------------------------------------------------------
@@ -528,14 +463,19 @@ def structural_similarity_loss(
             reweight=reweight,
             ignore_index=ignore_index,
         )
-    # A compiled graph may not reuse a saved buffer in place, so there e is always recomputed.
-    store = logits.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    store = store and stores_differences(logits, window_size)
-    loss: torch.Tensor = torch.ops.tritonloss.structural_similarity_forward(
-        logits, target, float(bce_weight), store, window_size, float(sigma), float(beta),
-        float(stability), padding, hard_mining, reweight, ignore_index,
-    )[0]  # fmt: skip
-    return loss
+    options = Options(
+        window_size=int(window_size),
+        sigma=float(sigma),
+        beta=float(beta),
+        stability=float(stability),
+        bce_weight=float(bce_weight),
+        padding=padding,
+        hard_mining=hard_mining,
+        reweight=reweight,
+        ignore_index=None if ignore_index is None else int(ignore_index),
+        store=can_reuse(logits) and stores_differences(logits, window_size),
+    )
+    return STRUCTURAL_SIMILARITY(logits, target, options=options)[0]
 
 
 # --- module ---------------------------------------------------------------------------------------

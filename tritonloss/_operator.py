@@ -1,0 +1,437 @@
+"""An operator declared once, from its launchers: gradient, transforms and torch.compile follow.
+
+Outside torch.compile an operator is a ``torch.autograd.Function`` around its launchers. Where
+tensors hold no data, in torch.compile, torch.export and under fake tensors, it is a pair of custom
+operators, ``tritonloss::<name>_forward`` and ``tritonloss::<name>_backward``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+_WANTS = "wants_"
+_GRAD = "grad_"
+
+
+class Operator:
+    """A differentiable operator, made of a launcher for each direction.
+
+    What the operator takes and keeps is read from the launchers' signatures:
+
+    - ``forward(*inputs, options, save) -> results``: its tensors are the operator's inputs.
+      ``options`` and ``save``, whether a backward pass may follow, only if it asks for them.
+    - ``backward(...)``: ``grad_<result>`` is an upstream gradient; a parameter that is called like
+      an input or a result is saved for it; ``wants_<input>`` says whether that input needs a
+      gradient; ``options`` as above. It returns the gradient, or a tuple if there are several.
+
+    Args:
+        name: of the custom operators, and of the operator in messages.
+        forward: the launcher of the forward pass.
+        backward: the launcher of the backward pass.
+        allocate: like ``forward``; only dtype and shape of the results count.
+        results: a NamedTuple of the tensors that ``forward`` returns.
+        options: a NamedTuple of numbers, strings and flags, or None if there is none.
+        returned: how many results a caller gets; the others are for the backward pass.
+        differentiable: names of the inputs with a gradient, in the order of ``backward``.
+        allocate_gradient: like ``backward``; by default the gradient is like the first input.
+        reuse: like ``backward``, and may ask for more of what was saved. It writes the gradient
+            into a saved tensor, so only a graph's first backward pass is its own, and that only
+            where ``can_reuse``. None from it leaves the work to ``backward``.
+        batched: every tensor has leading batch dimensions, of which vmap may make one more; without
+            them a mapped operator is launched for one slice after the other.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        forward: Callable[..., Any],
+        backward: Callable[..., Any],
+        allocate: Callable[..., Any],
+        results: type[Any],
+        options: type[Any] | None = None,
+        returned: int = 1,
+        differentiable: tuple[str, ...] | None = None,
+        allocate_gradient: Callable[..., Any] | None = None,
+        reuse: Callable[..., Tensor | None] | None = None,
+        batched: bool = False,
+    ) -> None:
+        self.name = name
+        self.options = options
+        self.returned = returned
+        self.batched = batched
+        self.results = tuple(results._fields)
+        self._forward, self._backward, self._reuse = forward, backward, reuse
+        forward_names = list(inspect.signature(forward).parameters)
+        self._saves = "save" in forward_names
+        self.inputs = tuple(n for n in forward_names if n not in ("options", "save"))
+        self.differentiable = differentiable or self.inputs[:1]
+        self._positions = tuple(self.inputs.index(name) for name in self.differentiable)
+
+        names = list(inspect.signature(backward).parameters)
+        known = (*self.inputs, *self.results)
+        self.grads = tuple(n for n in names if n.startswith(_GRAD))
+        self.saved = tuple(n for n in names if n in known)
+        reused = list(inspect.signature(reuse).parameters) if reuse is not None else []
+        self.reused = tuple(n for n in reused if n in known and n not in self.saved)
+        self.wants = tuple(n for n in names if n.startswith(_WANTS))
+        self._grad_positions = [self.results.index(n.removeprefix(_GRAD)) for n in self.grads]
+        self._want_positions = [self.inputs.index(n.removeprefix(_WANTS)) for n in self.wants]
+        self._saved_positions = [known.index(n) for n in (*self.saved, *self.reused)]
+        strangers = set(names) - {*self.grads, *self.saved, *self.wants, "options"}
+        if strangers:
+            raise TypeError(f"backward of {name} asks for {sorted(strangers)}, which is not there")
+
+        # Classes of its own, for the names that autograd shows.
+        title = "".join(part.capitalize() for part in name.split("_"))
+        self.function: Any = type(title, (_Forward,), {})
+        self.gradient_function: Any = type(f"{title}Gradient", (_Gradient,), {})
+        self._declare(allocate, allocate_gradient or self._like_the_input)
+
+    def __call__(self, *tensors: Tensor | None, options: Any = ()) -> tuple[Tensor, ...]:
+        """The results that a caller gets."""
+        save = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (tensors[i] for i in self._positions)
+        )
+        if is_transformed():
+            results = _apply(self.function, self, True, options, *tensors)
+        elif torch.compiler.is_compiling():
+            results = self.forward(*tensors, *((save,) if self._saves else ()), *options)
+        else:
+            results = self.function.apply(self, save, options, *tensors)
+        found: tuple[Tensor, ...] = results[: self.returned]
+        return found
+
+    def run_forward(
+        self, tensors: Sequence[Tensor | None], options: Any, save: bool
+    ) -> tuple[Tensor, ...]:
+        """All results, from the launcher or, where it would not see data, the custom operator."""
+        if not _holds_data(tensors):
+            return tuple(self.forward(*tensors, *((save,) if self._saves else ()), *options))
+        return tuple(self._forward(*tensors, **self._extras(options, save)))
+
+    def run_backward(
+        self,
+        grads: Sequence[Tensor],
+        saved: Sequence[Tensor | None],
+        wants: Sequence[bool],
+        options: Any,
+        *,
+        reuse: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """The gradients, from the launcher or the custom operator in the same way."""
+        count = len(self.saved)
+        saved, reused = saved[:count], saved[count:]
+        if not _holds_data((*grads, *saved)):
+            return self._tupled(self.backward(*grads, *saved, *wants, *options))
+        names = (*self.grads, *self.saved, *self.wants)
+        given = dict(zip(names, (*grads, *saved, *wants), strict=True))
+        given |= self._extras(options)
+        found = None
+        if reuse and self._reuse is not None:
+            found = self._reuse(**given, **dict(zip(self.reused, reused, strict=True)))
+        return self._tupled(self._backward(**given) if found is None else found)
+
+    def of_saved(
+        self, tensors: Sequence[Tensor | None], results: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """What the backward pass asks for."""
+        known = (*tensors, *results)
+        return [known[position] for position in self._saved_positions]
+
+    def of_grads(self, grads: Sequence[Tensor | None]) -> list[Tensor] | None:
+        """The upstream gradients that the backward pass asks for; None if there is none at all.
+
+        Results of which one is used and the other not are of one shape: its zeros take no memory.
+        """
+        wanted = [grads[position] for position in self._grad_positions]
+        first = next((grad for grad in wanted if grad is not None), None)
+        if first is None:
+            return None
+        return [first.new_zeros(()).expand_as(first) if grad is None else grad for grad in wanted]
+
+    def placed(
+        self, gradients: Sequence[Tensor], needed: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """A gradient or None for every input."""
+        places: list[Tensor | None] = [None] * len(self.inputs)
+        for position, gradient in zip(self._positions, gradients, strict=True):
+            if needed[position]:
+                places[position] = gradient
+        return tuple(places)
+
+    def of_wants(self, needed: Sequence[bool]) -> list[bool]:
+        """The flags that the backward pass asks for, of inputs that need a gradient or do not."""
+        return [needed[position] for position in self._want_positions]
+
+    def not_differentiable(self, results: Sequence[Tensor]) -> list[Tensor]:
+        """The results that no gradient comes back from."""
+        return [r for i, r in enumerate(results) if i not in self._grad_positions]
+
+    def _extras(self, options: Any, save: bool | None = None) -> dict[str, Any]:
+        extras = {} if self.options is None else {"options": options}
+        return extras if save is None or not self._saves else extras | {"save": save}
+
+    def _tupled(self, gradients: Any) -> tuple[Tensor, ...]:
+        return gradients if isinstance(gradients, tuple) else (gradients,)
+
+    def _like_the_input(self, **given: Any) -> Tensor:
+        return torch.empty_like(given[self.inputs[0]])
+
+    def _declare(self, allocate: Callable[..., Any], allocate_gradient: Callable[..., Any]) -> None:
+        """The custom operators, for tensors without data."""
+        fields = typing.get_type_hints(self.options) if self.options is not None else {}
+        hints = typing.get_type_hints(self._forward)
+        tensors = {name: hints.get(name, Tensor) for name in self.inputs}
+        saved = {name: tensors.get(name, Tensor) for name in self.saved}
+        made = self.options or tuple
+
+        def forward(*arguments: Any) -> tuple[Tensor, ...]:
+            return tuple(self._forward(**forward_arguments(arguments)))
+
+        def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+            return tuple(allocate(**forward_arguments(arguments)))
+
+        def backward(*arguments: Any) -> Any:
+            return self._returned(self._backward(**backward_arguments(arguments)))
+
+        def backward_fake(*arguments: Any) -> Any:
+            return self._returned(allocate_gradient(**backward_arguments(arguments)))
+
+        def forward_arguments(arguments: tuple[Any, ...]) -> dict[str, Any]:
+            count = len(self.inputs)
+            rest = arguments[count + self._saves :]
+            given = dict(zip(self.inputs, arguments, strict=False))
+            return given | self._extras(made(*rest), bool(self._saves and arguments[count]))
+
+        def backward_arguments(arguments: tuple[Any, ...]) -> dict[str, Any]:
+            names = (*self.grads, *self.saved, *self.wants)
+            given = dict(zip(names, arguments, strict=False))
+            return given | self._extras(made(*arguments[len(names) :]))
+
+        save = {"save": bool} if self._saves else {}
+        _sign(forward, tensors | save | fields, _several(len(self.results)))
+        upstream = dict.fromkeys(self.grads, Tensor)
+        wants = dict.fromkeys(self.wants, bool)
+        count = len(self.differentiable)
+        _sign(backward, upstream | saved | wants | fields, _several(count) if count > 1 else Tensor)
+        self.forward = _custom(f"{self.name}_forward", forward, forward_fake)
+        self.backward = _custom(f"{self.name}_backward", backward, backward_fake)
+        self._differentiate(len(save) + len(fields), made)
+
+    def _differentiate(self, extras: int, options: Callable[..., Any]) -> None:
+        """The gradient of the custom operators; ``extras`` arguments come after the inputs."""
+        count = len(self.inputs)
+        first_option = count + self._saves
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            _keep(ctx, self, inputs[:count], output, options(*inputs[first_option:]))
+
+        def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            return (*_gradients_of(ctx, grads, 0), *(None,) * extras)
+
+        def gradient_of_gradient(ctx: Any, *_: Any) -> NoReturn:
+            _first_order_only(self)
+
+        self.forward.register_autograd(gradient, setup_context=setup_context)
+        self.backward.register_autograd(gradient_of_gradient)
+
+    def _returned(self, gradients: Any) -> Any:
+        """As the schema of the custom operator has it: a single tensor stands alone."""
+        gradients = self._tupled(gradients)
+        return gradients if len(gradients) > 1 else gradients[0]
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work, which hides whether a tensor needs a gradient.
+
+    Here and in _holds_data the private names are the only ways to ask.
+    """
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def can_reuse(tensor: Tensor) -> bool:
+    """Whether a backward pass may follow that may write into what the forward pass has saved."""
+    if torch.compiler.is_compiling() or is_transformed() or not _holds_data((tensor,)):
+        return False
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _apply_eagerly(function: Any, *arguments: Any) -> Any:
+    return function.apply(*arguments)
+
+
+# Not traced, also in what torch.compile leaves uncompiled.
+_apply: Callable[..., Any] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    _apply_eagerly,
+    reason="tritonloss: transforms of torch.func cannot be compiled around a loss; use "
+    "torch.compile inside of torch.func.grad, vjp or vmap, not around them",
+)
+
+
+def _holds_data(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a launcher would see the tensors' data, and nobody else wants to see a call."""
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return all(t is None or (type(t) in _PLAIN and not _is_batched(t)) for t in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+# What autograd's is_grads_batched makes of upstream gradients.
+_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+
+
+# --- autograd -------------------------------------------------------------------------------------
+
+
+class _Forward(torch.autograd.Function):
+    """Arguments: operator, save, options, *inputs."""
+
+    @staticmethod
+    def forward(operator: Operator, save: bool, options: Any, *tensors: Tensor | None) -> Any:
+        return operator.run_forward(tensors, options, save)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        operator, save, options, *tensors = inputs
+        _keep(ctx, operator, tensors, output, options, save)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return (None, None, None, *_gradients_of(ctx, grads, 3))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        operator, save, options, *tensors = arguments
+        function = functools.partial(operator.function.apply, operator, save, options)
+        return _mapped(operator, function, info.batch_size, in_dims[3:], tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> NoReturn:
+        _reverse_mode_only(ctx.operator)
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward pass, for those who differentiate or map it. Arguments as in run_backward."""
+
+    @staticmethod
+    def forward(operator: Operator, options: Any, wants: Any, *tensors: Tensor | None) -> Any:
+        count = len(operator.grads)
+        grads: Any = tensors[:count]
+        return operator.run_backward(grads, tensors[count:], wants, options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.operator = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        _first_order_only(ctx.operator)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        operator, options, wants, *tensors = arguments
+        function = functools.partial(operator.gradient_function.apply, operator, options, wants)
+        return _mapped(operator, function, info.batch_size, in_dims[3:], tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> NoReturn:
+        _reverse_mode_only(ctx.operator)
+
+
+def _keep(
+    ctx: Any,
+    operator: Operator,
+    tensors: Sequence[Tensor | None],
+    results: Sequence[Tensor],
+    options: Any,
+    save: bool = True,
+) -> None:
+    """What the backward pass needs. Nothing is made for results that nobody used."""
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*operator.not_differentiable(results))
+    ctx.operator, ctx.options, ctx.is_first = operator, options, True
+    if save:
+        ctx.save_for_backward(*operator.of_saved(tensors, results))
+
+
+def _gradients_of(ctx: Any, grads: Sequence[Tensor | None], skipped: int) -> tuple[Any, ...]:
+    """A gradient or None for every input; ``skipped`` arguments come before the inputs."""
+    operator = ctx.operator
+    upstream = operator.of_grads(grads)
+    if upstream is None:
+        return (None,) * len(operator.inputs)
+    needed = ctx.needs_input_grad[skipped:]
+    wants = operator.of_wants(needed)
+    saved = ctx.saved_tensors
+    if torch.is_grad_enabled() or is_transformed():
+        function = operator.gradient_function
+        gradients = _apply(function, operator, ctx.options, wants, *upstream, *saved)
+    else:
+        reuse, ctx.is_first = ctx.is_first, False
+        gradients = operator.run_backward(upstream, saved, wants, ctx.options, reuse=reuse)
+    placed: tuple[Any, ...] = operator.placed(gradients, needed)
+    return placed
+
+
+def _mapped(
+    operator: Operator,
+    function: Callable[..., Any],
+    batch: int,
+    dims: Sequence[int | None],
+    tensors: Sequence[Any],
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The results of every slice, and that their first dimension counts the slices."""
+    given = list(zip(tensors, dims, strict=True))
+    if operator.batched:
+        results = function(
+            *(t.expand(batch, *t.shape) if d is None else t.movedim(d, 0) for t, d in given)
+        )
+    else:
+        slices = [
+            function(*(t if d is None else t.select(d, i) for t, d in given)) for i in range(batch)
+        ]
+        results = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
+    return results, (0,) * len(results)
+
+
+def _first_order_only(operator: Operator) -> NoReturn:
+    raise RuntimeError(
+        f"tritonloss: {operator.name} is first order only: its gradient has no derivative on the "
+        'Triton kernels. tritonloss.use_backend("reference") has derivatives of any order.'
+    )
+
+
+def _reverse_mode_only(operator: Operator) -> NoReturn:
+    raise RuntimeError(
+        f"tritonloss: {operator.name} has no forward-mode derivative on the Triton kernels. Use "
+        "reverse mode (backward, torch.func.grad, vjp or jacrev), or "
+        'tritonloss.use_backend("reference"), which has both.'
+    )
+
+
+# --- custom operators -----------------------------------------------------------------------------
+
+
+def _sign(function: Any, arguments: dict[str, Any], returned: Any) -> None:
+    """Give a function of ``*arguments`` the signature that torch.library reads a schema from."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(n, kind, annotation=t) for n, t in arguments.items()]
+    function.__signature__ = inspect.Signature(parameters, return_annotation=returned)
+
+
+def _several(count: int) -> Any:
+    return tuple.__class_getitem__((Tensor,) * count)
+
+
+def _custom(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    operator = torch.library.custom_op(f"tritonloss::{name}", function, mutates_args=())
+    operator.register_fake(fake)
+    return operator
