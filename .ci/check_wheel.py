@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("tritonloss", "kernels_reference")
-SHIPPED = ("*.py", "py.typed", "tuned/*.json", "tuned/README.md")
+SHIPPED = ("**/*.py", "py.typed", "tuned/*.json", "tuned/README.md")
 
 
 def main(wheel: str) -> int:

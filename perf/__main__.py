@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from types import ModuleType
 
 COMMANDS = {
     "report": "measure on this machine and write rows.csv, report.md and report.html",
@@ -16,6 +17,11 @@ COMMANDS = {
 }
 
 
+def module_of(command: str) -> ModuleType:
+    """The module with the command's ``main``."""
+    return importlib.import_module(f"perf.{command.replace('-', '_')}")
+
+
 def main(arguments: list[str]) -> int:
     """Hand over to the command's module."""
     if not arguments or arguments[0] not in COMMANDS:
@@ -23,8 +29,7 @@ def main(arguments: list[str]) -> int:
         listed = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
         print(f"usage: python -m perf COMMAND [options]\n\n{listed}", file=sys.stderr)
         return 0 if arguments in (["-h"], ["--help"]) else 2
-    module = importlib.import_module(f"perf.{arguments[0].replace('-', '_')}")
-    return int(module.main(arguments[1:]))
+    return int(module_of(arguments[0]).main(arguments[1:]))
 
 
 if __name__ == "__main__":

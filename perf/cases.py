@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -222,10 +223,16 @@ def operations(names: Iterable[str] | None = None) -> list[Operation]:
 
 
 def slices() -> list[str]:
-    """Names of the modules that perf and tritonloss have in common."""
-    losses = {module.name for module in pkgutil.iter_modules(tritonloss.__path__)}
-    mine = {module.name for module in pkgutil.iter_modules(perf.__path__)}
-    return sorted(name for name in losses & mine if not name.startswith("_"))
+    """The modules of perf, in any of its rooms, that are called like one of tritonloss."""
+    losses = {name.rpartition(".")[2] for name in _modules(tritonloss)}
+    mine = [name for name in _modules(perf) if name.rpartition(".")[2] in losses]
+    return sorted(name for name in mine if not name.rpartition(".")[2].startswith("_"))
+
+
+def _modules(package: ModuleType) -> list[str]:
+    """Full names of all modules below a package."""
+    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    return [module.name for module in found]
 
 
 @contextmanager
@@ -291,7 +298,7 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
 
 
 def _operations_of(slice_name: str) -> tuple[Operation, ...]:
-    return tuple(importlib.import_module(f"perf.{slice_name}").OPERATIONS)
+    return tuple(importlib.import_module(slice_name).OPERATIONS)
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator | None:

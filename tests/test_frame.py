@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from setuptools import find_packages
 
 import kernels_reference
 import tritonloss
@@ -115,7 +116,9 @@ def test_no_rounding_decides_the_self_test(device_type: str) -> None:
         assert ((e / largest - 0.1).abs() > 2e-5).all()
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("tritonloss/*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("tritonloss/**/*.py")), ids=lambda path: path.stem
+)
 def test_everything_but_device_code_is_annotated(path: Path) -> None:
     """What mypy cannot demand in files that hold kernels as well."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -131,3 +134,26 @@ def test_everything_but_device_code_is_annotated(path: Path) -> None:
         ]
         assert not bare, f"{node.name}: {bare}"
         assert node.returns is not None, f"{node.name}: return type"
+
+
+def test_every_folder_with_code_is_packed() -> None:
+    """A room without __init__.py, or one that packaging does not find, would miss in the wheel."""
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
+    find = project["tool"]["setuptools"]["packages"]["find"]
+    found = find_packages(str(ROOT), include=find["include"])
+    for package in ("tritonloss", "kernels_reference"):
+        folders = {path.parent for path in (ROOT / package).rglob("*.py")}
+        assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} <= set(found)
+    assert not [name for name in found if not name.startswith(("tritonloss", "kernels_reference"))]
+
+
+def test_mypy_checks_everything_in_full_but_device_code() -> None:
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
+    overrides = project["tool"]["mypy"]["overrides"]
+    loose = [name for each in overrides if "check_untyped_defs" in each for name in each["module"]]
+    with_kernels = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "tritonloss").rglob("*.py")
+        if "triton.jit" in path.read_text()
+    }
+    assert set(loose) == with_kernels

@@ -18,7 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import perf
 from perf import (
+    __main__,
+    cases,
     check,
     compare,
     content,
@@ -79,6 +82,28 @@ def row(**values: Any) -> rows.Row:
 # --- cases ----------------------------------------------------------------------------------------
 
 
+def test_every_command_has_a_module_with_a_main() -> None:
+    for command in __main__.COMMANDS:
+        assert callable(__main__.module_of(command).main), command
+
+
+def test_slices_are_found_in_rooms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every module that states operations is one of them, wherever it is."""
+    room = tmp_path / "attic"
+    room.mkdir()
+    (room / "__init__.py").write_text("")
+    (room / "ssim.py").write_text("OPERATIONS = ()\n")
+    before = cases.slices()
+    monkeypatch.setattr(perf, "__path__", [*perf.__path__, str(tmp_path)])
+    assert set(cases.slices()) == {*before, "perf.attic.ssim"}
+    stating = [
+        path
+        for path in (ROOT / "perf").rglob("*.py")
+        if re.search(r"^OPERATIONS\b", path.read_text(), re.MULTILINE)
+    ]
+    assert len(stating) == len(before)
+
+
 def test_every_public_function_has_an_operation() -> None:
     assert set(NAMES) >= set(functional.__all__) | {"gaussian_statistics"}
 
@@ -86,8 +111,8 @@ def test_every_public_function_has_an_operation() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_cases_are_told_apart_by_their_rows(name: str) -> None:
     operation = operations([name])[0]
-    for cases in (operation.cases, operation.shipped):
-        assert len({case.text for case in cases}) == len(cases)
+    for group in (operation.cases, operation.shipped):
+        assert len({case.text for case in group}) == len(group)
     columns = [tuple(case.columns().values()) for case in operation.cases]
     assert len(set(columns)) == len(columns)
     for goal in operation.goals:

@@ -620,6 +620,57 @@ def test_source_hash_follows_device_code_only(
         source_hash.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from ..engine import helpers",
+        "from ..engine.helpers import helper",
+        "from .. import engine",
+        "from tritonloss.engine.helpers import helper",
+        "import tritonloss.engine.helpers",
+    ],
+)
+def test_source_hash_follows_imports_into_rooms(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine in a folder of its own counts as one beside the slice does."""
+    monkeypatch.setattr(_source_hash, "_PACKAGE", tmp_path)
+    for room in ("windows", "engine"):
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "__init__.py").write_text("")
+    (tmp_path / "engine" / "__init__.py").write_text("from . import helpers\n")
+    (tmp_path / "windows" / "loss.py").write_text(f"{line}\n")
+
+    def hashed(number: int) -> str | None:
+        helper = f"@triton.jit\ndef helper():\n    return {number}\n"
+        (tmp_path / "engine" / "helpers.py").write_text(helper)
+        source_hash.cache_clear()
+        return source_hash("windows.loss")
+
+    try:
+        first = hashed(1)
+        assert first is not None and first == hashed(1) != hashed(2)
+    finally:
+        source_hash.cache_clear()
+
+
+def test_every_module_with_device_code_counts_for_a_slice() -> None:
+    package = ROOT / "tritonloss"
+    reached = {name for one in _tuning_cases.slices() for name in _source_hash.source_modules(one)}
+    for path in package.rglob("*.py"):
+        if "triton.jit" in path.read_text():
+            assert ".".join(path.relative_to(package).with_suffix("").parts) in reached
+
+
+def test_slices_are_found_in_rooms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "attic").mkdir()
+    (tmp_path / "attic" / "__init__.py").write_text("")
+    (tmp_path / "attic" / "old_loss.py").write_text("def tuning_cases():\n    return []\n")
+    before = _tuning_cases.slices()
+    monkeypatch.setattr(tritonloss, "__path__", [*tritonloss.__path__, str(tmp_path)])
+    assert set(_tuning_cases.slices()) == {*before, "attic.old_loss"}
+
+
 def test_tuning_adds_to_the_file(cache: Path) -> None:
     write(cache / "cpu.json", entries={ENTRY: entry(), named(1): entry(source="0")})
     other = named(2, "other")
@@ -745,7 +796,7 @@ def test_tuner_refuses_an_unknown_operator(
 
 def test_every_environment_variable_stands_in_the_readme() -> None:
     named: set[str] = set()
-    for path in (*ROOT.glob("tritonloss/*.py"), *ROOT.glob("perf/*.py")):
+    for path in (*ROOT.glob("tritonloss/**/*.py"), *ROOT.glob("perf/**/*.py")):
         named |= set(re.findall(r'"(TRITON(?:LOSS)?_[A-Z_]+)"', path.read_text()))
     table = (ROOT / "README.md").read_text().split("## Environment variables")[1].split("##")[0]
     assert named == set(re.findall(r"^\| `(TRITON[A-Z_]+)", table, re.MULTILINE))

@@ -141,7 +141,7 @@ def _constants(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     for parameter in kernel.params:
         if parameter.is_constexpr and parameter.name in values:
             value = values[parameter.name]
-            fields = getattr(value, "_asdict", dict)()
+            fields: dict[str, Any] = getattr(value, "_asdict", dict)()
             constants |= {f"{parameter.name}.{field}": inner for field, inner in fields.items()}
             constants |= {} if fields else {parameter.name: value}
     return constants

@@ -308,6 +308,6 @@ def forward_pass(
             num_warps=4,
             enable_fp_fusion=True,
         )
-    by_class = (weight.unflatten(0, (batch, channels)) for weight in weights)
+    by_class = (weight.view(batch, channels, *weight.shape[1:]) for weight in weights)
     saved = Saved(statistics, residual, labels, kept, *by_class)
     return loss, info.view(batch, channels), saved

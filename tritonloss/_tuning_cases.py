@@ -30,9 +30,10 @@ SIZES: tuple[tuple[Shape, str], ...] = (
 
 
 def slices() -> list[str]:
-    """The public modules of the package that have something to tune."""
-    names = sorted(module.name for module in pkgutil.iter_modules(tritonloss.__path__))
-    public = [name for name in names if not name.startswith("_")]
+    """The public modules of the package, in any of its rooms, that have something to tune."""
+    found = pkgutil.walk_packages(tritonloss.__path__, f"{tritonloss.__name__}.")
+    names = sorted(module.name.removeprefix(f"{tritonloss.__name__}.") for module in found)
+    public = [name for name in names if not name.startswith("_") and "._" not in name]
     return [name for name in public if hasattr(_module(name), "tuning_cases")]
 
 

@@ -138,7 +138,7 @@ def _count_map(
     """Counts of one label map."""
     counts = torch.zeros(classes, dtype=torch.int64, device=labels.device)
     outside: dict[int, int] = {}
-    for part in labels.detach().reshape(-1).split(_CHUNK):
+    for part in torch.split(labels.detach().reshape(-1), _CHUNK):
         chunk = part.to(torch.int64)
         wrong = (chunk < 0) | (chunk >= classes)
         counted = ~wrong
