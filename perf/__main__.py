@@ -10,6 +10,7 @@ COMMANDS = {
     "report": "measure on this machine and write rows.csv, report.md and report.html",
     "compile-only": "compile every shipped kernel for GPUs that need not be there",
     "check": "every kernel's registers, spills and instructions against the baseline",
+    "host-time": "the host's time and the launches of every loss, on a stand-in for the driver",
     "compare": "the rows that moved between two reports",
     "record": "add a report's GPU rows to perf/results",
     "summary": "what a report's rows come to, as a table",
@@ -19,7 +20,9 @@ COMMANDS = {
 
 def module_of(command: str) -> ModuleType:
     """The module with the command's ``main``."""
-    return importlib.import_module(f"perf.{command.replace('-', '_')}")
+    name = command.replace("-", "_")
+    rooms = {"host_time": "perf.measuring"}
+    return importlib.import_module(f"{rooms.get(name, 'perf')}.{name}")
 
 
 def main(arguments: list[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, get_args
 
@@ -17,7 +17,12 @@ Backend = Literal["triton", "reference"]
 # setting at the import of tritonloss.
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET") == "1"
 
-_GPU_TYPES = ("cuda", "xpu")  # ROCm devices call themselves cuda
+# The devices that the kernels run on, each with what makes one current: Triton launches there.
+# ROCm devices call themselves cuda.
+GUARDS: dict[str, Callable[[torch.device], AbstractContextManager[object]]] = {
+    "cuda": torch.cuda.device,
+    "xpu": torch.xpu.device,
+}
 
 # A plain global: torch.compile guards it and recompiles when it changes. A ContextVar it cannot
 # trace, and a thread-local it reads once and never again.
@@ -63,7 +68,7 @@ def serves_triton(tensor: torch.Tensor) -> bool:
     device = tensor.device.type
     if _override == "reference":
         return False
-    if device in _GPU_TYPES:
+    if device in GUARDS:
         return True
     if device == "cpu" and INTERPRETED:
         return True
@@ -93,8 +98,7 @@ def device_guard(tensor: torch.Tensor) -> AbstractContextManager[object]:
 
     In the interpreter it is one thread at a time.
     """
-    if tensor.device.type == "cuda":
-        return torch.cuda.device(tensor.device)
-    if tensor.device.type == "xpu":
-        return torch.xpu.device(tensor.device)
+    guard = GUARDS.get(tensor.device.type)
+    if guard is not None:
+        return guard(tensor.device)
     return _interpreter if INTERPRETED else nullcontext()

@@ -92,6 +92,7 @@ class Operator:
         # Classes of its own, for the names that autograd shows.
         title = "".join(part.capitalize() for part in name.split("_"))
         self.function: Any = type(title, (_Forward,), {})
+        self.transformed_function: Any = type(title, (_TransformedForward,), {})
         self.gradient_function: Any = type(f"{title}Gradient", (_Gradient,), {})
         self._declare(allocate, allocate_gradient or self._like_the_input)
 
@@ -101,7 +102,7 @@ class Operator:
             t is not None and t.requires_grad for t in (tensors[i] for i in self._positions)
         )
         if is_transformed():
-            results = _apply(self.function, self, True, options, *tensors)
+            results = _apply(self.transformed_function, self, True, options, *tensors)
         elif torch.compiler.is_compiling():
             results = self.forward(*tensors, *((save,) if self._saves else ()), *options)
         else:
@@ -295,7 +296,27 @@ class _Forward(torch.autograd.Function):
     """Arguments: operator, save, options, *inputs."""
 
     @staticmethod
-    def forward(operator: Operator, save: bool, options: Any, *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, operator: Operator, save: bool, options: Any, *tensors: Any) -> Any:
+        results = operator.run_forward(tensors, options, save)
+        _keep(ctx, operator, tensors, results, options, save)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return (None, None, None, *_gradients_of(ctx, grads, 3))
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> NoReturn:
+        _reverse_mode_only(ctx.operator)
+
+
+class _TransformedForward(_Forward):
+    """The same for transforms of torch.func; to apply it costs the host several times more."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        operator: Operator, save: bool, options: Any, *tensors: Any
+    ) -> Any:
         return operator.run_forward(tensors, options, save)
 
     @staticmethod
@@ -304,18 +325,11 @@ class _Forward(torch.autograd.Function):
         _keep(ctx, operator, tensors, output, options, save)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return (None, None, None, *_gradients_of(ctx, grads, 3))
-
-    @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         operator, save, options, *tensors = arguments
-        function = functools.partial(operator.function.apply, operator, save, options)
+        apply = operator.transformed_function.apply
+        function = functools.partial(apply, operator, save, options)
         return _mapped(operator, function, info.batch_size, in_dims[3:], tensors)
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> NoReturn:
-        _reverse_mode_only(ctx.operator)
 
 
 class _Gradient(torch.autograd.Function):
