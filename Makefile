@@ -6,14 +6,19 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 WORKERS ?= auto
 
-.PHONY: report test lint gpu compile-only check train
+.PHONY: report test test-all lint gpu compile-only check train
 
 report: OUT ?= build/report
 report: $(READY)
 	$(RUN) -m perf report --out $(OUT)
 
+# Every test, with as few cases of each as show every value of its parameters.
 test: $(READY)
-	$(RUN) -m pytest -n $(WORKERS) --maxprocesses 8
+	$(RUN) -m pytest -n $(WORKERS) --maxprocesses 8 --part short
+
+# And all other cases.
+test-all: test
+	$(RUN) -m pytest -n $(WORKERS) --maxprocesses 8 --part rest
 
 lint: $(READY)
 	$(RUN) -m ruff check

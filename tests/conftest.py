@@ -19,16 +19,49 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--part",
+        choices=("short", "rest"),
+        help="of every test as many cases as show each value of each of its parameters once, or "
+        "only the others",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "shipped_sizes: with programs of the size that ships")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part = config.getoption("--part")
+    if part is not None:
+        short = covering(items)
+        config.hook.pytest_deselected(items=[i for i in items if (i in short) != (part == "short")])
+        items[:] = [item for item in items if (item in short) == (part == "short")]
     if HAS_GPU:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU; none is here"))
+
+
+def covering(items: list[pytest.Item]) -> set[pytest.Item]:
+    """As few cases of every test as together show each value of each of its parameters."""
+    values_of: dict[str, dict[pytest.Item, set[tuple[str, str]]]] = {}
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        values = {(name, repr(value)) for name, value in parameters.items()}
+        values_of.setdefault(item.nodeid.split("[")[0], {})[item] = values
+    kept = set()
+    for cases in values_of.values():
+        missing = set().union(*cases.values())
+        best = next(iter(cases))  # a test without parameters has one case
+        while best not in kept:
+            kept.add(best)
+            missing -= cases[best]
+            if missing:
+                best = max(cases, key=lambda case: len(cases[case] & missing))
+    return kept
 
 
 @pytest.fixture
