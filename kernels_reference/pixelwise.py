@@ -43,9 +43,8 @@ def binary_cross_entropy(
 ) -> Tensor:
     """w_t softplus(-z_t) + sum over the other classes of softplus(z_k); mean over valid pixels."""
     classes = logits.size(1)
-    valid = valid_pixels(target, max(classes, 2), ignore_index)
-    # With one class 1 says that it is there, and 0 that it is not.
-    own = one_hot(target, classes) if classes > 1 else (target == 1).unsqueeze(1)
+    valid = valid_pixels(target, classes, ignore_index)
+    own = one_hot(target, classes)
     z = _sanitised(logits, valid)
     w = _per_class(pos_weight, z)
     loss = torch.where(own, -w * F.logsigmoid(z), -F.logsigmoid(-z)).sum(1)

@@ -280,12 +280,13 @@ def random_map(case: Case, device: torch.device, seed: int = 0) -> Tensor:
 def random_labels(case: Case, device: torch.device, seed: int = 1) -> Tensor:
     """Labels in regions of 32 x 32 pixels, 3 % of the regions ignored (255), as annotations are.
 
-    Labels drawn anew for each pixel would put every class into every tile, which no image does.
+    Labels drawn anew for each pixel would put every class into every tile, which no image does. One
+    class has the labels 0 and 1.
     """
     batch, classes, height, width = case.shape.size
     regions = (batch, -(-height // 32), -(-width // 32))
     generator = _generator(device, seed)
-    coarse = torch.randint(classes, regions, device=device, generator=generator)
+    coarse = torch.randint(max(classes, 2), regions, device=device, generator=generator)
     ignored = torch.rand(regions, device=device, generator=generator) < 0.03
     coarse = torch.where(ignored, 255, coarse)
     fine = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, :height, :width]

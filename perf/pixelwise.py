@@ -31,11 +31,8 @@ from tritonloss._pixelwise_kernels import Options
 
 
 def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
-    """Logits [N, C, H, W] and labels [N, H, W]; of one class, labels 0 and 1."""
-    labels = random_labels(replace(case, shape=replace(case.shape, classes=2)), device)
-    if case.shape.classes > 1:
-        labels = random_labels(case, device)
-    return random_map(case, device), labels
+    """Logits [N, C, H, W] and labels [N, H, W]."""
+    return random_map(case, device), random_labels(case, device)
 
 
 def launch(name: str) -> Callable[[Case, tuple[Tensor, ...]], None]:

@@ -63,15 +63,19 @@ def segmentation_case(
     ignore_index: int | None = 255,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Labels in flat areas of a few pixels, a tenth of them ignored, and logits that half agree."""
+    """Labels in flat areas of a few pixels, a tenth of them ignored, and logits that half agree.
+
+    One class has the labels 0 and 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     batch, classes, height, width = shape
     coarse = torch.randint(
-        classes, (batch, height // 4 + 1, width // 4 + 1), generator=generator
+        max(classes, 2), (batch, height // 4 + 1, width // 4 + 1), generator=generator
     ).repeat_interleave(4, 1)
     target = coarse.repeat_interleave(4, 2)[:, :height, :width].contiguous()
     logits = 2 * torch.randn((batch, classes, height, width), generator=generator)
-    logits += 3 * (target[:, None] == torch.arange(classes).view(1, -1, 1, 1)) - 1
+    channels = torch.arange(classes) if classes > 1 else torch.ones(1)
+    logits += 3 * (target[:, None] == channels.view(1, -1, 1, 1)) - 1
     if ignore_index is not None:
         target[torch.rand(target.shape, generator=generator) < 0.1] = ignore_index
     return logits.to(device, dtype), target.to(device, label_dtype)

@@ -486,7 +486,7 @@ def test_gradient_may_be_changed_between_backwards(schedule: str, device: torch.
 def test_confident_pixels_keep_their_gradient(schedule: str, device: torch.device) -> None:
     """For a pixel of the class with p near 1 the gradient is -sigmoid(-z), not a rounding error."""
     logits = torch.full((1, 1, 2, 4), 14.0, device=device)
-    target = torch.zeros(1, 2, 4, dtype=torch.int64, device=device)
+    target = torch.ones(1, 2, 4, dtype=torch.int64, device=device)
     _, gradient = kernel_gradient(logits, target, bce_weight=1.0)
     torch.testing.assert_close(gradient, -torch.sigmoid(-logits) / 8, rtol=1e-5, atol=0)
 

@@ -102,6 +102,11 @@ def _without_transforms(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def labels_of(logits: torch.Tensor) -> int:
+    """How many labels there are where each class is one against the rest: two with one class."""
+    return 2 if logits.shape[1] == 1 else logits.shape[1]
+
+
 def check_labels(labels: torch.Tensor, name: str) -> None:
     """``labels`` must hold integers; the shape is free."""
     accepted = f"{name} must be a tensor of integers"
@@ -136,10 +141,20 @@ def check_images(x: torch.Tensor, y: torch.Tensor) -> None:
     _check_device(x, "x", y, "y")
 
 
-def check_classes(logits: torch.Tensor, low: int, high: int) -> None:
-    """``logits`` must have a number of classes that the loss is defined for."""
-    if not low <= logits.shape[1] <= high:
-        raise ValueError(f"logits must have from {low} to {high} classes; got {described(logits)}")
+def check_classes(logits: torch.Tensor, high: int | None = None) -> None:
+    """``logits`` must have classes to compare with each other, two at the least.
+
+    With one the loss would always be 0, which is a trap: masks of one channel are for the losses of
+    each class against the rest.
+    """
+    accepted = f"logits must have {'at least 2' if high is None else f'from 2 to {high}'} classes"
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"{accepted}, which this loss compares; for a binary mask (one channel, labels 0 and "
+            f"1) use binary_cross_entropy; got {described(logits)}"
+        )
+    if high is not None and logits.shape[1] > high:
+        raise ValueError(f"{accepted}; got {described(logits)}")
 
 
 def check_class_weights(

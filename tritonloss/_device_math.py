@@ -89,12 +89,31 @@ def log_one_plus(x):
 def sanitised_label(label, in_image, classes, IGNORED: tl.constexpr):
     """int32 class index, or -1 where the pixel is outside the image, ignored or out of range.
 
-    IGNORED is the ignore label if it lies in [0, classes), else -1. Compared in the label's own
+    IGNORED is the ignore label if it lies in [0, classes), else -1. A map of one class, whose
+    labels are 0 and 1, has -3 less that instead: -2, -3 or -4. There label 1 is the map's class 0,
+    and label 0 gets the index 1, of a class that it does not have. Compared in the label's own
     width, so that no int64 label wraps around into a class.
     """
-    valid = in_image & (label < classes)
+    ONE_CLASS: tl.constexpr = IGNORED < -1
+    LABEL: tl.constexpr = -3 - IGNORED if ONE_CLASS else IGNORED
+    if ONE_CLASS:
+        valid = in_image & (label < 2)
+    else:
+        valid = in_image & (label < classes)
     if label.dtype != tl.uint8:
         valid = valid & (label >= 0)
-    if IGNORED >= 0:
-        valid = valid & (label != IGNORED)
-    return tl.where(valid, label.to(tl.int32), -1)
+    if LABEL >= 0:
+        valid = valid & (label != LABEL)
+    index = label.to(tl.int32)
+    if ONE_CLASS:
+        index = 1 - index
+    return tl.where(valid, index, -1)
+
+
+@triton.jit
+def label_of(channel, IGNORED: tl.constexpr):
+    """The label of the pixels that belong to a channel: its number, or 1 if it is the only one."""
+    label = channel
+    if IGNORED < -1:
+        label = channel + 1
+    return label

@@ -529,10 +529,16 @@ def strides(tensor: torch.Tensor, strip: Strip) -> tuple[int, ...]:
 
 
 def ignored_class(ignore_index: int | None, classes: int, dtype: torch.dtype) -> int:
-    """The ignore label if it would otherwise be a class, else -1: the range check does the rest."""
-    if ignore_index is None or not 0 <= ignore_index < min(classes, torch.iinfo(dtype).max + 1):
-        return -1
-    return ignore_index
+    """What the kernels call IGNORED: see `sanitised_label`.
+
+    The ignore label if it would otherwise be a class, else -1: the range check does the rest. With
+    one class, whose labels are 0 and 1, -3 less that, so that a kernel can tell.
+    """
+    labels = 2 if classes == 1 else classes
+    ignored = -1
+    if ignore_index is not None and 0 <= ignore_index < min(labels, torch.iinfo(dtype).max + 1):
+        ignored = ignore_index
+    return -3 - ignored if classes == 1 else ignored
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,7 +7,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ._device_math import LOG2_E, inverse, sanitised_label, sigmoid_base2, softplus_base2
+from ._device_math import (
+    LOG2_E,
+    inverse,
+    label_of,
+    sanitised_label,
+    sigmoid_base2,
+    softplus_base2,
+)
 from ._strip import (
     SIZES,
     column_moments,
@@ -28,6 +35,9 @@ from ._strip import (
     without_oldest,
 )
 
+# Above the index of every class: no label is at least this.
+_ABOVE_ALL = tl.constexpr(1 << 30)
+
 
 class Sampling(NamedTuple):
     """How e and f are taken; known when a kernel is compiled."""
@@ -46,9 +56,9 @@ class Sampling(NamedTuple):
 @triton.jit
 def _class_in_strip(
     target, first_column, first_row, channel, height, width, RADIUS: tl.constexpr,
-    STRIP: tl.constexpr,
+    IGNORED: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    """Whether any label that this strip's windows see is ``channel``: a look before the work.
+    """Whether any label that this strip's windows see is the channel's: a look before the work.
 
     Most (strip, class) pairs of a street scene have none; then y = 0 throughout and n_y = 1.
     """
@@ -61,16 +71,17 @@ def _class_in_strip(
     outer_mask = (border < 2 * RADIUS) & (outer >= 0) & (outer < width)
     first = tl.maximum(first_row - RADIUS, 0)
     rows = tl.minimum(first_row + STRIP.rows + RADIUS, height) - first
+    own = label_of(channel, IGNORED)
 
     inner_found = tl.zeros((WIDTH,), tl.int32)
     outer_found = tl.zeros((BORDER,), tl.int32)
     for i in tl.range(0, rows):
         row_ptr = row_of(target, first + i, STRIP)
         label = tl.load(row_ptr + inner.to(tl.int64) * target[2], mask=inner_mask, other=0)
-        inner_found |= ((label == channel) & inner_mask).to(tl.int32)
+        inner_found |= ((label == own) & inner_mask).to(tl.int32)
         if RADIUS > 0:
             label = tl.load(row_ptr + outer.to(tl.int64) * target[2], mask=outer_mask, other=0)
-            outer_found |= ((label == channel) & outer_mask).to(tl.int32)
+            outer_found |= ((label == own) & outer_mask).to(tl.int32)
     return tl.maximum(tl.max(inner_found, 0), tl.max(outer_found, 0)) > 0
 
 
@@ -325,7 +336,7 @@ def _forward_strip(
             dtype, IGNORED, SAMPLING, WINDOW, STRIP, PRESENT,
         )  # fmt: skip
         out_row = first_row + i - (SIZE - 1)
-        lowest_label = tl.where(i >= SIZE - 1, 0, classes)
+        lowest_label = tl.where(i >= SIZE - 1, 0, _ABOVE_ALL)
         kept = ()
         for v in tl.static_range(COLUMNS):
             label = pixels[2][v]
@@ -386,7 +397,7 @@ def _structural_similarity_forward_kernel(
     present = True
     if not STRIP.channels_in_lanes:
         present = _class_in_strip(
-            target, first_column, first_row, channel, height, width, RADIUS, STRIP
+            target, first_column, first_row, channel, height, width, RADIUS, IGNORED, STRIP
         )
     if present:
         sums = _forward_strip(
@@ -521,7 +532,7 @@ def _structural_similarity_backward_kernel(
     present = True
     if not STRIP.channels_in_lanes:
         present = _class_in_strip(
-            target, first_column, first_row, channel, height, width, RADIUS, STRIP
+            target, first_column, first_row, channel, height, width, RADIUS, IGNORED, STRIP
         )
     if present:
         _backward_strip(

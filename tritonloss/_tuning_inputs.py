@@ -20,9 +20,12 @@ def random_map(shape: Shape, layout: str, dtype: torch.dtype, device: torch.devi
 
 
 def random_labels(shape: Shape, device: torch.device) -> torch.Tensor:
-    """Labels [N, H, W] of regions of 32 x 32 pixels: a tile holds few of the classes."""
+    """Labels [N, H, W] of regions of 32 x 32 pixels: a tile holds few of the classes.
+
+    One class has the labels 0 and 1.
+    """
     batch, classes, height, width = shape
     regions = (batch, -(-height // 32), -(-width // 32))
-    coarse = torch.randint(0, classes, regions, device=device).to(torch.uint8)
+    coarse = torch.randint(0, max(classes, 2), regions, device=device).to(torch.uint8)
     fine = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)
     return fine[:, :height, :width].contiguous()

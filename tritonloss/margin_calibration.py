@@ -208,7 +208,7 @@ def margin_calibrated_loss(
     """
     _checks.check_logits(logits)
     _checks.check_target(logits, target)
-    _checks.check_classes(logits, 2, 1 << 16)
+    _checks.check_classes(logits, 1 << 16)
     own, other = _check_options(offsets, variant, ignore_index, reduction, logits)
     _checks.check_labels_in_range(target, logits.size(1), ignore_index)
     if not serves_triton(logits):

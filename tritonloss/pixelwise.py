@@ -121,9 +121,7 @@ def _tuning_pass(
     loss: Loss, dtype: torch.dtype, shape: Shape, layout: str, device: torch.device
 ) -> Launch:
     logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
-    batch, classes, height, width = shape
-    labels = max(classes, 2) if loss.binary else classes
-    target = random_labels((batch, labels, height, width), device)
+    target = random_labels(shape, device)
     options = Options(weighted=False, smoothing=0.0, gamma=2.0, detached=False)
     name = loss.name
 
@@ -268,7 +266,7 @@ def cross_entropy(
     if no pixel is valid the mean is 0 with zero gradient, not NaN.
 
     Args:
-        logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
+        logits: [N, C, H, W] with C >= 2, float16, bfloat16 or float32 (or float64), any strides.
         target: integer labels [N, H, W], uint8 to int64.
         weight: a weight for each class, floating-point [C], or None for 1. It gets no gradient.
         label_smoothing: s, in [0, 1]. Default 0.
@@ -299,6 +297,7 @@ def cross_entropy(
         torch.Size([2, 19, 32, 64])
     """
     _check(logits, target, reduction, ignore_index)
+    _checks.check_classes(logits)
     _checks.check_class_weights("weight", weight, logits)
     _checks.check_range("label_smoothing", label_smoothing, 0.0, 1.0)
     _checks.check_labels_in_range(target, logits.size(1), ignore_index)
@@ -365,7 +364,7 @@ def binary_cross_entropy(
     """
     _check(logits, target, reduction, ignore_index)
     _checks.check_class_weights("pos_weight", pos_weight, logits)
-    _checks.check_labels_in_range(target, max(logits.size(1), 2), ignore_index)
+    _checks.check_labels_in_range(target, _checks.labels_of(logits), ignore_index)
     if not serves_triton(logits):
         return binary_cross_entropy_reference(
             logits, target, pos_weight=pos_weight, ignore_index=ignore_index, reduction=reduction
@@ -392,7 +391,7 @@ def focal_loss(
     The mean is over valid pixels, whatever their a_t.
 
     Args:
-        logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
+        logits: [N, C, H, W] with C >= 2, float16, bfloat16 or float32 (or float64), any strides.
         target: integer labels [N, H, W], uint8 to int64.
         gamma: how steeply the weight falls, 0 to 100. Default 2; 0 is cross entropy.
         alpha: a, a factor for each class, floating-point [C], one number in [0, 1e6] for all of
@@ -424,6 +423,7 @@ def focal_loss(
         torch.Size([])
     """
     _check(logits, target, reduction, ignore_index)
+    _checks.check_classes(logits)
     _check_focal(gamma, alpha, detach_weight, logits)
     if alpha is not None and not isinstance(alpha, torch.Tensor):
         dtype = compute_dtype(logits.dtype)

@@ -148,12 +148,13 @@ def rmi_loss(
         RMI = mean over images, sum over classes, of log det M / (2 d)
         loss = bce_weight BCE + (1 - bce_weight) RMI
 
-    BCE is summed over classes and averaged over valid pixels. Values are often negative, or large
-    with moments="sum", which adds log n / 2 per class for n regions.
+    BCE is summed over classes and averaged over valid pixels. With one class Y is (target == 1).
+    Values are often negative, or large with moments="sum", which adds log n / 2 per class for n
+    regions.
 
     Args:
         logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
-        target: integer labels [N, H, W], uint8 to int64.
+        target: integer labels [N, H, W], uint8 to int64: 0 to C - 1, or 0 and 1 if C is 1.
         region_size: side of a region in pooled pixels, 1 to 5. Default 3.
         pooling: "avg" (default) or "max", both with a margin of pool_size // 2 as padding, of
             zeros that count for "avg" and of nothing for "max"; "nearest" takes labels from the
@@ -167,7 +168,7 @@ def rmi_loss(
             leaves out the regions that touch one, at many times the price: it forms every product
             of every region.
         ignore_index: label of pixels that are invalid, any integer or None. Default 255. Other
-            labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they
+            labels out of range raise on the CPU; on a GPU, where looking would synchronise, they
             count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
         precision: "float64" or "float32" for the sums of products; by default float32 on GPUs that
             are slow in float64. ignore="drop", and maps of less than 2 region_size - 1 rows or
@@ -203,7 +204,7 @@ def rmi_loss(
     _checks.check_ignore_index(ignore_index)
     _checks.check_flag("return_info", return_info)
     _check_region_fits(logits, region_size, pooling, pool_size)
-    _checks.check_labels_in_range(target, logits.size(1), ignore_index)
+    _checks.check_labels_in_range(target, _checks.labels_of(logits), ignore_index)
     ridge = _EPSILON[moments] if epsilon is None else float(epsilon)
     options = Options(
         region_size, pooling, pool_size, moments, ridge, float(bce_weight), ignore, ignore_index,

@@ -440,18 +440,18 @@ def ssim_loss(
         "contrast_structure":   1 - (2 s_xy + C2) / (s_x + s_y + C2)
 
     averaged over valid pixels and classes. The gradient flows through all window terms. Outside the
-    image and at ignored pixels x = y = 0.
+    image and at ignored pixels x = y = 0. With one class y = (target == 1).
 
     Args:
         logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
-        target: integer labels [N, H, W], uint8 to int64.
+        target: integer labels [N, H, W], uint8 to int64: 0 to C - 1, or 0 and 1 if C is 1.
         form: "full" (Eq. 7, default) or "contrast_structure" (Eq. 9).
         window_size: side of the Gaussian window in pixels, odd, 1 to 31. Default 11.
         sigma: standard deviation of the window in pixels, 0.001 to 1e6. Default 1.5.
         c1: stability of the luminance term, 1e-20 to 1e20. Default 0.01^2.
         c2: stability of the contrast-structure term, 1e-20 to 1e20. Default 0.03^2.
         ignore_index: label of pixels that take part in nothing, any integer or None. Default 255.
-            Other labels outside [0, C) raise on the CPU; on a GPU they count as ignored unless
+            Other labels out of range raise on the CPU; on a GPU they count as ignored unless
             TRITONLOSS_CHECK_LABELS=1 is set.
 
     Returns:
@@ -481,7 +481,7 @@ def ssim_loss(
     _checks.check_range("c1", c1, 1e-20, 1e20)
     _checks.check_range("c2", c2, 1e-20, 1e20)
     _checks.check_ignore_index(ignore_index)
-    _checks.check_labels_in_range(target, logits.size(1), ignore_index)
+    _checks.check_labels_in_range(target, _checks.labels_of(logits), ignore_index)
     if not serves_triton(logits):
         return ssim_loss_reference(
             logits,

@@ -394,11 +394,12 @@ def structural_similarity_loss(
         loss = bce_weight BCE + (1 - bce_weight) (1 / M) sum e f bce(logits, y)
 
     BCE is summed over classes and averaged over valid pixels. e, f and M are constants to the
-    gradient. Each class is a binary map of its own (one against the rest).
+    gradient. Each class is a binary map of its own (one against the rest); with one class
+    y = (target == 1).
 
     Args:
         logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
-        target: integer labels [N, H, W], uint8 to int64.
+        target: integer labels [N, H, W], uint8 to int64: 0 to C - 1, or 0 and 1 if C is 1.
         window_size: side of the window in pixels, odd, 1 to 31. Default 3. 1 compares single
             pixels: e = |y - p|, e_max = 1.
         sigma: standard deviation of the Gaussian window in pixels, 0.001 to 1e6. Default 1.5.
@@ -411,7 +412,7 @@ def structural_similarity_loss(
         hard_mining: False keeps all valid samples (f = 1). Default True.
         reweight: False sets e = 1 once the hard samples are chosen. Default True.
         ignore_index: label of pixels that take part in nothing (0 to the window, like padding), any
-            integer or None. Default 255. Other labels outside [0, C) raise on the CPU; on a GPU,
+            integer or None. Default 255. Other labels out of range raise on the CPU; on a GPU,
             where looking would synchronise, they count as ignored unless TRITONLOSS_CHECK_LABELS=1
             is set.
 
@@ -448,7 +449,7 @@ def structural_similarity_loss(
     _checks.check_flag("hard_mining", hard_mining)
     _checks.check_flag("reweight", reweight)
     _checks.check_ignore_index(ignore_index)
-    _checks.check_labels_in_range(target, logits.size(1), ignore_index)
+    _checks.check_labels_in_range(target, _checks.labels_of(logits), ignore_index)
     if not serves_triton(logits):
         return structural_similarity_loss_reference(
             logits,
