@@ -17,6 +17,7 @@ import triton.language as tl
 from ._backend import device_guard, warp_size
 from ._device_math import sanitised_label
 from ._pixels import Tile, far_offsets, label_pointers, map_view, pixel_program
+from ._prepared_launch import PreparedLaunch, kind, prepared
 from ._tuning import Configuration, Launch, Shape, TuningCase, launch_configuration
 from ._tuning_inputs import random_map
 
@@ -61,7 +62,8 @@ def _pixelwise_forward_kernel(
     other_ptr,  # [C]: a table for the other classes, if the loss has one
     values_ptr,  # [N, H, W]: the loss of every pixel, unless REDUCED
     partials_ptr,  # [3, programs]: sums of values, of weights, of valid pixels, if REDUCED
-    saved_ptrs,  # up to two maps [N, H, W] for the backward pass
+    first_ptr,  # up to two maps [N, H, W] for the backward pass
+    second_ptr,
     numbers,  # the loss's own
     logits_strides,
     target_strides,
@@ -94,8 +96,10 @@ def _pixelwise_forward_kernel(
     valid = pixel[0] >= 0
     value = tl.where(valid, value, 0.0)
     position = image * pixels * TILE.grain + first + local
-    for i in tl.static_range(SAVED):
-        tl.store(saved_ptrs[i] + position, saved[i], mask=inside)
+    if SAVED > 0:
+        tl.store(first_ptr + position, saved[0], mask=inside)
+    if SAVED > 1:
+        tl.store(second_ptr + position, saved[1], mask=inside)
     if REDUCED:
         partial_ptr = partials_ptr + tl.program_id(0)
         tl.store(partial_ptr, tl.sum(value))
@@ -160,7 +164,8 @@ def _pixelwise_backward_kernel(
     target_ptr,  # [N, H, W]
     own_ptr,  # [C]
     other_ptr,  # [C]
-    saved_ptrs,  # up to two maps [N, H, W]
+    first_ptr,  # up to two maps [N, H, W]
+    second_ptr,
     grad_ptr,  # [N, C, H, W]
     numbers,
     upstream_strides,
@@ -192,8 +197,10 @@ def _pixelwise_backward_kernel(
 
     position = image * pixels * TILE.grain + first + local
     saved = ()
-    for i in tl.static_range(SAVED):
-        saved = saved + (tl.load(saved_ptrs[i] + position, mask=inside, other=0),)
+    if SAVED > 0:
+        saved = (tl.load(first_ptr + position, mask=inside, other=0),)
+    if SAVED > 1:
+        saved = saved + (tl.load(second_ptr + position, mask=inside, other=0),)
     scale = tl.load(scale_ptr)
     if REDUCED:
         scale = scale * tl.load(upstream_ptr).to(dtype)
@@ -271,60 +278,85 @@ def launch_forward(
     what the kernels are compiled for.
     """
     results = empty_results(loss, logits, reduction, save)
-    grid, launch = _launch(loss, f"{loss.name}_forward", logits, target)
-    partials = results.scale.new_empty(3, grid[0] if reduction != "none" else 0)
-    with device_guard(logits):
-        _pixelwise_forward_kernel[grid](
-            logits_ptr=logits,
-            target_ptr=target,
-            own_ptr=_given(tables[0], logits),
-            other_ptr=_given(tables[1], logits),
-            values_ptr=results.loss,
-            partials_ptr=partials,
-            saved_ptrs=(results.first, results.second),
-            numbers=numbers,
-            logits_strides=_strides(logits, launch["TILE"]),
-            target_strides=_strides(target, launch["TILE"]),
-            programs=grid[0],
-            FORWARD=loss.forward,
-            OPTIONS=options,
-            REDUCED=reduction != "none",
-            SAVED=len(loss.saved(logits.dtype)) if save else 0,
+    own, other = (_given(table, logits) for table in tables)
+    reduced = reduction != "none"
+
+    def prepare() -> _ForwardPlan:
+        grid, launch = _launch(loss, f"{loss.name}_forward", logits, target)
+        constants = {
+            "numbers": numbers,
+            "logits_strides": _strides(logits, launch["TILE"]),
+            "target_strides": _strides(target, launch["TILE"]),
+            "programs": grid[0],
+            "FORWARD": loss.forward,
+            "OPTIONS": options,
+            "REDUCED": reduced,
+            "SAVED": len(loss.saved(logits.dtype)) if save else 0,
             **_labels(loss, logits, target, ignore_index),
             **launch,
+        }
+        finish = _finish_plan(grid[0], reduction) if reduced else None
+        launch_pixels = PreparedLaunch(_pixelwise_forward_kernel, grid, constants)
+        return _ForwardPlan(launch_pixels, grid[0] if reduced else 0, finish)
+
+    # The loss's functions stay alive in what is prepared, so that their addresses are theirs.
+    functions = (loss.name, id(loss.forward))
+    given = (own.dtype, other.dtype, numbers, options, reduction, ignore_index, save)
+    plan = prepared((functions, kind(logits), kind(target), given), prepare)
+    partials = results.scale.new_empty(3, plan.partials)
+    with device_guard(logits):
+        plan.launch(
+            logits_ptr=logits,
+            target_ptr=target,
+            own_ptr=own,
+            other_ptr=other,
+            values_ptr=results.loss,
+            partials_ptr=partials,
+            first_ptr=results.first,
+            second_ptr=results.second,
         )
-        if reduction == "none":
+        if plan.finish is None:
             results.scale.fill_(1.0)
         else:
-            _finish(partials, results, reduction)
+            plan.finish.run(partials, results)
     return results
 
 
-def _finish(partials: torch.Tensor, results: Results, reduction: str) -> None:
-    """Loss and scale from the programs' partial sums [3, programs]."""
-    if partials.size(1) > _GROUP:
-        groups = triton.cdiv(partials.size(1), _GROUP)
-        sums = torch.empty(3, groups, dtype=torch.float64, device=partials.device)
-        _pixelwise_sum_kernel[(groups, 3)](
-            partials_ptr=partials,
-            sums_ptr=sums,
-            programs=partials.size(1),
-            groups=groups,
-            BLOCK=_GROUP,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-        partials = sums
-    _pixelwise_finish_kernel[(1,)](
-        partials_ptr=partials,
-        loss_ptr=results.loss,
-        scale_ptr=results.scale,
-        programs=partials.size(1),
-        MEAN=reduction == "mean",
-        BLOCK=_GROUP,
-        num_warps=8,
-        enable_fp_fusion=True,
-    )
+class _FinishPlan(NamedTuple):
+    """How the programs' partial sums become loss and scale."""
+
+    groups: int
+    add: PreparedLaunch | None  # a first stage, where there are many
+    finish: PreparedLaunch
+
+    def run(self, partials: torch.Tensor, results: Results) -> None:
+        """Loss and scale from the partial sums [3, programs]."""
+        if self.add is not None:
+            sums = torch.empty(3, self.groups, dtype=torch.float64, device=partials.device)
+            self.add(partials_ptr=partials, sums_ptr=sums)
+            partials = sums
+        self.finish(partials_ptr=partials, loss_ptr=results.loss, scale_ptr=results.scale)
+
+
+class _ForwardPlan(NamedTuple):
+    """The launches of a forward pass, for logits and labels of one kind."""
+
+    launch: PreparedLaunch
+    partials: int  # programs that leave partial sums
+    finish: _FinishPlan | None
+
+
+def _finish_plan(programs: int, reduction: str) -> _FinishPlan:
+    groups, add = programs, None
+    if programs > _GROUP:
+        groups = triton.cdiv(programs, _GROUP)
+        sizes = {"programs": programs, "groups": groups, "BLOCK": _GROUP}
+        options = {"num_warps": 4, "enable_fp_fusion": True}
+        add = PreparedLaunch(_pixelwise_sum_kernel, (groups, 3), {**sizes, **options})
+    constants = {"programs": groups, "MEAN": reduction == "mean", "BLOCK": _GROUP}
+    options = {"num_warps": 8, "enable_fp_fusion": True}
+    finish = PreparedLaunch(_pixelwise_finish_kernel, (1,), {**constants, **options})
+    return _FinishPlan(groups, add, finish)
 
 
 def launch_backward(
@@ -340,29 +372,41 @@ def launch_backward(
 ) -> torch.Tensor:
     """The gradient of the logits; of ``results`` all but the loss is used."""
     grad_logits = torch.empty_like(logits)
-    grid, launch = _launch(loss, f"{loss.name}_backward", logits, target, grad_logits)
+    own, other = (_given(table, logits) for table in tables)
     reduced = upstream.dim() == 0
+
+    def prepare() -> PreparedLaunch:
+        grid, launch = _launch(loss, f"{loss.name}_backward", logits, target, grad_logits)
+        constants = {
+            "numbers": numbers,
+            "upstream_strides": (0, 0, 0) if reduced else upstream.stride(),
+            "logits_strides": _strides(logits, launch["TILE"]),
+            "target_strides": _strides(target, launch["TILE"]),
+            "grad_strides": _strides(grad_logits, launch["TILE"]),
+            "BACKWARD": loss.backward,
+            "OPTIONS": options,
+            "REDUCED": reduced,
+            "SAVED": len(loss.saved(logits.dtype)),
+            **_labels(loss, logits, target, ignore_index),
+            **launch,
+        }
+        return PreparedLaunch(_pixelwise_backward_kernel, grid, constants)
+
+    functions = (loss.name, id(loss.backward))
+    maps = (kind(logits), kind(target), kind(upstream), kind(grad_logits))
+    given = (own.dtype, other.dtype, numbers, options, ignore_index)
+    launch = prepared((functions, maps, given), prepare)
     with device_guard(logits):
-        _pixelwise_backward_kernel[grid](
+        launch(
             upstream_ptr=upstream,
             scale_ptr=results.scale,
             logits_ptr=logits,
             target_ptr=target,
-            own_ptr=_given(tables[0], logits),
-            other_ptr=_given(tables[1], logits),
-            saved_ptrs=(results.first, results.second),
-            numbers=numbers,
+            own_ptr=own,
+            other_ptr=other,
+            first_ptr=results.first,
+            second_ptr=results.second,
             grad_ptr=grad_logits,
-            upstream_strides=(0, 0, 0) if reduced else upstream.stride(),
-            logits_strides=_strides(logits, launch["TILE"]),
-            target_strides=_strides(target, launch["TILE"]),
-            grad_strides=_strides(grad_logits, launch["TILE"]),
-            BACKWARD=loss.backward,
-            OPTIONS=options,
-            REDUCED=reduced,
-            SAVED=len(loss.saved(logits.dtype)),
-            **_labels(loss, logits, target, ignore_index),
-            **launch,
         )
     return grad_logits
 

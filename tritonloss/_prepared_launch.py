@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from . import _tuning
+
 _run = JITFunction.run
+_T = TypeVar("_T")
+
+# What has been prepared, by what it depends on; forgotten when images of so many sizes have come.
+_prepared: dict[Hashable, Any] = {}
+_MOST = 4096
+
+
+def prepared(key: Hashable, prepare: Callable[[], _T]) -> _T:
+    """What ``prepare`` returns, kept under ``key`` until configurations change."""
+    full_key = (key, _tuning.state())
+    found: _T | None = _prepared.get(full_key)
+    if found is None:
+        if len(_prepared) >= _MOST:
+            _prepared.clear()
+        found = _prepared[full_key] = prepare()
+    return found
+
+
+def kind(tensor: torch.Tensor) -> Hashable:
+    """All that a launch depends on of a tensor, but its address."""
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
 class PreparedLaunch:

@@ -38,6 +38,7 @@ _names: dict[torch.device, str] = {}
 _tables: dict[str, dict[str, dict[str, Any]]] = {}  # device name -> entries
 _resolved: dict[tuple[str, torch.device, torch.dtype, int, int, str], Configuration | None] = {}
 _UNKNOWN: Configuration = {}
+_generation = 0  # of the above, counted by whoever changes them
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,22 @@ def launch_configuration(
     return heuristic if tuned is None else dict(tuned)
 
 
+def state() -> tuple[int, str | None]:
+    """What decides on configurations beside the question: while it is the same, so are answers."""
+    return _generation, os.environ.get("TRITONLOSS_TUNING")
+
+
 @contextmanager
 def forced(operator: str, configuration: Configuration) -> Iterator[None]:
     """Launch ``operator`` with ``configuration``, laid over the heuristic, in the whole process."""
+    global _generation
     before = _forced.get(operator)
     _forced[operator] = configuration
+    _generation += 1
     try:
         yield
     finally:
+        _generation += 1
         if before is None:
             del _forced[operator]
         else:
@@ -201,6 +210,8 @@ def read_document(path: Path, name: str) -> dict[str, Any]:
 
 def forget() -> None:
     """Read the tuned files anew at the next launch."""
+    global _generation
+    _generation += 1
     _tables.clear()
     _resolved.clear()
 
