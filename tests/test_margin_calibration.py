@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -313,6 +314,71 @@ def test_released_variant_is_the_authors() -> None:
     logits, target = segmentation_case((2, 5, 4, 6), dtype=torch.float64, ignore_index=None)
     value, _ = kernel_gradient(logits, target, variant="released")
     torch.testing.assert_close(value, released_loss(logits, target, offsets_for(5)))
+
+
+def wrong_winner(classes: int, offsets: MarginOffsets, variant: str, backend: str) -> float:
+    """Derivative of a pixel's loss by its best score, which is not the label's, at equal scores.
+
+    Class 0 wins, by next to nothing; of two pixels the labels are the last class and the runner-up.
+    """
+    logits = torch.zeros(1, classes, 1, 2, dtype=torch.float64)
+    logits[:, 0] = 1e-9
+    target = torch.tensor([[[classes - 1, 1]]])
+    leaf = logits.to(offsets.own.device).requires_grad_()
+    with tritonloss.use_backend(backend):
+        value = margin_calibrated_loss(leaf, target.to(leaf.device), offsets, variant=variant)
+    return torch.autograd.grad(value, leaf)[0][:, 0].sum().item()
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("classes", [2, 3, 4, 5, 6, 8, 19, 150])
+@pytest.mark.shipped_sizes
+def test_paper_raises_a_wrong_winner_from_five_classes_on(
+    classes: int, backend: str, device: torch.device
+) -> None:
+    """The docstring's closed form: (4 - C) / 2, where "released" has 3 / (2 C) and lowers it."""
+    zero = torch.zeros(classes, dtype=torch.float64, device=device)
+    offsets = MarginOffsets(zero, zero)
+    paper = wrong_winner(classes, offsets, "paper", backend)
+    assert paper == pytest.approx((4 - classes) / 2, abs=1e-6)
+    released = wrong_winner(classes, offsets, "released", backend)
+    assert released == pytest.approx(3 / (2 * classes), abs=1e-6)
+    # The ramp has no slope at the two wrong margins: the other classes raise the winner.
+    one = zero + 1
+    ramp = wrong_winner(classes, MarginOffsets(one, one), "margin", backend)
+    assert ramp == pytest.approx(2 - classes, abs=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(
+    ("classes", "paper", "released"), [(8, -2.0, 0.19), (19, -7.6, 0.07), (150, -79.0, -0.05)]
+)
+@pytest.mark.shipped_sizes
+def test_wrong_winner_with_the_offsets_of_forty_million_pixels(
+    classes: int, paper: float, released: float, backend: str, device: torch.device
+) -> None:
+    """The docstring's numbers, and its sums over the classes."""
+    counts = torch.full((classes,), 40_000_000 // classes, device=device)
+    offsets = MarginOffsets(*(x.double() for x in tritonloss.margin_offsets(counts)))
+    for variant, stated, base, share in (
+        ("paper", paper, math.log(2), 1.0),
+        ("released", released, 1.0, 1 / classes),
+    ):
+        own, other = ((base * x[0]).sigmoid().item() for x in offsets)
+        expected = own - share * (classes - 3) * other
+        assert expected == pytest.approx(stated, rel=0.01, abs=0.005)
+        found = wrong_winner(classes, offsets, variant, backend)
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_readme_shows_a_loss_that_lowers_a_wrong_winner() -> None:
+    """Its lines as they are, with 19 classes of 200 000 pixels each."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(# label_loader.*?)```", readme, flags=re.DOTALL)
+    names = {"tritonloss": tritonloss, "label_loader": torch.arange(19).repeat(200_000)}
+    exec(lines, names)
+    shown = names["criterion"]
+    assert wrong_winner(19, MarginOffsets(shown.own, shown.other), shown.variant, "reference") > 0
 
 
 @pytest.mark.parametrize(
