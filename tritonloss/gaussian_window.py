@@ -22,6 +22,7 @@ from . import _checks
 from ._backend import device_guard, serves_triton
 from ._device_math import plus
 from ._operator import Operator
+from ._prepared_launch import launch_kernel
 from ._strip import (
     PADDINGS,
     SIZES,
@@ -352,7 +353,9 @@ def _gaussian_statistics_forward(x: torch.Tensor, options: Options) -> Results:
     )
     grid, launch = strip_launch(mean.shape, configuration, padding, x, mean)
     with device_guard(x):
-        _gaussian_statistics_forward_kernel[grid](
+        launch_kernel(
+            _gaussian_statistics_forward_kernel,
+            grid,
             x_ptr=x,
             mean_ptr=mean,
             variance_ptr=variance,
@@ -389,7 +392,9 @@ def _gaussian_statistics_backward(
     )
     window = window_of(window_size, sigma, padding)
     with device_guard(x):
-        _gaussian_statistics_backward_kernel[grid](
+        launch_kernel(
+            _gaussian_statistics_backward_kernel,
+            grid,
             grad_mean_ptr=grad_mean,
             grad_variance_ptr=grad_variance,
             mean_ptr=mean,

@@ -28,6 +28,7 @@ from kernels_reference.ssim import ssim_loss as ssim_loss_reference
 from . import _checks
 from ._backend import device_guard, serves_triton
 from ._operator import Operator
+from ._prepared_launch import launch_kernel
 from ._ssim_kernels import (
     Similarity,
     _ssim_backward_kernel,
@@ -75,7 +76,9 @@ def _ssim_forward(
     grid, launch = strip_launch(shape, configuration, padding, *moved)
     partials = scale.new_empty(2, *grid)
     with device_guard(x):
-        _ssim_forward_kernel[grid](
+        launch_kernel(
+            _ssim_forward_kernel,
+            grid,
             x_ptr=x,
             y_ptr=y,
             partials_ptr=partials,
@@ -96,7 +99,9 @@ def _ssim_forward(
             **launch,
         )
         if not mapped:
-            _ssim_finish_kernel[(1,)](
+            launch_kernel(
+                _ssim_finish_kernel,
+                (1,),
                 partials_ptr=partials,
                 mean_ptr=result,
                 scale_ptr=scale,
@@ -165,7 +170,9 @@ def _ssim_coefficients(
     grid, launch = strip_launch(coefficients.shape[1:], configuration, window.padding, *moved)
     strip = launch["STRIP"]
     with device_guard(x):
-        _ssim_coefficients_kernel[grid](
+        launch_kernel(
+            _ssim_coefficients_kernel,
+            grid,
             grad_ptr=grad,
             scale_ptr=scale,
             x_ptr=x,
@@ -203,7 +210,9 @@ def _ssim_adjoint(
     grid, launch = strip_launch(x.shape, configuration, window.padding, *moved)
     strip = launch["STRIP"]
     with device_guard(x):
-        _ssim_backward_kernel[grid](
+        launch_kernel(
+            _ssim_backward_kernel,
+            grid,
             coefficients_ptr=coefficients,
             x_ptr=x,
             y_ptr=y,

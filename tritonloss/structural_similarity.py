@@ -37,6 +37,7 @@ from kernels_reference.structural_similarity import (
 from . import _checks
 from ._backend import device_guard, serves_triton
 from ._operator import Operator, can_reuse
+from ._prepared_launch import launch_kernel
 from ._strip import (
     PADDINGS,
     channels_in_lanes,
@@ -172,7 +173,9 @@ def _structural_similarity_forward(
     grid, launch = strip_launch(logits.shape, configuration, options.padding, *moved)
     partials = statistics.new_empty(4, *grid)
     with device_guard(logits):
-        _structural_similarity_forward_kernel[grid](
+        launch_kernel(
+            _structural_similarity_forward_kernel,
+            grid,
             logits_ptr=logits,
             target_ptr=target,
             partials_ptr=partials,
@@ -188,7 +191,9 @@ def _structural_similarity_forward(
             **_window_arguments(options, statistics.dtype, launch["STRIP"].columns),
             **launch,
         )
-        _structural_similarity_finish_kernel[(1,)](
+        launch_kernel(
+            _structural_similarity_finish_kernel,
+            (1,),
             partials_ptr=partials,
             loss_ptr=loss,
             statistics_ptr=statistics,
@@ -217,7 +222,9 @@ def _structural_similarity_backward(
         logits.shape, configuration, options.padding, logits, target, grad_logits
     )
     with device_guard(logits):
-        _structural_similarity_backward_kernel[grid](
+        launch_kernel(
+            _structural_similarity_backward_kernel,
+            grid,
             grad_loss_ptr=grad_loss,
             statistics_ptr=statistics,
             logits_ptr=logits,
@@ -249,7 +256,9 @@ def _structural_similarity_stored(
     )
     grid, launch = strip_launch(logits.shape, configuration, "zeros", logits, target, stored)
     with device_guard(logits):
-        _structural_similarity_stored_kernel[grid](
+        launch_kernel(
+            _structural_similarity_stored_kernel,
+            grid,
             grad_loss_ptr=grad_loss,
             statistics_ptr=statistics,
             logits_ptr=logits,
