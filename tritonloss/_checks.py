@@ -6,6 +6,7 @@ dtypes, ValueError for values and shapes.
 
 from __future__ import annotations
 
+import enum
 import numbers
 import os
 from collections.abc import Sequence
@@ -17,6 +18,24 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _ALL_INTEGERS = (*_INTEGERS, torch.uint16, torch.uint32, torch.uint64)
 _MAX_WINDOW = 31
+
+
+class _Default(enum.IntEnum):
+    """Defaults that a function can tell from the same number given by its caller.
+
+    Members of an enumeration: each stays the one object it is when a module is pickled or copied,
+    and torch.compile takes it for a constant.
+    """
+
+    IGNORE_INDEX = 255
+
+    def __repr__(self) -> str:
+        return str(self.value)
+
+    __str__ = __repr__
+
+
+IGNORE_INDEX = _Default.IGNORE_INDEX
 
 
 def check_logits(logits: torch.Tensor, name: str = "logits") -> None:
@@ -48,12 +67,17 @@ def check_target(logits: torch.Tensor, target: torch.Tensor) -> None:
     _check_device(logits, "logits", target, "target")
 
 
-def check_ignore_index(ignore_index: int | None) -> None:
-    """``ignore_index`` must be an integer or None."""
+def check_ignore_index(ignore_index: int | None, classes: int | None = None) -> None:
+    """``ignore_index`` must be an integer or None, and given where the default is a class."""
     if ignore_index is not None and not _is_integer(ignore_index):
         raise TypeError(f"ignore_index must be an integer or None; got {_value(ignore_index)}")
     if ignore_index is not None and not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit 64 bits; got {ignore_index}")
+    if ignore_index is IGNORE_INDEX and classes is not None and classes > 255:
+        raise ValueError(
+            f"ignore_index must be given for {classes} classes, of which its default is one: 255 "
+            "(which ignores that class), another label or None; got none of them"
+        )
 
 
 def check_labels_in_range(target: torch.Tensor, classes: int, ignore_index: int | None) -> None:

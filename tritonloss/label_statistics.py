@@ -33,7 +33,7 @@ def count_labels(
     labels: torch.Tensor | Iterable[torch.Tensor] | Dataset[torch.Tensor],
     num_classes: int,
     *,
-    ignore_index: int | None = 255,
+    ignore_index: int | None = _checks.IGNORE_INDEX,
     process_group: ProcessGroup | None = None,
     progress: bool = False,
 ) -> torch.Tensor:
@@ -44,7 +44,8 @@ def count_labels(
             example a DataLoader that yields label maps, or a data set that is indexed from 0 to its
             length. Only one of them is held at a time.
         num_classes: C; labels are 0 to C - 1.
-        ignore_index: label of pixels that are not counted, any integer or None. Default 255.
+        ignore_index: label of pixels that are not counted, any integer or None. Default 255, which
+            has to be given where there are more than 255 classes and it is one of them.
         process_group: given one, the counts of all of its ranks are summed; every rank must call.
         progress: True shows on stderr how many maps of an iterable have been counted.
 
@@ -63,7 +64,7 @@ def count_labels(
         tensor([2, 0, 3])
     """
     _checks.check_positive("num_classes", num_classes)
-    _checks.check_ignore_index(ignore_index)
+    _checks.check_ignore_index(ignore_index, num_classes)
     _checks.check_flag("progress", progress)
     if process_group is not None and not isinstance(process_group, ProcessGroup):
         raise TypeError(

@@ -155,7 +155,7 @@ def margin_calibrated_loss(
     offsets: tuple[torch.Tensor, torch.Tensor],
     *,
     variant: str = "paper",
-    ignore_index: int | None = 255,
+    ignore_index: int | None = _checks.IGNORE_INDEX,
     reduction: str = "mean",
 ) -> torch.Tensor:
     """Margin-calibrated loss: a penalty on every class's margin, harder on rare classes.
@@ -205,9 +205,10 @@ def margin_calibrated_loss(
         offsets: (own, other), floating-point [C] each and not negative, as
             :func:`tritonloss.margin_offsets` returns them. They get no gradient.
         variant: "paper" (default), "released" or "margin"; above is when to take which.
-        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255.
-            Other labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise,
-            they count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255,
+            which has to be given where there are more than 255 classes and it is one of them. Other
+            labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they
+            count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
         reduction: "mean" (default), "sum", or "none": [N, H, W], zero at ignored pixels.
 
     Returns:
@@ -268,7 +269,7 @@ def _check_options(
         )
     _checks.check_option("variant", variant, VARIANTS)
     _checks.check_option("reduction", reduction, REDUCTIONS)
-    _checks.check_ignore_index(ignore_index)
+    _checks.check_ignore_index(ignore_index, own.shape[0])
     return own, other
 
 
@@ -304,7 +305,7 @@ class MarginCalibratedLoss(nn.Module):
         offsets: tuple[torch.Tensor, torch.Tensor],
         *,
         variant: str = "paper",
-        ignore_index: int | None = 255,
+        ignore_index: int | None = _checks.IGNORE_INDEX,
         reduction: str = "mean",
     ) -> None:
         super().__init__()

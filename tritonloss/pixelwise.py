@@ -208,12 +208,12 @@ def _check(
     """The checks that all losses of this file share, but for the labels' range."""
     _checks.check_logits(logits)
     _checks.check_target(logits, target)
-    _check_options(reduction, ignore_index)
+    _check_options(reduction, ignore_index, logits.size(1))
 
 
-def _check_options(reduction: str, ignore_index: int | None) -> None:
+def _check_options(reduction: str, ignore_index: int | None, classes: int | None = None) -> None:
     _checks.check_option("reduction", reduction, REDUCTIONS)
-    _checks.check_ignore_index(ignore_index)
+    _checks.check_ignore_index(ignore_index, classes)
 
 
 def _check_focal(
@@ -253,7 +253,7 @@ def cross_entropy(
     *,
     weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
-    ignore_index: int | None = 255,
+    ignore_index: int | None = _checks.IGNORE_INDEX,
     reduction: str = "mean",
 ) -> torch.Tensor:
     """Cross entropy of the softmax, as :func:`torch.nn.functional.cross_entropy` defines it.
@@ -270,9 +270,10 @@ def cross_entropy(
         target: integer labels [N, H, W], uint8 to int64.
         weight: a weight for each class, floating-point [C], or None for 1. It gets no gradient.
         label_smoothing: s, in [0, 1]. Default 0.
-        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255.
-            Other labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise,
-            they count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255,
+            which has to be given where there are more than 255 classes and it is one of them. Other
+            labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they
+            count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
         reduction: "mean" (default), "sum", or "none": [N, H, W], zero at ignored pixels.
 
     Returns:
@@ -320,7 +321,7 @@ def binary_cross_entropy(
     target: torch.Tensor,
     *,
     pos_weight: torch.Tensor | None = None,
-    ignore_index: int | None = 255,
+    ignore_index: int | None = _checks.IGNORE_INDEX,
     reduction: str = "mean",
 ) -> torch.Tensor:
     """Binary cross entropy of one sigmoid per class against the rest, from integer labels.
@@ -337,9 +338,10 @@ def binary_cross_entropy(
         target: integer labels [N, H, W], uint8 to int64: 0 to C - 1, or 0 and 1 if C is 1.
         pos_weight: w, a weight for the positive term of each class, floating-point [C], or None for
             1. It gets no gradient.
-        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255.
-            Other labels out of range raise on the CPU; on a GPU, where looking would synchronise,
-            they count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255,
+            which has to be given where there are more than 255 classes and it is one of them. Other
+            labels out of range raise on the CPU; on a GPU, where looking would synchronise, they
+            count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
         reduction: "mean" (default), "sum", or "none": [N, H, W], zero at ignored pixels.
 
     Returns:
@@ -379,7 +381,7 @@ def focal_loss(
     gamma: float = 2.0,
     alpha: float | torch.Tensor | None = None,
     detach_weight: bool = False,
-    ignore_index: int | None = 255,
+    ignore_index: int | None = _checks.IGNORE_INDEX,
     reduction: str = "mean",
 ) -> torch.Tensor:
     """Focal loss of the softmax: cross entropy that turns away from pixels it has learnt.
@@ -398,9 +400,10 @@ def focal_loss(
             them, or None for 1. It gets no gradient.
         detach_weight: True holds (1 - p_t)^gamma constant in the gradient. Default False: the full
             gradient.
-        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255.
-            Other labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise,
-            they count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255,
+            which has to be given where there are more than 255 classes and it is one of them. Other
+            labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they
+            count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
         reduction: "mean" (default), "sum", or "none": [N, H, W], zero at ignored pixels.
 
     Returns:
@@ -466,7 +469,7 @@ class CrossEntropyLoss(nn.Module):
         *,
         weight: torch.Tensor | None = None,
         label_smoothing: float = 0.0,
-        ignore_index: int | None = 255,
+        ignore_index: int | None = _checks.IGNORE_INDEX,
         reduction: str = "mean",
     ) -> None:
         super().__init__()
@@ -515,7 +518,7 @@ class BinaryCrossEntropyLoss(nn.Module):
         self,
         *,
         pos_weight: torch.Tensor | None = None,
-        ignore_index: int | None = 255,
+        ignore_index: int | None = _checks.IGNORE_INDEX,
         reduction: str = "mean",
     ) -> None:
         super().__init__()
@@ -563,7 +566,7 @@ class FocalLoss(nn.Module):
         gamma: float = 2.0,
         alpha: float | torch.Tensor | None = None,
         detach_weight: bool = False,
-        ignore_index: int | None = 255,
+        ignore_index: int | None = _checks.IGNORE_INDEX,
         reduction: str = "mean",
     ) -> None:
         super().__init__()

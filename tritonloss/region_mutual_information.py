@@ -135,7 +135,7 @@ def rmi_loss(
     epsilon: float | None = None,
     bce_weight: float = 0.5,
     ignore: str = "zero",
-    ignore_index: int | None = 255,
+    ignore_index: int | None = _checks.IGNORE_INDEX,
     precision: str | None = None,
     return_info: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -167,9 +167,10 @@ def rmi_loss(
         ignore: "zero" (default) counts invalid pixels as perfectly predicted background; "drop"
             leaves out the regions that touch one, at many times the price: it forms every product
             of every region.
-        ignore_index: label of pixels that are invalid, any integer or None. Default 255. Other
-            labels out of range raise on the CPU; on a GPU, where looking would synchronise, they
-            count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        ignore_index: label of pixels that are invalid, any integer or None. Default 255, which has
+            to be given where there are more than 255 classes and it is one of them. Other labels
+            out of range raise on the CPU; on a GPU, where looking would synchronise, they count as
+            ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
         precision: "float64" or "float32" for the sums of products; by default float32 on GPUs that
             are slow in float64. ignore="drop", and maps of less than 2 region_size - 1 rows or
             columns, take float64 in any case.
@@ -201,14 +202,14 @@ def rmi_loss(
     _checks.check_target(logits, target)
     _check_options(region_size, pooling, pool_size, moments, epsilon, ignore, precision)
     _checks.check_range("bce_weight", bce_weight, 0.0, 1.0)
-    _checks.check_ignore_index(ignore_index)
+    _checks.check_ignore_index(ignore_index, logits.size(1))
     _checks.check_flag("return_info", return_info)
     _check_region_fits(logits, region_size, pooling, pool_size)
     _checks.check_labels_in_range(target, _checks.labels_of(logits), ignore_index)
     ridge = _EPSILON[moments] if epsilon is None else float(epsilon)
     options = Options(
-        region_size, pooling, pool_size, moments, ridge, float(bce_weight), ignore, ignore_index,
-        precision,
+        region_size, pooling, pool_size, moments, ridge, float(bce_weight), ignore,
+        None if ignore_index is None else int(ignore_index), precision,
     )  # fmt: skip
     if logits.size(0) == 0 or not serves_triton(logits):
         return rmi_loss_reference(logits, target, **options._asdict(), return_info=return_info)
@@ -273,7 +274,7 @@ class RMILoss(nn.Module):
         epsilon: float | None = None,
         bce_weight: float = 0.5,
         ignore: str = "zero",
-        ignore_index: int | None = 255,
+        ignore_index: int | None = _checks.IGNORE_INDEX,
         precision: str | None = None,
         return_info: bool = False,
     ) -> None:
@@ -290,7 +291,7 @@ class RMILoss(nn.Module):
         self.return_info = return_info
 
     @classmethod
-    def released(cls, *, ignore_index: int | None = 255) -> RMILoss:
+    def released(cls, *, ignore_index: int | None = _checks.IGNORE_INDEX) -> RMILoss:
         """The settings of the authors' released code: sums for moments, 5e-4 on the diagonals."""
         return cls(
             region_size=3,

@@ -439,7 +439,7 @@ def ssim_loss(
     sigma: float = 1.5,
     c1: float = 1e-4,
     c2: float = 9e-4,
-    ignore_index: int | None = 255,
+    ignore_index: int | None = _checks.IGNORE_INDEX,
 ) -> torch.Tensor:
     """SSIM loss: one minus the structural similarity of sigmoid(logits) and the one-hot target.
 
@@ -459,8 +459,9 @@ def ssim_loss(
         sigma: standard deviation of the window in pixels, 0.001 to 1e6. Default 1.5.
         c1: stability of the luminance term, 1e-20 to 1e20. Default 0.01^2.
         c2: stability of the contrast-structure term, 1e-20 to 1e20. Default 0.03^2.
-        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255.
-            Other labels out of range raise on the CPU; on a GPU they count as ignored unless
+        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255,
+            which has to be given where there are more than 255 classes and it is one of them. Other
+            labels out of range raise on the CPU; on a GPU they count as ignored unless
             TRITONLOSS_CHECK_LABELS=1 is set.
 
     Returns:
@@ -489,7 +490,7 @@ def ssim_loss(
     _checks.check_sigma(sigma)
     _checks.check_range("c1", c1, 1e-20, 1e20)
     _checks.check_range("c2", c2, 1e-20, 1e20)
-    _checks.check_ignore_index(ignore_index)
+    _checks.check_ignore_index(ignore_index, logits.size(1))
     _checks.check_labels_in_range(target, _checks.labels_of(logits), ignore_index)
     if not serves_triton(logits):
         return ssim_loss_reference(
@@ -605,7 +606,7 @@ class SSIMLoss(nn.Module):
         sigma: float = 1.5,
         c1: float = 1e-4,
         c2: float = 9e-4,
-        ignore_index: int | None = 255,
+        ignore_index: int | None = _checks.IGNORE_INDEX,
     ) -> None:
         super().__init__()
         self.form = form

@@ -393,7 +393,7 @@ def structural_similarity_loss(
     padding: str = "zeros",
     hard_mining: bool = True,
     reweight: bool = True,
-    ignore_index: int | None = 255,
+    ignore_index: int | None = _checks.IGNORE_INDEX,
 ) -> torch.Tensor:
     """Structural similarity loss: cross entropy on the samples whose local structure is most wrong.
 
@@ -421,7 +421,8 @@ def structural_similarity_loss(
         hard_mining: False keeps all valid samples (f = 1). Default True.
         reweight: False sets e = 1 once the hard samples are chosen. Default True.
         ignore_index: label of pixels that take part in nothing (0 to the window, like padding), any
-            integer or None. Default 255. Other labels out of range raise on the CPU; on a GPU,
+            integer or None. Default 255, which has to be given where there are more than 255
+            classes and it is one of them. Other labels out of range raise on the CPU; on a GPU,
             where looking would synchronise, they count as ignored unless TRITONLOSS_CHECK_LABELS=1
             is set.
 
@@ -457,7 +458,7 @@ def structural_similarity_loss(
     _checks.check_padding_fits(logits, window_size, padding)
     _checks.check_flag("hard_mining", hard_mining)
     _checks.check_flag("reweight", reweight)
-    _checks.check_ignore_index(ignore_index)
+    _checks.check_ignore_index(ignore_index, logits.size(1))
     _checks.check_labels_in_range(target, _checks.labels_of(logits), ignore_index)
     if not serves_triton(logits):
         return structural_similarity_loss_reference(
@@ -514,7 +515,7 @@ class StructuralSimilarityLoss(nn.Module):
         padding: str = "zeros",
         hard_mining: bool = True,
         reweight: bool = True,
-        ignore_index: int | None = 255,
+        ignore_index: int | None = _checks.IGNORE_INDEX,
     ) -> None:
         super().__init__()
         self.window_size = window_size
