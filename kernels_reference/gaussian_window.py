@@ -17,8 +17,9 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 def gaussian_window(window_size: int, sigma: float) -> tuple[float, ...]:
     """One-dimensional Gaussian weights exp(-(i - centre)^2 / (2 sigma^2)), summing to 1."""
     centre = (window_size - 1) / 2
-    weights = [math.exp(-0.5 * ((i - centre) / sigma) ** 2) for i in range(window_size)]
-    total = math.fsum(weights)
+    places = [(i - centre) / sigma for i in range(window_size)]
+    weights = [math.exp(-0.5 * place * place) for place in places]
+    total = sum(weights)
     return tuple(weight / total for weight in weights)
 
 

@@ -23,23 +23,24 @@ def rmi_loss(
     ignore: str = "zero",
     ignore_index: int | None = 255,
     precision: str | None = None,
+    bce_smooth: float = 0.0,
     return_info: bool = False,
     residual: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """bce_weight BCE + (1 - bce_weight) RMI, RMI paper, Eq. 12-16.
 
-    ``residual`` chooses between two forms of the same matrix; ``precision`` is for the kernels: the
-    moments are always float64 here.
+    ``residual`` chooses between two forms of the same matrix; ``precision`` is for the kernels:
+    probabilities and moments are always float64 here. In float32 the p of one logit would differ
+    with its label in the last digit, and the inverse makes that up to 1 / epsilon times as large.
     """
     valid = valid_pixels(target, logits.size(1), ignore_index)
     positive = valid & one_hot(target, logits.size(1))
     z = torch.where(valid, logits.to(working_dtype(logits.dtype)), 0)
     cross_entropy = torch.where(valid, -F.logsigmoid(torch.where(positive, z, -z)), 0)
-    mean_cross_entropy = cross_entropy.sum() / valid.sum().clamp(min=1)
+    mean_cross_entropy = cross_entropy.sum() / (valid.sum() + bce_smooth).clamp(min=1)
 
     if pooling is None or pool_size == 1:
-        e = torch.where(valid, torch.where(positive, -torch.sigmoid(-z), torch.sigmoid(z)), 0)
-        y, touched = positive.to(z.dtype), ~valid
+        e, y, touched = _residual(z, positive, valid), positive, ~valid
     else:
         e, y, touched = _POOLINGS[pooling](z, positive, valid, pool_size)
     keep = ~touched if ignore == "drop" else torch.ones_like(touched)
@@ -104,12 +105,17 @@ def _centred(x: Tensor, windows: Tensor) -> Tensor:
     return torch.where(windows, x - x.sum(-1, keepdim=True) / windows.sum(-1, True).clamp(min=1), 0)
 
 
+def _residual(z: Tensor, positive: Tensor, valid: Tensor) -> Tensor:
+    """P - y in float64, of which no digit is lost where p is nearly y; 0 where not valid."""
+    wrong = torch.where(positive, -z, z).double().sigmoid()
+    return torch.where(valid, torch.where(positive, -wrong, wrong), 0)
+
+
 # Each: (residual p - y, labels y, whether an invalid pixel was read), pooled.
 
 
 def _average(z: Tensor, positive: Tensor, valid: Tensor, size: int) -> tuple[Tensor, ...]:
-    e = torch.where(valid, torch.where(positive, -torch.sigmoid(-z), torch.sigmoid(z)), 0)
-    maps = (e, positive.to(z.dtype), (~valid).to(z.dtype))
+    maps = (_residual(z, positive, valid), positive.double(), (~valid).to(z.dtype))
     e, y, touched = (F.avg_pool2d(x, size, size, padding=size // 2) for x in maps)
     return e, y, touched > 0
 
@@ -118,15 +124,15 @@ def _maximum(z: Tensor, positive: Tensor, valid: Tensor, size: int) -> tuple[Ten
     z = torch.where(valid, z, torch.finfo(z.dtype).min)  # p = 0
     maps = (z, positive.to(z.dtype), (~valid).to(z.dtype))
     z, y, touched = (F.max_pool2d(x, size, size, padding=size // 2) for x in maps)
-    return torch.where(y > 0, -torch.sigmoid(-z), torch.sigmoid(z)), y, touched > 0
+    return _residual(z, y > 0, torch.ones_like(z, dtype=torch.bool)), y, touched > 0
 
 
 def _nearest(z: Tensor, positive: Tensor, valid: Tensor, size: int) -> tuple[Tensor, ...]:
     """Labels of the nearest pixel, probabilities interpolated linearly between the corners."""
     height, width = z.size(2) // size, z.size(3) // size
     nearest = F.interpolate(positive.to(z.dtype), (height, width), mode="nearest")
-    below = _interpolated(torch.where(valid, torch.sigmoid(z), 0), height, width)
-    above = _interpolated(torch.where(valid, torch.sigmoid(-z), 1), height, width)
+    below = _interpolated(torch.where(valid, z.double().sigmoid(), 0), height, width)
+    above = _interpolated(torch.where(valid, (-z).double().sigmoid(), 1), height, width)
     void = (~valid).to(z.dtype)
     touched = _interpolated(void, height, width) + F.interpolate(void, (height, width)) > 0
     return torch.where(nearest > 0, -above, below), nearest, touched

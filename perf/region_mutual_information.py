@@ -17,6 +17,7 @@ from perf.cases import (
     Goal,
     KernelNotes,
     Operation,
+    Shape,
     random_labels,
     random_map,
     variations,
@@ -91,6 +92,9 @@ CASES = variations(
     {"layout": "channels_last", "against_compile": False},
 )
 
+# So few regions that everything is float64.
+_SMALL = Shape("small", 16, 21, 32, 32)
+
 # One case for each way a kernel is built: regions, poolings, what else changes the code.
 SHIPPED = variations(
     Case(
@@ -127,6 +131,18 @@ SHIPPED = variations(
     *({"layout": layout, "everywhere": False} for layout in ("channels_last", "strided")),
     {"layout": "channels_last", "options": {"pooling": None}, "everywhere": False},
     {"dtype": "bfloat16", "options": {"pooling": None}, "everywhere": False},
+    {"shape": _SMALL},
+    *(
+        {"shape": _SMALL, "options": options, "everywhere": False}
+        for options in (
+            {"pooling": None},
+            {"pooling": None, "region_size": 5, "ignore": "drop"},
+            *({"pool_size": size} for size in (2, 3, 8)),
+            {"pooling": "max", "pool_size": 8},
+            {"pooling": "nearest"},
+        )
+    ),
+    {"shape": _SMALL, "dtype": "bfloat16", "everywhere": False},
 )
 
 

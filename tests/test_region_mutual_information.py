@@ -15,7 +15,7 @@ import kernels_reference
 import tritonloss
 from perf.memory import counted_peak
 from tests.oracle import as_layout, check_three_way, segmentation_case
-from tritonloss import _checks
+from tritonloss import _checks, _region_maps
 from tritonloss._launches import recorded
 from tritonloss._region_backward import backward_pass
 from tritonloss._region_forward import forward_pass
@@ -29,6 +29,14 @@ SMALL: dict[str, Any] = {"region_size": 2, "pool_size": 2}
 DIRECT: dict[str, Any] = {"region_size": 2, "pooling": None, "ignore": "drop"}
 RAW: dict[str, Any] = {"region_size": 2, "pooling": None}
 WAYS = pytest.mark.parametrize("options", [SMALL, DIRECT, RAW], ids=["pooled", "direct", "raw"])
+
+
+@pytest.fixture(params=["large"], autouse=True)
+def image(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which kernels the small images of these tests take: by default those of large images."""
+    if request.param == "large":
+        monkeypatch.setattr(_region_maps, "FEW_REGIONS", 0)
+    return request.param
 
 
 def check(logits: Tensor, target: Tensor, tolerance: float = 2e-5, **options: Any) -> None:

@@ -194,12 +194,12 @@ def check_class_weights(
     Without ``logits`` there may be any number of classes. ``or_number`` names what else the
     argument may be, for the message: a number that the caller has looked at.
     """
-    classes = "C" if logits is None else logits.shape[1]
-    accepted = f"{name} must be {or_number}a floating-point tensor of shape ({classes},)"
-    if optional:
-        accepted += " or None"
-        if weight is None:
-            return
+    # A tuple: with a symbolic size by itself in the text each number of classes would be compiled.
+    shape = "(C,)" if logits is None else (logits.shape[1],)
+    or_none = " or None" if optional else ""
+    accepted = f"{name} must be {or_number}a floating-point tensor of shape {shape}{or_none}"
+    if optional and weight is None:
+        return
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"{accepted}; got {_type(weight)}")
     if weight.dtype not in _FLOATING:

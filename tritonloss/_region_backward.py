@@ -25,6 +25,7 @@ from ._region_maps import (
     Saved,
     cell_grid,
     cells_of,
+    has_maps,
     is_direct,
     launch_of,
     maps_of,
@@ -44,7 +45,7 @@ def backward_pass(
     """The gradient to the logits, in their dtype and layout."""
     grad_logits = torch.empty_like(logits)
     with device_guard(logits):
-        if not options.pools:
+        if not has_maps(options, *logits.shape[2:]):
             maps = maps_of(options, logits, target, saved.residual, saved.labels)
             _gradient(options, grad_loss, logits, maps, saved, grad_logits)
             return grad_logits
@@ -91,7 +92,7 @@ def _gradient(
     out: torch.Tensor,
 ) -> None:
     """The gradient to the pooled probabilities, or to the logits where nothing is pooled."""
-    if is_direct(options, maps.height, maps.width):
+    if is_direct(options, *logits.shape[2:]):
         _direct_gradient(options, grad_loss, logits.size(0), maps, saved, out)
     else:
         _lag_gradient(options, grad_loss, logits, maps, saved, out)
@@ -167,7 +168,7 @@ def _lag_gradient(
         "width": maps.width,
         "REGION": region,
     }
-    launch = launch_of("rmi_gradient", logits, region, LANES=128, ROWS=64)
+    launch = launch_of("rmi_gradient", options, logits, region, LANES=128, ROWS=64)
     bands = triton.cdiv(maps.height - span + 1, int(launch["ROWS"]))
     blocks = triton.cdiv(maps.width - span + 1, int(launch["LANES"]))
     _rmi_interior_kernel[(planes, bands, blocks)](**shared, **launch)
@@ -188,9 +189,9 @@ def _expand(
 ) -> None:
     """From a part's pooled maps to its logits, with the cross entropy's gradient."""
     classes = logits.size(1)
-    if options.pooling == "nearest":
+    if options.samples:
         launch: dict[str, Any] = launch_of(
-            "rmi_sample", logits, options.pool_size, LANES=128, num_warps=2
+            "rmi_sample", options, logits, options.pool_size, LANES=128, num_warps=2
         )
     else:
         launch = cells_of("rmi_expand", options, logits)
@@ -216,7 +217,7 @@ def _expand(
         "pooled_width": grad_pooled.size(3),
         "IGNORED": ignored_class(options.ignore_index, classes, target.dtype),
     }
-    if options.pooling == "nearest":
+    if options.samples:
         blocks = triton.cdiv(width, int(launch["LANES"]))
         _rmi_sample_backward_kernel[(batch * height, blocks)](
             **shared, **launch, enable_fp_fusion=True

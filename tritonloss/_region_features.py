@@ -71,13 +71,30 @@ def load_scaled(logits, row, column, mask, dtype: tl.constexpr, SHIFT: tl.conste
 
 @triton.jit
 def sigmoid_pair(u):
-    """(larger, smaller) of the sigmoids of u log 2 and -u log 2, both precise.
-
-    1 in sum to the last digit: a constant map must not look as if p depended on y.
-    """
+    """(larger, smaller) of the sigmoids of u log 2 and -u log 2, both precise."""
     t = tl.exp2(-tl.abs(u))
     smaller = t * inverse(1.0 + t)
     return 1.0 - smaller, smaller
+
+
+@triton.jit
+def complements(smaller):
+    """(1 - smaller, smaller), 1 in sum to the last digit where both are more than 1 / 1024.
+
+    Residuals p - y made of them lead back to the same p whatever the label. A constant map must not
+    look as if p depended on y: the inverse of its moments makes up to 1 / epsilon of that.
+    """
+    larger = 1.0 - smaller
+    return larger, tl.where(smaller > 1.0 / 1024, 1.0 - larger, smaller)
+
+
+@triton.jit
+def consistent_residual(u, positive):
+    """The residual p - y of a scaled logit, from complements."""
+    _, smaller = sigmoid_pair(u)
+    larger, smaller = complements(smaller)
+    wrong = tl.where((u >= 0) != positive, larger, smaller)
+    return tl.where(positive, -wrong, wrong)
 
 
 @triton.jit
@@ -131,9 +148,17 @@ def load_pair(
     Sums in float32 need the second form: with the residual and p apart no digits are lost where p
     is nearly y, and about the centre none where p is nearly constant.
     """
-    e, y = load_features(
-        first, second, row, column, mask, channel, channels, dtype, IGNORED, POOLED, SHIFT
-    )
+    if POOLED:
+        e, y = load_features(
+            first, second, row, column, mask, channel, channels, dtype, IGNORED, POOLED, SHIFT
+        )
+    else:
+        label = load_label(second, row, column, mask, channels, IGNORED, SHIFT)
+        u = load_scaled(first, row, column, mask, dtype, SHIFT)
+        u = tl.where(label >= 0, u, float("-inf"))  # p = 0
+        positive = label == channel
+        e = consistent_residual(u, positive)
+        y = tl.where(positive, 1.0, 0.0).to(dtype)
     if CENTRED:
         y = (y + e) - center
         if mask is not None:
@@ -147,3 +172,11 @@ def logit_gradient(u, label, channel, grad_probability, entropy_scale):
     residual, slope = residual_of(u, label, channel)
     value = grad_probability * slope + entropy_scale * residual
     return tl.where(label >= 0, value, 0.0)
+
+
+@triton.jit
+def store_logit_gradient(pointer, value, mask):
+    """To 16 bits by way of float32: the interpreter does not round float64 to bfloat16."""
+    if pointer.dtype.element_ty != tl.float64:
+        value = value.to(tl.float32)
+    tl.store(pointer, value, mask=mask)

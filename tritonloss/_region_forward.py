@@ -18,8 +18,10 @@ from ._region_maps import (
     Maps,
     Options,
     Saved,
+    arithmetic_dtype,
     cell_grid,
     cells_of,
+    has_maps,
     ignored,
     is_direct,
     launch_of,
@@ -44,14 +46,14 @@ def _pool(
     """(residual, labels, touched, partials): the pooled maps, and the sums of the cross entropy."""
     batch, channels, height, width = logits.shape
     pooled = pooled_size(height, width, options.pooling, options.pool_size)
-    dtype = compute_dtype(logits.dtype)
+    dtype = arithmetic_dtype(options, logits)
     residual = torch.empty((batch, channels, *pooled), dtype=dtype, device=logits.device)
     labels = torch.empty_like(residual, dtype=torch.float16)  # whole numbers up to 64: exact
     drop = options.ignore == "drop"
     touched = torch.empty(
         (batch, *pooled) if drop else (0,), dtype=torch.uint8, device=logits.device
     )
-    if options.pooling == "nearest":
+    if options.samples:
         _sample(options, logits, target, residual, labels, touched)
         return residual, labels, touched, _cross_entropy(options, logits, target)
     launch = cells_of("rmi_pool", options, logits)
@@ -87,7 +89,7 @@ def _sample(
     touched: torch.Tensor,
 ) -> None:
     batch, channels, pooled_height, pooled_width = residual.shape
-    launch = launch_of("rmi_sample", logits, options.pool_size, LANES=128, num_warps=2)
+    launch = launch_of("rmi_sample", options, logits, options.pool_size, LANES=128, num_warps=2)
     blocks = triton.cdiv(pooled_width, int(launch["LANES"]))
     _rmi_sample_kernel[(batch * pooled_height, blocks)](
         logits_ptr=logits,
@@ -114,10 +116,10 @@ def _sample(
 def _cross_entropy(options: Options, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Partial sums [2, programs] of the cross entropy and of the valid pixels."""
     batch, channels, height, width = logits.shape
-    launch = launch_of("rmi_cross_entropy", logits, 1, LANES=256, ROWS=8)
+    launch = launch_of("rmi_cross_entropy", options, logits, 1, LANES=256, ROWS=8)
     lanes, rows = int(launch["LANES"]), int(launch["ROWS"])
     grid = (batch, triton.cdiv(height, rows), triton.cdiv(width, lanes))
-    dtype = compute_dtype(logits.dtype)
+    dtype = arithmetic_dtype(options, logits)
     partials = torch.empty((2, math.prod(grid)), dtype=dtype, device=logits.device)
     _rmi_cross_entropy_kernel[grid](
         logits_ptr=logits,
@@ -159,7 +161,9 @@ def _lag_moments(
     planes = logits.size(0) * logits.size(1)
     # Eight warps: with four, ptxas stops at 168 registers for a region of 4 and spills two.
     lanes = 256 if region == 4 else 128
-    launch = launch_of("rmi_moments", logits, region, LANES=lanes, ROWS=64, num_warps=lanes // 32)
+    launch = launch_of(
+        "rmi_moments", options, logits, region, LANES=lanes, ROWS=64, num_warps=lanes // 32
+    )
     bands = triton.cdiv(maps.height - span + 1, int(launch["ROWS"]))
     blocks = triton.cdiv(maps.width - span + 1, int(launch["LANES"]))
     side = 2 * region * region + 1
@@ -275,9 +279,9 @@ def forward_pass(
     """(loss, info [N, C], what the backward pass needs)."""
     batch, channels = logits.shape[:2]
     loss = torch.empty((), dtype=compute_dtype(logits.dtype), device=logits.device)
-    statistics = torch.empty_like(loss).view(1)
+    statistics = loss.new_empty(1, dtype=arithmetic_dtype(options, logits))
     with device_guard(logits):
-        if options.pools:
+        if has_maps(options, *logits.shape[2:]):
             residual, labels, touched, partials = _pool(options, logits, target)
         else:
             residual = statistics.new_empty(0)
@@ -286,7 +290,7 @@ def forward_pass(
             partials = _cross_entropy(options, logits, target)
         maps = maps_of(options, logits, target, residual, labels)
         center = statistics.new_empty(0)
-        if is_direct(options, maps.height, maps.width):
+        if is_direct(options, *logits.shape[2:]):
             moments, kept = _direct_moments(options, logits, maps, touched)
         else:
             if not sums_in_double(options, logits):
@@ -304,6 +308,7 @@ def forward_pass(
             images=batch,
             bce_weight=options.bce_weight,
             rmi_weight=1.0 - options.bce_weight,
+            bce_smooth=options.bce_smooth,
             BLOCK=1024,
             num_warps=4,
             enable_fp_fusion=True,

@@ -19,6 +19,7 @@ from ._region_features import (
     SIZES,
     load_features,
     load_label,
+    load_pair,
     load_scaled,
     logit_gradient,
     plane_of,
@@ -271,7 +272,7 @@ def _rmi_direct_gradient_kernel(
     IGNORED: tl.constexpr,
     POOLED: tl.constexpr,
 ):
-    """Every region of every pixel, where regions are left out one by one or maps are tiny.
+    """Every region of every pixel, where regions are left out one by one or maps are small.
 
     In float64: with few regions the matrices are nearly singular, and their weights large.
     """
@@ -301,9 +302,9 @@ def _rmi_direct_gradient_kernel(
         term = tl.zeros((LANES,), tl.float64)
         term += tl.load(constants_ptr + plane * AREA + own) * CELL
         for other in tl.range(0, AREA):
-            e, y = load_features(
-                first, second, top + other // REGION, left + other % REGION, exists, channel,
-                channels, dtype, IGNORED, POOLED,
+            e, y = load_pair(
+                first, second, 0.0, top + other // REGION, left + other % REGION, exists, channel,
+                channels, dtype, False, IGNORED, POOLED,
             )  # fmt: skip
             weight = (plane * AREA + own) * AREA + other
             term += tl.load(residual_weights_ptr + weight) * e.to(tl.float64)

@@ -148,12 +148,13 @@ def _rmi_finish_kernel(
     partials_ptr,  # [2, programs]: sums of the cross entropy and of the valid pixels
     information_ptr,  # [planes] float64
     loss_ptr,  # []
-    statistics_ptr,  # [1]: bce_weight / V
+    statistics_ptr,  # [1]: bce_weight / (V + bce_smooth)
     programs,
     planes,
     images,
     bce_weight,
     rmi_weight,
+    bce_smooth,
     BLOCK: tl.constexpr,
 ):
     """Adds the partial sums in float64, in an order that never changes, and forms the loss."""
@@ -170,7 +171,7 @@ def _rmi_finish_kernel(
             information_ptr + start + lane, mask=start + lane < planes, other=0.0
         )
     count = tl.sum(valid) + tl.zeros((1,), tl.float64)
-    entropy_scale = bce_weight / tl.maximum(count, 1.0)
+    entropy_scale = bce_weight / tl.maximum(count + bce_smooth, 1.0)
     mutual = rmi_weight * tl.sum(information) / images
     loss = entropy_scale * tl.sum(entropy) + mutual
     place = tl.arange(0, 1)

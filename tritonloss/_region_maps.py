@@ -7,8 +7,14 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ._strip import ignored_class
+from kernels_reference.region_mutual_information import pooled_size
+
+from ._strip import compute_dtype, ignored_class
 from ._tuning import Configuration, launch_configuration
+
+# An image with as few regions and pixels is float64 from its logits to their gradient.
+FEW_REGIONS = 32 * 32
+FEW_PIXELS = 128 * 128
 
 
 class Options(NamedTuple):
@@ -23,11 +29,22 @@ class Options(NamedTuple):
     ignore: str
     ignore_index: int | None
     precision: str | None
+    bce_smooth: float = 0.0
 
     @property
     def pools(self) -> bool:
-        """Whether there are pooled maps."""
+        """Whether cells of several pixels become one."""
         return self.pooling is not None and self.pool_size > 1
+
+    @property
+    def samples(self) -> bool:
+        """Whether a cell is read at a place, and not as a whole."""
+        return self.pools and self.pooling == "nearest"
+
+    @property
+    def side(self) -> int:
+        """Side of a cell in pixels."""
+        return self.pool_size if self.pools else 1
 
     @property
     def cell(self) -> int:
@@ -108,7 +125,7 @@ def maps_of(
     residual: torch.Tensor,
     labels: torch.Tensor,
 ) -> Maps:
-    if options.pools:
+    if has_maps(options, *logits.shape[2:]):
         return Maps(residual, labels, -1, True)
     return Maps(logits, target, ignored(options, logits, target), False)
 
@@ -118,9 +135,37 @@ def ignored(options: Options, logits: torch.Tensor, target: torch.Tensor) -> int
     return ignored_class(options.ignore_index, logits.size(1), target.dtype)
 
 
+def is_small(options: Options, height: int, width: int) -> bool:
+    """Whether an image of this size is float64 from its logits to their gradient.
+
+    Of few regions the covariance of the predictions is singular but for epsilon: its inverse makes
+    of float32's rounding errors up to 1 / epsilon of their size, and the gradient is what is left
+    of sums that cancel. That passes with the number of regions, and float64 costs little till then.
+    """
+    rows, columns = pooled_size(height, width, options.pooling, options.pool_size)
+    reach = options.region_size - 1
+    few = (rows - reach) * (columns - reach) <= FEW_REGIONS
+    return few and height * width <= FEW_PIXELS
+
+
+def has_maps(options: Options, height: int, width: int) -> bool:
+    """Whether the regions are taken from maps in memory; a small image has them in any case."""
+    return options.pools or is_small(options, height, width)
+
+
 def is_direct(options: Options, height: int, width: int) -> bool:
     """Whether the moments take every product of every region: no lag sums."""
-    return options.ignore == "drop" or min(height, width) < 2 * options.region_size - 1
+    if options.ignore == "drop" or is_small(options, height, width):
+        return True
+    pooled = pooled_size(height, width, options.pooling, options.pool_size)
+    return min(pooled) < 2 * options.region_size - 1
+
+
+def arithmetic_dtype(options: Options, logits: torch.Tensor) -> torch.dtype:
+    """The dtype of probabilities, pooled maps and gradients on their way to the logits."""
+    if is_small(options, *logits.shape[2:]):
+        return torch.float64
+    return compute_dtype(logits.dtype)
 
 
 def sums_in_double(options: Options, logits: torch.Tensor) -> bool:
@@ -136,13 +181,20 @@ def sums_in_double(options: Options, logits: torch.Tensor) -> bool:
 
 
 def launch_of(
-    operator: str, logits: torch.Tensor, window: int, *, num_warps: int = 4, **sizes: int
+    operator: str,
+    options: Options,
+    logits: torch.Tensor,
+    window: int,
+    *,
+    num_warps: int = 4,
+    **sizes: int,
 ) -> Configuration:
     """The launch configuration of an operator, tuned or else as given."""
+    small = is_small(options, *logits.shape[2:])
     return launch_configuration(
         operator,
         device=logits.device,
-        dtype=logits.dtype,
+        dtype=torch.float64 if small else logits.dtype,
         classes=logits.size(1),
         window=window,
         layout="contiguous" if logits.is_contiguous() else "strided",
@@ -161,15 +213,17 @@ def cells_and_warps(pool_size: int) -> tuple[int, int]:
 
 def cells_of(operator: str, options: Options, logits: torch.Tensor) -> dict[str, Any]:
     """Launch arguments of a kernel whose tiles are pooling cells."""
-    size = options.pool_size
+    size = options.side
     side = triton.next_power_of_2(size)
     cells, warps = cells_and_warps(size)
-    launch = launch_of(operator, logits, size, CELLS=cells, num_warps=warps)
+    if is_small(options, *logits.shape[2:]):
+        cells = max(cells // 2, 1)  # of float64 twice as many would spill
+    launch = launch_of(operator, options, logits, size, CELLS=cells, num_warps=warps)
     return {
         "cell_rows": triton.cdiv(logits.size(2) + size // 2, size),
         "SIZE": size,
         "SIDE": side,
-        "MAXIMUM": options.pooling == "max",
+        "MAXIMUM": options.pools and options.pooling == "max",
         **launch,
         "enable_fp_fusion": True,
     }

@@ -415,15 +415,15 @@ def _rmi_direct_moments_kernel(
         kept = tl.load(kept_ptr + image * count + region, mask=region < count, other=0) != 0
         row = region // window_columns
         column = region % window_columns
-        e, y = load_features(
-            first, second, row + own_place // REGION, column + own_place % REGION, kept, channel,
-            channels, dtype, IGNORED, POOLED,
+        e, y = load_pair(
+            first, second, 0.0, row + own_place // REGION, column + own_place % REGION, kept,
+            channel, channels, dtype, False, IGNORED, POOLED,
         )  # fmt: skip
         left = tl.where(own < AREA, e, tl.where(own < 2 * AREA, y, 1.0)).to(tl.float64)
         inside = kept & (other < SIDE)
-        e, y = load_features(
-            first, second, row + other_place // REGION, column + other_place % REGION, inside,
-            channel, channels, dtype, IGNORED, POOLED,
+        e, y = load_pair(
+            first, second, 0.0, row + other_place // REGION, column + other_place % REGION, inside,
+            channel, channels, dtype, False, IGNORED, POOLED,
         )  # fmt: skip
         right = tl.where(other < AREA, e, tl.where(other < 2 * AREA, y, 1.0)).to(tl.float64)
         sums += tl.where(inside, left * right, 0.0)

@@ -13,14 +13,16 @@ import triton.language as tl
 from ._device_math import LN_2, LOG2_E
 from ._region_features import (
     SIZES,
+    complements,
+    consistent_residual,
     load_label,
     load_scaled,
     logit_gradient,
     miss_of,
     plane_of,
     pointer_to,
-    residual_of,
     sigmoid_pair,
+    store_logit_gradient,
 )
 
 # A factor of the cross entropy is at most 2: as many as make a product that float32 can hold.
@@ -140,8 +142,7 @@ def _rmi_pool_kernel(
                 largest = tl.maximum(largest, u)
         if MAXIMUM:
             present = tl.max(count, 1) > 0
-            winner = tl.where(present, channel, channel + 1)
-            pooled, _ = residual_of(tl.max(largest, 1), winner, channel)
+            pooled = consistent_residual(tl.max(largest, 1), present)
             labelled = tl.where(present, 1.0, 0.0)
         else:
             pooled = tl.sum(residual, 1)
@@ -262,13 +263,16 @@ def _rmi_sample_kernel(
     for channel in tl.range(0, channels):
         logits = plane_of(logits_ptr, logits_strides, image, channel)
         positive = nearest == channel
-        wrong = tl.zeros((LANES,), dtype)
+        p = tl.zeros((LANES,), dtype)
+        rest = tl.zeros((LANES,), dtype)  # 1 - p
         for k in tl.static_range(4):
             u = load_scaled(logits, corners[k][0], corners[k][1], mask, dtype)
+            u = tl.where(corners[k][3], u, float("-inf"))  # p = 0
             larger, smaller = sigmoid_pair(u)
-            value = tl.where((u >= 0) != positive, larger, smaller)
-            invalid = tl.where(positive, 1.0, 0.0).to(dtype)  # p = 0 is wrong by y
-            wrong += tl.where(corners[k][3], value, invalid) * corners[k][2]
+            p += tl.where(u >= 0, larger, smaller) * corners[k][2]
+            rest += tl.where(u >= 0, smaller, larger) * corners[k][2]
+        larger, smaller = complements(tl.minimum(p, rest))
+        wrong = tl.where((rest <= p) != positive, larger, smaller)
         plane = (image * channels + channel) * pooled_height * pooled_width
         tl.store(residual_ptr + plane + offset, tl.where(positive, -wrong, wrong), mask=mask)
         tl.store(labels_ptr + plane + offset, positive.to(tl.float16), mask=mask)
@@ -343,7 +347,7 @@ def _rmi_expand_kernel(
                 share = tl.where(place == first, gradient, 0.0)
             u = load_scaled(logits, row, column, mask, dtype)
             value = logit_gradient(u, labels[j], first_class + channel, share, entropy_scale)
-            tl.store(pointer_to(grad_logits, row, column), value, mask=mask)
+            store_logit_gradient(pointer_to(grad_logits, row, column), value, mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -390,4 +394,4 @@ def _rmi_sample_backward_kernel(
         gradient = tl.load(grad_pooled_ptr + plane + offset, mask=mask & (share > 0), other=0.0)
         u = load_scaled(logits, row, column, mask, dtype)
         value = logit_gradient(u, label, first_class + channel, gradient * share, entropy_scale)
-        tl.store(pointer_to(grad_logits, row, column), value, mask=mask)
+        store_logit_gradient(pointer_to(grad_logits, row, column), value, mask)

@@ -436,7 +436,7 @@ def focal_loss(
         return focal_loss_reference(
             logits,
             target,
-            gamma=gamma,
+            gamma=float(gamma),
             alpha=alpha,
             detach_weight=detach_weight,
             ignore_index=ignore_index,

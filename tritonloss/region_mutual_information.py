@@ -33,7 +33,14 @@ from ._backend import serves_triton
 from ._operator import Operator
 from ._region_backward import backward_pass
 from ._region_forward import forward_pass
-from ._region_maps import Options, Saved, cells_and_warps, is_direct
+from ._region_maps import (
+    Options,
+    Saved,
+    arithmetic_dtype,
+    cells_and_warps,
+    has_maps,
+    is_direct,
+)
 from ._strip import compute_dtype
 from ._tuning import Configuration, Launch, Shape, TuningCase
 from ._tuning_inputs import random_labels, random_map
@@ -89,16 +96,16 @@ def _backward(
 
 def _empty_results(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Results:
     batch, channels, height, width = logits.shape
-    dtype = compute_dtype(logits.dtype)
+    dtype = arithmetic_dtype(options, logits)
     area = options.region_size**2
     pooled = pooled_size(height, width, options.pooling, options.pool_size)
-    map_shape = (batch, channels, *pooled) if options.pools else (0,)
+    map_shape = (batch, channels, *pooled) if has_maps(options, height, width) else (0,)
     kept_shape: tuple[int, ...] = (0,)
-    if is_direct(options, *pooled):
+    if is_direct(options, height, width):
         kept_shape = (batch, *(size - options.region_size + 1 for size in pooled))
     planes = (batch, channels)
     return Results(
-        loss=logits.new_empty((), dtype=dtype),
+        loss=logits.new_empty((), dtype=compute_dtype(logits.dtype)),
         info=logits.new_empty(planes, dtype=torch.int32),
         statistics=logits.new_empty(1, dtype=dtype),
         residual=logits.new_empty(map_shape, dtype=dtype),
@@ -137,6 +144,7 @@ def rmi_loss(
     ignore: str = "zero",
     ignore_index: int | None = _checks.IGNORE_INDEX,
     precision: str | None = None,
+    bce_smooth: float = 0.0,
     return_info: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Region mutual information loss: how uncertain regions of labels stay, given the predictions.
@@ -172,8 +180,10 @@ def rmi_loss(
             out of range raise on the CPU; on a GPU, where looking would synchronise, they count as
             ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
         precision: "float64" or "float32" for the sums of products; by default float32 on GPUs that
-            are slow in float64. ignore="drop", and maps of less than 2 region_size - 1 rows or
-            columns, take float64 in any case.
+            are slow in float64. ignore="drop", maps of less than 2 region_size - 1 rows or columns,
+            and images of up to 1024 regions and 128 x 128 pixels take float64 in any case.
+        bce_smooth: added to the number of valid pixels that BCE is divided by, >= 0; the released
+            code has 1. Default 0.
         return_info: also return info. Default False.
 
     Returns:
@@ -202,6 +212,7 @@ def rmi_loss(
     _checks.check_target(logits, target)
     _check_options(region_size, pooling, pool_size, moments, epsilon, ignore, precision)
     _checks.check_range("bce_weight", bce_weight, 0.0, 1.0)
+    _checks.check_range("bce_smooth", bce_smooth, 0.0, math.inf, interval="[)")
     _checks.check_ignore_index(ignore_index, logits.size(1))
     _checks.check_flag("return_info", return_info)
     _check_region_fits(logits, region_size, pooling, pool_size)
@@ -209,7 +220,7 @@ def rmi_loss(
     ridge = _EPSILON[moments] if epsilon is None else float(epsilon)
     options = Options(
         region_size, pooling, pool_size, moments, ridge, float(bce_weight), ignore,
-        None if ignore_index is None else int(ignore_index), precision,
+        None if ignore_index is None else int(ignore_index), precision, float(bce_smooth),
     )  # fmt: skip
     if logits.size(0) == 0 or not serves_triton(logits):
         return rmi_loss_reference(logits, target, **options._asdict(), return_info=return_info)
@@ -276,6 +287,7 @@ class RMILoss(nn.Module):
         ignore: str = "zero",
         ignore_index: int | None = _checks.IGNORE_INDEX,
         precision: str | None = None,
+        bce_smooth: float = 0.0,
         return_info: bool = False,
     ) -> None:
         super().__init__()
@@ -288,11 +300,12 @@ class RMILoss(nn.Module):
         self.ignore = ignore
         self.ignore_index = ignore_index
         self.precision = precision
+        self.bce_smooth = bce_smooth
         self.return_info = return_info
 
     @classmethod
     def released(cls, *, ignore_index: int | None = _checks.IGNORE_INDEX) -> RMILoss:
-        """The settings of the authors' released code: sums for moments, 5e-4 on the diagonals."""
+        """The authors' released code: sums for moments, 5e-4 on the diagonals, BCE over V + 1."""
         return cls(
             region_size=3,
             pooling="avg",
@@ -302,6 +315,7 @@ class RMILoss(nn.Module):
             bce_weight=0.5,
             ignore="zero",
             ignore_index=ignore_index,
+            bce_smooth=1.0,
         )
 
     def forward(
@@ -320,6 +334,7 @@ class RMILoss(nn.Module):
             ignore=self.ignore,
             ignore_index=self.ignore_index,
             precision=self.precision,
+            bce_smooth=self.bce_smooth,
             return_info=self.return_info,
         )
 
@@ -330,7 +345,7 @@ class RMILoss(nn.Module):
             f"pool_size={self.pool_size}, moments={self.moments!r}, epsilon={self.epsilon}, "
             f"bce_weight={self.bce_weight}, ignore={self.ignore!r}, "
             f"ignore_index={self.ignore_index}, precision={self.precision!r}, "
-            f"return_info={self.return_info}"
+            f"bce_smooth={self.bce_smooth}, return_info={self.return_info}"
         )
 
 
