@@ -69,7 +69,8 @@ def focal_loss(
     log_p = torch.where(own, _sanitised(logits, valid).log_softmax(1), 0).sum(1)
     a = torch.where(own, _per_class(alpha, log_p), 0).sum(1)
 
-    rest = -torch.expm1(log_p)
+    # Where p is 0 the loss is -a log p: (1 - p)^gamma has no part in its derivative.
+    rest = torch.where(log_p == -torch.inf, 1, -torch.expm1(log_p))
     # 0^gamma has no derivative for gamma < 1, and the loss needs none there: log p is 0 as well.
     modulation = torch.where(rest == 0, 1, rest) ** gamma
     modulation = torch.where(rest == 0, 0.0**gamma, modulation)
@@ -80,13 +81,17 @@ def focal_loss(
 
 
 def reduced(loss: Tensor, valid: Tensor, weight: Tensor, reduction: str) -> Tensor:
-    """Mean (over the sum of weights), sum or map of a loss per pixel; 0 where it is not valid."""
+    """Mean (over the sum of weights), sum or map of a loss per pixel; 0 where it is not valid.
+
+    Weights that sum to 0 have no mean: NaN, as torch has it.
+    """
     loss = torch.where(valid, loss, 0)
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
-    return loss.sum() / torch.where(valid.any(), weight.sum(), 1)
+    divisor = torch.where(valid.any(), weight.sum(), 1)
+    return torch.where(divisor == 0, torch.nan, loss.sum() / divisor)
 
 
 def _sanitised(logits: Tensor, valid: Tensor) -> Tensor:

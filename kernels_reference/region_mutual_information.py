@@ -146,7 +146,9 @@ def _interpolated(x: Tensor, height: int, width: int) -> Tensor:
         share = (place % max(size - 1, 1)).to(x.dtype) / max(size - 1, 1)
         share = share.view(-1, 1) if dim == 2 else share
         above = (below + 1).clamp(max=x.size(dim) - 1)
-        x = x.index_select(dim, below) * (1 - share) + x.index_select(dim, above) * share
+        # Selected: where it has no share, a pixel that is NaN does no harm.
+        upper = torch.where(share > 0, x.index_select(dim, above) * share, 0)
+        x = x.index_select(dim, below) * (1 - share) + upper
     return x
 
 

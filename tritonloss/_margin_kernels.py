@@ -31,6 +31,7 @@ from ._pixels import (
     for_classes,
     largest_of_lanes,
     load_class,
+    load_entry,
     load_table,
     nothing_yet,
     smallest_of_lanes,
@@ -99,7 +100,11 @@ def _add_to_top_two(
     state, values, start, pixel, given, dtype: tl.constexpr, OPTIONS: tl.constexpr,
     COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """(largest, next, class of the largest, class of the next) with a block of classes."""
+    """(largest, next, class of the largest, class of the next) with a block of classes.
+
+    A NaN beats nothing, so that two classes are always found; tl.maximum would leave it to the
+    version and the device whether one came through.
+    """
     largest, second, best, runner_up = state
     for j in tl.static_range(COUNT):
         z = values[j]
@@ -109,8 +114,9 @@ def _add_to_top_two(
         runner_up = tl.where(beats_second, index, runner_up)
         runner_up = tl.where(beats_largest, best, runner_up)
         best = tl.where(beats_largest, index, best)
-        second = tl.maximum(second, tl.minimum(z, largest))
-        largest = tl.maximum(largest, z)
+        second = tl.where(beats_second, z, second)
+        second = tl.where(beats_largest, largest, second)
+        largest = tl.where(beats_largest, z, largest)
     return largest, second, best, runner_up
 
 
@@ -181,12 +187,6 @@ def _add_penalties(
     return penalties, slopes + slope, top, second, best, runner_up
 
 
-@triton.jit
-def _table_of_pixels(table, index, dtype: tl.constexpr):
-    """A table's entry for a class of each pixel, [pixels]; the first one's where it has none."""
-    return tl.load(table + tl.where(index >= 0, index, 0)).to(dtype)
-
-
 # --- the pair -------------------------------------------------------------------------------------
 
 
@@ -208,11 +208,11 @@ def margin_forward(
 
     own = pixel[1]
     own_is_best = own == best
-    score = load_class(view, own, own >= 0, dtype, TILE)
+    score = load_class(view, own, own >= 0, dtype, CLASSES, TILE)
     own_mu = tl.where(own_is_best, second - largest, largest - score)
-    own_rho = _table_of_pixels(given[0], own, dtype)
+    own_rho = load_entry(given[0], own, dtype, CLASSES)
     best_mu = largest - second
-    best_rho = _table_of_pixels(given[1], best, dtype)
+    best_rho = load_entry(given[1], best, dtype, CLASSES)
     others += tl.where(own_is_best, 0.0, _penalty(best_mu, best_rho, OPTIONS))
     value = OPTIONS.own_share * _penalty(own_mu, own_rho, OPTIONS) + OPTIONS.other_share * others
 
@@ -220,9 +220,8 @@ def margin_forward(
     if OPTIONS.saved:
         own_slope = OPTIONS.own_share * _penalty_slope(own_mu, own_rho, OPTIONS)
         slope = OPTIONS.other_share * slope - tl.where(own_is_best, 0.0, own_slope)
-        if OPTIONS.variant == "margin":
-            # A ramp's slopes hide a NaN, its value does not.
-            slope = tl.where(value == value, slope, value)
+        # The backward pass learns from it that the value is NaN.
+        slope = tl.where(value == value, slope, value)
     return value, tl.zeros_like(value) + 1.0, (best | (runner_up << 16), slope)
 
 
@@ -246,19 +245,21 @@ def margin_backward(
     scale, saved, pixel, view, grad_view, given, full, dtype: tl.constexpr,
     OPTIONS: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """u_k - [k = a] sum_{j != a} u_j - [k = b] u_a."""
+    """u_k - [k = a] sum_{j != a} u_j - [k = b] u_a; NaN in all classes where the value is NaN."""
+    slope = saved[1].to(dtype)
+    scale = tl.where(slope == slope, scale, slope)
     best = saved[0] & 0xFFFF
     runner_up = (saved[0] >> 16) & 0xFFFF
     own = pixel[1]
-    largest = load_class(view, best, pixel[2], dtype, TILE)
-    second = load_class(view, runner_up, pixel[2], dtype, TILE)
-    score = load_class(view, own, own >= 0, dtype, TILE)
+    largest = load_class(view, best, pixel[2], dtype, CLASSES, TILE)
+    second = load_class(view, runner_up, pixel[2], dtype, CLASSES, TILE)
+    score = load_class(view, own, own >= 0, dtype, CLASSES, TILE)
 
     own_is_best = own == best
     own_mu = tl.where(own_is_best, second - largest, largest - score)
-    own_rho = _table_of_pixels(given[0], own, dtype)
+    own_rho = load_entry(given[0], own, dtype, CLASSES)
     of_own = -scale * OPTIONS.own_share * _penalty_slope(own_mu, own_rho, OPTIONS)
-    best_rho = _table_of_pixels(given[1], best, dtype)
+    best_rho = load_entry(given[1], best, dtype, CLASSES)
     best_slope = _penalty_slope(largest - second, best_rho, OPTIONS)
     other_share = scale * OPTIONS.other_share
     u_best = tl.where(own_is_best, of_own, other_share * best_slope)
@@ -270,7 +271,7 @@ def margin_backward(
         for_classes(runner_up, TILE),
         for_classes(other_share, TILE),
         for_classes(of_own, TILE),
-        for_classes(u_best - scale * saved[1].to(dtype), TILE),
+        for_classes(u_best - scale * slope, TILE),
         for_classes(u_best, TILE),
     )
     write_gradients(

@@ -150,8 +150,9 @@ def _pixelwise_finish_kernel(
     loss = tl.sum(values)
     divisor = tl.zeros_like(loss) + 1.0
     if MEAN:
-        # Nothing valid: 0. Weights that sum to 0: NaN, as torch has it.
+        # Nothing valid: 0. Weights that sum to 0: NaN, as torch has it, whatever the values.
         divisor = tl.where(tl.sum(valid) > 0, tl.sum(weights), 1.0)
+        divisor = tl.where(divisor == 0, float("nan"), divisor)
     tl.store(loss_ptr, loss / divisor)
     tl.store(scale_ptr, 1.0 / divisor)
 

@@ -279,14 +279,26 @@ def load_table(
 
 
 @triton.jit
-def load_class(view, index, exists, dtype: tl.constexpr, TILE: tl.constexpr):
+def _as_class(index, CLASSES: tl.constexpr):
+    """The nearest class: whatever an index from data has become, it leads to no foreign memory."""
+    return tl.minimum(tl.maximum(index, 0), CLASSES - 1)
+
+
+@triton.jit
+def load_entry(table, index, dtype: tl.constexpr, CLASSES: tl.constexpr):
+    """A table's entry for a class of each pixel, [pixels]; of the nearest where it is none."""
+    return tl.load(table + _as_class(index, CLASSES)).to(dtype)
+
+
+@triton.jit
+def load_class(view, index, exists, dtype: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr):
     """Each pixel's logit of a class of its own, [pixels]; 0 where it has none."""
     pointer, offsets, stride = view
     if TILE.lanes == 1:
         pixels = offsets
     else:
         pixels = tl.reshape(offsets, (TILE.pixels,))
-    offset = tl.where(exists, index, 0).to(tl.int64) * stride + pixels
+    offset = _as_class(index, CLASSES).to(tl.int64) * stride + pixels
     return tl.load(pointer + offset, mask=exists, other=0.0).to(dtype)
 
 

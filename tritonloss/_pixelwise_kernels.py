@@ -20,6 +20,7 @@ from ._pixels import (
     for_classes,
     largest_of_lanes,
     load_class,
+    load_entry,
     load_table,
     nothing_yet,
     sum_of_lanes,
@@ -116,11 +117,13 @@ def _class_weight(
 
 
 @triton.jit
-def _own_weight(pixel, given, dtype: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+def _own_weight(
+    pixel, given, dtype: tl.constexpr, OPTIONS: tl.constexpr, CLASSES: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
     """The weight of each pixel's own class, [pixels]; 1 if there are none."""
     if OPTIONS.weighted:
-        own = pixel[1]
-        result = tl.load(given[0] + tl.where(own >= 0, own, 0)).to(dtype)
+        result = load_entry(given[0], pixel[1], dtype, CLASSES)
     else:
         result = tl.full((TILE.pixels,), 1.0, dtype)
     return result
@@ -150,7 +153,7 @@ def cross_entropy_forward(
     TILE: tl.constexpr,
 ):  # fmt: skip
     """-w_t log p_t; smoothed by s, (1 - s) of it and s / C of -sum w_k log p_k."""
-    weight = _own_weight(pixel, given, dtype, OPTIONS, TILE)
+    weight = _own_weight(pixel, given, dtype, OPTIONS, CLASSES, TILE)
     if not OPTIONS.smoothed:
         largest, log_sum = _softmax_statistics(
             pixel, view, given, full, dtype, OPTIONS, CLASSES, TILE
@@ -167,7 +170,7 @@ def cross_entropy_forward(
         weighted = sum_of_lanes(state[2] + state[3] * beyond, TILE)
         all_weights = sum_of_lanes(state[3], TILE)
 
-    own = load_class(view, pixel[1], pixel[1] >= 0, dtype, TILE)
+    own = load_class(view, pixel[1], pixel[1] >= 0, dtype, CLASSES, TILE)
     value = weight * (log_sum * LN_2 + (largest - own))
     if OPTIONS.smoothed:
         smoothing = given[2][0]
@@ -227,7 +230,7 @@ def cross_entropy_backward(
     OPTIONS: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """(1 - s) w_t (p_k - y_k) + (s / C) (p_k sum w - w_k)."""
-    own_class = scale * _own_weight(pixel, given, dtype, OPTIONS, TILE)
+    own_class = scale * _own_weight(pixel, given, dtype, OPTIONS, CLASSES, TILE)
     all_classes = own_class
     smooth = own_class
     if OPTIONS.smoothed:
@@ -280,10 +283,10 @@ def focal_forward(
 ):  # fmt: skip
     """-a_t (1 - p_t)^gamma log p_t."""
     largest, log_sum = _softmax_statistics(pixel, view, given, full, dtype, OPTIONS, CLASSES, TILE)
-    own = load_class(view, pixel[1], pixel[1] >= 0, dtype, TILE)
+    own = load_class(view, pixel[1], pixel[1] >= 0, dtype, CLASSES, TILE)
     entropy = log_sum * LN_2 + (largest - own)
     _, _, modulation = _focal_parts(entropy, given[2][1], OPTIONS)
-    weight = _own_weight(pixel, given, dtype, OPTIONS, TILE)
+    weight = _own_weight(pixel, given, dtype, OPTIONS, CLASSES, TILE)
     return weight * modulation * entropy, tl.zeros_like(weight) + 1.0, (largest, log_sum)
 
 
@@ -298,7 +301,7 @@ def focal_backward(
     """
     largest = saved[0].to(dtype)
     log_sum = saved[1].to(dtype)
-    own = load_class(view, pixel[1], pixel[1] >= 0, dtype, TILE)
+    own = load_class(view, pixel[1], pixel[1] >= 0, dtype, CLASSES, TILE)
     entropy = log_sum * LN_2 + (largest - own)
     gamma = given[2][1]
     probability, rest, slope = _focal_parts(entropy, gamma, OPTIONS)
@@ -309,7 +312,7 @@ def focal_backward(
         live = gamma * probability * power * entropy
         # p_t = 0 with an infinite entropy: nothing is left of the product.
         slope += tl.where((rest == 0) | (probability == 0), 0.0, live)
-    factor = scale * _own_weight(pixel, given, dtype, OPTIONS, TILE) * slope
+    factor = scale * _own_weight(pixel, given, dtype, OPTIONS, CLASSES, TILE) * slope
     _write_softmax_gradients(
         largest, log_sum, factor, factor, factor, pixel, view, grad_view, given, full, dtype,
         OPTIONS, CLASSES, TILE,
@@ -352,8 +355,10 @@ def binary_cross_entropy_forward(
         CLASSES, TILE,
     )  # fmt: skip
     own = pixel[1]
-    positive = softplus_base2(load_class(view, own, own >= 0, dtype, TILE) * -LOG2_E)
-    positive = tl.where(own >= 0, _own_weight(pixel, given, dtype, OPTIONS, TILE) * positive, 0.0)
+    positive = softplus_base2(load_class(view, own, own >= 0, dtype, CLASSES, TILE) * -LOG2_E)
+    positive = tl.where(
+        own >= 0, _own_weight(pixel, given, dtype, OPTIONS, CLASSES, TILE) * positive, 0.0
+    )
     value = sum_of_lanes(state[0], TILE) + positive
     return value, tl.zeros_like(value) + 1.0, ()
 
@@ -379,7 +384,7 @@ def binary_cross_entropy_backward(
     factors = (
         for_classes(pixel[1], TILE),
         for_classes(scale, TILE),
-        for_classes(scale * _own_weight(pixel, given, dtype, OPTIONS, TILE), TILE),
+        for_classes(scale * _own_weight(pixel, given, dtype, OPTIONS, CLASSES, TILE), TILE),
     )
     write_gradients(
         factors, view, grad_view, pixel, given, full, dtype, _sigmoid_slope, OPTIONS, CLASSES, TILE

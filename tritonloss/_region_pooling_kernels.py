@@ -27,6 +27,8 @@ from ._region_features import (
 
 # A factor of the cross entropy is at most 2: as many as make a product that float32 can hold.
 FACTORS = tl.constexpr(64)
+# Beyond it sigmoids are 0 and 1, and logits need not be told from infinite ones.
+LARGE = tl.constexpr(1e38)
 
 # --- device functions -----------------------------------------------------------------------------
 
@@ -139,10 +141,13 @@ def _rmi_pool_kernel(
             count += tl.where(positive, 1.0, 0.0)
             residual += tl.where(positive, -missed, missed)
             if MAXIMUM:
-                largest = tl.maximum(largest, u)
+                largest = tl.maximum(largest, u, propagate_nan=tl.PropagateNan.ALL)
         if MAXIMUM:
             present = tl.max(count, 1) > 0
             pooled = consistent_residual(tl.max(largest, 1), present)
+            # A reduction drops NaN on some devices, and cannot be told not to.
+            spoilt = tl.max((largest != largest).to(tl.int32), 1) > 0
+            pooled = tl.where(spoilt, float("nan"), pooled)
             labelled = tl.where(present, 1.0, 0.0)
         else:
             pooled = tl.sum(residual, 1)
@@ -269,8 +274,10 @@ def _rmi_sample_kernel(
             u = load_scaled(logits, corners[k][0], corners[k][1], mask, dtype)
             u = tl.where(corners[k][3], u, float("-inf"))  # p = 0
             larger, smaller = sigmoid_pair(u)
-            p += tl.where(u >= 0, larger, smaller) * corners[k][2]
-            rest += tl.where(u >= 0, smaller, larger) * corners[k][2]
+            # Selected: where it has no share, a pixel that is NaN does no harm.
+            share = corners[k][2]
+            p += tl.where(share > 0, tl.where(u >= 0, larger, smaller) * share, 0.0)
+            rest += tl.where(share > 0, tl.where(u >= 0, smaller, larger) * share, 0.0)
         larger, smaller = complements(tl.minimum(p, rest))
         wrong = tl.where((rest <= p) != positive, larger, smaller)
         plane = (image * channels + channel) * pooled_height * pooled_width
@@ -326,12 +333,13 @@ def _rmi_expand_kernel(
         gradient = tl.load(grad_pooled_ptr + plane + offset, mask=stored, other=0.0)[:, None]
         first = tl.full((CELLS, 1), 0, tl.int32)
         if MAXIMUM:
-            # The pixel that the maximum came from: of the largest logits the first.
+            # The pixel that the maximum came from: of the largest logits the first, or a NaN.
             largest = tl.full((CELLS, 1), float("-inf"), dtype)
             for j in tl.static_range(SIZE):
                 row = cell_row * SIZE + j - SIZE // 2
                 mask = _in_row(inside, column, row, height, width)
                 u = load_scaled(logits, row, column, mask, dtype)
+                u = tl.where(u == u, tl.minimum(tl.maximum(u, -LARGE), LARGE), float("inf"))
                 u = tl.where(labels[j] >= 0, u, float("-inf"))
                 of_row = tl.max(u, 1)[:, None]
                 place = tl.broadcast_to(tl.arange(0, SIDE)[None, :], (CELLS, SIDE))

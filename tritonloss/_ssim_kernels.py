@@ -85,8 +85,12 @@ def _moments_about(
     """
     centre_x = x[START + SIZE // 2 * STEP]
     centre_d = d[START + SIZE // 2 * STEP]
-    first_x = tl.zeros_like(centre_x)
-    first_d = tl.zeros_like(centre_x)
+    if SIZE == 1:
+        first_x = centre_x - centre_x  # 0, and NaN where the pixel is not finite
+        first_d = centre_d - centre_d
+    else:
+        first_x = tl.zeros_like(centre_x)
+        first_d = tl.zeros_like(centre_x)
     second_both = tl.zeros_like(centre_x)
     second_d = tl.zeros_like(centre_x)
     for j in tl.static_range(SIZE // 2):

@@ -415,8 +415,8 @@ def column_moments(
     for v in tl.static_range(COLUMNS):
         if WINDOW == 1:
             centre = row_mean[v]
-            first = tl.zeros_like(centre)
-            second = first
+            first = centre - centre  # 0, and NaN where the pixel is not finite
+            second = tl.zeros_like(centre)
         else:
             centre = means[RADIUS * COLUMNS + v]
             upper = means[v] - centre

@@ -481,8 +481,10 @@ def _backward_strip(
         for v in tl.static_range(COLUMNS):
             column = chunk * COLUMNS + v
             hard = _is_hard(differences[v], column, out_row, height, width, SAMPLING, WINDOW)
+            # Where a pixel is not valid p = y = 0, and with them the gradient: but 0 times a NaN,
+            # of a neighbour, would be one.
+            hard = hard & (pixels[2][v] >= 0)
             weight = tl.where(hard, differences[v] if SAMPLING.reweight else 1.0, 0.0)
-            # Where a pixel is not valid p = y = 0, and with them the gradient.
             belongs = pixels[2][v] == channel
             residual = _residual(pixels[0][v], pixels[1][v], belongs, PRESENT)
             gradient = gradient + ((scales[0] + scales[1] * weight) * residual,)

@@ -284,13 +284,14 @@ def _gaussian_statistics_backward_kernel(
                 WEIGHTS, SIZE, COLUMNS,
             )  # fmt: skip
 
-        # Rows outside the image do not move what the sums are about.
+        # Rows outside the image do not move what the sums are about. Taken anew, not as the old one
+        # plus the step: in that a NaN would stay for all rows below.
         steps = ()
         moved = ()
         for v in tl.static_range(COLUMNS):
-            step = tl.where(limit > 0, row_mean[v] - references[v], 0.0)
-            steps = steps + (step,)
-            moved = moved + (references[v] + step,)
+            reference = tl.where(limit > 0, row_mean[v], references[v])
+            steps = steps + (reference - references[v],)
+            moved = moved + (reference,)
         references = moved
         out_row = first_row + i - (SIZE - 1)
         constant, slope, constants, slopes = _adjoint_column(
