@@ -7,6 +7,7 @@ dtypes, ValueError for values and shapes.
 from __future__ import annotations
 
 import enum
+import math
 import numbers
 import os
 from collections.abc import Sequence
@@ -38,6 +39,23 @@ class _Default(enum.IntEnum):
 IGNORE_INDEX = _Default.IGNORE_INDEX
 
 
+def check_dense(tensor: torch.Tensor, name: str) -> None:
+    """``tensor`` must lie in memory element by element, at even distances along each axis.
+
+    Others (sparse, nested, mkldnn, quantized) are refused before anything else is asked of them: a
+    nested tensor has no shape, an opaque one no data.
+    """
+    if tensor.is_nested:
+        kind = "nested"
+    elif tensor.layout is not torch.strided:
+        kind = str(tensor.layout).removeprefix("torch.").removeprefix("_")
+    elif tensor.is_quantized:
+        kind = "quantized"
+    else:
+        return
+    raise TypeError(f"{name} must be a dense (strided) tensor; got one that is {kind}")
+
+
 def check_logits(logits: torch.Tensor, name: str = "logits") -> None:
     """``logits`` must be floating-point [N, C, H, W] with a class."""
     accepted = (
@@ -45,6 +63,7 @@ def check_logits(logits: torch.Tensor, name: str = "logits") -> None:
     )
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"{accepted}; got {_type(logits)}")
+    check_dense(logits, name)
     if logits.dtype not in _FLOATING:
         raise TypeError(f"{accepted}; got {described(logits)}")
     if logits.dim() != 4 or logits.shape[1] < 1:
@@ -60,6 +79,7 @@ def check_target(logits: torch.Tensor, target: torch.Tensor) -> None:
     )
     if not isinstance(target, torch.Tensor):
         raise TypeError(f"{accepted}; got {_type(target)}")
+    check_dense(target, "target")
     if target.dtype not in _INTEGERS:
         raise TypeError(f"{accepted}; got {described(target)}")
     if tuple(target.shape) != expected:
@@ -87,9 +107,7 @@ def check_labels_in_range(target: torch.Tensor, classes: int, ignore_index: int 
     under torch.compile, and where a tensor holds no data (meta, fake), they are never looked at. A
     label outside that nobody looked at counts as ignored.
     """
-    if torch.compiler.is_compiling() or target.is_meta:
-        return
-    if type(target).__module__.startswith("torch._"):  # PyTorch's own, without data to look at
+    if not _holds_data(target):
         return
     target = _without_transforms(target.as_subclass(torch.Tensor))
     if target.device.type != "cpu" and os.environ.get("TRITONLOSS_CHECK_LABELS") != "1":
@@ -126,6 +144,19 @@ def _without_transforms(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def check_offsets(offsets: torch.Tensor, name: str) -> None:
+    """``offsets`` must be finite and not negative; looked at on a CPU alone, and as labels are."""
+    if offsets.device.type != "cpu" or not _holds_data(offsets):
+        return
+    wrong = ~((offsets >= 0) & (offsets < math.inf))
+    if bool(wrong.any()):
+        place = int(wrong.int().argmax())
+        raise ValueError(
+            f"{name} must hold finite numbers of at least 0; "
+            f"got {float(offsets[place])} for class {place}"
+        )
+
+
 def labels_of(logits: torch.Tensor) -> int:
     """How many labels there are where each class is one against the rest: two with one class."""
     return 2 if logits.shape[1] == 1 else logits.shape[1]
@@ -136,6 +167,7 @@ def check_labels(labels: torch.Tensor, name: str) -> None:
     accepted = f"{name} must be a tensor of integers"
     if not isinstance(labels, torch.Tensor):
         raise TypeError(f"{accepted}; got {_type(labels)}")
+    check_dense(labels, name)
     if labels.dtype not in _ALL_INTEGERS:
         raise TypeError(f"{accepted}; got {described(labels)}")
 
@@ -158,6 +190,7 @@ def check_images(x: torch.Tensor, y: torch.Tensor) -> None:
     accepted = f"y must be like x, {described(x)}"
     if not isinstance(y, torch.Tensor):
         raise TypeError(f"{accepted}; got {_type(y)}")
+    check_dense(y, "y")
     if y.dtype != x.dtype:
         raise TypeError(f"{accepted}; got {described(y)}")
     if y.shape != x.shape:
@@ -202,6 +235,7 @@ def check_class_weights(
         return
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"{accepted}; got {_type(weight)}")
+    check_dense(weight, name)
     if weight.dtype not in _FLOATING:
         raise TypeError(f"{accepted}; got {described(weight)}")
     if weight.dim() != 1 or (logits is not None and weight.shape[0] != logits.shape[1]):
@@ -302,6 +336,13 @@ def check_range(name: str, value: float, low: float, high: float, *, interval: s
     below = value < high if interval[1] == ")" else value <= high
     if not (above and below):
         raise ValueError(f"{accepted}; got {value}")
+
+
+def _holds_data(tensor: torch.Tensor) -> bool:
+    """Whether there are values to look at: not under torch.compile, nor in a meta or a fake one."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return not type(tensor).__module__.startswith("torch._")  # PyTorch's own, without data
 
 
 def _check_device(

@@ -429,6 +429,7 @@ def _check_matrices(A: torch.Tensor) -> None:
     accepted = f"A must be a float32 or float64 tensor of shape (..., n, n), 1 <= n <= {LARGEST}"
     if not isinstance(A, torch.Tensor):
         raise TypeError(f"{accepted}; got {type(A).__name__}")
+    _checks.check_dense(A, "A")
     if A.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{accepted}; got {_checks.described(A)}")
     if A.dim() < 2 or A.size(-1) != A.size(-2) or not 1 <= A.size(-1) <= LARGEST:
@@ -440,6 +441,7 @@ def _check_right(A: torch.Tensor, B: torch.Tensor) -> None:
     accepted = f"B must be a tensor of shape ({leading}, m) and the dtype and device of A"
     if not isinstance(B, torch.Tensor):
         raise TypeError(f"{accepted}; got {type(B).__name__}")
+    _checks.check_dense(B, "B")
     if B.dtype != A.dtype:
         raise TypeError(f"{accepted}, {A.dtype}; got {_checks.described(B)}")
     if B.dim() != A.dim() or B.shape[:-1] != A.shape[:-1] or B.device != A.device:

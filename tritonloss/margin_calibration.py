@@ -202,8 +202,10 @@ def margin_calibrated_loss(
         logits: [N, C, H, W] with C from 2 to 65536, float16, bfloat16 or float32 (or float64), any
             strides.
         target: integer labels [N, H, W], uint8 to int64.
-        offsets: (own, other), floating-point [C] each and not negative, as
-            :func:`tritonloss.margin_offsets` returns them. They get no gradient.
+        offsets: (own, other), floating-point [C] each, finite and not negative, as
+            :func:`tritonloss.margin_offsets` returns them. They get no gradient. Others raise on
+            the CPU (an infinite offset makes the loss infinite, or constant if "margin"); on a GPU,
+            where looking would synchronise, and under torch.compile nobody looks.
         variant: "paper" (default), "released" or "margin"; above is when to take which.
         ignore_index: label of pixels that take part in nothing, any integer or None. Default 255,
             which has to be given where there are more than 255 classes and it is one of them. Other
@@ -267,6 +269,8 @@ def _check_options(
         raise ValueError(
             f"offsets must be of one shape; got {tuple(own.shape)} and {tuple(other.shape)}"
         )
+    _checks.check_offsets(own, "offsets.own")
+    _checks.check_offsets(other, "offsets.other")
     _checks.check_option("variant", variant, VARIANTS)
     _checks.check_option("reduction", reduction, REDUCTIONS)
     _checks.check_ignore_index(ignore_index, own.shape[0])

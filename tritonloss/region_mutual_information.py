@@ -210,11 +210,10 @@ def rmi_loss(
     """
     _checks.check_logits(logits)
     _checks.check_target(logits, target)
-    _check_options(region_size, pooling, pool_size, moments, epsilon, ignore, precision)
-    _checks.check_range("bce_weight", bce_weight, 0.0, 1.0)
-    _checks.check_range("bce_smooth", bce_smooth, 0.0, math.inf, interval="[)")
-    _checks.check_ignore_index(ignore_index, logits.size(1))
-    _checks.check_flag("return_info", return_info)
+    _check_options(
+        region_size, pooling, pool_size, moments, epsilon, bce_weight, ignore, ignore_index,
+        precision, bce_smooth, return_info, logits.size(1),
+    )  # fmt: skip
     _check_region_fits(logits, region_size, pooling, pool_size)
     _checks.check_labels_in_range(target, _checks.labels_of(logits), ignore_index)
     ridge = _EPSILON[moments] if epsilon is None else float(epsilon)
@@ -234,17 +233,27 @@ def _check_options(
     pool_size: int,
     moments: str,
     epsilon: float | None,
+    bce_weight: float,
     ignore: str,
+    ignore_index: int | None,
     precision: str | None,
+    bce_smooth: float,
+    return_info: bool,
+    classes: int | None = None,
 ) -> None:
+    """All options; without ``classes``, for any number of them."""
     _checks.check_integer("region_size", region_size, 1, _LARGEST_REGION)
     _checks.check_option("pooling", pooling, POOLINGS, or_none=True)
     _checks.check_integer("pool_size", pool_size, 1, _LARGEST_POOL)
     _checks.check_option("moments", moments, MOMENTS)
     if epsilon is not None:
         _checks.check_range("epsilon", epsilon, 0.0, math.inf, interval="()")
+    _checks.check_range("bce_weight", bce_weight, 0.0, 1.0)
     _checks.check_option("ignore", ignore, IGNORES)
+    _checks.check_ignore_index(ignore_index, classes)
     _checks.check_option("precision", precision, PRECISIONS, or_none=True)
+    _checks.check_range("bce_smooth", bce_smooth, 0.0, math.inf, interval="[)")
+    _checks.check_flag("return_info", return_info)
 
 
 def _check_region_fits(
@@ -291,6 +300,10 @@ class RMILoss(nn.Module):
         return_info: bool = False,
     ) -> None:
         super().__init__()
+        _check_options(
+            region_size, pooling, pool_size, moments, epsilon, bce_weight, ignore, ignore_index,
+            precision, bce_smooth, return_info,
+        )  # fmt: skip
         self.region_size = region_size
         self.pooling = pooling
         self.pool_size = pool_size

@@ -485,12 +485,7 @@ def ssim_loss(
     """
     _checks.check_logits(logits)
     _checks.check_target(logits, target)
-    _checks.check_option("form", form, FORMS)
-    _checks.check_window_size(window_size)
-    _checks.check_sigma(sigma)
-    _checks.check_range("c1", c1, 1e-20, 1e20)
-    _checks.check_range("c2", c2, 1e-20, 1e20)
-    _checks.check_ignore_index(ignore_index, logits.size(1))
+    _check_options(form, window_size, sigma, c1, c2, ignore_index, logits.size(1))
     _checks.check_labels_in_range(target, _checks.labels_of(logits), ignore_index)
     if not serves_triton(logits):
         return ssim_loss_reference(
@@ -512,6 +507,24 @@ def ssim_loss(
         ignore_index=None if ignore_index is None else int(ignore_index),
     )
     return SSIM_LOSS(logits, target, options=options)[0]
+
+
+def _check_options(
+    form: str,
+    window_size: int,
+    sigma: float,
+    c1: float,
+    c2: float,
+    ignore_index: int | None,
+    classes: int | None = None,
+) -> None:
+    """All options; without ``classes``, for any number of them."""
+    _checks.check_option("form", form, FORMS)
+    _checks.check_window_size(window_size)
+    _checks.check_sigma(sigma)
+    _checks.check_range("c1", c1, 1e-20, 1e20)
+    _checks.check_range("c2", c2, 1e-20, 1e20)
+    _checks.check_ignore_index(ignore_index, classes)
 
 
 def ssim(
@@ -609,6 +622,7 @@ class SSIMLoss(nn.Module):
         ignore_index: int | None = _checks.IGNORE_INDEX,
     ) -> None:
         super().__init__()
+        _check_options(form, window_size, sigma, c1, c2, ignore_index)
         self.form = form
         self.window_size = window_size
         self.sigma = sigma

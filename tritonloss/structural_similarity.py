@@ -449,16 +449,11 @@ def structural_similarity_loss(
     """
     _checks.check_logits(logits)
     _checks.check_target(logits, target)
-    _checks.check_window_size(window_size)
-    _checks.check_sigma(sigma)
-    _checks.check_range("beta", beta, 0.0, 1.0, interval="[)")
-    _checks.check_range("stability", stability, 1e-20, 1e20)
-    _checks.check_range("bce_weight", bce_weight, 0.0, 1.0)
-    _checks.check_option("padding", padding, PADDINGS)
+    _check_options(
+        window_size, sigma, beta, stability, bce_weight, padding, hard_mining, reweight,
+        ignore_index, logits.size(1),
+    )  # fmt: skip
     _checks.check_padding_fits(logits, window_size, padding)
-    _checks.check_flag("hard_mining", hard_mining)
-    _checks.check_flag("reweight", reweight)
-    _checks.check_ignore_index(ignore_index, logits.size(1))
     _checks.check_labels_in_range(target, _checks.labels_of(logits), ignore_index)
     if not serves_triton(logits):
         return structural_similarity_loss_reference(
@@ -487,6 +482,30 @@ def structural_similarity_loss(
         store=can_reuse(logits) and stores_differences(logits, window_size),
     )
     return STRUCTURAL_SIMILARITY(logits, target, options=options)[0]
+
+
+def _check_options(
+    window_size: int,
+    sigma: float,
+    beta: float,
+    stability: float,
+    bce_weight: float,
+    padding: str,
+    hard_mining: bool,
+    reweight: bool,
+    ignore_index: int | None,
+    classes: int | None = None,
+) -> None:
+    """All options; without ``classes``, for any number of them."""
+    _checks.check_window_size(window_size)
+    _checks.check_sigma(sigma)
+    _checks.check_range("beta", beta, 0.0, 1.0, interval="[)")
+    _checks.check_range("stability", stability, 1e-20, 1e20)
+    _checks.check_range("bce_weight", bce_weight, 0.0, 1.0)
+    _checks.check_option("padding", padding, PADDINGS)
+    _checks.check_flag("hard_mining", hard_mining)
+    _checks.check_flag("reweight", reweight)
+    _checks.check_ignore_index(ignore_index, classes)
 
 
 # --- module ---------------------------------------------------------------------------------------
@@ -518,6 +537,10 @@ class StructuralSimilarityLoss(nn.Module):
         ignore_index: int | None = _checks.IGNORE_INDEX,
     ) -> None:
         super().__init__()
+        _check_options(
+            window_size, sigma, beta, stability, bce_weight, padding, hard_mining, reweight,
+            ignore_index,
+        )  # fmt: skip
         self.window_size = window_size
         self.sigma = sigma
         self.beta = beta
