@@ -148,12 +148,15 @@ def check_offsets(offsets: torch.Tensor, name: str) -> None:
     """``offsets`` must be finite and not negative; looked at on a CPU alone, and as labels are."""
     if offsets.device.type != "cpu" or not _holds_data(offsets):
         return
-    wrong = ~((offsets >= 0) & (offsets < math.inf))
-    if bool(wrong.any()):
-        place = int(wrong.int().argmax())
+    classes = offsets.shape[-1]
+    with _disable_current_modes():
+        values = _without_transforms(offsets.detach()).reshape(-1)
+        wrong = ~((values >= 0) & (values < math.inf))
+        place = int(wrong.int().argmax()) if bool(wrong.any()) else None
+    if place is not None:
         raise ValueError(
             f"{name} must hold finite numbers of at least 0; "
-            f"got {float(offsets[place])} for class {place}"
+            f"got {float(values[place])} for class {place % classes}"
         )
 
 
