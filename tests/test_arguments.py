@@ -47,7 +47,8 @@ WRONG: list[tuple[Callable[..., nn.Module], Callable[..., Any], list[dict[str, A
         tritonloss.RMILoss, functional.rmi_loss,
         [{"region_size": 6}, {"region_size": 3.0}, {"pooling": "median"}, {"pool_size": 9},
         {"moments": "median"}, {"epsilon": 0.0}, {"epsilon": "small"}, {"bce_weight": -0.1},
-        {"ignore": "all"}, {"precision": "float16"}, {"return_info": 1}, *_IGNORE],
+        {"ignore": "all"}, {"precision": "float16"}, {"bce_smooth": -1.0}, {"return_info": 1},
+        *_IGNORE],
     ),
     (
         tritonloss.CrossEntropyLoss, functional.cross_entropy,
