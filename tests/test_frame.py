@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
+import triton
 from setuptools import find_packages
 
 import kernels_reference
 import tritonloss
-from tritonloss import _backend, _doctor
+from tritonloss import _backend, _doctor, _interpreter
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,6 +104,67 @@ def test_doctor_fails_on_a_wrong_kernel(
     monkeypatch.setattr(_doctor, "OPERATORS", {"wrong": wrong, "broken": broken, "right": right})
     assert _doctor.self_test(device, said.append) == 1
     assert ["FAILED" in line for line in said] == [False, True, True, False]
+
+
+def _no_loop(*_: object) -> None:
+    raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+
+
+@pytest.mark.skipif(not _backend.INTERPRETED, reason="for Triton's interpreter")
+def test_an_interpreter_that_runs_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the versions say: it is tried out."""
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(numpy, "__version__", "2.4.0")
+    assert _interpreter.interpreter_problem() is None
+
+
+@pytest.mark.parametrize(
+    ("of_triton", "of_numpy", "reason"),
+    [
+        ("3.6.0", "2.4.6", "that of Triton 3.6 needs numpy < 2.4"),
+        ("3.6.0+git1234", "2.10.0rc1", "that of Triton 3.6 needs numpy < 2.4"),
+        ("3.6.0", "2.3.5", "TypeError: only 0-dimensional arrays"),
+        ("3.9.0", "2.4.6", "TypeError: only 0-dimensional arrays"),
+    ],
+)
+def test_an_interpreter_that_does_not_run_is_named(
+    of_triton: str, of_numpy: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "__version__", of_triton)
+    monkeypatch.setattr(numpy, "__version__", of_numpy)
+    monkeypatch.setattr(_interpreter, "_count_kernel", {(1,): _no_loop})
+    said: list[str] = []
+    assert _doctor.interpreted_self_test(said.append) == _doctor.CANNOT_INTERPRET
+    installed = f"(Triton {of_triton}, numpy {of_numpy})"
+    assert said[0].startswith(f"  Triton's interpreter cannot run here {installed}: {reason}")
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_doctor_tests_the_reference_where_no_kernel_can_run(
+    healthy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def child(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert command[-2:] == ["doctor", "--self-test"]
+        said = "  Triton's interpreter cannot run here\n"
+        return subprocess.CompletedProcess(command, _doctor.CANNOT_INTERPRET, said, "")
+
+    def wrong(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (logits.sum() * (1 if logits.dtype == torch.float64 else 1.01),)
+
+    if not healthy:
+        monkeypatch.setattr(_doctor, "OPERATORS", {**_doctor.OPERATORS, "wrong": wrong})
+    cpu = [(torch.device("cpu"), "a processor")]
+    monkeypatch.setattr(_doctor, "_devices", lambda: cpu)
+    monkeypatch.setattr(_doctor, "INTERPRETED", False)
+    monkeypatch.setattr(_doctor.subprocess, "run", child)
+    said: list[str] = []
+    assert _doctor.doctor(said.append) == (0 if healthy else 1)
+    assert "  Triton's interpreter cannot run here" in said
+    for operator in _doctor.OPERATORS:
+        verdict = "FAILED" if operator == "wrong" else "ok"
+        assert any(line.startswith(f"  {operator} on cpu, reference: {verdict}") for line in said)
+    assert said[-1].startswith("verdict: healthy" if healthy else "verdict: NOT healthy")
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])

@@ -658,7 +658,7 @@ def test_every_module_with_device_code_counts_for_a_slice() -> None:
     package = ROOT / "tritonloss"
     reached = {name for one in _tuning_cases.slices() for name in _source_hash.source_modules(one)}
     for path in package.rglob("*.py"):
-        if "triton.jit" in path.read_text():
+        if "triton.jit" in path.read_text() and path.stem != "_interpreter":  # the doctor's trial
             assert ".".join(path.relative_to(package).with_suffix("").parts) in reached
 
 

@@ -2,7 +2,8 @@
 
 The self-test runs every operator forward and backward, the Triton kernels against the reference
 in float64. On a GPU the kernels run there; without one they run in Triton's interpreter, in a
-process of their own, since the interpreter must be chosen before the import.
+process of their own, since the interpreter must be chosen before the import. Where the interpreter
+cannot run at all, what serves the CPU is tested: the reference in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import tritonloss
 from tritonloss import functional
 
 from . import _tuning
-from ._backend import INTERPRETED, serves_triton, use_backend
+from ._backend import INTERPRETED, Backend, serves_triton, use_backend
+from ._interpreter import interpreter_problem
 
 Say = Callable[[str], None]
 Operator = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
@@ -106,6 +108,9 @@ OPERATORS: dict[str, Operator] = {
 # Relative to the largest element of the float64 result; a wrong kernel is off by far more.
 TOLERANCE = 1e-4
 
+# Exit status of the self-test's own process where Triton's interpreter cannot run.
+CANNOT_INTERPRET = 3
+
 
 def doctor(say: Say) -> int:
     """Report the installation and test it; the exit status of ``python -m tritonloss doctor``."""
@@ -128,21 +133,34 @@ def doctor(say: Say) -> int:
     if gpus:
         status = max([self_test(device, say) for device in gpus])
     elif INTERPRETED:
-        status = self_test(torch.device("cpu"), say)
+        status = interpreted_self_test(say)
     else:
-        status = _interpreted_self_test(say)
+        status = _self_test_in_a_process(say)
     say("verdict: healthy" if status == 0 else "verdict: NOT healthy, see the self-test above")
     return status
 
 
-def self_test(device: torch.device, say: Say) -> int:
-    """Compare every operator's kernels with the reference on ``device``; 0 if all agree."""
-    place = f"{device}, interpreted" if INTERPRETED else str(device)
+def interpreted_self_test(say: Say) -> int:
+    """The self-test in this process, whose kernels run in Triton's interpreter, if that can run."""
+    problem = interpreter_problem()
+    if problem is not None:
+        say(f"  {problem}")
+        return CANNOT_INTERPRET
+    return self_test(torch.device("cpu"), say)
+
+
+def self_test(device: torch.device, say: Say, backend: Backend = "triton") -> int:
+    """Compare every operator with the reference in float64 on ``device``; 0 if all agree."""
+    place = str(device)
+    if backend == "reference":
+        place += ", reference"
+    elif INTERPRETED:
+        place += ", interpreted"
     logits, target = (tensor.to(device) for tensor in self_test_inputs(device.type))
     status = 0
     for name, operator in OPERATORS.items():
         try:
-            error = _largest_error(operator, logits, target)
+            error = _largest_error(operator, logits, target, backend)
         except Exception as problem:  # the doctor reports whatever is wrong, and goes on
             verdict = f"FAILED: {type(problem).__name__}: {str(problem).strip()[:300]}"
             status = 1
@@ -164,22 +182,24 @@ def self_test_inputs(device_type: str) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, target
 
 
-def _largest_error(operator: Operator, logits: torch.Tensor, target: torch.Tensor) -> float:
+def _largest_error(
+    operator: Operator, logits: torch.Tensor, target: torch.Tensor, backend: Backend
+) -> float:
     """The largest error of values and gradients, relative to the largest element of each."""
-    actual = _values_and_gradient(operator, logits, target, "triton")
+    actual = _values_and_gradient(operator, logits, target, backend)
     expected = _values_and_gradient(operator, logits.double(), target, "reference")
     errors = []
-    for kernel, truth in zip(actual, expected, strict=True):
-        difference = (kernel.double() - truth).abs().max() / truth.abs().max()
+    for found, truth in zip(actual, expected, strict=True):
+        difference = (found.double() - truth).abs().max() / truth.abs().max()
         errors.append(float(difference.nan_to_num(nan=float("inf"))))
     return max(errors)
 
 
 def _values_and_gradient(
-    operator: Operator, logits: torch.Tensor, target: torch.Tensor, backend: str
+    operator: Operator, logits: torch.Tensor, target: torch.Tensor, backend: Backend
 ) -> list[torch.Tensor]:
     leaf = logits.detach().requires_grad_()
-    with use_backend("triton" if backend == "triton" else "reference"):
+    with use_backend(backend):
         values = operator(leaf, target)
         upstream = [
             torch.linspace(0.5, 1.5, value.numel()).reshape(value.shape) for value in values
@@ -190,8 +210,8 @@ def _values_and_gradient(
     return [*(value.detach() for value in values), gradient]
 
 
-def _interpreted_self_test(say: Say) -> int:
-    """The self-test in a process whose kernels run in Triton's interpreter."""
+def _self_test_in_a_process(say: Say) -> int:
+    """The self-test in a process whose kernels run in Triton's interpreter, or of the reference."""
     package_parent = str(Path(tritonloss.__file__).parents[1])
     search_path = os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])
     child = subprocess.run(
@@ -201,10 +221,13 @@ def _interpreted_self_test(say: Say) -> int:
         text=True,
         check=False,
     )
-    lines = child.stdout.splitlines() + (child.stderr.splitlines()[-5:] if child.returncode else [])
-    for line in lines:
+    failed = child.returncode not in (0, CANNOT_INTERPRET)
+    for line in child.stdout.splitlines() + (child.stderr.splitlines()[-5:] if failed else []):
         say(line)
-    return 0 if child.returncode == 0 else 1
+    if child.returncode == CANNOT_INTERPRET:
+        say("  so no kernel is tested on this machine; it serves CPU tensors by the reference:")
+        return self_test(torch.device("cpu"), say, "reference")
+    return int(failed)
 
 
 def _devices() -> list[tuple[torch.device, str]]:

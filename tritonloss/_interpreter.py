@@ -1,0 +1,42 @@
+"""Whether Triton's interpreter can run kernels in this process: tried out on the smallest one."""
+
+from __future__ import annotations
+
+import re
+
+import numpy
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _count_kernel(count_ptr, limit):
+    """A loop up to a number that is known at run time, as nearly all kernels have."""
+    count = 0
+    for _ in tl.range(0, limit):
+        count += 1
+    tl.store(count_ptr, count)
+
+
+def interpreter_problem() -> str | None:
+    """What keeps Triton's interpreter from running kernels, in words; None if it runs them."""
+    count = torch.zeros((), dtype=torch.int32)
+    try:
+        _count_kernel[(1,)](count, 3)
+    except Exception as problem:  # whatever it is, no kernel can run
+        reason = f"{type(problem).__name__}: {str(problem).strip()[:300]}"
+    else:
+        if int(count) == 3:
+            return None
+        reason = f"it counts to {int(count)} instead of 3"
+    installed = f"Triton {triton.__version__}, numpy {numpy.__version__}"
+    # It makes Python numbers of arrays with one element and an axis, which numpy has given up.
+    if _version(triton.__version__) < (3, 7) and _version(numpy.__version__) >= (2, 4):
+        reason = "that of Triton 3.6 needs numpy < 2.4"
+    return f"Triton's interpreter cannot run here ({installed}): {reason}"
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Major and minor."""
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
