@@ -492,6 +492,9 @@ def gaussian_statistics(
     cancellation of E[x^2] - E[x]^2, which gives flat maps a standard deviation of up to 5e-4.
     First-order differentiable through both outputs.
 
+    A value that is not finite makes mean and variance of every window that holds it not finite,
+    and the gradient of every pixel of its channel that shares a window with it.
+
     Args:
         x: maps [N, C, H, W], float16, bfloat16, float32 (or float64), any strides; each channel of
             each image is a map of its own.

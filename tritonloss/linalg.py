@@ -324,6 +324,8 @@ INVERSE = Operator(
 def cholesky_ex(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cholesky factor of each symmetric positive definite matrix: A = L L^T.
 
+    An element that is not finite spoils its own matrix, and no other of the batch.
+
     Args:
         A: [..., n, n] with 1 <= n <= 64, float32 or float64; the lower triangle is read.
 
@@ -353,6 +355,8 @@ def cholesky_ex(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def logdet(A: torch.Tensor) -> torch.Tensor:
     """Logarithm of the determinant of each symmetric positive definite matrix.
 
+    An element that is not finite spoils its own matrix, and no other of the batch.
+
     Args:
         A: [..., n, n] with 1 <= n <= 64, float32 or float64; the lower triangle is read.
 
@@ -376,6 +380,8 @@ def logdet(A: torch.Tensor) -> torch.Tensor:
 
 def solve(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """X with A X = B for each symmetric positive definite A.
+
+    An element that is not finite spoils its own matrix, and no other of the batch.
 
     Args:
         A: [..., n, n] with 1 <= n <= 64, float32 or float64; the lower triangle is read.
@@ -403,6 +409,8 @@ def solve(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
 
 def inv(A: torch.Tensor) -> torch.Tensor:
     """Inverse of each symmetric positive definite matrix.
+
+    An element that is not finite spoils its own matrix, and no other of the batch.
 
     Args:
         A: [..., n, n] with 1 <= n <= 64, float32 or float64; the lower triangle is read.

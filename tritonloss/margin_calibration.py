@@ -198,6 +198,10 @@ def margin_calibrated_loss(
     give -2.0, -7.6 and -79 at C = 8, 19 and 150 for "paper", and 0.19, 0.07 and -0.05 for
     "released".
 
+    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN, and
+    margins between equal infinities, make their pixel's loss NaN, and the gradient of all of
+    its classes; any other infinite score has infinite margins.
+
     Args:
         logits: [N, C, H, W] with C from 2 to 65536, float16, bfloat16 or float32 (or float64), any
             strides.

@@ -265,6 +265,10 @@ def cross_entropy(
     The mean divides by the sum of w_t over valid pixels. The one exception to torch's definition:
     if no pixel is valid the mean is 0 with zero gradient, not NaN.
 
+    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN and
+    infinity make their pixel's loss NaN, and the gradient of all of its classes; -infinity is a
+    probability of 0.
+
     Args:
         logits: [N, C, H, W] with C >= 2, float16, bfloat16 or float32 (or float64), any strides.
         target: integer labels [N, H, W], uint8 to int64.
@@ -333,6 +337,10 @@ def binary_cross_entropy(
     which is torch's ``binary_cross_entropy_with_logits`` of the one-hot label. The mean is over
     valid pixels. With one class the labels are 1 where the class is and 0 where it is not.
 
+    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN makes its
+    pixel's loss NaN, and its own gradient; an infinite logit is a probability of 0 or 1, and
+    makes the loss infinite where that is wrong.
+
     Args:
         logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
         target: integer labels [N, H, W], uint8 to int64: 0 to C - 1, or 0 and 1 if C is 1.
@@ -391,6 +399,10 @@ def focal_loss(
         -a_t (1 - p_t)^gamma log p_t
 
     The mean is over valid pixels, whatever their a_t.
+
+    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN and
+    infinity make their pixel's loss NaN, and the gradient of all of its classes; -infinity is a
+    probability of 0, and as the pixel's own class makes the loss infinite.
 
     Args:
         logits: [N, C, H, W] with C >= 2, float16, bfloat16 or float32 (or float64), any strides.

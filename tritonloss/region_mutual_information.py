@@ -160,6 +160,11 @@ def rmi_loss(
     Values are often negative, or large with moments="sum", which adds log n / 2 per class for n
     regions.
 
+    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN makes the
+    loss NaN, and the gradient of its class in its image (with "max" at the pixels that the
+    maxima come from); an infinite logit is a probability of 0 or 1, and makes the loss infinite
+    where that is wrong.
+
     Args:
         logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
         target: integer labels [N, H, W], uint8 to int64: 0 to C - 1, or 0 and 1 if C is 1.

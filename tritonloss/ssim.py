@@ -451,6 +451,10 @@ def ssim_loss(
     averaged over valid pixels and classes. The gradient flows through all window terms. Outside the
     image and at ignored pixels x = y = 0. With one class y = (target == 1).
 
+    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN makes the
+    loss NaN, and of its class the gradient of every pixel that shares a window with it; an
+    infinite logit is a probability of 0 or 1.
+
     Args:
         logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
         target: integer labels [N, H, W], uint8 to int64: 0 to C - 1, or 0 and 1 if C is 1.
@@ -543,6 +547,9 @@ def ssim(
 
     with window means m, variances s, covariance s_xy, C1 = (0.01 data_range)^2 and
     C2 = (0.03 data_range)^2. Nothing is clamped: values lie in [-1, 1].
+
+    A pixel that is not finite makes the similarity NaN where the window holds it, and in its
+    channel the gradient of every pixel that shares a window with it.
 
     Args:
         x: image [N, C, H, W], float16, bfloat16 or float32 (or float64), any strides.

@@ -406,6 +406,10 @@ def structural_similarity_loss(
     gradient. Each class is a binary map of its own (one against the rest); with one class
     y = (target == 1).
 
+    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN makes the
+    loss NaN, and of its class the gradient of every pixel whose window holds it; an infinite
+    logit is a probability of 0 or 1, and makes the loss infinite where that is wrong.
+
     Args:
         logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
         target: integer labels [N, H, W], uint8 to int64: 0 to C - 1, or 0 and 1 if C is 1.
