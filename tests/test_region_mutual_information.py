@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,12 +32,14 @@ RAW: dict[str, Any] = {"region_size": 2, "pooling": None}
 WAYS = pytest.mark.parametrize("options", [SMALL, DIRECT, RAW], ids=["pooled", "direct", "raw"])
 
 
-@pytest.fixture(params=["large"], autouse=True)
-def image(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which kernels the small images of these tests take: by default those of large images."""
-    if request.param == "large":
-        monkeypatch.setattr(_region_maps, "FEW_REGIONS", 0)
-    return request.param
+@pytest.fixture(autouse=True)
+def kernels_of_large_images() -> Iterator[None]:
+    """The small images of these tests take the kernels of large ones.
+
+    tests/test_region_digits.py is about those of small ones.
+    """
+    with _region_maps.kernels_of_large_images():
+        yield
 
 
 def check(logits: Tensor, target: Tensor, tolerance: float = 2e-5, **options: Any) -> None:

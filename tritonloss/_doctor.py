@@ -26,6 +26,7 @@ from tritonloss import functional
 from . import _tuning
 from ._backend import INTERPRETED, Backend, serves_triton, use_backend
 from ._interpreter import interpreter_problem
+from ._region_maps import kernels_of_large_images
 
 Say = Callable[[str], None]
 Operator = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
@@ -66,6 +67,13 @@ def _region_mutual_information(
     return (loss,)
 
 
+def _region_mutual_information_large(
+    logits: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    with kernels_of_large_images():
+        return _region_mutual_information(logits, target)
+
+
 def _log_determinant(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
     half = logits[..., :4]
     return (tritonloss.linalg.logdet(half.mT @ half + torch.eye(4).to(half)),)
@@ -97,7 +105,8 @@ OPERATORS: dict[str, Operator] = {
     "ssim_loss, full": _ssim_full,
     "ssim_loss, contrast_structure": _ssim_contrast,
     "ssim": _ssim_images,
-    "rmi_loss": _region_mutual_information,
+    "rmi_loss": _region_mutual_information_large,
+    "rmi_loss, small images": _region_mutual_information,
     "linalg.logdet": _log_determinant,
     "cross_entropy": _cross_entropy,
     "binary_cross_entropy": _binary_cross_entropy,

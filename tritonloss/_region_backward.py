@@ -25,8 +25,6 @@ from ._region_maps import (
     Saved,
     cell_grid,
     cells_of,
-    has_maps,
-    is_direct,
     launch_of,
     maps_of,
     strides,
@@ -45,7 +43,7 @@ def backward_pass(
     """The gradient to the logits, in their dtype and layout."""
     grad_logits = torch.empty_like(logits)
     with device_guard(logits):
-        if not has_maps(options, *logits.shape[2:]):
+        if not saved.residual.numel():
             maps = maps_of(options, logits, target, saved.residual, saved.labels)
             _gradient(options, grad_loss, logits, maps, saved, grad_logits)
             return grad_logits
@@ -92,7 +90,7 @@ def _gradient(
     out: torch.Tensor,
 ) -> None:
     """The gradient to the pooled probabilities, or to the logits where nothing is pooled."""
-    if is_direct(options, *logits.shape[2:]):
+    if saved.kept.numel():
         _direct_gradient(options, grad_loss, logits.size(0), maps, saved, out)
     else:
         _lag_gradient(options, grad_loss, logits, maps, saved, out)
@@ -168,7 +166,7 @@ def _lag_gradient(
         "width": maps.width,
         "REGION": region,
     }
-    launch = launch_of("rmi_gradient", options, logits, region, LANES=128, ROWS=64)
+    launch = launch_of("rmi_gradient", logits, taps.dtype, region, LANES=128, ROWS=64)
     bands = triton.cdiv(maps.height - span + 1, int(launch["ROWS"]))
     blocks = triton.cdiv(maps.width - span + 1, int(launch["LANES"]))
     _rmi_interior_kernel[(planes, bands, blocks)](**shared, **launch)
@@ -191,10 +189,10 @@ def _expand(
     classes = logits.size(1)
     if options.samples:
         launch: dict[str, Any] = launch_of(
-            "rmi_sample", options, logits, options.pool_size, LANES=128, num_warps=2
+            "rmi_sample", logits, statistics.dtype, options.pool_size, LANES=128, num_warps=2
         )
     else:
-        launch = cells_of("rmi_expand", options, logits)
+        launch = cells_of("rmi_expand", options, logits, statistics.dtype)
     logits = part.of(logits)
     target = part.of(target) if part.axis == 0 else target
     batch, channels, height, width = logits.shape

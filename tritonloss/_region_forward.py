@@ -56,7 +56,7 @@ def _pool(
     if options.samples:
         _sample(options, logits, target, residual, labels, touched)
         return residual, labels, touched, _cross_entropy(options, logits, target)
-    launch = cells_of("rmi_pool", options, logits)
+    launch = cells_of("rmi_pool", options, logits, dtype)
     grid = cell_grid(logits, launch)
     partials = torch.empty((2, math.prod(grid)), dtype=dtype, device=logits.device)
     _rmi_pool_kernel[grid](
@@ -89,7 +89,9 @@ def _sample(
     touched: torch.Tensor,
 ) -> None:
     batch, channels, pooled_height, pooled_width = residual.shape
-    launch = launch_of("rmi_sample", options, logits, options.pool_size, LANES=128, num_warps=2)
+    launch = launch_of(
+        "rmi_sample", logits, residual.dtype, options.pool_size, LANES=128, num_warps=2
+    )
     blocks = triton.cdiv(pooled_width, int(launch["LANES"]))
     _rmi_sample_kernel[(batch * pooled_height, blocks)](
         logits_ptr=logits,
@@ -116,10 +118,10 @@ def _sample(
 def _cross_entropy(options: Options, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Partial sums [2, programs] of the cross entropy and of the valid pixels."""
     batch, channels, height, width = logits.shape
-    launch = launch_of("rmi_cross_entropy", options, logits, 1, LANES=256, ROWS=8)
+    dtype = arithmetic_dtype(options, logits)
+    launch = launch_of("rmi_cross_entropy", logits, dtype, 1, LANES=256, ROWS=8)
     lanes, rows = int(launch["LANES"]), int(launch["ROWS"])
     grid = (batch, triton.cdiv(height, rows), triton.cdiv(width, lanes))
-    dtype = arithmetic_dtype(options, logits)
     partials = torch.empty((2, math.prod(grid)), dtype=dtype, device=logits.device)
     _rmi_cross_entropy_kernel[grid](
         logits_ptr=logits,
@@ -162,7 +164,7 @@ def _lag_moments(
     # Eight warps: with four, ptxas stops at 168 registers for a region of 4 and spills two.
     lanes = 256 if region == 4 else 128
     launch = launch_of(
-        "rmi_moments", options, logits, region, LANES=lanes, ROWS=64, num_warps=lanes // 32
+        "rmi_moments", logits, center.dtype, region, LANES=lanes, ROWS=64, num_warps=lanes // 32
     )
     bands = triton.cdiv(maps.height - span + 1, int(launch["ROWS"]))
     blocks = triton.cdiv(maps.width - span + 1, int(launch["LANES"]))

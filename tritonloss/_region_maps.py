@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +14,10 @@ from kernels_reference.region_mutual_information import pooled_size
 from ._strip import compute_dtype, ignored_class
 from ._tuning import Configuration, launch_configuration
 
-# An image with as few regions and pixels is float64 from its logits to their gradient.
-FEW_REGIONS = 32 * 32
-FEW_PIXELS = 128 * 128
+# See is_small.
+_FEW_REGIONS = 32 * 32
+_FEW_PIXELS = 128 * 128
+_few_regions = _FEW_REGIONS
 
 
 class Options(NamedTuple):
@@ -125,7 +128,7 @@ def maps_of(
     residual: torch.Tensor,
     labels: torch.Tensor,
 ) -> Maps:
-    if has_maps(options, *logits.shape[2:]):
+    if residual.numel():
         return Maps(residual, labels, -1, True)
     return Maps(logits, target, ignored(options, logits, target), False)
 
@@ -144,8 +147,19 @@ def is_small(options: Options, height: int, width: int) -> bool:
     """
     rows, columns = pooled_size(height, width, options.pooling, options.pool_size)
     reach = options.region_size - 1
-    few = (rows - reach) * (columns - reach) <= FEW_REGIONS
-    return few and height * width <= FEW_PIXELS
+    few = (rows - reach) * (columns - reach) <= _few_regions
+    return few and height * width <= _FEW_PIXELS
+
+
+@contextmanager
+def kernels_of_large_images() -> Iterator[None]:
+    """Let small images take the kernels of large ones: for what tests those on small images."""
+    global _few_regions
+    _few_regions = 0
+    try:
+        yield
+    finally:
+        _few_regions = _FEW_REGIONS
 
 
 def has_maps(options: Options, height: int, width: int) -> bool:
@@ -182,19 +196,18 @@ def sums_in_double(options: Options, logits: torch.Tensor) -> bool:
 
 def launch_of(
     operator: str,
-    options: Options,
     logits: torch.Tensor,
+    arithmetic: torch.dtype,
     window: int,
     *,
     num_warps: int = 4,
     **sizes: int,
 ) -> Configuration:
     """The launch configuration of an operator, tuned or else as given."""
-    small = is_small(options, *logits.shape[2:])
     return launch_configuration(
         operator,
         device=logits.device,
-        dtype=torch.float64 if small else logits.dtype,
+        dtype=logits.dtype if arithmetic == torch.float32 else arithmetic,
         classes=logits.size(1),
         window=window,
         layout="contiguous" if logits.is_contiguous() else "strided",
@@ -211,14 +224,16 @@ def cells_and_warps(pool_size: int) -> tuple[int, int]:
     return max(warps * 128 // triton.next_power_of_2(pool_size), 1), warps
 
 
-def cells_of(operator: str, options: Options, logits: torch.Tensor) -> dict[str, Any]:
+def cells_of(
+    operator: str, options: Options, logits: torch.Tensor, arithmetic: torch.dtype
+) -> dict[str, Any]:
     """Launch arguments of a kernel whose tiles are pooling cells."""
     size = options.side
     side = triton.next_power_of_2(size)
     cells, warps = cells_and_warps(size)
-    if is_small(options, *logits.shape[2:]):
-        cells = max(cells // 2, 1)  # of float64 twice as many would spill
-    launch = launch_of(operator, options, logits, size, CELLS=cells, num_warps=warps)
+    if arithmetic == torch.float64:
+        cells = max(cells // 2, 1)  # twice as many would spill
+    launch = launch_of(operator, logits, arithmetic, size, CELLS=cells, num_warps=warps)
     return {
         "cell_rows": triton.cdiv(logits.size(2) + size // 2, size),
         "SIZE": size,
