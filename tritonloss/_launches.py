@@ -14,6 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from ._tuning import target_changed
+
 _CONFIGURATION = ("columns", "lanes", "rows", "unroll")
 
 
@@ -86,10 +88,12 @@ def offline(target: GPUTarget) -> Iterator[None]:
     """Let Triton believe that the current GPU is `target`. Nothing can be launched inside."""
     before = driver._active  # reset_active() would look for a GPU, and raise where there is none
     driver.set_active(_OfflineDriver(target))
+    target_changed()
     try:
         yield
     finally:
         driver._active = before
+        target_changed()
 
 
 class _OfflineDriver:

@@ -208,6 +208,12 @@ def read_document(path: Path, name: str) -> dict[str, Any]:
     return document
 
 
+def target_changed() -> None:
+    """Prepare all launches anew: another GPU has taken the place of the one they are for."""
+    global _generation
+    _generation += 1
+
+
 def forget() -> None:
     """Read the tuned files anew at the next launch."""
     global _generation
