@@ -77,7 +77,7 @@ def released_code(logits: Tensor, target: Tensor, bce_weight: float = 0.5) -> Te
     cross = y @ p.mT
     m = y @ y.mT - cross @ (p @ p.mT + ridge).inverse() @ cross.mT + ridge
     rmi = 0.5 * 2 * torch.linalg.cholesky(m).diagonal(dim1=-2, dim2=-1).add(1e-8).log().sum(-1)
-    return bce_weight * entropy / valid.sum() + (1 - bce_weight) * (rmi / 9).mean(0).sum()
+    return bce_weight * entropy / (valid.sum() + 1) + (1 - bce_weight) * (rmi / 9).mean(0).sum()
 
 
 # --- three ways -----------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from tritonloss import (
     linalg,
 )
 from tritonloss._launches import recorded
+from tritonloss._region_maps import kernels_of_large_images
 from tritonloss._source_hash import source_hash
 
 CPU = torch.device("cpu")
@@ -534,7 +535,11 @@ def ask_linalg(dtype: torch.dtype, device: torch.device) -> None:
 def test_the_tuner_has_a_case_for_whatever_a_launcher_asks(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with questions(monkeypatch) as asked, tritonloss.use_backend("triton"):
+    with (
+        questions(monkeypatch) as asked,
+        tritonloss.use_backend("triton"),
+        kernels_of_large_images(),
+    ):
         for dtype in (torch.float32, torch.bfloat16):
             for layout in ("contiguous", "channels_last", "strided"):
                 ask_losses(dtype, layout, device)
