@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -157,7 +158,7 @@ def test_doctor_tests_the_reference_where_no_kernel_can_run(
     cpu = [(torch.device("cpu"), "a processor")]
     monkeypatch.setattr(_doctor, "_devices", lambda: cpu)
     monkeypatch.setattr(_doctor, "INTERPRETED", False)
-    monkeypatch.setattr(_doctor.subprocess, "run", child)
+    monkeypatch.setattr(_doctor, "subprocess", SimpleNamespace(run=child))
     said: list[str] = []
     assert _doctor.doctor(said.append) == (0 if healthy else 1)
     assert "  Triton's interpreter cannot run here" in said

@@ -257,3 +257,15 @@ def test_threads(maps: Tensor) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_sign_that_is_not_in_memory(maps: Tensor) -> None:
+    """PyTorch keeps the sign of a conjugate's imaginary part aside."""
+    x = torch.complex(maps[0], maps[1]).conj().imag
+    assert x.is_neg()
+    plain = x.resolve_neg()
+    value, expected = (cross_entropy(each, TARGET) for each in (x, plain))
+    assert torch.equal(value, expected)
+    leaf = torch.complex(maps[0], maps[1]).requires_grad_()
+    cross_entropy(leaf.conj().imag, TARGET).backward()
+    torch.testing.assert_close(leaf.grad.imag, -gradient_of(LOSSES["cross_entropy"], plain))

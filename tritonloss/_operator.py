@@ -278,10 +278,16 @@ _apply: Callable[..., Any] = torch.compiler.disable(  # type: ignore[no-untyped-
 
 
 def _holds_data(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a launcher would see the tensors' data, and nobody else wants to see a call."""
+    """Whether a launcher would see the tensors' data, and nobody else wants to see a call.
+
+    Of an imaginary part of a conjugate the data lacks the sign: PyTorch puts it right on the way to
+    a custom operator.
+    """
     if torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return all(t is None or (type(t) in _PLAIN and not _is_batched(t)) for t in tensors)
+    return all(
+        t is None or (type(t) in _PLAIN and not _is_batched(t) and not t.is_neg()) for t in tensors
+    )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
