@@ -802,6 +802,8 @@ def test_tuner_refuses_an_unknown_operator(
 def test_every_environment_variable_stands_in_the_readme() -> None:
     named: set[str] = set()
     for path in (*ROOT.glob("tritonloss/**/*.py"), *ROOT.glob("perf/**/*.py")):
+        if path.stem == "stand_in":  # sets one that is Triton's own
+            continue
         named |= set(re.findall(r'"(TRITON(?:LOSS)?_[A-Z_]+)"', path.read_text()))
     table = (ROOT / "README.md").read_text().split("## Environment variables")[1].split("##")[0]
     assert named == set(re.findall(r"^\| `(TRITON[A-Z_]+)", table, re.MULTILINE))

@@ -186,6 +186,8 @@ def _lag_moments(
             CENTRED=center.numel() > 0,
             **launch,
         )
+    # As few as do not spill.
+    warps = 4 if region == 5 else 2 if region >= 3 and not maps.pooled else 1
     _rmi_frame_kernel[(planes, lags)](
         **maps.arguments,
         center_ptr=center,
@@ -197,7 +199,7 @@ def _lag_moments(
         REGION=region,
         BLOCK=32,
         CENTRED=center.numel() > 0,
-        num_warps=1 if region < 5 else 4,  # with two, 8 bytes spill on sm_100
+        num_warps=warps,
     )
     return moments
 

@@ -168,9 +168,11 @@ def _structural_similarity_forward(
     store = options.store
     moved = (logits, target, stored) if store else (logits, target)
     configuration = _configuration("structural_similarity_forward", logits, options.window_size)
-    if store or options.padding == "valid":
-        # Two rows at once need too many registers for their stores, or for a border left out.
-        configuration["UNROLL"] = 1
+    if store:
+        configuration["UNROLL"] = 1  # two rows at once and their stores need too many registers
+    if options.padding == "valid":
+        # Of four columns and the border that is left out 8 bytes would spill.
+        configuration["COLUMNS"] = min(int(configuration["COLUMNS"]), 2)
     grid, launch = strip_launch(logits.shape, configuration, options.padding, *moved)
     partials = statistics.new_empty(4, *grid)
     with device_guard(logits):
