@@ -154,7 +154,7 @@ def _add_penalties(
     """
     penalties, slopes, top, second, best, runner_up = state
     largest = for_classes(top, TILE)
-    own_class = for_classes(pixel[1], TILE)
+    own_class = for_classes(pixel.own, TILE)
     best_class = for_classes(best, TILE)
     # Summed within the block first, lest sums over many classes lose their last digits.
     linear = tl.zeros_like(penalties)
@@ -164,7 +164,7 @@ def _add_penalties(
         index = class_of(start, j, TILE)
         left_out = (index == own_class) | (index == best_class)
         mu = tl.where(left_out, float("-inf"), values[j] - largest)
-        rho = load_table(given[1], start, j, LEFT, dtype, TILE)
+        rho = load_table(given.other_table, start, j, LEFT, dtype, TILE)
         if OPTIONS.variant == "margin":
             linear += _ramp(mu, rho)
             if OPTIONS.saved:
@@ -206,13 +206,13 @@ def margin_forward(
     others, slopes, largest, second, best, runner_up = state
     others = sum_of_lanes(others, TILE)
 
-    own = pixel[1]
+    own = pixel.own
     own_is_best = own == best
     score = load_class(view, own, own >= 0, dtype, CLASSES, TILE)
     own_mu = tl.where(own_is_best, second - largest, largest - score)
-    own_rho = load_entry(given[0], own, dtype, CLASSES)
+    own_rho = load_entry(given.own_table, own, dtype, CLASSES)
     best_mu = largest - second
-    best_rho = load_entry(given[1], best, dtype, CLASSES)
+    best_rho = load_entry(given.other_table, best, dtype, CLASSES)
     others += tl.where(own_is_best, 0.0, _penalty(best_mu, best_rho, OPTIONS))
     value = OPTIONS.own_share * _penalty(own_mu, own_rho, OPTIONS) + OPTIONS.other_share * others
 
@@ -233,7 +233,7 @@ def _margin_slope(
     """u_k, with what the largest and the next score receive from the others."""
     largest, own, best, runner_up, other_share, of_own, of_best, of_runner_up = factors
     index = class_of(start, SLOT, TILE)
-    rho = load_table(given[1], start, SLOT, LEFT, dtype, TILE)
+    rho = load_table(given.other_table, start, SLOT, LEFT, dtype, TILE)
     gradient = _penalty_slope(value - largest, rho, OPTIONS) * other_share
     gradient = tl.where(index == own, of_own, gradient)
     gradient = tl.where(index == best, of_best, gradient)
@@ -250,16 +250,16 @@ def margin_backward(
     scale = tl.where(slope == slope, scale, slope)
     best = saved[0] & 0xFFFF
     runner_up = (saved[0] >> 16) & 0xFFFF
-    own = pixel[1]
-    largest = load_class(view, best, pixel[2], dtype, CLASSES, TILE)
-    second = load_class(view, runner_up, pixel[2], dtype, CLASSES, TILE)
+    own = pixel.own
+    largest = load_class(view, best, pixel.inside, dtype, CLASSES, TILE)
+    second = load_class(view, runner_up, pixel.inside, dtype, CLASSES, TILE)
     score = load_class(view, own, own >= 0, dtype, CLASSES, TILE)
 
     own_is_best = own == best
     own_mu = tl.where(own_is_best, second - largest, largest - score)
-    own_rho = load_entry(given[0], own, dtype, CLASSES)
+    own_rho = load_entry(given.own_table, own, dtype, CLASSES)
     of_own = -scale * OPTIONS.own_share * _penalty_slope(own_mu, own_rho, OPTIONS)
-    best_rho = load_entry(given[1], best, dtype, CLASSES)
+    best_rho = load_entry(given.other_table, best, dtype, CLASSES)
     best_slope = _penalty_slope(largest - second, best_rho, OPTIONS)
     other_share = scale * OPTIONS.other_share
     u_best = tl.where(own_is_best, of_own, other_share * best_slope)

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ._backend import device_guard, warp_size
 from ._device_math import sanitised_label
-from ._pixels import Tile, far_offsets, label_pointers, map_view, pixel_program
+from ._pixels import Given, Pixel, Tile, far_offsets, label_pointers, map_view, pixel_program
 from ._prepared_launch import PreparedLaunch, kind, prepared
 from ._tuning import Configuration, Launch, Shape, TuningCase, launch_configuration
 from ._tuning_inputs import random_map
@@ -40,7 +40,7 @@ def _load_pixel(
     target_ptr, target_strides, image, first, local, inside, width, IGNORED: tl.constexpr,
     CLASSES: tl.constexpr, BINARY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """(label, own, inside): sanitised label, class of its own and whether a pixel exists, [pixels].
+    """The pixels of a program, labels sanitised.
 
     label and own are -1 where there is none. They differ for BINARY labels alone: of those 1 is
     class 0, and 0 is the absence of class 0.
@@ -51,7 +51,7 @@ def _load_pixel(
     classes = tl.full((), 2 if BINARY else CLASSES, tl.int32)
     label = sanitised_label(loaded, inside, classes, IGNORED)
     own = tl.where(label == 1, 0, -1) if BINARY else label
-    return label, own, inside
+    return Pixel(label=label, own=own, inside=inside)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -89,11 +89,11 @@ def _pixelwise_forward_kernel(
         TILE,
     )  # fmt: skip
     view = map_view(logits_ptr, logits_strides, image, first, local, width, TILE)
-    given = (own_ptr, other_ptr, numbers)
+    given = Given(own_table=own_ptr, other_table=other_ptr, numbers=numbers)
 
     value, weight, saved = FORWARD(pixel, view, given, full, dtype, OPTIONS, CLASSES, TILE)
 
-    valid = pixel[0] >= 0
+    valid = pixel.label >= 0
     value = tl.where(valid, value, 0.0)
     position = image * pixels * TILE.grain + first + local
     if SAVED > 0:
@@ -209,9 +209,9 @@ def _pixelwise_backward_kernel(
         offsets = far_offsets(first, local, upstream_strides[1], upstream_strides[2], width)
         upstream = upstream_ptr + image * upstream_strides[0] + offsets
         scale = scale * tl.load(upstream, mask=inside, other=0.0).to(dtype)
-    scale = tl.where(pixel[0] >= 0, scale, 0.0)
+    scale = tl.where(pixel.label >= 0, scale, 0.0)
 
-    given = (own_ptr, other_ptr, numbers)
+    given = Given(own_table=own_ptr, other_table=other_ptr, numbers=numbers)
     BACKWARD(
         scale, saved, pixel, view, grad_view, given, full, dtype, OPTIONS, CLASSES, TILE
     )  # fmt: skip

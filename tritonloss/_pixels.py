@@ -17,7 +17,7 @@ classes that are not the pixel's own (tests/test_pixelwise.py runs it):
         state, values, start, pixel, given, dtype: tl.constexpr, OPTIONS: tl.constexpr,
         COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr,
     ):
-        own = for_classes(pixel[1], TILE)
+        own = for_classes(pixel.own, TILE)
         total = state[0]
         for j in tl.static_range(COUNT):
             z = tl.where(class_of(start, j, TILE) == own, 0.0, tl.maximum(values[j], 0.0))
@@ -33,7 +33,7 @@ classes that are not the pixel's own (tests/test_pixelwise.py runs it):
         state = fold_classes(
             state, view, pixel, given, full, dtype, _add_squares, OPTIONS, CLASSES, TILE
         )
-        value = sum_of_lanes(state[0], TILE) * given[2][0]
+        value = sum_of_lanes(state[0], TILE) * given.numbers[0]
         return value, tl.zeros_like(value) + 1.0, ()
 
     @triton.jit
@@ -50,7 +50,7 @@ classes that are not the pixel's own (tests/test_pixelwise.py runs it):
         scale, saved, pixel, view, grad_view, given, full, dtype: tl.constexpr,
         OPTIONS: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
     ):
-        factors = (for_classes(scale * given[2][0], TILE), for_classes(pixel[1], TILE))
+        factors = (for_classes(scale * given.numbers[0], TILE), for_classes(pixel.own, TILE))
         write_gradients(
             factors, view, grad_view, pixel, given, full, dtype, _squares_slope, OPTIONS, CLASSES,
             TILE,
@@ -79,7 +79,7 @@ classes that are not the pixel's own (tests/test_pixelwise.py runs it):
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -93,6 +93,22 @@ class Tile(NamedTuple):
     unroll: int  # classes of a lane in one block
     grain: int  # pixels that can be moved at once in every map; 1 unless the maps are flat
     flat: bool  # a map's pixels lie at even distances; labels and contiguous logits side by side
+
+
+class Pixel(NamedTuple):
+    """The pixels of a program, [pixels] each."""
+
+    label: Any  # -1 where there is none
+    own: Any  # the class of its own, -1 where there is none
+    inside: Any  # whether there is such a pixel
+
+
+class Given(NamedTuple):
+    """What a loss's launcher was given beside logits and labels."""
+
+    own_table: Any  # [C], or unused
+    other_table: Any  # [C], or unused
+    numbers: Any  # of the loss's own; no kernel is compiled for them
 
 
 # --- device functions: where a program is ---------------------------------------------------------
@@ -316,7 +332,7 @@ def fold_classes(
     FULL: tl.constexpr = (CLASSES - 1) // STEP * STEP
     LEFT: tl.constexpr = CLASSES - FULL  # at least one, at most a whole block
     COUNT: tl.constexpr = (LEFT + TILE.lanes - 1) // TILE.lanes
-    inside = pixel[2]
+    inside = pixel.inside
     pointer, offsets, stride = view
     if FULL > 0:
         for start in tl.range(0, full, STEP):
@@ -340,7 +356,7 @@ def fold_classes_twice(
     """
     if CLASSES <= TILE.unroll * TILE.lanes:
         COUNT: tl.constexpr = (CLASSES + TILE.lanes - 1) // TILE.lanes
-        values = load_block(view, pixel[2], dtype, COUNT, CLASSES, TILE)
+        values = load_block(view, pixel.inside, dtype, COUNT, CLASSES, TILE)
         first = ADD_FIRST(first, values, 0, pixel, given, dtype, OPTIONS, COUNT, CLASSES, TILE)
         second = JOIN(first, dtype, TILE)
         second = ADD_SECOND(second, values, 0, pixel, given, dtype, OPTIONS, COUNT, CLASSES, TILE)
@@ -360,8 +376,8 @@ def _write_block(
     factors, view, grad_view, start, pixel, given, dtype: tl.constexpr, SLOPE: tl.constexpr,
     OPTIONS: tl.constexpr, COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    inside = pixel[2]
-    valid = for_classes(pixel[0] >= 0, TILE)
+    inside = pixel.inside
+    valid = for_classes(pixel.label >= 0, TILE)
     values = load_block(view, inside, dtype, COUNT, LEFT, TILE)
     for j in tl.static_range(COUNT):
         gradient = SLOPE(factors, values[j], start, j, LEFT, given, dtype, OPTIONS, TILE)

@@ -93,7 +93,7 @@ def _add_smoothed_softmax(
     seen = state[3]
     weighted = state[2] + seen * (state[0] - largest)
     for j in tl.static_range(COUNT):
-        weight = _class_weight(given[0], start, j, LEFT, dtype, OPTIONS, TILE)
+        weight = _class_weight(given.own_table, start, j, LEFT, dtype, OPTIONS, TILE)
         # Not a product with 0: a lane without a class left holds -inf.
         weighted += tl.where(weight == 0, 0.0, weight * (values[j] - largest))
         seen += weight
@@ -123,7 +123,7 @@ def _own_weight(
 ):  # fmt: skip
     """The weight of each pixel's own class, [pixels]; 1 if there are none."""
     if OPTIONS.weighted:
-        result = load_entry(given[0], pixel[1], dtype, CLASSES)
+        result = load_entry(given.own_table, pixel.own, dtype, CLASSES)
     else:
         result = tl.full((TILE.pixels,), 1.0, dtype)
     return result
@@ -170,10 +170,10 @@ def cross_entropy_forward(
         weighted = sum_of_lanes(state[2] + state[3] * beyond, TILE)
         all_weights = sum_of_lanes(state[3], TILE)
 
-    own = load_class(view, pixel[1], pixel[1] >= 0, dtype, CLASSES, TILE)
+    own = load_class(view, pixel.own, pixel.own >= 0, dtype, CLASSES, TILE)
     value = weight * (log_sum * LN_2 + (largest - own))
     if OPTIONS.smoothed:
-        smoothing = given[2][0]
+        smoothing = given.numbers[0]
         smooth = all_weights * (log_sum * LN_2) - weighted
         value = (1.0 - smoothing) * value + smoothing / CLASSES * smooth
     return value, weight, (largest, log_sum)
@@ -190,7 +190,7 @@ def _softmax_slope(
     gradient = probability * all_classes
     gradient -= tl.where(class_of(start, SLOT, TILE) == own, own_class, 0.0)
     if OPTIONS.smoothed:
-        weight = _class_weight(given[0], start, SLOT, LEFT, dtype, OPTIONS, TILE)
+        weight = _class_weight(given.own_table, start, SLOT, LEFT, dtype, OPTIONS, TILE)
         gradient -= smooth * weight
     return gradient
 
@@ -203,7 +203,7 @@ def _write_softmax_gradients(
     factors = (
         for_classes(largest, TILE),
         for_classes(log_sum, TILE),
-        for_classes(pixel[1], TILE),
+        for_classes(pixel.own, TILE),
         for_classes(all_classes, TILE),
         for_classes(own_class, TILE),
         for_classes(smooth, TILE),
@@ -234,10 +234,10 @@ def cross_entropy_backward(
     all_classes = own_class
     smooth = own_class
     if OPTIONS.smoothed:
-        smoothing = given[2][0]
+        smoothing = given.numbers[0]
         own_class = own_class * (1.0 - smoothing)
         smooth = scale * (smoothing / CLASSES)
-        all_classes = own_class + smooth * _sum_of_weights(given[0], dtype, OPTIONS, CLASSES)
+        all_classes = own_class + smooth * _sum_of_weights(given.own_table, dtype, OPTIONS, CLASSES)
     _write_softmax_gradients(
         saved[0].to(dtype), saved[1].to(dtype), all_classes, own_class, smooth, pixel, view,
         grad_view, given, full, dtype, OPTIONS, CLASSES, TILE,
@@ -283,9 +283,9 @@ def focal_forward(
 ):  # fmt: skip
     """-a_t (1 - p_t)^gamma log p_t."""
     largest, log_sum = _softmax_statistics(pixel, view, given, full, dtype, OPTIONS, CLASSES, TILE)
-    own = load_class(view, pixel[1], pixel[1] >= 0, dtype, CLASSES, TILE)
+    own = load_class(view, pixel.own, pixel.own >= 0, dtype, CLASSES, TILE)
     entropy = log_sum * LN_2 + (largest - own)
-    _, _, modulation = _focal_parts(entropy, given[2][1], OPTIONS)
+    _, _, modulation = _focal_parts(entropy, given.numbers[1], OPTIONS)
     weight = _own_weight(pixel, given, dtype, OPTIONS, CLASSES, TILE)
     return weight * modulation * entropy, tl.zeros_like(weight) + 1.0, (largest, log_sum)
 
@@ -301,9 +301,9 @@ def focal_backward(
     """
     largest = saved[0].to(dtype)
     log_sum = saved[1].to(dtype)
-    own = load_class(view, pixel[1], pixel[1] >= 0, dtype, CLASSES, TILE)
+    own = load_class(view, pixel.own, pixel.own >= 0, dtype, CLASSES, TILE)
     entropy = log_sum * LN_2 + (largest - own)
-    gamma = given[2][1]
+    gamma = given.numbers[1]
     probability, rest, slope = _focal_parts(entropy, gamma, OPTIONS)
     if not OPTIONS.detached and OPTIONS.power != 0:
         # At q = 0 the product is 0, for log p_t is then -q; q^(gamma - 1) alone may be infinite.
@@ -328,7 +328,7 @@ def _add_softplus(
     COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Add softplus(z) of the classes that are not the pixel's own."""
-    own = for_classes(pixel[1], TILE)
+    own = for_classes(pixel.own, TILE)
     # Summed within the block first, as in _add_softmax.
     linear = tl.zeros_like(state[0])
     rest = tl.zeros_like(state[0])
@@ -354,7 +354,7 @@ def binary_cross_entropy_forward(
         (nothing_yet(0.0, dtype, TILE),), view, pixel, given, full, dtype, _add_softplus, OPTIONS,
         CLASSES, TILE,
     )  # fmt: skip
-    own = pixel[1]
+    own = pixel.own
     positive = softplus_base2(load_class(view, own, own >= 0, dtype, CLASSES, TILE) * -LOG2_E)
     positive = tl.where(
         own >= 0, _own_weight(pixel, given, dtype, OPTIONS, CLASSES, TILE) * positive, 0.0
@@ -382,7 +382,7 @@ def binary_cross_entropy_backward(
 ):  # fmt: skip
     """sigmoid(z_k), and -w_t sigmoid(-z_t) for the pixel's own class."""
     factors = (
-        for_classes(pixel[1], TILE),
+        for_classes(pixel.own, TILE),
         for_classes(scale, TILE),
         for_classes(scale * _own_weight(pixel, given, dtype, OPTIONS, CLASSES, TILE), TILE),
     )
