@@ -6,30 +6,41 @@ import importlib
 import sys
 from types import ModuleType
 
+# The module with the command's ``main``, and what the command does.
 COMMANDS = {
-    "report": "measure on this machine and write rows.csv, report.md and report.html",
-    "compile-only": "compile every shipped kernel for GPUs that need not be there",
-    "check": "every kernel's registers, spills and instructions against the baseline",
-    "host-time": "the host's time and the launches of every loss, on a stand-in for the driver",
-    "compare": "the rows that moved between two reports",
-    "record": "add a report's GPU rows to perf/results",
-    "summary": "what a report's rows come to, as a table",
-    "train": "train a small network on photographs with each loss",
+    "report": (
+        "report.make",
+        "measure on this machine and write rows.csv, report.md and report.html",
+    ),
+    "compile-only": (
+        "compiling.compile_only",
+        "compile every shipped kernel for GPUs that need not be there",
+    ),
+    "check": (
+        "compiling.check",
+        "every kernel's registers, spills and instructions against the baseline",
+    ),
+    "host-time": (
+        "measuring.host_time",
+        "the host's time and the launches of every loss, on a stand-in for the driver",
+    ),
+    "compare": ("report.compare", "the rows that moved between two reports"),
+    "record": ("report.record", "add a report's GPU rows to perf/results"),
+    "summary": ("report.summary", "what a report's rows come to, as a table"),
+    "train": ("training.train", "train a small network on photographs with each loss"),
 }
 
 
 def module_of(command: str) -> ModuleType:
     """The module with the command's ``main``."""
-    name = command.replace("-", "_")
-    rooms = {"host_time": "perf.measuring"}
-    return importlib.import_module(f"{rooms.get(name, 'perf')}.{name}")
+    return importlib.import_module(f"perf.{COMMANDS[command][0]}")
 
 
 def main(arguments: list[str]) -> int:
     """Hand over to the command's module."""
     if not arguments or arguments[0] not in COMMANDS:
         width = max(map(len, COMMANDS))
-        listed = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+        listed = "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
         print(f"usage: python -m perf COMMAND [options]\n\n{listed}", file=sys.stderr)
         return 0 if arguments in (["-h"], ["--help"]) else 2
     return int(module_of(arguments[0]).main(arguments[1:]))

@@ -75,7 +75,7 @@ def small_programs(request: pytest.FixtureRequest) -> Iterator[dict[str, int]]:
 
     Yields what is forced on every operator: nothing where a test is marked shipped_sizes.
     """
-    from tritonloss._tuning import forced
+    from tritonloss._core.configurations import forced
 
     size = {"COLUMNS": 2, "LANES": 32, "ROWS": 8, "num_warps": 1}
     if request.node.get_closest_marker("shipped_sizes"):

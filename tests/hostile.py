@@ -1,7 +1,7 @@
 """Hostile inputs for one loss, in a process that may die of them: ``python -m tests.hostile LOSS``.
 
-tests/test_hostile.py starts one for each loss, and reads the exit status. Where the kernels run in
-Triton's interpreter, every load and store is held to the tensors that the kernel was given.
+tests/losses/test_hostile.py starts one for each loss, and reads the exit status. Where the kernels
+run in Triton's interpreter, every load and store is held to the tensors that the kernel was given.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch import Tensor
 
 import tritonloss
 from tests.oracle import LAYOUTS, as_layout, segmentation_case
-from tritonloss import _backend, _checks, linalg
-from tritonloss._tuning import forced
+from tritonloss import linalg
+from tritonloss._core import backend, checks
+from tritonloss._core.configurations import forced
 from tritonloss.functional import (
     binary_cross_entropy,
     cross_entropy,
@@ -260,10 +261,10 @@ def check(name: str, device: torch.device) -> None:
 def main(name: str) -> None:
     """Run all checks of a loss."""
     # As on a GPU, where nobody looks at the labels.
-    _checks.check_labels_in_range = lambda *_: None
-    device = torch.device("cpu" if _backend.INTERPRETED else "cuda")
+    checks.check_labels_in_range = lambda *_: None
+    device = torch.device("cpu" if backend.INTERPRETED else "cuda")
     with ExitStack() as stack:
-        if _backend.INTERPRETED:
+        if backend.INTERPRETED:
             stack.enter_context(bounds_checked())
         for half in ("forward", "backward", "stored", "coefficients"):
             for window in ("gaussian_statistics", "structural_similarity", "ssim"):

@@ -3,14 +3,14 @@
 __version__ = "0.1.0"
 
 from . import functional, linalg
-from ._backend import use_backend
-from .gaussian_window import gaussian_statistics
-from .label_statistics import MarginOffsets, count_labels, margin_offsets
-from .margin_calibration import MarginCalibratedLoss
-from .pixelwise import BinaryCrossEntropyLoss, CrossEntropyLoss, FocalLoss
-from .region_mutual_information import RMILoss
-from .ssim import SSIMLoss
-from .structural_similarity import StructuralSimilarityLoss
+from ._core.backend import use_backend
+from .metrics.label_statistics import MarginOffsets, count_labels, margin_offsets
+from .pixelwise.losses import BinaryCrossEntropyLoss, CrossEntropyLoss, FocalLoss
+from .pixelwise.margin_calibration import MarginCalibratedLoss
+from .regions.region_mutual_information import RMILoss
+from .windows.gaussian_statistics import gaussian_statistics
+from .windows.ssim import SSIMLoss
+from .windows.structural_similarity import StructuralSimilarityLoss
 
 __all__ = [
     "BinaryCrossEntropyLoss",

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import _doctor, _tune
-from ._tuning import Shape
+from ._core.configurations import Shape
+from ._tools import doctor, tuner
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,17 +18,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "tune":
         return _run_tune(options)
     if options.self_test:
-        return _doctor.interpreted_self_test(_say)
-    return _doctor.doctor(_say)
+        return doctor.interpreted_self_test(_say)
+    return doctor.doctor(_say)
 
 
 def _run_tune(options: argparse.Namespace) -> int:
     if options.export is not None:
-        return _tune.export(Path(options.export) if options.export else None, _say)
-    request = _tune.Request(options.op, options.shapes, options.budget, options.resume, options.out)
+        return tuner.export(Path(options.export) if options.export else None, _say)
+    request = tuner.Request(options.op, options.shapes, options.budget, options.resume, options.out)
     if options.compile_only:
-        return _tune.predict(options.target, request, _say)
-    return _tune.tune(request, _say)
+        return tuner.predict(options.target, request, _say)
+    return tuner.tune(request, _say)
 
 
 def _parser() -> argparse.ArgumentParser:

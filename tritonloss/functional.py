@@ -1,10 +1,10 @@
 """The functional forms of all losses."""
 
-from .margin_calibration import margin_calibrated_loss
-from .pixelwise import binary_cross_entropy, cross_entropy, focal_loss
-from .region_mutual_information import rmi_loss
-from .ssim import ssim, ssim_loss
-from .structural_similarity import structural_similarity_loss
+from .pixelwise.losses import binary_cross_entropy, cross_entropy, focal_loss
+from .pixelwise.margin_calibration import margin_calibrated_loss
+from .regions.region_mutual_information import rmi_loss
+from .windows.ssim import ssim, ssim_loss
+from .windows.structural_similarity import structural_similarity_loss
 
 __all__ = [
     "binary_cross_entropy",

@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
 
 def measure(names: Sequence[str] | None) -> list[HostTime]:
     """The bare pair first, then every operation on maps of one small size."""
-    from perf.cases import operations
+    from perf.operations.contract import operations
 
     logits = torch.empty(_SHAPE).requires_grad_()
     bare = _measured(BARE, lambda: _Bare.apply(logits), [logits], 1.0)

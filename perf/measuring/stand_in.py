@@ -73,11 +73,11 @@ def install() -> None:
 
 def adopt() -> None:
     """Let the losses take CPU tensors for the GPU's, whose labels nobody looks at."""
-    from tritonloss import _backend, _checks
+    from tritonloss._core import backend, checks
 
-    _backend.INTERPRETED = False
-    _backend.GUARDS["cpu"] = lambda device: torch.cuda.device(0)
-    _checks.check_labels_in_range = lambda target, classes, ignore_index: None
+    backend.INTERPRETED = False
+    backend.GUARDS["cpu"] = lambda device: torch.cuda.device(0)
+    checks.check_labels_in_range = lambda target, classes, ignore_index: None
 
 
 def launches() -> int:

@@ -1,0 +1,1 @@
+"""Kernels compiled for GPUs that need not be there, and what their machine code tells."""

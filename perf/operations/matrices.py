@@ -1,0 +1,96 @@
+"""Cases, bytes and goals of the batched Cholesky factorisation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kernels_reference import linalg as reference
+from perf.operations.contract import Case, Floor, Goal, KernelNotes, Operation, Shape
+from tritonloss import linalg as kernels
+
+_ORDERS = (4, 9, 16, 18, 25, 32)
+
+
+class Matrices(Shape):
+    """A batch of square matrices; smaller ones are fewer, not of a smaller order."""
+
+    def reduced(self) -> Matrices:
+        return replace(self, batch=self.batch // 20)
+
+    def tiny(self) -> Matrices:
+        return replace(self, batch=3)
+
+
+def _matrices(order: int, batch: int = 20000) -> Matrices:
+    return Matrices(f"{batch} matrices of order {order}", batch, 1, order, order)
+
+
+def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
+    """Symmetric positive definite matrices [batch, 1, n, n]."""
+    half = torch.empty(case.shape.size, dtype=case.torch_dtype, device=device)
+    if device.type == "meta":
+        return (half,)
+    half.normal_(generator=torch.Generator(device).manual_seed(0))
+    order = half.size(-1)
+    return (half @ half.mT + order * torch.eye(order, dtype=half.dtype, device=device),)
+
+
+def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
+    """The launchers of all functions, forward and backward."""
+    (matrices,) = tensors
+    factor, _ = kernels._cholesky(matrices)
+    kernels._logdet(matrices)
+    inverse = kernels._solve(matrices, None, None)
+    kernels._solve(matrices, inverse, None)
+    kernels._cholesky_backward(factor, factor)
+    kernels._inverse_backward(factor, inverse)
+    kernels._solve_backward(factor, inverse)
+
+
+def floor(case: Case) -> Floor:
+    """Forward reads A and writes L; backward reads L and its gradient and writes A's."""
+    size = case.shape.elements * case.torch_dtype.itemsize
+    return Floor(forward=2 * size, backward=3 * size)
+
+
+def _factor(matrices: Tensor) -> Tensor:
+    return kernels.cholesky_ex(matrices)[0]
+
+
+def _reference_factor(matrices: Tensor) -> Tensor:
+    return reference.cholesky_ex(matrices)[0]
+
+
+CASES = tuple(Case(_matrices(order)) for order in _ORDERS)
+SHIPPED = tuple(
+    Case(_matrices(order), dtype=dtype, everywhere=order in (9, 32))
+    for order in (1, 2, 4, 8, 9, 16, 18, 32, 64)
+    for dtype in ("float32", "float64")
+)
+GOALS = tuple(
+    Goal(
+        f"Cholesky of order {case.shape.height}: speed against torch.linalg",
+        case,
+        "speedup_vs_eager",
+        at_least=5,
+    )
+    for case in CASES
+)
+OPERATIONS = (
+    Operation(
+        name="cholesky_ex",
+        function=_factor,
+        reference=_reference_factor,
+        inputs=inputs,
+        launch=launch,
+        floor=floor,
+        cases=CASES,
+        shipped=SHIPPED,
+        kernels={"_cholesky_tile_kernel": KernelNotes(lambda constants: constants["MATRICES"])},
+        operators=(),
+        goals=GOALS,
+    ),
+)

@@ -1,0 +1,170 @@
+"""Cases, bytes and goals of the structural similarity loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels_reference import largest_difference, structural_difference
+from kernels_reference import structural_similarity_loss as reference
+from perf.operations.contract import (
+    SHAPES,
+    Case,
+    CodeGoal,
+    Floor,
+    Goal,
+    KernelNotes,
+    Operation,
+    random_labels,
+    random_map,
+    strip_outputs,
+    variations,
+)
+from tritonloss import functional
+from tritonloss.windows import structural_similarity as kernels
+
+_DEFAULTS = kernels.Options()
+
+
+def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
+    """Logits [N, C, H, W] and labels [N, H, W]."""
+    return random_map(case, device), random_labels(case, device)
+
+
+def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
+    """Forward and backward launchers, in the schedule that the configuration asks for."""
+    logits, target = tensors
+    options = _DEFAULTS._replace(**case.options)
+    options = options._replace(store=kernels.stores_differences(logits, options.window_size))
+    loss, statistics, stored = kernels._structural_similarity_forward(logits, target, options)
+    gradient_arguments = (loss, statistics, logits, target)
+    if stored.dim() == logits.dim():
+        kernels._structural_similarity_stored(*gradient_arguments, stored, options.ignore_index)
+    else:
+        kernels._structural_similarity_backward(*gradient_arguments, options)
+
+
+def floor(case: Case) -> Floor:
+    """Forward reads logits and labels: L + T. Backward also writes the gradient: 2 L + T."""
+    logits = case.shape.elements * case.torch_dtype.itemsize
+    labels = case.shape.pixels * getattr(torch, str(case.labels)).itemsize
+    return Floor(forward=logits + labels, backward=2 * logits + labels)
+
+
+def near_threshold(case: Case, tensors: tuple[Tensor, ...]) -> Tensor:
+    """Pixels where e is so close to beta e_max that rounding decides whether they count."""
+    options = _DEFAULTS._replace(**case.options)
+    largest = largest_difference(options.window_size, options.sigma, options.stability)
+    e = structural_difference(
+        *tensors,
+        window_size=options.window_size,
+        sigma=options.sigma,
+        stability=options.stability,
+        padding=options.padding,
+        ignore_index=options.ignore_index,
+    )
+    near = (e - options.beta * largest).abs() < 1e-4 * largest
+    margin = (tensors[0].size(-1) - near.size(-1)) // 2  # padding "valid" leaves out a frame
+    return torch.nn.functional.pad(near, (margin,) * 4)
+
+
+BASE = Case(SHAPES["cityscapes"], labels="uint8", options={"window_size": 3}, against_compile=True)
+CASES = variations(
+    BASE,
+    {"options": {"window_size": 11}},
+    {"dtype": "bfloat16"},
+    *(
+        {"shape": SHAPES[name], "against_compile": False}
+        for name in ("voc", "ade20k", "coco-stuff", "binary")
+    ),
+    {"labels": "int64", "against_compile": False},
+    {"layout": "channels_last", "against_compile": False},
+    *({"options": {"window_size": window}, "against_compile": False} for window in (5, 7)),
+    # Both schedules where the choice between them is open.
+    {"schedule": "stored", "against_compile": False},
+    {"schedule": "recompute", "options": {"window_size": 11}, "against_compile": False},
+)
+
+# One case for each way a kernel is built: every window and schedule, and what else changes code.
+SHIPPED = variations(
+    Case(SHAPES["cityscapes"], labels="uint8", options={"window_size": 3}, everywhere=True),
+    {"options": {"window_size": 11}},
+    *({"options": {"window_size": window}, "everywhere": False} for window in (1, 5, 7, 9, 15, 31)),
+    *({"dtype": dtype, "everywhere": False} for dtype in ("bfloat16", "float16")),
+    {"labels": "int64", "everywhere": False},
+    *({"layout": layout, "everywhere": False} for layout in ("channels_last", "strided")),
+    {"shape": SHAPES["voc"], "everywhere": False},
+    *(
+        {"options": {"padding": padding}, "everywhere": False}
+        for padding in ("reflect", "replicate", "valid")
+    ),
+    {"options": {"reweight": False}, "everywhere": False},
+    {"schedule": "stored", "everywhere": False},
+    *(
+        {"schedule": "recompute", "options": {"window_size": window}, "everywhere": False}
+        for window in (7, 11)
+    ),
+    {"options": {"window_size": 11}, "dtype": "bfloat16", "everywhere": False},
+)
+
+
+def _shipped(window: int, schedule: str | None) -> Case:
+    options = {"window_size": window}
+    return next(c for c in SHIPPED if c.options == options and c.schedule == schedule)
+
+
+_L_MIB = BASE.shape.elements * 4 / 2**20
+GOALS: tuple[Goal | CodeGoal, ...] = (
+    # The pipe model says issue-bound: the stable variance costs, skipping absent classes pays.
+    Goal("SSL, window 3: share of the copy bandwidth", CASES[0], "share_of_copy", at_least=0.40),
+    Goal("SSL, window 3: speed against eager", CASES[0], "speedup_vs_eager", at_least=10),
+    Goal("SSL, window 3: speed against torch.compile", CASES[0], "speedup_vs_compile", at_least=3),
+    # Eager needs about 17 L, torch.compile about 9 L; the kernels need the gradient.
+    Goal(
+        "SSL, window 3: extra MiB, 1.02 times the logits",
+        CASES[0],
+        "peak_delta_MiB",
+        at_most=1.02 * _L_MIB,
+    ),
+    Goal("SSL, window 11: share of the copy bandwidth", CASES[1], "share_of_copy", at_least=0.20),
+    # Instructions per pixel and class of the prototypes with the stable variance.
+    *(
+        CodeGoal(
+            text=f"SSL, window {window}, {direction}: instructions where the class is present",
+            case=_shipped(window, None if window == 3 else "recompute"),
+            kernel=f"_structural_similarity_{direction}_kernel",
+            loop="class present",
+            at_most=instructions,
+        )
+        for direction, counts in (
+            ("forward", {3: 109, 7: 194, 11: 361}),
+            ("backward", {3: 96, 7: 178, 11: 346}),
+        )
+        for window, instructions in counts.items()
+    ),
+)
+
+_STRIP = KernelNotes(strip_outputs, ("class absent", "class present"))
+OPERATIONS = (
+    Operation(
+        name="structural_similarity_loss",
+        function=functional.structural_similarity_loss,
+        reference=reference,
+        inputs=inputs,
+        launch=launch,
+        floor=floor,
+        cases=CASES,
+        shipped=SHIPPED,
+        kernels={
+            "_structural_similarity_forward_kernel": _STRIP,
+            "_structural_similarity_backward_kernel": _STRIP,
+        },
+        operators=(
+            "structural_similarity_forward",
+            "structural_similarity_backward",
+            "structural_similarity_stored",
+        ),
+        goals=GOALS,
+        excused=near_threshold,
+    ),
+)

@@ -1,0 +1,1 @@
+"""The performance report, and the rows of others."""

@@ -1,0 +1,660 @@
+"""Region mutual information: kernels in the interpreter against the reference in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from triton.runtime.interpreter import GridExecutor
+
+import kernels_reference
+import tritonloss
+from perf.measuring.memory import counted_peak
+from tests.oracle import as_layout, check_three_way, segmentation_case
+from tritonloss._core import checks
+from tritonloss._core.configurations import forced
+from tritonloss._tools.launches import recorded
+from tritonloss.functional import rmi_loss
+from tritonloss.regions import plan
+from tritonloss.regions.backward import backward_pass
+from tritonloss.regions.forward import forward_pass
+from tritonloss.regions.plan import Options
+from tritonloss.regions.region_mutual_information import RMI
+
+# The whole of the loss at the lowest price in the interpreter: regions of four pixels.
+SMALL: dict[str, Any] = {"region_size": 2, "pool_size": 2}
+DIRECT: dict[str, Any] = {"region_size": 2, "pooling": None, "ignore": "drop"}
+RAW: dict[str, Any] = {"region_size": 2, "pooling": None}
+WAYS = pytest.mark.parametrize("options", [SMALL, DIRECT, RAW], ids=["pooled", "direct", "raw"])
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_large_images() -> Iterator[None]:
+    """The small images of these tests take the kernels of large ones.
+
+    tests/losses/test_region_digits.py is about those of small ones.
+    """
+    with plan.kernels_of_large_images():
+        yield
+
+
+def check(logits: Tensor, target: Tensor, tolerance: float = 2e-5, **options: Any) -> None:
+    check_three_way(lambda z: rmi_loss(z, target, **options), logits, tolerance=tolerance)
+
+
+def kernel_gradient(logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    leaf = logits.detach().requires_grad_()
+    with tritonloss.use_backend("triton"):
+        loss = rmi_loss(leaf, target, **options)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), gradient
+
+
+def released_code(logits: Tensor, target: Tensor, bce_weight: float = 0.5) -> Tensor:
+    """The authors' released computation, step by step, with its explicit inverse."""
+    classes = logits.size(1)
+    valid = target < classes
+    one_hot = (
+        F.one_hot(target.long() * valid, classes).permute(0, 3, 1, 2).to(logits) * valid[:, None]
+    )
+    entropy = F.binary_cross_entropy_with_logits(
+        logits, one_hot, weight=valid[:, None].to(logits), reduction="sum"
+    )
+    p = logits.sigmoid() * valid[:, None] + 1e-6
+    y, p = (F.avg_pool2d(x, 4, 4, padding=2) for x in (one_hot, p))
+    new_height, new_width = p.size(2) - 2, p.size(3) - 2
+    stacks = []
+    for x in (y, p):
+        parts = [x[:, :, i : i + new_height, j : j + new_width] for i in range(3) for j in range(3)]
+        stack = torch.stack(parts, 2).flatten(3).double()
+        stacks.append(stack - stack.mean(3, keepdim=True))
+    y, p = stacks
+    ridge = 5e-4 * torch.eye(9, dtype=torch.float64)
+    cross = y @ p.mT
+    m = y @ y.mT - cross @ (p @ p.mT + ridge).inverse() @ cross.mT + ridge
+    rmi = 0.5 * 2 * torch.linalg.cholesky(m).diagonal(dim1=-2, dim2=-1).add(1e-8).log().sum(-1)
+    return bce_weight * entropy / (valid.sum() + 1) + (1 - bce_weight) * (rmi / 9).mean(0).sum()
+
+
+# --- three ways -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ignore", ["zero", "drop"])
+@pytest.mark.parametrize(
+    ("pooling", "pool_size", "shape"),
+    [
+        ("avg", 4, (1, 2, 23, 27)),
+        ("avg", 3, (2, 1, 17, 20)),
+        ("max", 3, (1, 2, 17, 22)),
+        ("nearest", 2, (1, 2, 13, 12)),
+        ("nearest", 3, (1, 1, 17, 20)),
+        (None, 4, (2, 2, 7, 9)),
+        ("avg", 1, (1, 1, 7, 9)),
+    ],
+)
+def test_three_way(
+    pooling: str | None, pool_size: int, shape: tuple[int, ...], ignore: str, device: torch.device
+) -> None:
+    logits, target = segmentation_case(shape, device=device)
+    if ignore == "drop":  # a tenth of the pixels would leave next to no region
+        target = target.where(target != 255, 0)
+        target[:, -3:, -2:] = 255
+    check(
+        logits, target, region_size=2, pooling=pooling, pool_size=pool_size, ignore=ignore,
+        bce_weight=0.2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("pooling", ["avg", None])
+@pytest.mark.parametrize("region_size", [1, 3, 5])
+def test_every_region(region_size: int, pooling: str | None, device: torch.device) -> None:
+    size = 2 * region_size + 1
+    scale = 2 if pooling else 1
+    if region_size == 5 and pooling is not None:
+        region_size = 4  # the larger the slower in the interpreter; each kernel has both once
+    logits, target = segmentation_case((1, 1, scale * size, scale * (size + 2)), device=device)
+    check(
+        logits, target, region_size=region_size, pooling=pooling, pool_size=2, epsilon=1e-3
+    )  # few regions: a larger epsilon than usual keeps the problem well posed
+
+
+@pytest.mark.parametrize("moments", ["mean", "sum"])
+@pytest.mark.parametrize("bce_weight", [0.0, 0.3])
+def test_moments_and_weights(moments: str, bce_weight: float, device: torch.device) -> None:
+    logits, target = segmentation_case((2, 1, 8, 9), device=device)
+    check(logits, target, moments=moments, bce_weight=bce_weight, **SMALL)
+
+
+@pytest.mark.parametrize("pooling", ["avg", None])
+def test_several_programs(pooling: str | None, device: torch.device) -> None:
+    """Bands of rows, blocks of columns, and chunks of the direct moments."""
+    logits, target = segmentation_case((1, 2, 8, 22), device=device)
+    scale = 2 if pooling else 1
+    logits, target = logits.repeat_interleave(scale, 2), target.repeat_interleave(scale, 1)
+    small = {"LANES": 16, "ROWS": 4, "num_warps": 1}
+    with forced("rmi_moments", small), forced("rmi_gradient", small):
+        with forced("rmi_pool", {"CELLS": 4, "num_warps": 1}):
+            check(logits, target, region_size=2, pooling=pooling, pool_size=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [SMALL, RAW], ids=["pooled", "raw"])
+def test_half_precision(options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    logits, target = segmentation_case((1, 2, 8, 9), dtype=dtype, device=device)
+    target[:] = torch.where(target == 255, 0, target)
+    check(logits, target, **options)
+
+
+@pytest.mark.parametrize("options", [SMALL, RAW], ids=["pooled", "raw"])
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "expanded"])
+def test_layouts(options: dict[str, Any], layout: str, device: torch.device) -> None:
+    logits, target = segmentation_case((1, 2, 7, 8), ignore_index=None, device=device)
+    spread = as_layout(logits, layout)
+    assert layout != "sliced" or not spread.is_contiguous()
+    check(spread, as_layout(target, layout), epsilon=1e-3, **options)
+
+
+@WAYS
+def test_float32_sums(options: dict[str, Any], device: torch.device) -> None:
+    logits, target = segmentation_case((1, 2, 9, 12), device=device)
+    target[:] = torch.where(target == 255, 0, target)
+    check(logits, target, precision="float32", tolerance=1e-4, **options)
+
+
+# --- precision ------------------------------------------------------------------------------------
+
+
+def test_both_forms_of_the_reference() -> None:
+    logits, target = segmentation_case((2, 3, 27, 33), dtype=torch.float64)
+    for options in ({}, {"moments": "sum"}, {"ignore": "drop", "pooling": None}):
+        plain, residual = (
+            kernels_reference.rmi_loss(logits, target, residual=residual, **options)
+            for residual in (False, True)
+        )
+        torch.testing.assert_close(plain, residual, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [4.0, 12.0, 50.0])
+def test_confident_logits(scale: float, device: torch.device) -> None:
+    """Within 2e-4 per log-determinant and never NaN, right and wrong, from unsure to saturated."""
+    _, target = segmentation_case((1, 2, 12, 16), ignore_index=None, device=device)
+    positive = target[:, None] == torch.arange(2, device=device).view(1, -1, 1, 1)
+    logits = torch.where(positive, scale, -scale)
+    logits[:, :, 3:6, 4:9] *= -1
+    for moments, precision in (("mean", "float64"), ("sum", "float32")):
+        options = {"moments": moments, "bce_weight": 0.0, "precision": precision, **SMALL}
+        loss, gradient = kernel_gradient(logits, target, **options)
+        leaf = logits.double().requires_grad_()
+        truth = kernels_reference.rmi_loss(leaf, target, **options)
+        (expected,) = torch.autograd.grad(truth, leaf)
+        assert (loss - truth).abs() <= 2e-4 and gradient.isfinite().all()
+        if scale <= 4:
+            error = (gradient.double() - expected).abs().max()
+            assert error <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("logit", "precision", "options"),
+    [
+        (0.3, "float32", {"pooling": None, "moments": "sum"}),
+        (0.3, "float64", {"pooling": None, "moments": "sum"}),
+        (-2.2, "float32", {"pool_size": 2, "moments": "sum"}),
+        (5.0, "float32", {"pooling": None, "region_size": 4}),
+    ],
+)
+def test_constant_maps(
+    logit: float, precision: str, options: dict[str, Any], device: torch.device
+) -> None:
+    """Zero variance over bands of many rows: no NaN, and p that depends on no label."""
+    target = segmentation_case((1, 2, 72, 24), ignore_index=None, device=device)[1]
+    logits = torch.full((1, 2, 72, 24), logit, device=device)
+    options = {"precision": precision, "bce_weight": 0.0, **options}
+    loss, gradient = kernel_gradient(logits, target, **options)
+    truth = kernels_reference.rmi_loss(logits.double(), target, **options)
+    assert (loss - truth).abs() <= 4e-4
+    # Where nothing is pooled the truth is 0; what is left is rounding, far below a step's size.
+    assert gradient.isfinite().all()
+    if options.get("pooling", "avg") is None:
+        assert gradient.abs().max() < 2e-6
+
+
+def test_a_perfect_prediction(device: torch.device) -> None:
+    """P - Y is formed without cancellation: log(2 eps) / 2 per class, and no NaN."""
+    target = segmentation_case((1, 2, 16, 20), ignore_index=None, device=device)[1]
+    positive = target[:, None] == torch.arange(2, device=device).view(1, -1, 1, 1)
+    logits = torch.where(positive, 50.0, -50.0)
+    loss, gradient = kernel_gradient(logits, target, bce_weight=0.0, region_size=1, pool_size=2)
+    assert loss.item() == pytest.approx(2 * 0.5 * math.log(2e-6), abs=1e-3)
+    assert gradient.isfinite().all()
+
+
+def test_rare_and_absent_classes(device: torch.device) -> None:
+    """An absent class is a constant, log(eps) / 2, with no gradient but the cross entropy's."""
+    logits, _ = segmentation_case((1, 3, 28, 36), device=device)
+    target = torch.zeros((1, 28, 36), dtype=torch.uint8, device=device)
+    target[0, 7, 9] = 1  # 0.1 % of the pixels
+    check(logits, target, region_size=2, pool_size=4)
+    alone = logits[:, :, :8, :9]
+    target = torch.full_like(target[:, :8, :9], 1)
+    _, gradient = kernel_gradient(alone, target, bce_weight=0.0, **SMALL)
+    assert gradient[:, 0].abs().max() < 1e-7
+    loss, _ = kernel_gradient(alone[:, :1] * 0, target * 0, bce_weight=0.0, **RAW)
+    assert loss.item() == pytest.approx(0.5 * math.log(1e-6), rel=1e-5)
+
+
+# --- shapes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 1, 8, 8), {}),
+        ((1, 1, 12, 12), {"pooling": "nearest"}),
+        ((1, 1, 1, 1), {"pooling": None, "region_size": 1}),
+        ((1, 2, 1, 5), {"pooling": "avg", "region_size": 1}),
+        ((2, 1, 2, 3), {"pooling": "nearest", "pool_size": 2, "region_size": 1}),
+        ((1, 2, 3, 3), {"pooling": None}),
+        ((1, 1, 5, 3), {"pooling": None}),
+        ((1, 1, 3, 11), {"pooling": None, "region_size": 2}),
+        ((1, 2, 17, 31), {"pooling": "avg", "pool_size": 8, "region_size": 1}),
+    ],
+)
+def test_shapes(shape: tuple[int, ...], options: dict[str, Any], device: torch.device) -> None:
+    logits, target = segmentation_case(shape, ignore_index=None, device=device)
+    check(logits, target, epsilon=1e-3, **options)
+
+
+def test_empty_batch(device: torch.device) -> None:
+    logits = torch.empty((0, 2, 16, 16), device=device)
+    target = torch.empty((0, 16, 16), dtype=torch.uint8, device=device)
+    loss, gradient = kernel_gradient(logits, target)
+    assert loss == 0 and gradient.shape == logits.shape
+
+
+def test_every_pixel_is_in_the_cross_entropy(device: torch.device) -> None:
+    """Pooling leaves out the last row of 11 = 4 + 4 + 3 with a padding of 2; BCE does not."""
+    logits, target = segmentation_case((1, 2, 11, 15), device=device)
+    loss, gradient = kernel_gradient(logits, target, bce_weight=1.0, region_size=1)
+    valid = (target != 255)[:, None]
+    y = (target[:, None] == torch.arange(2, device=device).view(1, -1, 1, 1)).float()
+    expected = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
+    assert loss.item() == pytest.approx((expected * valid).sum().item() / valid.sum().item())
+    torch.testing.assert_close(gradient, (logits.sigmoid() - y) * valid / valid.sum())
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+@WAYS
+def test_every_label_dtype(options: dict[str, Any], device: torch.device) -> None:
+    logits, target = segmentation_case((1, 1, 7, 8), device=device)
+    expected = kernel_gradient(logits, target, **options)
+    for dtype in (torch.int16, torch.int32, torch.int64):
+        loss, gradient = kernel_gradient(logits, target.to(dtype), **options)
+        assert torch.equal(loss, expected[0]) and torch.equal(gradient, expected[1])
+
+
+@pytest.mark.parametrize(
+    ("ignore_index", "label_dtype"),
+    [(0, torch.uint8), (-100, torch.int64), (None, torch.uint8)],
+)
+def test_every_ignore_label(
+    ignore_index: int | None, label_dtype: torch.dtype, device: torch.device
+) -> None:
+    case = segmentation_case(
+        (1, 3, 9, 10), ignore_index=ignore_index, label_dtype=label_dtype, device=device
+    )
+    check(*case, ignore_index=ignore_index, **SMALL)
+
+
+@pytest.mark.parametrize("outside", [2, -1, 2**32 + 1])
+def test_labels_out_of_range(
+    outside: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, target = segmentation_case((1, 2, 8, 9), label_dtype=torch.int64, device=device)
+    target[0, 2, 3:5] = outside
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match=rf"target .*got 2 labels .*{outside} \(2x\)"):
+            rmi_loss(logits, target, **SMALL)
+    # Where nobody looked they count as ignored.
+    monkeypatch.setattr(checks, "check_labels_in_range", lambda *_: None)
+    loss, gradient = kernel_gradient(logits, target, **SMALL)
+    expected = kernel_gradient(logits, target.where(target != outside, 255), **SMALL)
+    assert torch.equal(loss, expected[0]) and torch.equal(gradient, expected[1])
+
+
+@WAYS
+def test_all_pixels_ignored(options: dict[str, Any], device: torch.device) -> None:
+    logits, target = segmentation_case((2, 1, 7, 8), device=device)
+    loss, gradient = kernel_gradient(logits, target.fill_(255), **options)
+    assert loss == 0 and (gradient == 0).all()
+
+
+def test_an_image_without_a_whole_region(device: torch.device) -> None:
+    """With ignore="drop" such an image adds nothing; the other one is as it was."""
+    logits, target = segmentation_case((2, 2, 8, 9), ignore_index=None, device=device)
+    target[1, ::2] = 255
+    options = {**DIRECT, "bce_weight": 0.0}
+    loss, gradient = kernel_gradient(logits, target, **options)
+    alone, own = kernel_gradient(logits[:1], target[:1], **options)
+    torch.testing.assert_close(2 * loss, alone)
+    torch.testing.assert_close(2 * gradient[:1], own)
+    assert (gradient[1] == 0).all()
+
+
+@WAYS
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_ignored_pixels_do_no_harm(
+    options: dict[str, Any], value: float, device: torch.device
+) -> None:
+    logits, target = segmentation_case((1, 1, 7, 8), device=device)
+    expected = kernel_gradient(logits.where((target != 255)[:, None], 0), target, **options)
+    loss, gradient = kernel_gradient(
+        logits.where((target != 255)[:, None], value), target, **options
+    )
+    assert torch.equal(loss, expected[0]) and torch.equal(gradient, expected[1])
+
+
+# --- extremes -------------------------------------------------------------------------------------
+
+
+@WAYS
+def test_what_is_not_finite_is_not_hidden(options: dict[str, Any], device: torch.device) -> None:
+    logits, target = segmentation_case((1, 1, 7, 8), ignore_index=None, device=device)
+    logits[0, :, 2, 5] = float("nan")
+    loss, _ = kernel_gradient(logits, target, **options)
+    assert loss.isnan()
+
+
+@WAYS
+@pytest.mark.parametrize("scale", [1e4, 0.0])
+def test_huge_and_equal_logits(options: dict[str, Any], scale: float, device: torch.device) -> None:
+    logits, target = segmentation_case((1, 1, 7, 8), device=device)
+    loss, gradient = kernel_gradient(scale * logits.sign(), target, **options)
+    truth = kernels_reference.rmi_loss(scale * logits.sign().double(), target, **options)
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-4)
+    assert gradient.isfinite().all()
+
+
+def test_info(device: torch.device) -> None:
+    """int32 [N, C]: 0 for what is finite; where a NaN came in, the minor that it spoiled."""
+    logits, target = segmentation_case((2, 2, 8, 9), ignore_index=None, device=device)
+    logits[1, 0, 2, 5] = float("nan")
+    for backend in ("triton", "reference"):
+        with tritonloss.use_backend(backend):
+            loss, info = rmi_loss(logits[:1], target[:1], return_info=True, **SMALL)
+            assert info.shape == (1, 2) and info.dtype == torch.int32 and (info == 0).all()
+            assert loss.isfinite()
+            if backend == "triton":
+                _, info = rmi_loss(logits, target, return_info=True, **SMALL)
+                assert info[1, 0] == 1 and info.count_nonzero() == 1
+
+
+# --- autograd -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SMALL,
+        {**SMALL, "pooling": "max"},
+        {**SMALL, "pooling": "nearest"},
+        {**SMALL, "ignore": "drop"},
+        DIRECT,
+        RAW,
+    ],
+)
+def test_gradcheck(options: dict[str, Any], device: torch.device) -> None:
+    logits, target = segmentation_case((1, 1, 8, 8), dtype=torch.float64, device=device)
+    with tritonloss.use_backend("triton"):
+        assert torch.autograd.gradcheck(
+            lambda z: rmi_loss(z, target, epsilon=1e-2, **options),
+            logits.requires_grad_(),
+            fast_mode=True,
+        )
+
+
+@WAYS
+def test_backward_twice_and_logits_reused(options: dict[str, Any], device: torch.device) -> None:
+    x, target = segmentation_case((1, 1, 7, 8), device=device)
+    x.requires_grad_()
+    with tritonloss.use_backend("triton"):
+        loss = rmi_loss(x, target, **options)
+    total = loss + x.softmax(1).square().mean()
+    (first,) = torch.autograd.grad(total, x, retain_graph=True)
+    (second,) = torch.autograd.grad(2 * total, x)
+    torch.testing.assert_close(second, 2 * first, rtol=1e-5, atol=1e-8)
+
+
+@WAYS
+def test_no_gradient_wanted(options: dict[str, Any], device: torch.device) -> None:
+    logits, target = segmentation_case((1, 1, 7, 8), device=device)
+    expected, _ = kernel_gradient(logits, target, **options)
+    with tritonloss.use_backend("triton"):
+        for grad_mode in (torch.inference_mode(), torch.enable_grad()):
+            with grad_mode:
+                loss = rmi_loss(logits, target, **options)
+                assert torch.equal(loss, expected) and not loss.requires_grad
+
+
+@WAYS
+def test_inputs_are_left_alone_and_bits_the_same(
+    options: dict[str, Any], device: torch.device
+) -> None:
+    logits, target = segmentation_case((1, 1, 7, 8), device=device)
+    before, labels = logits.clone(), target.clone()
+    first, second = (kernel_gradient(logits, target, **options) for _ in range(2))
+    assert torch.equal(logits, before) and torch.equal(target, labels)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_compiled(backend: str, device: torch.device) -> None:
+    logits, target = segmentation_case((1, 1, 7, 8), device=device)
+    expected = kernel_gradient(logits, target, **SMALL)
+    compiled = torch.compile(
+        lambda z: rmi_loss(z, target, **SMALL), fullgraph=True, backend=backend
+    )
+    leaf = logits.clone().requires_grad_()
+    with tritonloss.use_backend("triton"):
+        loss = compiled(leaf)
+    loss.backward()
+    assert torch.equal(loss, expected[0]) and torch.equal(leaf.grad, expected[1])
+
+
+@WAYS
+def test_operators(options: dict[str, Any], device: torch.device) -> None:
+    logits, target = segmentation_case((1, 1, 7, 8), device=device)
+    defaults = Options(3, "avg", 4, "mean", 1e-6, 0.5, "zero", 255, None)
+    arguments = (logits.requires_grad_(), target, *defaults._replace(**options))
+    torch.library.opcheck(
+        RMI.forward,
+        arguments,
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+def test_autocast(device: torch.device) -> None:
+    logits, target = segmentation_case((1, 1, 7, 8), dtype=torch.bfloat16, device=device)
+    expected, _ = kernel_gradient(logits, target, **SMALL)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss, gradient = kernel_gradient(logits, target, **SMALL)
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+    assert gradient.dtype == torch.bfloat16
+
+
+def test_functional_call(device: torch.device) -> None:
+    logits, target = segmentation_case((1, 2, 8, 9), device=device)
+    module = tritonloss.RMILoss(**SMALL)
+    assert torch.equal(
+        torch.func.functional_call(module, {}, (logits, target)), module(logits, target)
+    )
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options", "most"),
+    [
+        ((16, 21, 513, 513), torch.float32, {}, 1 + 2 / 16 + 0.01),
+        ((4, 19, 1024, 2048), torch.float32, {}, 1 + 2 / 16 + 0.01),
+        ((1, 19, 1024, 2048), torch.float32, {}, 1 + 2 / 16 + 0.01),
+        ((4, 19, 1024, 2048), torch.bfloat16, {}, 1 + 4 / 16 + 0.01),  # float32 maps
+        ((4, 19, 1024, 2048), torch.float32, {"pool_size": 2}, 1 + 2 / 4 + 0.01),
+        ((16, 21, 513, 513), torch.float32, {"pooling": None}, 1.05),
+        ((1, 2, 513, 513), torch.float32, {"region_size": 5, "pooling": None}, 1.25),
+    ],
+)
+def test_extra_memory(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    most: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The gradient, and two pooled maps: counted from all that the launchers allocate."""
+    logits = torch.empty(shape, dtype=dtype, device="meta")
+    target = torch.empty((shape[0], *shape[2:]), dtype=torch.uint8, device="meta")
+    chosen = Options(3, "avg", 4, "mean", 1e-6, 0.5, "zero", 255, None)._replace(**options)
+
+    def step() -> Tensor:
+        loss, _, saved = forward_pass(chosen, logits, target)
+        return backward_pass(chosen, loss, logits, target, saved)
+
+    monkeypatch.setattr(GridExecutor, "__call__", lambda *_, **__: None)
+    with recorded("skip"):
+        assert counted_peak(step) <= most * logits.nbytes
+
+
+def test_room_for_the_pooled_gradient(device: torch.device) -> None:
+    """The gradient to most images' maps waits in the room of the last image's: nothing changes."""
+    logits, target = segmentation_case((3, 2, 8, 9), device=device)
+    options = {"region_size": 1, "bce_weight": 0.0}
+    for dtype in (torch.float32, torch.float16):
+        cast = logits.to(dtype)
+        _, together = kernel_gradient(cast, target, **options)
+        for image in (0, 2):
+            part = slice(image, image + 1)
+            _, alone = kernel_gradient(cast[part], target[part], **options)
+            allowed = {"rtol": 1e-3, "atol": 1e-6} if dtype == torch.float16 else {}
+            torch.testing.assert_close(3 * together[part], alone, **allowed)
+
+
+# --- published ------------------------------------------------------------------------------------
+
+
+def test_the_released_code(device: torch.device) -> None:
+    logits, target = segmentation_case((1, 2, 25, 33), dtype=torch.float64)
+    truth = released_code(logits.requires_grad_(), target)
+    (expected,) = torch.autograd.grad(truth, logits)
+    module = tritonloss.RMILoss.released()
+    leaf = logits.detach().float().to(device).requires_grad_()
+    with tritonloss.use_backend("triton"):
+        loss = module(leaf, target.to(device))
+    loss.backward()
+    # The released code adds 1e-6 to p inside the image only, which the padded border sees.
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-4)
+    error = (leaf.grad.cpu().double() - expected).abs().max()
+    assert error <= 1e-4 * expected.abs().max()
+
+
+def test_sums_differ_from_means_by_the_count(device: torch.device) -> None:
+    """Eq. 12 without 1 / n: with epsilon scaled alike, log n / 2 more per class and image."""
+    logits, target = segmentation_case((1, 2, 11, 14), device=device)
+    count = 5 * 7
+    mean, _ = kernel_gradient(logits, target, bce_weight=0.0, epsilon=1e-3, **SMALL)
+    total, _ = kernel_gradient(
+        logits, target, bce_weight=0.0, moments="sum", epsilon=1e-3 * count, **SMALL
+    )
+    assert (total - mean).item() == pytest.approx(2 * 0.5 * math.log(count), rel=1e-4)
+
+
+# --- interface ------------------------------------------------------------------------------------
+
+
+def test_module(device: torch.device) -> None:
+    logits, target = segmentation_case((1, 2, 16, 18), device=device)
+    options = {
+        "region_size": 2,
+        "pooling": "max",
+        "pool_size": 3,
+        "moments": "sum",
+        "epsilon": 1e-2,
+        "bce_weight": 0.25,
+        "ignore": "drop",
+        "ignore_index": 1,
+        "precision": "float64",
+        "return_info": True,
+    }
+    module = tritonloss.RMILoss(**options)
+    target = target.where(target != 255, 1)
+    with tritonloss.use_backend("reference"):
+        for ours, expected in zip(
+            module(logits, target), rmi_loss(logits, target, **options), strict=True
+        ):
+            assert torch.equal(ours, expected)
+    assert all(f"{name}={value!r}" in repr(module) for name, value in options.items())
+    assert not list(module.parameters()) and not module.state_dict()
+    released = tritonloss.RMILoss.released(ignore_index=None)
+    assert (released.moments, released.epsilon, released.ignore_index) == ("sum", 5e-4, None)
+    with pytest.raises(TypeError):
+        tritonloss.RMILoss(5)
+
+
+LOGITS = torch.zeros(2, 3, 12, 16)
+TARGET = torch.zeros(2, 12, 16, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(
+    ("logits", "target", "options", "error", "message"),
+    [
+        (None, TARGET, {}, TypeError, "logits must be .*NoneType"),
+        (LOGITS[0], TARGET, {}, ValueError, r"logits must be .*\(3, 12, 16\)"),
+        (LOGITS, TARGET.float(), {}, TypeError, "target must hold .*float32"),
+        (LOGITS, TARGET[:, None], {}, ValueError, r"target must hold .*\(2, 1, 12, 16\)"),
+        (LOGITS, TARGET, {"region_size": 6}, ValueError, "region_size must be .*1 to 5; got 6"),
+        (LOGITS, TARGET, {"region_size": 3.0}, TypeError, "region_size must be .*3.0"),
+        (LOGITS, TARGET, {"pooling": "mean"}, ValueError, "pooling must be .* or None; got 'mean'"),
+        (LOGITS, TARGET, {"pool_size": 0}, ValueError, "pool_size must be .*got 0"),
+        (LOGITS, TARGET, {"pool_size": 9}, ValueError, "pool_size must be .*got 9"),
+        (LOGITS, TARGET, {"moments": "average"}, ValueError, "moments must be .*'average'"),
+        (LOGITS, TARGET, {"epsilon": 0.0}, ValueError, "epsilon must be .*got 0.0"),
+        (LOGITS, TARGET, {"epsilon": "1"}, TypeError, "epsilon must be .*'1'"),
+        (LOGITS, TARGET, {"bce_weight": 1.5}, ValueError, "bce_weight must be .*got 1.5"),
+        (LOGITS, TARGET, {"ignore": "skip"}, ValueError, "ignore must be .*'skip'"),
+        (LOGITS, TARGET, {"ignore_index": 1.0}, TypeError, "ignore_index must be .*1.0"),
+        (LOGITS, TARGET, {"precision": "half"}, ValueError, "precision must be .*'half'"),
+        (LOGITS, TARGET, {"return_info": 1}, TypeError, "return_info must be .*1"),
+        (
+            LOGITS,
+            TARGET,
+            {"region_size": 5},
+            ValueError,
+            "logits must be large enough .*region_size=5 .*height 12 .*pooled to 4 x 5",
+        ),
+        (LOGITS[..., :0], TARGET[..., :0], {}, ValueError, "logits must be large enough"),
+        (LOGITS, TARGET + 7, {}, ValueError, r"target must hold .*7 \(384x\)"),
+    ],
+)
+def test_errors(
+    logits: Any,
+    target: Any,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    backend: Any,
+) -> None:
+    with tritonloss.use_backend(backend), pytest.raises(error, match=message):
+        rmi_loss(logits, target, **options)
+
+
+def test_options_are_keywords() -> None:
+    with pytest.raises(TypeError):
+        rmi_loss(LOGITS, TARGET, 3)

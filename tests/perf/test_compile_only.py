@@ -1,0 +1,73 @@
+"""Every shipped kernel compiled for GPUs that are not here: it compiles, and nothing spills."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from perf.compiling import compile_only
+from perf.compiling.targets import TARGETS
+from perf.operations.contract import CodeGoal, operations
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.compile_only
+def test_every_shipped_kernel_compiles_without_spills() -> None:
+    """All cases for one target and the corners for the others; CI's table has all for all."""
+    facts = compile_only.table(compile_only.jobs(short=True))
+    faults = [
+        f"{fact.target} {fact.kernel} ({fact.case}): {fact.fault}" for fact in facts if fact.fault
+    ]
+    assert not faults, "\n".join(faults)
+
+    for target in TARGETS.values():
+        mine = [fact for fact in facts if fact.target == target.name]
+        assert {fact.op for fact in mine} == {operation.name for operation in operations()}
+        assert all(0 <= fact.shared_bytes <= target.shared_per_block for fact in mine)
+        assert all(fact.registers > 0 and fact.occupancy > 0 for fact in mine)
+    for operation in operations():
+        compiled = {fact.kernel for fact in facts if fact.op == operation.name}
+        assert compiled >= set(operation.kernels), "perf names a kernel that nothing launches"
+        assert compiled >= {g.kernel for g in operation.goals if isinstance(g, CodeGoal)}
+
+
+@pytest.mark.compile_only
+def test_instructions_are_counted_per_output() -> None:
+    name = "gaussian_statistics"
+    windows = {
+        case.options["window_size"]: index
+        for index, case in enumerate(operations([name])[0].shipped)
+        if case.text.startswith("cityscapes float32 contiguous") and "padding" not in case.options
+    }
+    work = [(name, windows[window], "sm_90") for window in (3, 11)]
+    facts = compile_only.table(work, workers=1)
+    forward = [fact for fact in facts if "forward" in fact.kernel]
+    (small,), (large,) = (fact.loops for fact in forward)
+    assert small.name == large.name == "rows"
+    assert small.per_output is not None and large.per_output is not None
+    # Two maps of 3 + 3 multiply-adds at the least, and no more than a direct 3 x 3 window.
+    assert 12 < small.per_output < 86
+    assert large.per_output > 2 * small.per_output
+    assert 0 < small.instructions < forward[0].instructions
+
+
+@pytest.mark.compile_only
+def test_a_kernel_that_does_not_compile_is_a_row_and_a_failure(tmp_path: Path) -> None:
+    """A broken launcher must not look like a slice without kernels."""
+    script = (
+        "import dataclasses, sys; from perf.compiling import compile_only\n"
+        "from perf.operations import contract\n"
+        "broken = contract.operations(['gaussian_statistics'])[0]\n"
+        "def fail(*_): raise ValueError('first line\\nlast line')\n"
+        "broken = dataclasses.replace(broken, launch=fail)\n"
+        "compile_only.operations = lambda names=None: [broken]\n"
+        "facts = compile_only.compile_case('gaussian_statistics', 0, 'gfx942')\n"
+        "assert facts[0].fault == 'ValueError: first line ... last line', facts\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)

@@ -1,0 +1,130 @@
+"""`python -m perf train`: its photographs, its measure and a short run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tritonloss import use_backend
+
+pytest.importorskip("skimage", reason="the photographs are inside scikit-image's wheel")
+pandas = pytest.importorskip("pandas")
+
+from perf.training import train  # noqa: E402
+from perf.training.photographs import CLASSES, VOID, photographs  # noqa: E402
+
+
+def test_every_part_of_a_photograph_has_its_classes_and_some_void() -> None:
+    for scene, foreground in zip(photographs(), ("coin", "ink"), strict=True):
+        for part in (scene.training, scene.held_out):
+            assert part.image.shape[1:] == part.label.shape
+            assert set(part.label.unique().tolist()) == {0, CLASSES.index(foreground), VOID}
+        assert (scene.label == VOID).float().mean() < 0.06
+        widths = scene.training.label.shape[1] + scene.held_out.label.shape[1]
+        assert widths == scene.label.shape[1]
+
+
+def test_intersection_over_union_by_hand() -> None:
+    label = torch.tensor([[0, 0, 1], [2, 2, VOID]], dtype=torch.uint8)
+    prediction = torch.tensor([[0, 1, 1], [2, 0, 2]], dtype=torch.uint8)
+    shares = train.intersection_over_union([prediction], [label])
+    assert shares.tolist() == pytest.approx([1 / 3, 1 / 2, 1 / 2])
+
+
+def test_every_loss_sees_the_same_crops_and_weights() -> None:
+    scenes = photographs()
+    for first, second in zip(
+        *(train.batches(scenes, train.QUICK, seed=3) for _ in "ab"), strict=True
+    ):
+        assert all(map(torch.equal, first, second))
+    networks = []
+    for channels in (3, 5):
+        torch.manual_seed(3)
+        networks.append(train.Network(channels, width=4))
+    bodies = [
+        [value for name, value in network.state_dict().items() if not name.startswith("head")]
+        for network in networks
+    ]
+    assert all(map(torch.equal, *bodies))
+
+
+def test_every_loss_has_the_same_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cross entropy for the first fifth of the steps: each loss takes over the same network."""
+    settings = train.Settings(steps=5, batch=2, crop=24, width=4)
+    assert train.Settings().warm_up == train.Settings().steps // 5 and settings.warm_up == 1
+    scenes = photographs()
+    taken_over = []
+    for name, (channels, loss) in train.LOSSES.items():
+        called: list[tuple[str, torch.Tensor]] = []
+
+        def recorded(label: str, function: train.Loss, calls: list = called) -> train.Loss:
+            def call(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+                calls.append((label, logits.detach().clone()))
+                return function(logits, target)
+
+            return call
+
+        with monkeypatch.context() as patch, use_backend("reference"):
+            patch.setattr(train, "LOSSES", {name: (channels, recorded("own", loss))})
+            patch.setattr(train, "cross_entropy", recorded("first", train.cross_entropy))
+            _, seconds = train.train(name, 0, scenes, settings)
+        assert [label for label, _ in called] == ["first"] + ["own"] * 4
+        assert len(seconds) == 4  # the first steps are not timed as the loss's own
+        taken_over.append(called[1][1])
+    assert all(torch.equal(logits, taken_over[0]) for logits in taken_over)
+
+
+@pytest.mark.parametrize("name", list(train.LOSSES))
+def test_units_that_are_negative_everywhere_still_learn(name: str) -> None:
+    """As the last ones were on a rare class: with ReLU they and all below them got no gradient."""
+    _, loss = train.LOSSES[name]
+    torch.manual_seed(0)
+    network = train.Network(len(CLASSES), width=4)
+    for block in (*network.down, *network.up):
+        torch.nn.init.constant_(block[-2].bias, -10.0)  # before the last rectifier
+    images, labels = next(train.batches(photographs(), train.QUICK, seed=0))
+    with use_backend("reference"):
+        loss(network(images), labels).backward()
+    for parameter_name, parameter in network.named_parameters():
+        assert parameter.grad is not None and (parameter.grad != 0).any(), parameter_name
+
+
+@pytest.mark.parametrize("name", list(train.LOSSES))
+def test_losses_ignore_void_pixels(name: str) -> None:
+    _, loss = train.LOSSES[name]
+    row = torch.tensor([0, 1, 2, VOID], dtype=torch.uint8).repeat_interleave(4)
+    target = row.expand(1, 12, 16)
+    logits = torch.zeros(1, 3, 12, 16, requires_grad=True)
+    with use_backend("reference"):
+        loss(logits, target).backward()
+    assert logits.grad is not None
+    assert (logits.grad[..., 12:] == 0).all() and (logits.grad[..., :12] != 0).any()
+
+
+def test_quick_run_writes_table_and_picture(tmp_path: Path) -> None:
+    names = [train.BASELINE, "structural similarity"]
+    with use_backend("reference"):
+        frame = train.run(tmp_path, quick=True, losses=names, times=True)
+    assert frame["loss"].tolist() == names
+    assert frame["miou"].between(0, 1).all() and frame["loss_share"].between(0, 1).all()
+    assert {path.name for path in tmp_path.iterdir()} == {"train.csv", "train.md", "train.png"}
+    text = (tmp_path / "train.md").read_text()
+    assert "structural similarity" in text and "cannot rank losses" in text
+    assert "seconds per step" in text and "Seconds are medians" in text
+    untimed = train.markdown(frame.drop(columns=["seconds_per_step", "loss_share"]))
+    assert "econds" not in untimed and "share" not in untimed
+
+
+def test_the_kept_table_is_what_the_tool_writes() -> None:
+    """Of every loss and of no times, which a machine that others use cannot give."""
+    kept = Path(__file__).parents[2] / "perf" / "results" / "training"
+    frame = pandas.read_csv(kept / "train.csv")
+    assert list(frame["loss"].unique()) == list(train.LOSSES)
+    assert (kept / "train.md").read_text(encoding="utf-8") == train.markdown(frame)
+
+
+def test_unknown_loss_is_refused() -> None:
+    with pytest.raises(ValueError, match="nonsense"):
+        train.run(losses=["nonsense"])

@@ -1,0 +1,1 @@
+"""What every loss stands on; no device code."""

@@ -1,0 +1,276 @@
+"""What ``python -m tritonloss doctor`` reports: the installation, the devices, and a self-test.
+
+The self-test runs every operator forward and backward, the Triton kernels against the reference
+in float64. On a GPU the kernels run there; without one they run in Triton's interpreter, in a
+process of their own, since the interpreter must be chosen before the import. Where the interpreter
+cannot run at all, what serves the CPU is tested: the reference in float32.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import torch
+import triton
+import triton.knobs
+
+import tritonloss
+from tritonloss import functional
+
+from .._core import configurations
+from .._core.backend import INTERPRETED, Backend, serves_triton, use_backend
+from ..regions.plan import kernels_of_large_images
+from .interpreter import interpreter_problem
+
+Say = Callable[[str], None]
+Operator = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+def _gaussian_statistics(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tritonloss.gaussian_statistics(logits, window_size=5, padding="reflect")
+
+
+def _structural_similarity(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (functional.structural_similarity_loss(logits, target),)
+
+
+def _structural_similarity_wide(
+    logits: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    return (functional.structural_similarity_loss(logits, target, window_size=7),)
+
+
+def _ssim_full(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (functional.ssim_loss(logits, target, form="full", window_size=5),)
+
+
+def _ssim_contrast(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (functional.ssim_loss(logits, target, form="contrast_structure", window_size=5),)
+
+
+def _ssim_images(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    x = torch.sigmoid(logits)
+    return (functional.ssim(x, x.flip(-1), window_size=5, reduction="none"),)
+
+
+def _region_mutual_information(
+    logits: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    loss = functional.rmi_loss(logits, target, region_size=2, pool_size=2)
+    assert isinstance(loss, torch.Tensor)  # a pair only with return_info
+    return (loss,)
+
+
+def _region_mutual_information_large(
+    logits: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    with kernels_of_large_images():
+        return _region_mutual_information(logits, target)
+
+
+def _log_determinant(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    half = logits[..., :4]
+    return (tritonloss.linalg.logdet(half.mT @ half + torch.eye(4).to(half)),)
+
+
+def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (functional.cross_entropy(logits, target, label_smoothing=0.1),)
+
+
+def _binary_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (functional.binary_cross_entropy(logits, target),)
+
+
+def _focal(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (functional.focal_loss(logits, target, reduction="none"),)
+
+
+def _margin_calibrated(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    classes = logits.size(1)
+    offset = torch.linspace(0.5, 1.0, classes, device=logits.device)
+    channels_last = logits.to(memory_format=torch.channels_last)
+    return (functional.margin_calibrated_loss(channels_last, target, (offset, offset)),)
+
+
+OPERATORS: dict[str, Operator] = {
+    "gaussian_statistics": _gaussian_statistics,
+    "structural_similarity_loss": _structural_similarity,
+    "structural_similarity_loss, window 7": _structural_similarity_wide,
+    "ssim_loss, full": _ssim_full,
+    "ssim_loss, contrast_structure": _ssim_contrast,
+    "ssim": _ssim_images,
+    "rmi_loss": _region_mutual_information_large,
+    "rmi_loss, small images": _region_mutual_information,
+    "linalg.logdet": _log_determinant,
+    "cross_entropy": _cross_entropy,
+    "binary_cross_entropy": _binary_cross_entropy,
+    "focal_loss": _focal,
+    "margin_calibrated_loss, channels_last": _margin_calibrated,
+}
+
+# Relative to the largest element of the float64 result; a wrong kernel is off by far more.
+TOLERANCE = 1e-4
+
+# Exit status of the self-test's own process where Triton's interpreter cannot run.
+CANNOT_INTERPRET = 3
+
+
+def doctor(say: Say) -> int:
+    """Report the installation and test it; the exit status of ``python -m tritonloss doctor``."""
+    say(f"tritonloss {tritonloss.__version__}")
+    say(f"  python {platform.python_version()} on {platform.platform()}")
+    say(f"  torch {torch.__version__}, triton {triton.__version__}, numpy {numpy.__version__}")
+    say("devices")
+    devices = _devices()
+    for device, description in devices:
+        backend = "Triton kernels" if _served_by_triton(device) else "kernels_reference"
+        say(f"  {device}: {description}, served by {backend}")
+    say("caches")
+    say(f"  tuned configurations: {configurations.cache_directory()}")
+    say(f"  compiled kernels: {triton.knobs.cache.dir}")
+    say("launch configurations")
+    for device, _ in devices:
+        say(f"  {device}: {_configurations_in_use(configurations.device_name(device))}")
+    say("self-test")
+    gpus = [device for device, _ in devices if device.type != "cpu"]
+    if gpus:
+        status = max([self_test(device, say) for device in gpus])
+    elif INTERPRETED:
+        status = interpreted_self_test(say)
+    else:
+        status = _self_test_in_a_process(say)
+    say("verdict: healthy" if status == 0 else "verdict: NOT healthy, see the self-test above")
+    return status
+
+
+def interpreted_self_test(say: Say) -> int:
+    """The self-test in this process, whose kernels run in Triton's interpreter, if that can run."""
+    problem = interpreter_problem()
+    if problem is not None:
+        say(f"  {problem}")
+        return CANNOT_INTERPRET
+    return self_test(torch.device("cpu"), say)
+
+
+def self_test(device: torch.device, say: Say, backend: Backend = "triton") -> int:
+    """Compare every operator with the reference in float64 on ``device``; 0 if all agree."""
+    place = str(device)
+    if backend == "reference":
+        place += ", reference"
+    elif INTERPRETED:
+        place += ", interpreted"
+    logits, target = (tensor.to(device) for tensor in self_test_inputs(device.type))
+    status = 0
+    for name, operator in OPERATORS.items():
+        try:
+            error = _largest_error(operator, logits, target, backend)
+        except Exception as problem:  # the doctor reports whatever is wrong, and goes on
+            verdict = f"FAILED: {type(problem).__name__}: {str(problem).strip()[:300]}"
+            status = 1
+        else:
+            agrees = error <= TOLERANCE
+            verdict = f"{'ok' if agrees else 'FAILED'}, relative error {error:.1e}"
+            status |= not agrees
+        say(f"  {name} on {place}: {verdict}")
+    return status
+
+
+def self_test_inputs(device_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels, some ignored; none so near SSL's threshold that rounding could decide."""
+    shape = (1, 2, 9, 11) if device_type == "cpu" else (2, 3, 19, 37)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(shape, generator=generator).mul(3)
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+    target[:, :2] = 255
+    return logits, target
+
+
+def _largest_error(
+    operator: Operator, logits: torch.Tensor, target: torch.Tensor, backend: Backend
+) -> float:
+    """The largest error of values and gradients, relative to the largest element of each."""
+    actual = _values_and_gradient(operator, logits, target, backend)
+    expected = _values_and_gradient(operator, logits.double(), target, "reference")
+    errors = []
+    for found, truth in zip(actual, expected, strict=True):
+        difference = (found.double() - truth).abs().max() / truth.abs().max()
+        errors.append(float(difference.nan_to_num(nan=float("inf"))))
+    return max(errors)
+
+
+def _values_and_gradient(
+    operator: Operator, logits: torch.Tensor, target: torch.Tensor, backend: Backend
+) -> list[torch.Tensor]:
+    leaf = logits.detach().requires_grad_()
+    with use_backend(backend):
+        values = operator(leaf, target)
+        upstream = [
+            torch.linspace(0.5, 1.5, value.numel()).reshape(value.shape) for value in values
+        ]
+        (gradient,) = torch.autograd.grad(
+            values, leaf, [u.to(value) for u, value in zip(upstream, values, strict=True)]
+        )
+    return [*(value.detach() for value in values), gradient]
+
+
+def _self_test_in_a_process(say: Say) -> int:
+    """The self-test in a process whose kernels run in Triton's interpreter, or of the reference."""
+    package_parent = str(Path(tritonloss.__file__).parents[1])
+    search_path = os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])
+    child = subprocess.run(
+        [sys.executable, "-m", "tritonloss", "doctor", "--self-test"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": search_path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    failed = child.returncode not in (0, CANNOT_INTERPRET)
+    for line in child.stdout.splitlines() + (child.stderr.splitlines()[-5:] if failed else []):
+        say(line)
+    if child.returncode == CANNOT_INTERPRET:
+        say("  so no kernel is tested on this machine; it serves CPU tensors by the reference:")
+        return self_test(torch.device("cpu"), say, "reference")
+    return int(failed)
+
+
+def _devices() -> list[tuple[torch.device, str]]:
+    """The GPUs that torch can use, and the CPU."""
+    devices = [(torch.device("cpu"), platform.processor() or platform.machine())]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+            description = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}"
+            devices.append((torch.device("cuda", index), description))
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        for index in range(torch.xpu.device_count()):
+            devices.append((torch.device("xpu", index), torch.xpu.get_device_name(index)))
+    return devices
+
+
+def _served_by_triton(device: torch.device) -> bool:
+    return serves_triton(torch.empty(0, device=device))
+
+
+def _configurations_in_use(name: str) -> str:
+    """Which tuned file serves the device called ``name``, and why others do not."""
+    if os.environ.get("TRITONLOSS_TUNING") == "off":
+        return "heuristic (TRITONLOSS_TUNING=off)"
+    ignored = ""
+    for path in configurations.tuned_files(name):
+        try:
+            document = configurations.read_document(path, name)
+        except FileNotFoundError:
+            continue
+        except configurations.UnusableFileError as reason:
+            ignored += f"; {path} is ignored: {reason}"
+            continue
+        made = f"triton {document.get('triton')}, {document.get('date')}"
+        return f"{path} ({len(document['entries'])} entries, {made}), else heuristic{ignored}"
+    return f"heuristic, no tuned file{ignored}"

@@ -1,0 +1,151 @@
+"""Kernel launches seen from outside: recorded, left out, or only compiled, for any GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from .._core.configurations import target_changed
+
+_CONFIGURATION = ("columns", "lanes", "rows", "unroll")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One `kernel[grid](...)`: the kernel's name, its constexprs, and what compiling gave.
+
+    A constexpr that is a named tuple stands under NAME.field for each of its fields.
+    """
+
+    kernel: str
+    constants: dict[str, Any]
+    num_warps: int
+    compiled: Any = None
+    compile_seconds: float | None = None  # None: it came out of Triton's cache
+    programs: int | None = None  # None: the grid is a function
+    tensor_bytes: int = 0  # of all tensors that it is given, each once
+    largest_tensor: int = 0  # elements of the largest one
+
+    @property
+    def configuration(self) -> str:
+        """The block sizes and warps, named as the tuned files name them."""
+        sizes = {name: self.constants.get(f"STRIP.{name}") for name in _CONFIGURATION}
+        known = [f"{name.upper()}={value}" for name, value in sizes.items() if value is not None]
+        return " ".join([*known, f"num_warps={self.num_warps}"])
+
+
+@contextmanager
+def recorded(mode: Literal["run", "compile", "skip"]) -> Iterator[list[Launch]]:
+    """Record every launch inside the block and run it, or only compile it, or do neither.
+
+    Triton has no public way to compile what a launcher would launch, so the method that every
+    `kernel[grid](...)` ends in is replaced for the time being.
+    """
+    launches: list[Launch] = []
+    original = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = None
+        seconds: list[float] = []
+        if mode != "skip":
+            with _compile_seconds(seconds):
+                compiled = original(
+                    self, *args, grid=grid, warmup=warmup or mode == "compile", **kwargs
+                )
+        tensors = _tensors((*args, *kwargs.values()))
+        launches.append(
+            Launch(
+                kernel=self.__name__,
+                constants=_constants(self, args, kwargs),
+                num_warps=kwargs.get("num_warps", 4),
+                compiled=compiled,
+                compile_seconds=seconds[0] if seconds else None,
+                programs=None if callable(grid) else math.prod(grid),
+                tensor_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+                largest_tensor=max((tensor.numel() for tensor in tensors), default=0),
+            )
+        )
+        return compiled
+
+    JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+@contextmanager
+def offline(target: GPUTarget) -> Iterator[None]:
+    """Let Triton believe that the current GPU is `target`. Nothing can be launched inside."""
+    before = driver._active  # reset_active() would look for a GPU, and raise where there is none
+    driver.set_active(_OfflineDriver(target))
+    target_changed()
+    try:
+        yield
+    finally:
+        driver._active = before
+        target_changed()
+
+
+class _OfflineDriver:
+    """As much of a driver as Triton's front end asks for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> str:
+        # Triton keeps a table of compiled kernels per device, and no device changes its kind.
+        return f"{self._target.backend}:{self._target.arch}"
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+
+@contextmanager
+def _compile_seconds(seconds: list[float]) -> Iterator[None]:
+    def listener(*, times: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            seconds.append(times.total / 1e6)
+
+    triton.knobs.compilation.listener, before = listener, triton.knobs.compilation.listener
+    try:
+        yield
+    finally:
+        triton.knobs.compilation.listener = before
+
+
+def _tensors(values: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The tensors among the values; one that is given under two names counts once."""
+    tensors = {id(value): value for value in values if isinstance(value, torch.Tensor)}
+    return list(tensors.values())
+
+
+def _constants(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = [parameter.name for parameter in kernel.params]
+    values = dict(zip(names, args, strict=False)) | kwargs
+    constants: dict[str, Any] = {}
+    for parameter in kernel.params:
+        if parameter.is_constexpr and parameter.name in values:
+            value = values[parameter.name]
+            fields: dict[str, Any] = getattr(value, "_asdict", dict)()
+            constants |= {f"{parameter.name}.{field}": inner for field, inner in fields.items()}
+            constants |= {} if fields else {parameter.name: value}
+    return constants

@@ -1,0 +1,351 @@
+"""Measure launch configurations on the GPU at hand and write the user's tuned file.
+
+Candidates are compiled first (``sieve.py``); what does not compile, spills or asks for too much
+shared memory is dropped. What disagrees with the heuristic's result, which the tests hold to the
+reference, is dropped and reported; of the rest the fastest is kept. The file is replaced atomically
+after every case, so that an interruption keeps what was tuned.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.testing import do_bench
+
+from .._core import configurations
+from .._core.backend import INTERPRETED
+from .._core.configurations import Configuration, Shape, TuningCase, bucket_of
+from .._core.progress import Progress
+from .._core.source_hash import source_hash
+from . import tuned_files
+from .launches import Launch, recorded
+from .sieve import Sieve
+from .tuning_cases import sized, tuning_cases
+
+# Candidates differ in the order of their sums, not in their mathematics.
+_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 4e-2, torch.float32: 1e-3, torch.float64: 1e-6}
+# Numbers of classes at which a winner is checked once more: it may serve all buckets between.
+_REACH = (1, 256)
+# Of a budget every case gets its share, but enough to measure a few candidates.
+_LEAST_SECONDS = 1.0
+
+Say = Callable[[str], None]
+Timer = Callable[[Callable[[], Any]], float]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of ``python -m tritonloss tune``; None is everything, or no limit."""
+
+    operator: str | None = None
+    shapes: Sequence[Shape] | None = None
+    budget: float | None = None
+    resume: bool = False
+    out: Path | None = None
+
+
+@dataclass
+class Outcome:
+    """A case's candidates: milliseconds of those measured, the reasons of those dropped."""
+
+    measured: list[tuple[float, Configuration]] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+    @property
+    def best(self) -> tuple[float, Configuration]:
+        return min(self.measured, key=lambda pair: pair[0])
+
+
+def tune(request: Request, say: Say) -> int:
+    """Tune every case on the current GPU; the exit status of ``python -m tritonloss tune``."""
+    device = _gpu()
+    if device is None:
+        say(
+            f"tune needs a GPU that torch can use, and there is none ({_what_is_missing()}). "
+            "--compile-only --target sm_90 predicts without one."
+        )
+        return 1
+    name = configurations.device_name(device)
+    path = request.out or configurations.tuned_files(name)[0]
+    try:
+        cases = tuning_cases(request.operator, request.shapes)
+        tuned_files.write_entries(path, name, {})
+    except ValueError as error:
+        say(str(error))
+        return 1
+    except OSError as error:
+        say(f"cannot write {path}: {error}. --out or TRITONLOSS_CACHE_DIR choose another place.")
+        return 1
+    if request.resume:
+        cases = _not_yet_tuned(cases, path, name)
+    say(f"tuning {len(cases)} cases on {name} into {path}")
+    failed: list[str] = []
+    try:
+        failed = _tune_cases(cases, device, request.budget, path, say)
+    except KeyboardInterrupt:
+        say(f"interrupted; what was tuned so far is in {path}, and --resume goes on from there")
+        return 130
+    finally:
+        configurations.forget()
+    say(f"tuned: {path}")
+    if failed:
+        say(f"no candidate runs for {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def predict(target: str, request: Request, say: Say) -> int:
+    """Rank candidates without a GPU; the exit status of ``tune --compile-only``."""
+    try:
+        prediction = importlib.import_module("perf.compiling.predict")
+    except ImportError as error:
+        say(
+            f"--compile-only needs the model of the kernels in the folder perf of the repository, "
+            f"from which it has to be started ({error})"
+        )
+        return 1
+    return int(prediction.run(target, request.operator, request.shapes, say))
+
+
+def export(source: Path | None, say: Say) -> int:
+    """Write a tuned file for shipping; the exit status of ``tune --export``."""
+    if source is None:
+        device = _gpu()
+        if device is None:
+            say(f"--export needs the name of a tuned file, or a GPU ({_what_is_missing()})")
+            return 1
+        source = configurations.tuned_files(configurations.device_name(device))[0]
+    try:
+        path = tuned_files.export(source, configurations.SHIPPED_DIRECTORY)
+    except (OSError, configurations.UnusableFileError) as error:
+        say(f"cannot export {source}: {error}")
+        return 1
+    say(f"exported: {path}")
+    return 0
+
+
+def tune_case(
+    case: TuningCase,
+    device: torch.device,
+    seconds: float,
+    timer: Timer,
+    faults: Sequence[str | None] | None = None,
+) -> Outcome:
+    """Measure the candidates that run and agree with the heuristic, while ``seconds`` last.
+
+    ``faults`` are reasons, known beforehand, to leave a candidate out.
+    """
+    deadline = time.monotonic() + seconds
+    outcome = Outcome()
+    try:
+        launch = case.run(device)
+    except Exception as error:  # whatever a driver may raise
+        outcome.dropped.append(f"the inputs: {_described(error)}")
+        return outcome
+    expected, spills = _heuristic_result(case, launch)
+    for candidate, fault in zip(case.candidates, faults or [None] * 999, strict=False):
+        if outcome.measured and time.monotonic() > deadline:
+            break
+        if fault:
+            outcome.dropped.append(f"{candidate}: {fault}")
+            continue
+        try:
+            with configurations.forced(case.operator, candidate):
+                with recorded("run") as launches:
+                    result = tensors(launch())
+                reason = disagreement(result, expected) if expected is not None else None
+                if reason is None and _spills(launches) > spills:
+                    reason = "spills registers"
+                if reason:
+                    outcome.dropped.append(f"{candidate}: {reason}")
+                    continue
+                if expected is None:
+                    expected = [tensor.clone() for tensor in result]
+                outcome.measured.append((timer(launch), candidate))
+        except Exception as error:  # whatever a compiler or a driver may raise
+            outcome.dropped.append(f"{candidate}: {_described(error)}")
+    return outcome
+
+
+def reach(case: TuningCase, configuration: Configuration, device: torch.device) -> list[int]:
+    """The buckets of classes for which the configuration was checked, its own among them."""
+    checked = [bucket_of(case.classes)]
+    for classes in _REACH:
+        other = sized(case, (1, classes, 130, 1024), case.layout)
+        if other is None or bucket_of(classes) in checked:
+            continue
+        try:
+            launch = other.run(device)
+            expected, spills = _heuristic_result(other, launch)
+            with configurations.forced(case.operator, configuration), recorded("run") as launches:
+                agrees = expected is not None and not disagreement(tensors(launch()), expected)
+            agrees = agrees and _spills(launches) <= spills
+        except Exception:  # too large for this GPU, say: then it is not checked
+            continue
+        if agrees:
+            checked.append(bucket_of(classes))
+    return sorted(checked)
+
+
+def tensors(result: object) -> list[torch.Tensor]:
+    """The floating-point tensors in what a launch returned."""
+    if isinstance(result, torch.Tensor):
+        return [result] if result.is_floating_point() else []
+    if isinstance(result, (tuple, list)):
+        return [tensor for part in result for tensor in tensors(part)]
+    return []
+
+
+def disagreement(result: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str | None:
+    """Why two results are not the same up to rounding; None if they are."""
+    if [tensor.shape for tensor in result] != [tensor.shape for tensor in expected]:
+        return "wrong: other shapes than the heuristic's"
+    for actual, wanted in zip(result, expected, strict=True):
+        if wanted.numel() == 0:
+            continue
+        # A non-finite difference fails the comparison, as it should.
+        exact = torch.promote_types(wanted.dtype, torch.float32)
+        scale = float(wanted.abs().max())
+        difference = float((actual.to(exact) - wanted.to(exact)).abs().max())
+        if not difference <= _TOLERANCE[wanted.dtype] * scale:
+            return f"wrong: differs from the heuristic by {difference:.3g} (of {scale:.3g})"
+    return None
+
+
+def _heuristic_result(
+    case: TuningCase, launch: Callable[[], Any]
+) -> tuple[list[torch.Tensor] | None, int]:
+    """(result, spilled registers) without a candidate; None if not even that runs."""
+    try:
+        with configurations.forced(case.operator, {}), recorded("run") as launches:
+            result = [tensor.clone() for tensor in tensors(launch())]
+    except Exception:  # then the first candidate that runs has to do
+        return None, 0
+    return result, _spills(launches)
+
+
+def _spills(launches: Sequence[Launch]) -> int:
+    """What the driver says was spilled, of kernels that could not be compiled beforehand too."""
+    return sum(getattr(record.compiled, "n_spills", None) or 0 for record in launches)
+
+
+def _not_yet_tuned(cases: list[TuningCase], path: Path, name: str) -> list[TuningCase]:
+    known = tuned_files.current_entries(path, name)
+    series = triton.__version__.split(".")[:2]
+    done = {
+        key for key, entry in known.items() if str(entry.get("triton")).split(".")[:2] == series
+    }
+    return [case for case in cases if case.key not in done]
+
+
+def _tune_cases(
+    cases: list[TuningCase], device: torch.device, budget: float | None, path: Path, say: Say
+) -> list[str]:
+    """Tune case after case, each with its share of the time left; the keys of those that failed."""
+    name = configurations.device_name(device)
+    deadline = time.monotonic() + budget if budget is not None else float("inf")
+    failed: list[str] = []
+    sieve = _sieve(cases, device)
+    bar = Progress(len(cases), budget_s=budget)
+    try:
+        for index, case in enumerate(cases):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                bar.clear()
+                say(f"the budget of {budget:g} s is spent; {len(cases) - index} cases are left out")
+                break
+            bar.announce(case.key)
+            share = max(left / (len(cases) - index), _LEAST_SECONDS)
+            faults = sieve.faults(case) if sieve else None
+            outcome = tune_case(case, device, share, _median_ms, faults)
+            bar.clear()
+            _report(f"[{index + 1}/{len(cases)}] {case.key}", outcome, say)
+            if outcome.measured:
+                entry = _entry(case, outcome, device)
+                tuned_files.write_entries(path, name, {case.key: entry})
+            else:
+                failed.append(case.key)
+            bar.step(case.key)
+    finally:
+        if sieve:
+            sieve.close()
+        bar.close()
+    return failed
+
+
+def _sieve(cases: Sequence[TuningCase], device: torch.device) -> Sieve | None:
+    """The pool that compiles for this GPU; None where only the launch can tell."""
+    if device.type == "cpu":
+        return None
+    driver = triton.runtime.driver.active
+    if driver.get_current_target().backend not in ("cuda", "hip"):
+        return None
+    limit = driver.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    return Sieve(cases, driver.get_current_target(), int(limit))
+
+
+def _entry(case: TuningCase, outcome: Outcome, device: torch.device) -> dict[str, Any]:
+    """What the tuned file keeps of a case."""
+    ms, configuration = outcome.best
+    return {
+        "configuration": configuration,
+        "ms": round(ms, 6),
+        "checked": reach(case, configuration, device),
+        "slice": case.slice,
+        "source": source_hash(case.slice),
+        "triton": triton.__version__,
+        "timings": [{"ms": round(ms, 6), **tried} for ms, tried in _sorted(outcome)],
+        "dropped": outcome.dropped,
+    }
+
+
+def _sorted(outcome: Outcome) -> list[tuple[float, Configuration]]:
+    """What was measured, the fastest first."""
+    return sorted(outcome.measured, key=lambda pair: pair[0])
+
+
+def _report(title: str, outcome: Outcome, say: Say) -> None:
+    say(f"{title}: {_summary(outcome)}")
+    for reason in outcome.dropped:
+        say(f"    dropped {reason}")
+
+
+def _summary(outcome: Outcome) -> str:
+    if not outcome.measured:
+        return "no candidate runs"
+    ms, configuration = outcome.best
+    gain = outcome.measured[0][0] / ms
+    return (
+        f"{ms:.4f} ms, {gain:.2f}x as fast as the first of {len(outcome.measured)}: {configuration}"
+    )
+
+
+def _median_ms(launch: Callable[[], Any]) -> float:
+    return float(do_bench(launch, warmup=10, rep=50, return_mode="median"))
+
+
+def _gpu() -> torch.device | None:
+    if INTERPRETED:
+        return None
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        return torch.device("xpu", torch.xpu.current_device())
+    return None
+
+
+def _what_is_missing() -> str:
+    if INTERPRETED:
+        return "TRITON_INTERPRET=1 replaces the GPU kernels"
+    return f"torch {torch.__version__} sees no CUDA, ROCm or XPU device"
+
+
+def _described(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"

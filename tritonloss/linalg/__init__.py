@@ -1,0 +1,5 @@
+"""Batches of small symmetric positive definite matrices."""
+
+from .matrices import cholesky_ex, inv, logdet, solve
+
+__all__ = ["cholesky_ex", "inv", "logdet", "solve"]

@@ -1,0 +1,343 @@
+"""Margin-calibrated log-loss: one class against the best of the others, offset by its rarity.
+
+Yu et al., "Distribution-Aware Margin Calibration for Semantic Segmentation in Images". With the
+margin of class k at a pixel, its score less the best score of the other classes,
+
+    margin_k = z_k - max over j != k of z_j                           Eq. 8
+    calibrated_k = margin_k - own_k if k is the label else margin_k + other_k    Algorithm 2
+    loss = (1 / V) sum over pixels and classes of a penalty on it     Eq. 17, 18 or 9, 16
+
+the two largest scores give every margin of a pixel, and the gradient flows through both.
+
+Bytes per pass, L of logits and T of labels: forward L + T up to 32 contiguous classes, or 256 in
+channels_last, which the second pass over the classes finds in registers; of more, 2 L + T are read,
+the second L out of the cache as far as it fits there; backward 2 L + T. 8 bytes per pixel are
+saved, 12 for float64 (``margin_kernels.py`` says which, and why).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from kernels_reference.margin_calibration import (
+    margin_calibrated_loss as margin_calibrated_loss_reference,
+)
+
+from .._core import checks
+from .._core.backend import serves_triton
+from .._core.configurations import Launch, Shape, TuningCase
+from .._core.operator import Operator
+from .._core.tuning_inputs import random_labels, random_map
+from .._engine.pixel_launch import (
+    REDUCTIONS,
+    Loss,
+    Results,
+    compute_dtype,
+    empty_results,
+    launch_backward,
+    launch_forward,
+    pixel_cases,
+)
+from ..metrics.label_statistics import MarginOffsets
+from .margin_kernels import Options, margin_backward, margin_forward
+
+VARIANTS = ("paper", "released", "margin")
+
+# --- launchers ------------------------------------------------------------------------------------
+
+
+def _saves(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The classes of the two largest scores in 16 bits each, and the sum of the derivatives."""
+    return torch.int32, compute_dtype(dtype)
+
+
+LOSS = Loss(
+    name="margin_calibrated", forward=margin_forward, backward=margin_backward, saved=_saves,
+    held=32, unroll=9,  # with 8, two registers too many on sm_100 under Triton 3.6
+)  # fmt: skip
+
+
+class CallOptions(NamedTuple):
+    """The options of the loss, as they pass through the operator."""
+
+    variant: str
+    reduction: str
+    ignore_index: int | None
+
+    def of_kernels(self, classes: int, save: bool) -> Options:
+        """With a penalty's share in the loss: the released code has a mean over other classes."""
+        share = 1.0 / classes if self.variant == "released" else 1.0
+        return Options(self.variant, 1.0, share, save)
+
+
+def _margin_forward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    own: torch.Tensor,
+    other: torch.Tensor,
+    options: CallOptions,
+    save: bool,
+) -> Results:
+    """The loss, and what its backward pass needs if ``save``."""
+    compiled = options.of_kernels(logits.size(1), save)
+    return launch_forward(
+        LOSS, logits, target, (own, other), (), compiled, options.reduction, options.ignore_index,
+        save,
+    )  # fmt: skip
+
+
+def _margin_backward(
+    grad_loss: torch.Tensor,
+    scale: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    own: torch.Tensor,
+    other: torch.Tensor,
+    options: CallOptions,
+) -> torch.Tensor:
+    """The gradient of the logits under an upstream gradient [] or [N, H, W]."""
+    compiled = options.of_kernels(logits.size(1), True)
+    results = Results(scale, scale, first, second)
+    return launch_backward(
+        LOSS, grad_loss, results, logits, target, (own, other), (), compiled, options.ignore_index
+    )
+
+
+def _allocate(logits: torch.Tensor, options: CallOptions, save: bool, **_: torch.Tensor) -> Results:
+    return empty_results(LOSS, logits, options.reduction, save)
+
+
+def tuning_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` measures for this slice."""
+    return pixel_cases([LOSS], _tuning_pass)
+
+
+def _tuning_pass(
+    loss: Loss, dtype: torch.dtype, shape: Shape, layout: str, device: torch.device
+) -> Launch:
+    logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
+    target = random_labels(shape, device)
+    offset = torch.full((shape[1],), 0.1, device=device)
+    given = (logits, target, offset, offset)
+    options = CallOptions("paper", "mean", 255)
+
+    def both_passes() -> tuple[torch.Tensor, torch.Tensor]:
+        results = _margin_forward(*given, options, save=True)
+        upstream = torch.ones_like(results.loss)
+        return results.loss, _margin_backward(upstream, *results[1:], *given, options)
+
+    return both_passes
+
+
+# --- operator -------------------------------------------------------------------------------------
+
+MARGIN_CALIBRATED = Operator(
+    "margin_calibrated",
+    forward=_margin_forward,
+    backward=_margin_backward,
+    allocate=_allocate,
+    results=Results,
+    options=CallOptions,
+)
+
+
+# --- function -------------------------------------------------------------------------------------
+
+
+def margin_calibrated_loss(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    offsets: tuple[torch.Tensor, torch.Tensor],
+    *,
+    variant: str = "paper",
+    ignore_index: int | None = checks.IGNORE_INDEX,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Margin-calibrated loss: a penalty on every class's margin, harder on rare classes.
+
+    With margin_k = z_k - max over j != k of z_j (0 for scores that tie for the best), and for the
+    pixel's own class c = margin - own, for all others c = margin + other:
+
+        "paper"     log2(1 + 2^-c) for the own class, log2(1 + 2^c) for the others
+        "released"  log(1 + e^-c) for the own class, log(1 + e^c) / C for the others: what the
+                    authors' code computes, a mean over classes in which the own class weighs C
+        "margin"    min(1, max(0, 1 - margin / own)) for the own class,
+                    min(1, max(0, 1 + margin / other)) for the others: the ramp that the log-loss
+                    stands in for
+
+    summed over classes, averaged over valid pixels. The gradient flows through both maxima; of
+    equal scores the first counts as the larger.
+
+    Which variant to take: "released" to train from the start with five classes and more; "paper"
+    with up to four, or from a network whose scores are well apart already; "margin", which has no
+    slope where a margin is wrong, only from such a network. At the start "paper" raises a wrong
+    winner. Proof: let a be the best class of a pixel, t the label and not a, and u_k the
+    derivative of the penalty on class k by its margin. z_a enters margin_a with +1 and every other
+    margin with -1, so that the pixel's loss has
+
+        derivative by z_a = u_a - (sum over k != a of u_k)
+
+    At equal scores all margins are 0, and with s(x) = 1 / (1 + e^-x) the penalties have
+
+        "paper"     u_t = -s(own_t ln 2),  u_k = s(other_k ln 2) for the other classes
+        "released"  u_t = -s(own_t),       u_k = s(other_k) / C  for the other classes
+
+    Without offsets every s is 1/2. The derivative by z_a is then
+
+        "paper"     1/2 + 1/2 - (C - 2) / 2           = (4 - C) / 2
+        "released"  1 / (2 C) + 1/2 - (C - 2) / (2 C) = 3 / (2 C)
+
+    For "paper" it is negative from C = 5 on: until the other scores have fallen behind, descent
+    raises the wrong winner at a rate of (C - 4) / 2, and the label at 1/2. For "released" it is
+    positive for every C. Positive ``other`` lower both: those of 40 million pixels in equal shares
+    give -2.0, -7.6 and -79 at C = 8, 19 and 150 for "paper", and 0.19, 0.07 and -0.05 for
+    "released".
+
+    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN, and
+    margins between equal infinities, make their pixel's loss NaN, and the gradient of all of
+    its classes; any other infinite score has infinite margins.
+
+    Args:
+        logits: [N, C, H, W] with C from 2 to 65536, float16, bfloat16 or float32 (or float64), any
+            strides.
+        target: integer labels [N, H, W], uint8 to int64.
+        offsets: (own, other), floating-point [C] each, finite and not negative, as
+            :func:`tritonloss.margin_offsets` returns them. They get no gradient. Others raise on
+            the CPU (an infinite offset makes the loss infinite, or constant if "margin"); on a GPU,
+            where looking would synchronise, and under torch.compile nobody looks.
+        variant: "paper" (default), "released" or "margin"; above is when to take which.
+        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255,
+            which has to be given where there are more than 255 classes and it is one of them. Other
+            labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they
+            count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        reduction: "mean" (default), "sum", or "none": [N, H, W], zero at ignored pixels.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits); the mean is 0 with zero gradient if no
+        pixel is valid. The gradient has the dtype of the logits.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes do not match, an option is out of range, or a label is (see
+            ignore_index).
+
+    Reference:
+        Yu et al., "Distribution-Aware Margin Calibration for Semantic Segmentation in Images",
+        Eq. 8, 9, 16 to 18.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> from tritonloss.functional import margin_calibrated_loss
+        >>> target = torch.randint(0, 19, (2, 32, 64))
+        >>> offsets = tritonloss.margin_offsets(tritonloss.count_labels(target, 19))
+        >>> margin_calibrated_loss(torch.randn(2, 19, 32, 64), target, offsets).shape
+        torch.Size([])
+    """
+    checks.check_logits(logits)
+    checks.check_target(logits, target)
+    checks.check_classes(logits, 1 << 16)
+    own, other = _check_options(offsets, variant, ignore_index, reduction, logits)
+    checks.check_labels_in_range(target, logits.size(1), ignore_index)
+    if not serves_triton(logits):
+        return margin_calibrated_loss_reference(
+            logits,
+            target,
+            (own, other),
+            variant=variant,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+    # The offsets get no gradient.
+    ignored = None if ignore_index is None else int(ignore_index)
+    options = CallOptions(variant, reduction, ignored)
+    return MARGIN_CALIBRATED(logits, target, own.detach(), other.detach(), options=options)[0]
+
+
+def _check_options(
+    offsets: tuple[torch.Tensor, torch.Tensor],
+    variant: str,
+    ignore_index: int | None,
+    reduction: str,
+    logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The offsets, if all is right; without ``logits``, for any number of classes."""
+    own, other = checks.check_pair("offsets", offsets)
+    checks.check_class_weights("offsets.own", own, logits, optional=False)
+    checks.check_class_weights("offsets.other", other, logits, optional=False)
+    if own.shape != other.shape:
+        raise ValueError(
+            f"offsets must be of one shape; got {tuple(own.shape)} and {tuple(other.shape)}"
+        )
+    checks.check_offsets(own, "offsets.own")
+    checks.check_offsets(other, "offsets.other")
+    checks.check_option("variant", variant, VARIANTS)
+    checks.check_option("reduction", reduction, REDUCTIONS)
+    checks.check_ignore_index(ignore_index, own.shape[0])
+    return own, other
+
+
+# --- module ---------------------------------------------------------------------------------------
+
+
+class MarginCalibratedLoss(nn.Module):
+    """:func:`tritonloss.functional.margin_calibrated_loss` as a module.
+
+    With five classes and more, ``variant="released"`` trains from the start (the function's
+    docstring says why).
+
+    The offsets are buffers, copies of what is given: they go with ``.to()`` and into state_dict().
+    A change of dtype rounds them: under ``.half()`` those below 3e-8 become 0, as the own offsets
+    of a large data set are. Logits of any dtype go with offsets in float32.
+
+    Args: the offsets and the keyword arguments of the function, with the same defaults.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> counts = torch.tensor([9000, 900, 100])
+        >>> offsets = tritonloss.margin_offsets(counts)
+        >>> criterion = tritonloss.MarginCalibratedLoss(offsets, variant="released")
+        >>> criterion(torch.randn(2, 3, 32, 64), torch.randint(0, 3, (2, 32, 64))).shape
+        torch.Size([])
+    """
+
+    own: torch.Tensor
+    other: torch.Tensor
+
+    def __init__(
+        self,
+        offsets: tuple[torch.Tensor, torch.Tensor],
+        *,
+        variant: str = "paper",
+        ignore_index: int | None = checks.IGNORE_INDEX,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        own, other = _check_options(offsets, variant, ignore_index, reduction)
+        self.register_buffer("own", own.detach().clone())
+        self.register_buffer("other", other.detach().clone())
+        self.variant = variant
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Logits [N, C, H, W], target [N, H, W] -> scalar, or [N, H, W]."""
+        return margin_calibrated_loss(
+            logits,
+            target,
+            MarginOffsets(self.own, self.other),
+            variant=self.variant,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return (
+            f"classes={self.own.numel()}, variant={self.variant!r}, "
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        )

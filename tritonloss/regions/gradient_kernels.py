@@ -1,0 +1,318 @@
+"""Kernels of region mutual information: the gradient to the probabilities of the (pooled) maps.
+
+A pixel takes part in up to R^2 regions. With the weights K1 (residuals) and K2 (labels) of the
+head, its gradient is a correlation of the maps with their sums along equal lags, (2R - 1)^2 taps
+per feature; near the border some of a pixel's regions do not exist, so that there are (2R - 1)^2
+tables of taps, one for each combination of row and column class. The interior has one table for
+all.
+
+Without pooling the gradient goes through the sigmoid at once, the cross entropy is added, and what
+is written is the gradient to the logits; else the gradient to the pooled probabilities.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .features import (
+    SIZES,
+    load_features,
+    load_label,
+    load_pair,
+    load_scaled,
+    logit_gradient,
+    plane_of,
+    pointer_to,
+)
+
+# --- device functions -----------------------------------------------------------------------------
+
+
+@triton.jit
+def _store_gradient(
+    out, value, first, second, row, column, mask, entropy_scale, channel, channels,
+    dtype: tl.constexpr, IGNORED: tl.constexpr, POOLED: tl.constexpr,
+):  # fmt: skip
+    """The gradient to pooled probabilities as it is; the one to full probabilities made logits'."""
+    if not POOLED:
+        label = load_label(second, row, column, mask, channels, IGNORED)
+        u = load_scaled(first, row, column, mask, dtype)
+        value = logit_gradient(u, label, channel, value, entropy_scale)
+    tl.store(pointer_to(out, row, column), value, mask=mask)
+
+
+@triton.jit
+def _border_class(place, size, regions, REGION: tl.constexpr):
+    """Which of a pixel's R regions along one axis exist: 0 to 2R - 2, all of them at R - 1."""
+    return tl.where(place < regions, tl.minimum(place, REGION - 1), place - regions + REGION)
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _rmi_taps_kernel(
+    grad_loss_ptr,  # []
+    residual_weights_ptr,  # [N * C, R^2, R^2] float64
+    label_weights_ptr,  # [N * C, R^2, R^2] float64
+    constants_ptr,  # [N * C, R^2] float64
+    taps_ptr,  # [N * C, (2R - 1)^2, 2 (2R - 1)^2 + 1]: per border class, taps and constant
+    images,
+    rmi_weight,
+    REGION: tl.constexpr,
+    CELL: tl.constexpr,
+):
+    """Weights summed along lags, over the regions that exist; with all that scales the gradient."""
+    SPAN: tl.constexpr = 2 * REGION - 1
+    AREA: tl.constexpr = REGION * REGION
+    TAPS: tl.constexpr = SPAN * SPAN
+    plane = tl.program_id(0).to(tl.int64)
+    row_class = tl.program_id(1) // SPAN
+    column_class = tl.program_id(1) % SPAN
+    tap = tl.arange(0, triton.next_power_of_2(TAPS))
+    dy = tap // SPAN - (REGION - 1)
+    dx = tap % SPAN - (REGION - 1)
+
+    residual_tap = tl.zeros(tap.shape, tl.float64)
+    label_tap = tl.zeros(tap.shape, tl.float64)
+    constant = tl.zeros((1,), tl.float64)
+    for place in tl.range(0, AREA):
+        a = place // REGION
+        b = place % REGION
+        exists = (a >= row_class - (REGION - 1)) & (a <= row_class)
+        exists = exists & (b >= column_class - (REGION - 1)) & (b <= column_class)
+        limit = tl.where(exists, REGION, 0)
+        mask = (tap < TAPS) & (a + dy >= 0) & (a + dy < limit) & (b + dx >= 0) & (b + dx < REGION)
+        weight = (plane * AREA + place) * AREA + (a + dy) * REGION + b + dx
+        residual_tap += tl.load(residual_weights_ptr + weight, mask=mask, other=0.0)
+        label_tap += tl.load(label_weights_ptr + weight, mask=mask, other=0.0)
+        alone = tl.arange(0, 1)
+        constant += tl.load(
+            constants_ptr + plane * AREA + place + alone, mask=alone < limit, other=0.0
+        )
+
+    scale = tl.load(grad_loss_ptr).to(tl.float64) / images
+    scale = scale * rmi_weight / CELL
+    out = taps_ptr + (plane * TAPS + tl.program_id(1)) * (2 * TAPS + 1)
+    tl.store(out + tap, residual_tap * (scale / CELL), mask=tap < TAPS)
+    tl.store(out + TAPS + tap, label_tap * (scale / CELL), mask=tap < TAPS)
+    tl.store(out + 2 * TAPS + tl.arange(0, 1), constant * scale)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _rmi_interior_kernel(
+    grad_loss_ptr,  # []
+    statistics_ptr,  # [1]: bce_weight / V
+    first_ptr,  # residuals [N, C, h, w], or logits
+    second_ptr,  # labels [N, C, h, w], or target [N, h, w]
+    taps_ptr,  # as in _rmi_taps_kernel
+    out_ptr,  # gradient to pooled probabilities [N, C, h, w], or to the logits
+    first_strides,
+    second_strides,
+    out_strides,
+    channels,
+    height,
+    width,
+    REGION: tl.constexpr,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    IGNORED: tl.constexpr,
+    POOLED: tl.constexpr,
+):
+    """Pixels whose regions all exist: each row read feeds 2R - 1 unfinished rows in registers."""
+    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    SPAN: tl.constexpr = 2 * REGION - 1
+    TAPS: tl.constexpr = SPAN * SPAN
+    plane = tl.program_id(0).to(tl.int64)
+    channel = (plane % channels).to(tl.int32)
+    image = plane // channels
+    first = plane_of(first_ptr, first_strides, image, channel)
+    second = plane_of(second_ptr, second_strides, image, channel)
+    out = plane_of(out_ptr, out_strides, image, channel)
+    column = REGION - 1 + tl.program_id(2) * LANES + tl.arange(0, LANES)
+    interior = column < width - REGION + 1
+    place = tl.minimum(column, width - REGION)  # for all loads: none needs a mask
+    first_row = REGION - 1 + tl.program_id(1) * ROWS
+    entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
+
+    MIDDLE: tl.constexpr = (REGION - 1) * SPAN + REGION - 1
+    table = taps_ptr + (plane * TAPS + MIDDLE) * (2 * TAPS + 1)
+    residual_taps = ()
+    label_taps = ()
+    for q in tl.static_range(TAPS):
+        residual_taps = residual_taps + (tl.load(table + q),)
+        label_taps = label_taps + (tl.load(table + TAPS + q),)
+    constant = tl.load(table + 2 * TAPS)
+    pending = ()
+    for _q in tl.static_range(SPAN):
+        pending = pending + (tl.zeros((LANES,), dtype) + constant,)
+
+    rows = tl.minimum(ROWS, height - REGION + 1 - first_row)
+    for i in tl.range(0, rows + 2 * (REGION - 1)):
+        row = first_row + i - (REGION - 1)
+        for s in tl.static_range(SPAN):
+            e, y = load_features(
+                first, second, row, place, None, channel, channels, dtype, IGNORED, POOLED,
+                s - (REGION - 1),
+            )  # fmt: skip
+            fed = ()
+            for q in tl.static_range(SPAN):
+                fed = fed + (
+                    pending[q]
+                    + residual_taps[(2 * REGION - 2 - q) * SPAN + s] * e
+                    + label_taps[(2 * REGION - 2 - q) * SPAN + s] * y,
+                )
+            pending = fed
+        done = row - (REGION - 1)
+        mask = interior & (column < tl.where(i >= 2 * (REGION - 1), width, 0))
+        _store_gradient(
+            out, pending[0], first, second, done, column, mask, entropy_scale, channel, channels,
+            dtype, IGNORED, POOLED,
+        )  # fmt: skip
+        rest = ()
+        for q in tl.static_range(1, SPAN):
+            rest = rest + (pending[q],)
+        pending = rest + (tl.zeros((LANES,), dtype) + constant,)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _rmi_border_kernel(
+    grad_loss_ptr,  # as in _rmi_interior_kernel
+    statistics_ptr,
+    first_ptr,
+    second_ptr,
+    taps_ptr,
+    out_ptr,
+    first_strides,
+    second_strides,
+    out_strides,
+    channels,
+    height,
+    width,
+    REGION: tl.constexpr,
+    LANES: tl.constexpr,
+    IGNORED: tl.constexpr,
+    POOLED: tl.constexpr,
+):
+    """Pixels of the frame: first its full rows, then what its columns have besides."""
+    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    SPAN: tl.constexpr = 2 * REGION - 1
+    TAPS: tl.constexpr = SPAN * SPAN
+    BAND: tl.constexpr = 2 * (REGION - 1)
+    plane = tl.program_id(0).to(tl.int64)
+    channel = (plane % channels).to(tl.int32)
+    image = plane // channels
+    first = plane_of(first_ptr, first_strides, image, channel)
+    second = plane_of(second_ptr, second_strides, image, channel)
+    out = plane_of(out_ptr, out_strides, image, channel)
+    entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
+
+    pixel = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    in_rows = BAND * width
+    beside = pixel - in_rows
+    row = tl.where(pixel < in_rows, pixel // width, beside // BAND + REGION - 1)
+    row += tl.where((pixel < in_rows) & (row >= REGION - 1), height - BAND, 0)
+    column = tl.where(pixel < in_rows, pixel % width, beside % BAND)
+    column += tl.where((pixel >= in_rows) & (column >= REGION - 1), width - BAND, 0)
+    mask = pixel < in_rows + BAND * (height - BAND)
+
+    row_class = _border_class(row, height, height - REGION + 1, REGION)
+    column_class = _border_class(column, width, width - REGION + 1, REGION)
+    table = taps_ptr + (plane * TAPS + row_class * SPAN + column_class) * (2 * TAPS + 1)
+    value = tl.load(table + 2 * TAPS, mask=mask, other=0.0)
+    for q in tl.range(0, TAPS):
+        other_row = row + (q // SPAN - (REGION - 1))
+        other_column = column + (q % SPAN - (REGION - 1))
+        inside = mask & (other_row >= 0) & (other_row < height)
+        inside = inside & (other_column >= 0) & (other_column < width)
+        e, y = load_features(
+            first,
+            second,
+            other_row,
+            other_column,
+            inside,
+            channel,
+            channels,
+            dtype,
+            IGNORED,
+            POOLED,
+        )
+        value += tl.load(table + q, mask=mask, other=0.0) * e
+        value += tl.load(table + TAPS + q, mask=mask, other=0.0) * y
+    _store_gradient(
+        out, value, first, second, row, column, mask, entropy_scale, channel, channels, dtype,
+        IGNORED, POOLED,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _rmi_direct_gradient_kernel(
+    grad_loss_ptr,  # []
+    statistics_ptr,  # [1]: bce_weight / V
+    first_ptr,  # as in _rmi_interior_kernel
+    second_ptr,
+    kept_ptr,  # [N, window_rows, window_columns]
+    residual_weights_ptr,  # [N * C, R^2, R^2] float64
+    label_weights_ptr,  # [N * C, R^2, R^2] float64
+    constants_ptr,  # [N * C, R^2] float64
+    out_ptr,
+    first_strides,
+    second_strides,
+    out_strides,
+    channels,
+    height,
+    width,
+    blocks,
+    images,
+    rmi_weight,
+    REGION: tl.constexpr,
+    LANES: tl.constexpr,
+    CELL: tl.constexpr,
+    IGNORED: tl.constexpr,
+    POOLED: tl.constexpr,
+):
+    """Every region of every pixel, where regions are left out one by one or maps are small.
+
+    In float64: with few regions the matrices are nearly singular, and their weights large.
+    """
+    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    AREA: tl.constexpr = REGION * REGION
+    plane = (tl.program_id(0) // blocks).to(tl.int64)
+    channel = (plane % channels).to(tl.int32)
+    image = plane // channels
+    first = plane_of(first_ptr, first_strides, image, channel)
+    second = plane_of(second_ptr, second_strides, image, channel)
+    out = plane_of(out_ptr, out_strides, image, channel)
+    entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
+    window_rows = height - REGION + 1
+    window_columns = width - REGION + 1
+
+    pixel = tl.program_id(0) % blocks * LANES + tl.arange(0, LANES)
+    mask = pixel < height * width
+    row = pixel // width
+    column = pixel % width
+    value = tl.zeros((LANES,), tl.float64)
+    for own in tl.range(0, AREA):
+        top = row - own // REGION
+        left = column - own % REGION
+        exists = mask & (top >= 0) & (top < window_rows) & (left >= 0) & (left < window_columns)
+        offset = (image * window_rows + top) * window_columns + left
+        exists = exists & (tl.load(kept_ptr + offset, mask=exists, other=0) != 0)
+        term = tl.zeros((LANES,), tl.float64)
+        term += tl.load(constants_ptr + plane * AREA + own) * CELL
+        for other in tl.range(0, AREA):
+            e, y = load_pair(
+                first, second, 0.0, top + other // REGION, left + other % REGION, exists, channel,
+                channels, dtype, False, IGNORED, POOLED,
+            )  # fmt: skip
+            weight = (plane * AREA + own) * AREA + other
+            term += tl.load(residual_weights_ptr + weight) * e.to(tl.float64)
+            term += tl.load(label_weights_ptr + weight) * y.to(tl.float64)
+        value += tl.where(exists, term, 0.0)
+    scale = tl.load(grad_loss_ptr).to(tl.float64) / images
+    scale = scale * rmi_weight / (CELL * CELL)
+    _store_gradient(
+        out, (value * scale).to(dtype), first, second, row, column, mask, entropy_scale, channel,
+        channels, dtype, IGNORED, POOLED,
+    )  # fmt: skip

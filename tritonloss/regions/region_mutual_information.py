@@ -1,0 +1,462 @@
+"""Region mutual information (RMI): the labels of a region given its predictions.
+
+Zhao et al., "Region Mutual Information Loss for Semantic Segmentation". A region of R x R pixels is
+a point with d = R^2 coordinates. Over all regions of an image, class by class, with Y the labels
+and P the predicted probabilities, both centred,
+
+    M = S_Y - S_YP (S_P + eps I)^-1 S_PY + eps I                       Eq. 12
+    RMI = mean over images, sum over classes, of log det M / (2 d)     Eq. 16
+    loss = bce_weight BCE + (1 - bce_weight) RMI                       Eq. 15
+
+Passes, L bytes of logits and T of labels, pooling cells of s x s pixels: a pooling pass reads L + T
+and writes two maps of L / s^2; lag sums read them, a matrix per (image, class) is eliminated, and
+the backward correlates the maps with the weights found and spreads the result: 2 L + T. Without
+pooling the moments and the gradient are formed from logits and labels, and nothing but the gradient
+is stored.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import nn
+
+from kernels_reference.region_mutual_information import pooled_size
+from kernels_reference.region_mutual_information import rmi_loss as rmi_loss_reference
+
+from .._core import checks
+from .._core.backend import serves_triton
+from .._core.configurations import Configuration, Launch, Shape, TuningCase
+from .._core.operator import Operator
+from .._core.tuning_inputs import random_labels, random_map
+from .._engine.strips import compute_dtype
+from .backward import backward_pass
+from .forward import forward_pass
+from .plan import (
+    Options,
+    Saved,
+    arithmetic_dtype,
+    cells_and_warps,
+    has_maps,
+    is_direct,
+    kernels_of_large_images,
+)
+
+__all__ = ["RMILoss", "rmi_loss", "tuning_cases"]
+
+POOLINGS = ("avg", "max", "nearest")
+MOMENTS = ("mean", "sum")
+IGNORES = ("zero", "drop")
+PRECISIONS = ("float64", "float32")
+_EPSILON = {"mean": 1e-6, "sum": 5e-4}
+_LARGEST_REGION = 5
+_LARGEST_POOL = 8
+
+# --- operator -------------------------------------------------------------------------------------
+
+
+class Results(NamedTuple):
+    """What a forward pass returns: loss [] and info [N, C], and what ``Saved`` names."""
+
+    loss: torch.Tensor
+    info: torch.Tensor
+    statistics: torch.Tensor
+    residual: torch.Tensor
+    labels: torch.Tensor
+    kept: torch.Tensor
+    residual_weights: torch.Tensor
+    label_weights: torch.Tensor
+    constants: torch.Tensor
+
+
+def _forward(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Results:
+    loss, info, saved = forward_pass(options, logits, target)
+    return Results(loss, info, *saved)
+
+
+def _backward(
+    grad_loss: torch.Tensor,
+    statistics: torch.Tensor,
+    residual: torch.Tensor,
+    labels: torch.Tensor,
+    kept: torch.Tensor,
+    residual_weights: torch.Tensor,
+    label_weights: torch.Tensor,
+    constants: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    options: Options,
+) -> torch.Tensor:
+    saved = Saved(statistics, residual, labels, kept, residual_weights, label_weights, constants)
+    return backward_pass(options, grad_loss, logits, target, saved)
+
+
+def _empty_results(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Results:
+    batch, channels, height, width = logits.shape
+    dtype = arithmetic_dtype(options, logits)
+    area = options.region_size**2
+    pooled = pooled_size(height, width, options.pooling, options.pool_size)
+    map_shape = (batch, channels, *pooled) if has_maps(options, height, width) else (0,)
+    kept_shape: tuple[int, ...] = (0,)
+    if is_direct(options, height, width):
+        kept_shape = (batch, *(size - options.region_size + 1 for size in pooled))
+    planes = (batch, channels)
+    return Results(
+        loss=logits.new_empty((), dtype=compute_dtype(logits.dtype)),
+        info=logits.new_empty(planes, dtype=torch.int32),
+        statistics=logits.new_empty(1, dtype=dtype),
+        residual=logits.new_empty(map_shape, dtype=dtype),
+        labels=logits.new_empty(map_shape, dtype=torch.float16),
+        kept=logits.new_empty(kept_shape, dtype=torch.uint8),
+        residual_weights=logits.new_empty((*planes, area, area), dtype=torch.float64),
+        label_weights=logits.new_empty((*planes, area, area), dtype=torch.float64),
+        constants=logits.new_empty((*planes, area), dtype=torch.float64),
+    )
+
+
+RMI = Operator(
+    "rmi",
+    forward=_forward,
+    backward=_backward,
+    allocate=_empty_results,
+    results=Results,
+    options=Options,
+    returned=2,
+)
+
+
+# --- function -------------------------------------------------------------------------------------
+
+
+def rmi_loss(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    region_size: int = 3,
+    pooling: str | None = "avg",
+    pool_size: int = 4,
+    moments: str = "mean",
+    epsilon: float | None = None,
+    bce_weight: float = 0.5,
+    ignore: str = "zero",
+    ignore_index: int | None = checks.IGNORE_INDEX,
+    precision: str | None = None,
+    bce_smooth: float = 0.0,
+    return_info: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Region mutual information loss: how uncertain regions of labels stay, given the predictions.
+
+    With d = region_size^2, P and Y the probabilities sigmoid(logits) and the one-hot labels in all
+    regions of the pooled maps, S their second moments:
+
+        M = S_Y - S_YP (S_P + epsilon I)^-1 S_PY + epsilon I            per image and class
+        RMI = mean over images, sum over classes, of log det M / (2 d)
+        loss = bce_weight BCE + (1 - bce_weight) RMI
+
+    BCE is summed over classes and averaged over valid pixels. With one class Y is (target == 1).
+    Values are often negative, or large with moments="sum", which adds log n / 2 per class for n
+    regions.
+
+    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN makes the
+    loss NaN, and the gradient of its class in its image (with "max" at the pixels that the
+    maxima come from); an infinite logit is a probability of 0 or 1, and makes the loss infinite
+    where that is wrong.
+
+    Args:
+        logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
+        target: integer labels [N, H, W], uint8 to int64: 0 to C - 1, or 0 and 1 if C is 1.
+        region_size: side of a region in pooled pixels, 1 to 5. Default 3.
+        pooling: "avg" (default) or "max", both with a margin of pool_size // 2 as padding, of
+            zeros that count for "avg" and of nothing for "max"; "nearest" takes labels from the
+            nearest pixel and interpolates probabilities linearly, corners on corners; None.
+        pool_size: side and step of the pooling, 1 (none) to 8. Default 4.
+        moments: "mean" (default, the paper) divides by the number of regions; "sum" (the released
+            code) does not.
+        epsilon: what is added to the diagonals, > 0. Default 1e-6 for "mean", 5e-4 for "sum".
+        bce_weight: share of the cross entropy, in [0, 1]. Default 0.5.
+        ignore: "zero" (default) counts invalid pixels as perfectly predicted background; "drop"
+            leaves out the regions that touch one, at many times the price: it forms every product
+            of every region.
+        ignore_index: label of pixels that are invalid, any integer or None. Default 255, which has
+            to be given where there are more than 255 classes and it is one of them. Other labels
+            out of range raise on the CPU; on a GPU, where looking would synchronise, they count as
+            ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        precision: "float64" or "float32" for the sums of products; by default float32 on GPUs that
+            are slow in float64. ignore="drop", maps of less than 2 region_size - 1 rows or columns,
+            and images of up to 1024 regions and 128 x 128 pixels take float64 in any case.
+        bce_smooth: added to the number of valid pixels that BCE is divided by, >= 0; the released
+            code has 1. Default 0.
+        return_info: also return info. Default False.
+
+    Returns:
+        The loss, a float32 scalar (float64 for float64 logits); 0 with zero gradient if no pixel is
+        valid. With return_info also int32 [N, C] on the device: 0, or the order of the first
+        leading minor of the matrix of P and Y that is not positive definite (its loss is then NaN).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes do not match, an option is out of range, the pooled map is smaller than a
+            region, or a label is out of range (see ignore_index).
+
+    Reference:
+        Zhao et al., "Region Mutual Information Loss for Semantic Segmentation", Eq. 12 to 16.
+
+    Example:
+        >>> import torch
+        >>> from tritonloss.functional import rmi_loss
+        >>> logits = torch.randn(2, 19, 32, 64, requires_grad=True)
+        >>> target = torch.randint(0, 19, (2, 32, 64))
+        >>> rmi_loss(logits, target).backward()
+        >>> logits.grad.shape
+        torch.Size([2, 19, 32, 64])
+    """
+    checks.check_logits(logits)
+    checks.check_target(logits, target)
+    _check_options(
+        region_size, pooling, pool_size, moments, epsilon, bce_weight, ignore, ignore_index,
+        precision, bce_smooth, return_info, logits.size(1),
+    )  # fmt: skip
+    _check_region_fits(logits, region_size, pooling, pool_size)
+    checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
+    ridge = _EPSILON[moments] if epsilon is None else float(epsilon)
+    options = Options(
+        region_size, pooling, pool_size, moments, ridge, float(bce_weight), ignore,
+        None if ignore_index is None else int(ignore_index), precision, float(bce_smooth),
+    )  # fmt: skip
+    if logits.size(0) == 0 or not serves_triton(logits):
+        return rmi_loss_reference(logits, target, **options._asdict(), return_info=return_info)
+    loss, info = RMI(logits, target, options=options)
+    return (loss, info) if return_info else loss
+
+
+def _check_options(
+    region_size: int,
+    pooling: str | None,
+    pool_size: int,
+    moments: str,
+    epsilon: float | None,
+    bce_weight: float,
+    ignore: str,
+    ignore_index: int | None,
+    precision: str | None,
+    bce_smooth: float,
+    return_info: bool,
+    classes: int | None = None,
+) -> None:
+    """All options; without ``classes``, for any number of them."""
+    checks.check_integer("region_size", region_size, 1, _LARGEST_REGION)
+    checks.check_option("pooling", pooling, POOLINGS, or_none=True)
+    checks.check_integer("pool_size", pool_size, 1, _LARGEST_POOL)
+    checks.check_option("moments", moments, MOMENTS)
+    if epsilon is not None:
+        checks.check_range("epsilon", epsilon, 0.0, math.inf, interval="()")
+    checks.check_range("bce_weight", bce_weight, 0.0, 1.0)
+    checks.check_option("ignore", ignore, IGNORES)
+    checks.check_ignore_index(ignore_index, classes)
+    checks.check_option("precision", precision, PRECISIONS, or_none=True)
+    checks.check_range("bce_smooth", bce_smooth, 0.0, math.inf, interval="[)")
+    checks.check_flag("return_info", return_info)
+
+
+def _check_region_fits(
+    logits: torch.Tensor, region_size: int, pooling: str | None, pool_size: int
+) -> None:
+    height, width = logits.shape[2:]
+    pooled = pooled_size(height, width, pooling, pool_size)
+    if min(height, width) < 1 or min(pooled) < region_size:
+        raise ValueError(
+            f"logits must be large enough for a region of region_size={region_size} after "
+            f"pooling={pooling!r} with pool_size={pool_size}; got height {height} and width "
+            f"{width}, pooled to {pooled[0]} x {pooled[1]}"
+        )
+
+
+# --- module ---------------------------------------------------------------------------------------
+
+
+class RMILoss(nn.Module):
+    """Region mutual information loss as a module: :func:`tritonloss.functional.rmi_loss`.
+
+    Args: the keyword arguments of the function, with the same defaults.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> criterion = tritonloss.RMILoss(pool_size=2)
+        >>> criterion(torch.randn(2, 19, 32, 64), torch.randint(0, 19, (2, 32, 64))).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        *,
+        region_size: int = 3,
+        pooling: str | None = "avg",
+        pool_size: int = 4,
+        moments: str = "mean",
+        epsilon: float | None = None,
+        bce_weight: float = 0.5,
+        ignore: str = "zero",
+        ignore_index: int | None = checks.IGNORE_INDEX,
+        precision: str | None = None,
+        bce_smooth: float = 0.0,
+        return_info: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_options(
+            region_size, pooling, pool_size, moments, epsilon, bce_weight, ignore, ignore_index,
+            precision, bce_smooth, return_info,
+        )  # fmt: skip
+        self.region_size = region_size
+        self.pooling = pooling
+        self.pool_size = pool_size
+        self.moments = moments
+        self.epsilon = epsilon
+        self.bce_weight = bce_weight
+        self.ignore = ignore
+        self.ignore_index = ignore_index
+        self.precision = precision
+        self.bce_smooth = bce_smooth
+        self.return_info = return_info
+
+    @classmethod
+    def released(cls, *, ignore_index: int | None = checks.IGNORE_INDEX) -> RMILoss:
+        """The authors' released code: sums for moments, 5e-4 on the diagonals, BCE over V + 1."""
+        return cls(
+            region_size=3,
+            pooling="avg",
+            pool_size=4,
+            moments="sum",
+            epsilon=5e-4,
+            bce_weight=0.5,
+            ignore="zero",
+            ignore_index=ignore_index,
+            bce_smooth=1.0,
+        )
+
+    def forward(
+        self, logits: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Logits [N, C, H, W], target [N, H, W] -> scalar, or (scalar, info [N, C])."""
+        return rmi_loss(
+            logits,
+            target,
+            region_size=self.region_size,
+            pooling=self.pooling,
+            pool_size=self.pool_size,
+            moments=self.moments,
+            epsilon=self.epsilon,
+            bce_weight=self.bce_weight,
+            ignore=self.ignore,
+            ignore_index=self.ignore_index,
+            precision=self.precision,
+            bce_smooth=self.bce_smooth,
+            return_info=self.return_info,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return (
+            f"region_size={self.region_size}, pooling={self.pooling!r}, "
+            f"pool_size={self.pool_size}, moments={self.moments!r}, epsilon={self.epsilon}, "
+            f"bce_weight={self.bce_weight}, ignore={self.ignore!r}, "
+            f"ignore_index={self.ignore_index}, precision={self.precision!r}, "
+            f"bce_smooth={self.bce_smooth}, return_info={self.return_info}"
+        )
+
+
+# --- tuning ---------------------------------------------------------------------------------------
+
+
+def _cell_candidates(pool_size: int) -> list[Configuration]:
+    """Of kernels whose tiles are pooling cells; the first is the heuristic's."""
+    first = cells_and_warps(pool_size)
+    count = max(128 // triton.next_power_of_2(pool_size), 1)
+    sizes = [first, (count, 1), (2 * count, 1), (2 * count, 2), (4 * count, 2), (4 * count, 4)]
+    sizes += [(8 * count, 4), (max(count // 2, 1), 1)]
+    candidates: list[Configuration] = [
+        {"CELLS": cells, "num_warps": warps} for cells, warps in sizes
+    ]
+    return [c for i, c in enumerate(candidates) if c not in candidates[:i]]
+
+
+def _lane_candidates(first: int) -> list[Configuration]:
+    """Of kernels that go along a row, ``first`` being the heuristic's lanes."""
+    lanes = [first, *(other for other in (64, 128, 256) if other != first)]
+    return [{"LANES": count, "num_warps": warps} for count in lanes for warps in (2, 4)]
+
+
+def _row_candidates(lanes: int, rows: int, warps: int) -> list[Configuration]:
+    """Of kernels that go down a strip, the heuristic's first and then its neighbours."""
+    sizes = [(lanes, rows, warps)]
+    sizes += [(lanes, other, warps) for other in (rows // 2, rows // 4, 2 * rows)]
+    sizes += [(lanes // 2, rows, warps // 2), (2 * lanes, rows, 2 * warps)]
+    sizes += [(lanes // 2, rows // 2, warps // 2), (lanes // 2, rows, warps)]
+    return [{"LANES": a, "ROWS": b, "num_warps": c} for a, b, c in sizes]
+
+
+def _tuning_pass(
+    operator: str,
+    choices: tuple[Options, ...],
+    dtype: torch.dtype,
+    shape: Shape,
+    layout: str,
+    device: torch.device,
+) -> Launch:
+    """The passes that have the operator, with each of the options that its entry serves."""
+    # All that is not contiguous is "strided"; of such logits those in channels_last are common.
+    memory = "channels_last" if layout == "strided" else layout
+    logits = random_map(shape, memory, dtype, device).sub_(0.5).mul_(8)
+    target = random_labels(shape, device)
+
+    def forward(options: Options) -> tuple[torch.Tensor, Saved]:
+        with kernels_of_large_images():  # small ones take none of the operators' entries
+            loss, _, saved = forward_pass(options, logits, target)
+        return loss, saved
+
+    def backward(options: Options, loss: torch.Tensor, saved: Saved) -> torch.Tensor:
+        return backward_pass(options, loss, logits, target, saved)
+
+    if operator in ("rmi_pool", "rmi_cross_entropy", "rmi_moments"):
+        return lambda: [(loss, saved.residual) for loss, saved in map(forward, choices)]
+    if operator == "rmi_sample":
+        return lambda: [backward(options, *forward(options)) for options in choices]
+    kept = [(options, *forward(options)) for options in choices]
+    return lambda: [backward(*each) for each in kept]
+
+
+def tuning_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` measures for this slice."""
+    pooled = Options(3, "avg", 4, "mean", 1e-6, 0.5, "zero", 255, None)
+    whole = pooled._replace(pooling=None)
+    choices: list[tuple[str, int, tuple[Options, ...], list[Configuration]]] = []
+    for region, size in ((3, 4), (2, 2), (5, 8), (4, 3)):
+        cells = _cell_candidates(size)
+        of_cells = (pooled._replace(pool_size=size),)
+        # Pooled maps and logits share an entry: what is best for both together is kept.
+        of_regions = (whole._replace(region_size=region), pooled._replace(region_size=region))
+        moments = (256, 64, 8) if region == 4 else (128, 64, 4)
+        choices += [
+            ("rmi_pool", size, of_cells, cells),
+            ("rmi_expand", size, of_cells, cells),
+            ("rmi_moments", region, of_regions, _row_candidates(*moments)),
+            ("rmi_gradient", region, of_regions, _row_candidates(128, 64, 4)),
+        ]
+        if region == 3:
+            choices.append(("rmi_cross_entropy", 1, (whole,), _row_candidates(256, 8, 4)))
+        if size in (4, 2):
+            sampled = (pooled._replace(pooling="nearest", pool_size=size),)
+            choices.append(("rmi_sample", size, sampled, _lane_candidates(128)))
+    return [
+        TuningCase(
+            operator, 19, window, dtype, "contiguous",
+            functools.partial(sized, (2, 19, 512, 1024), "contiguous"), candidates,
+            sized=sized, layouts=("contiguous", "strided"),
+        )
+        for operator, window, options, candidates in choices
+        for dtype in (torch.float32, torch.bfloat16)
+        for sized in [functools.partial(_tuning_pass, operator, options, dtype)]
+    ]  # fmt: skip

@@ -1,0 +1,1 @@
+"""Losses of sliding windows, and their statistics."""
