@@ -46,21 +46,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def covering(items: list[pytest.Item]) -> set[pytest.Item]:
-    """As few cases of every test as together show each value of each of its parameters."""
-    values_of: dict[str, dict[pytest.Item, set[tuple[str, str]]]] = {}
+    """At least one case of every test, and all together each value of each parameter.
+
+    What one test has shown of a parameter, say a layout, another one of the same name need not show
+    again.
+    """
+    cases_of: dict[str, dict[pytest.Item, set[tuple[str, str]]]] = {}
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         values = {(name, repr(value)) for name, value in parameters.items()}
-        values_of.setdefault(item.nodeid.split("[")[0], {})[item] = values
+        cases_of.setdefault(item.nodeid.split("[")[0], {})[item] = values
+    missing = set().union(*(values for cases in cases_of.values() for values in cases.values()))
     kept = set()
-    for cases in values_of.values():
-        missing = set().union(*cases.values())
-        best = next(iter(cases))  # a test without parameters has one case
+    for cases in cases_of.values():
+        best = max(cases, key=lambda case: len(cases[case] & missing))
         while best not in kept:
             kept.add(best)
             missing -= cases[best]
-            if missing:
-                best = max(cases, key=lambda case: len(cases[case] & missing))
+            candidate = max(cases, key=lambda case: len(cases[case] & missing))
+            if cases[candidate] & missing:
+                best = candidate
     return kept
 
 

@@ -19,6 +19,7 @@ from kernels_reference.pixelwise import (
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
+from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._engine.math import LOG2_E, log_one_plus, sigmoid_base2, softplus_base2
 from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixel_cases, pixelwise_operator
@@ -237,3 +238,14 @@ class BinaryCrossEntropyLoss(LossModule, function=binary_cross_entropy, check=_c
         >>> criterion(torch.randn(2, 1, 32, 64), torch.randint(0, 2, (2, 32, 64))).shape
         torch.Size([])
     """
+
+
+EXAMPLES = (
+    Example(
+        "binary_cross_entropy",
+        binary_cross_entropy,
+        BINARY_CROSS_ENTROPY,
+        {},
+        BinaryCrossEntropyLoss,
+    ),
+)

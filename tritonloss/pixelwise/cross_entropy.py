@@ -18,6 +18,7 @@ from kernels_reference.pixelwise import cross_entropy as cross_entropy_reference
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
+from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._engine.math import LN_2
 from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixel_cases, pixelwise_operator
@@ -249,3 +250,10 @@ class CrossEntropyLoss(LossModule, function=cross_entropy, check=_check_options)
         >>> criterion(torch.randn(2, 19, 32, 64), torch.randint(0, 19, (2, 32, 64))).shape
         torch.Size([])
     """
+
+
+EXAMPLES = (
+    Example(
+        "cross_entropy", cross_entropy, CROSS_ENTROPY, {"label_smoothing": 0.1}, CrossEntropyLoss
+    ),
+)

@@ -17,6 +17,7 @@ from kernels_reference.pixelwise import focal_loss as focal_loss_reference
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
+from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._engine.math import LOG2_E
 from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixel_cases, pixelwise_operator
@@ -259,3 +260,6 @@ class FocalLoss(LossModule, function=focal_loss, check=_check_options):
         >>> criterion(torch.randn(2, 19, 32, 64), torch.randint(0, 19, (2, 32, 64))).shape
         torch.Size([])
     """
+
+
+EXAMPLES = (Example("focal_loss", focal_loss, FOCAL, {"reduction": "none"}, FocalLoss),)

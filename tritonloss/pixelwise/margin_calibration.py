@@ -29,6 +29,7 @@ from kernels_reference.margin_calibration import (
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
+from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixel_cases, pixelwise_operator
 from .._engine.planes import compute_dtype
@@ -263,3 +264,21 @@ class MarginCalibratedLoss(LossModule, function=margin_calibrated_loss, check=_c
             if option.name == "offsets"
             else super()._kept(option)
         )
+
+
+def _with_offsets(logits: torch.Tensor, target: torch.Tensor) -> tuple[Any, ...]:
+    offset = torch.linspace(0.5, 1.0, logits.size(1), device=logits.device)
+    return logits, target, MarginOffsets(offset, offset)
+
+
+EXAMPLES = tuple(
+    Example(
+        f"margin_calibrated_loss, {variant}",
+        margin_calibrated_loss,
+        MARGIN_CALIBRATED,
+        {"variant": variant},
+        MarginCalibratedLoss,
+        _with_offsets,
+    )  # fmt: skip
+    for variant in VARIANTS
+)
