@@ -1,0 +1,89 @@
+"""Kernels that one call of a loss launches, forward and backward, and the committed numbers.
+
+Every launch costs the host time, and a short one costs the GPU a gap. They are counted where the
+public functions launch them, on a CPU: nothing is compiled and nothing runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+
+from perf.compiling.compile_only import compilers
+from perf.measuring import calls, stand_in
+from perf.operations.contract import operations
+from tritonloss._tools.launches import offline, recorded
+
+PATH = Path(__file__).parents[1] / "baseline" / "launches.json"
+_ABOUT = (
+    "operation > [kernels launched forward, backward] of a call of its first case's options; "
+    "written by python -m perf check --launches --update"
+)
+_TARGET = GPUTarget("cuda", 90, 32)
+
+Launches = dict[str, tuple[int, int]]
+
+
+def collect(names: Sequence[str] | None = None) -> Launches:
+    """The launches of all operations or of those named, counted in a process of its own."""
+    with compilers(workers=1) as pool:
+        return pool.submit(count, names).result()
+
+
+def count(names: Sequence[str] | None = None) -> Launches:
+    """The same, in this process, whose losses take CPU tensors for a GPU's from now on."""
+    torch.set_num_threads(1)
+    stand_in.adopt(guard=lambda device: nullcontext())
+    with offline(_TARGET):
+        return {operation.name: _of_one(operation) for operation in operations(names)}
+
+
+def _of_one(operation: Any) -> tuple[int, int]:
+    call = calls.of_operation(operation)
+    with recorded("skip") as launches:
+        call.backward(call.forward())  # the first call may set things up
+        launches.clear()
+        outputs = call.forward()
+        forward = len(launches)
+        call.backward(outputs)
+        return forward, len(launches) - forward
+
+
+def differences(before: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[int]]) -> list[str]:
+    """What is not as committed, a line for each operation, which it names."""
+    found = []
+    for name, (forward, backward) in now.items():
+        if name not in before:
+            found.append(
+                f"{name} launches {forward} + {backward} kernels, and nothing is committed"
+            )
+        elif tuple(before[name]) != (forward, backward):
+            was = " + ".join(map(str, before[name]))
+            found.append(
+                f"{name} launches {forward} + {backward} kernels forward + backward, not {was}; "
+                "check --launches --update makes this the baseline"
+            )
+    return found
+
+
+def read(path: Path = PATH) -> Launches:
+    """The committed numbers; none if there is no file."""
+    if not path.exists():
+        return {}
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return {name: (counts[0], counts[1]) for name, counts in document["launches"].items()}
+
+
+def write(now: Launches, path: Path = PATH) -> None:
+    """Commit these numbers, and keep those of other operations that there still are."""
+    known = {operation.name for operation in operations()}
+    kept = {name: counts for name, counts in read(path).items() if name in known}
+    lines = [f'  "{name}": {json.dumps(counts)}' for name, counts in sorted((kept | now).items())]
+    text = [f'{{\n "about": {json.dumps(_ABOUT)},\n "launches": {{', ",\n".join(lines), " }\n}\n"]
+    path.write_text("\n".join(text), encoding="utf-8")
