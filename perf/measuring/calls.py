@@ -26,9 +26,13 @@ class Call:
         found = self.function()
         return [found] if isinstance(found, Tensor) else [x for x in found if x.requires_grad]
 
-    def backward(self, outputs: list[Tensor]) -> None:
-        """The leaves' gradients, of outputs that are all weighted with 1."""
-        torch.autograd.grad(outputs, self.leaves, [torch.ones_like(x) for x in outputs])
+    def upstream(self, outputs: list[Tensor]) -> list[Tensor]:
+        """What the outputs' gradients are in ``backward``, made beforehand: 1 everywhere."""
+        return [torch.ones_like(output) for output in outputs]
+
+    def backward(self, outputs: list[Tensor], upstream: list[Tensor]) -> None:
+        """The leaves' gradients."""
+        torch.autograd.grad(outputs, self.leaves, upstream)
 
 
 def of_operation(operation: Operation, shape: tuple[int, int, int, int] = SHAPE) -> Call:

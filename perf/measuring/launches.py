@@ -47,11 +47,11 @@ def count(names: Sequence[str] | None = None) -> Launches:
 def _of_one(operation: Any) -> tuple[int, int]:
     call = calls.of_operation(operation)
     with recorded("skip") as launches:
-        call.backward(call.forward())  # the first call may set things up
+        call.forward()  # the first call may set things up
         launches.clear()
         outputs = call.forward()
         forward = len(launches)
-        call.backward(outputs)
+        call.backward(outputs, call.upstream(outputs))
         return forward, len(launches) - forward
 
 

@@ -72,6 +72,38 @@ class _Counter(TorchDispatchMode):
         return result
 
 
+def tally(function: Callable[[], object]) -> tuple[int, int]:
+    """(tensors that PyTorch allocates in the function, its operations that compute something)."""
+    with _Tally() as found:
+        function()
+    return found.allocations, found.computing
+
+
+class _Tally(TorchDispatchMode):
+    """Counts the operations that are neither views nor bare allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocations = 0
+        self.computing = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        new = sum(storage._cdata not in given for storage in _storages(result))
+        self.allocations += new
+        schema = func._schema
+        allocates_only = "empty" in schema.name
+        self.computing += not allocates_only and (bool(new) or schema.is_mutable)
+        return result
+
+
 def _storages(values: object) -> list[torch.UntypedStorage]:
     return [
         leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)
