@@ -187,11 +187,9 @@ def recognise_case(
     facts = []
     for name, record in zip(names, records, strict=True):
         kept, notes = kernels[name], operation.kernels.get(record.kernel)
-        outputs = outputs_per_round(notes, target, record) or 0.0
-        loops = tuple(
-            LoopFacts(loop, None if count is None else round(count * outputs), count)
-            for loop, count in zip(loop_names(notes, len(kept.loops)), kept.loops, strict=True)
-        )
+        outputs = outputs_per_round(notes, target, record)
+        named = zip(loop_names(notes, len(kept.loops)), kept.loops, strict=True)
+        loops = tuple(_loop_again(loop, count, outputs) for loop, count in named)
         facts.append(
             replace(
                 _without_code(operation, case, target, record),
@@ -205,6 +203,14 @@ def recognise_case(
             )
         )
     return facts
+
+
+def _loop_again(name: str, per_output: float | None, outputs: float | None) -> LoopFacts:
+    """A loop of the baseline, whose rounded number stands for a whole number of instructions."""
+    if per_output is None or outputs is None:
+        return LoopFacts(name, None, per_output)
+    instructions = round(per_output * outputs)
+    return LoopFacts(name, instructions, instructions / outputs)
 
 
 def compile_case(operation_name: str, index: int, target_name: str) -> list[KernelFacts]:
