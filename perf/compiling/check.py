@@ -173,7 +173,7 @@ def _check_code(options: argparse.Namespace) -> int:
         print(f"there is no baseline for triton {triton.__version__}; --update writes {path}")
         return 1
     before = baseline.read(path) if path.exists() else Baseline()
-    facts = _facts(work, before if options.changed else Baseline())
+    facts = facts_of(work, before if options.changed else Baseline())
     faults = dict.fromkeys(f"{_fault(fact)}" for fact in facts if fact.fault)
     print("".join(f"{fault}\n" for fault in faults), end="", file=sys.stderr)
     mine = of_the_work(before.kernels, work)
@@ -188,7 +188,7 @@ def _check_code(options: argparse.Namespace) -> int:
     return 1 if faults or not comparison.passed else 0
 
 
-def _facts(work: Sequence[Job], known: Baseline) -> list[KernelFacts]:
+def facts_of(work: Sequence[Job], known: Baseline) -> list[KernelFacts]:
     """What every case launches, from the baseline where that knows it, else compiled."""
     results: dict[Job, list[KernelFacts]] = {}
     with compilers() as pool:

@@ -152,6 +152,16 @@ def test_the_house_is_in_order(rule: str) -> None:
     assert not faults, "\n".join(["", *faults])
 
 
+def test_every_room_is_on_the_map() -> None:
+    """CONTRIBUTING.md says what is where."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    drawn = text.split("## The map of the house")[1].split("```")[1]
+    for top in ("tritonloss", "perf"):
+        rooms = {path.parent.name for path in (ROOT / top).glob("*/__init__.py")}
+        missing = [room for room in sorted(rooms) if f"{room}/" not in drawn]
+        assert rooms and not missing, f"{top}: {missing}"
+
+
 # Each of the rules sees a fault, and lets pass what only looks like one.
 JIT = "@triton.jit\ndef "
 BAD = {
