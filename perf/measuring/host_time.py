@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from perf.measuring import calls, stand_in
+from perf.measuring import calls, launches, stand_in
 from perf.measuring.calls import Call
 from perf.measuring.memory import tally
 from perf.operations.contract import operations
@@ -54,6 +54,7 @@ class HostTime:
     torch_operations: int = 0  # of PyTorch that compute something: each would be a launch, too
     compilations: int = 0
     compilations_again: int = 0  # for images of another size
+    large: tuple[int, int] | None = None  # launches for large images, which may be others
 
 
 def collect(names: Sequence[str] | None = None, timeout: float | None = 600) -> list[HostTime]:
@@ -91,16 +92,17 @@ def main(arguments: list[str]) -> int:
 
 
 HEADER = (
-    "operation", "of the bare pair's time", "us", "launches", "PyTorch's own", "allocations",
-    "compiled", "again",
+    "operation", "of the bare pair's time", "us", "launches", "of large images", "PyTorch's own",
+    "allocations", "compiled", "again",
 )  # fmt: skip
 
 
 def cells(row: HostTime) -> list[str]:
     """A row as it is printed, without its name."""
     counts = (row.torch_operations, row.allocations, row.compilations, row.compilations_again)
-    launches = f"{row.forward_launches} + {row.backward_launches}"
-    return [f"{row.times_bare:.1f}", f"{row.microseconds:.0f}", launches, *map(str, counts)]
+    launched = [f"{row.forward_launches} + {row.backward_launches}"]
+    launched.append(" + ".join(map(str, row.large or ())))
+    return [f"{row.times_bare:.1f}", f"{row.microseconds:.0f}", *launched, *map(str, counts)]
 
 
 def measure(names: Sequence[str] | None) -> list[HostTime]:
@@ -110,7 +112,10 @@ def measure(names: Sequence[str] | None) -> list[HostTime]:
     for operation in operations(names):
         other = calls.of_operation(operation, _OTHER_SHAPE)
         row = _measured(operation.name, calls.of_operation(operation), other)
-        rows.append(replace(row, times_bare=row.microseconds / bare.microseconds))
+        large = None
+        if launches.has_images(operation):
+            large = launches.of_one(operation, launches.LARGE)
+        rows.append(replace(row, times_bare=row.microseconds / bare.microseconds, large=large))
     return rows
 
 

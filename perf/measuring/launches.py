@@ -10,24 +10,24 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
 
 from perf.compiling.compile_only import compilers
 from perf.measuring import calls, stand_in
-from perf.operations.contract import operations
+from perf.operations.contract import Operation, Shape, operations
 from tritonloss._tools.launches import offline, recorded
 
 PATH = Path(__file__).parents[1] / "baseline" / "launches.json"
 _ABOUT = (
-    "operation > [kernels launched forward, backward] of a call of its first case's options; "
-    "written by python -m perf check --launches --update"
+    "operation: size of its logits > [kernels launched forward, backward] of a call with its first "
+    "case's options; written by python -m perf check --launches --update"
 )
+LARGE = (1, 19, 256, 256)  # some losses have other kernels for small images
 _TARGET = GPUTarget("cuda", 90, 32)
 
-Launches = dict[str, tuple[int, int]]
+Launches = dict[str, tuple[int, int]]  # "operation: size" -> (forward, backward)
 
 
 def collect(names: Sequence[str] | None = None) -> Launches:
@@ -41,11 +41,22 @@ def count(names: Sequence[str] | None = None) -> Launches:
     torch.set_num_threads(1)
     stand_in.adopt(guard=lambda device: nullcontext())
     with offline(_TARGET):
-        return {operation.name: _of_one(operation) for operation in operations(names)}
+        return {
+            f"{operation.name}: {'x'.join(map(str, shape))}": of_one(operation, shape)
+            for operation in operations(names)
+            for shape in (calls.SHAPE, LARGE)
+            if shape == calls.SHAPE or has_images(operation)
+        }
 
 
-def _of_one(operation: Any) -> tuple[int, int]:
-    call = calls.of_operation(operation)
+def has_images(operation: Operation) -> bool:
+    """Whether it is about maps, and not about matrices, which have no size to be large in."""
+    return type(operation.cases[0].shape) is Shape
+
+
+def of_one(operation: Operation, shape: tuple[int, int, int, int]) -> tuple[int, int]:
+    """(launches forward, launches backward) of a call; the losses must take CPU tensors."""
+    call = calls.of_operation(operation, shape)
     with recorded("skip") as launches:
         call.forward()  # the first call may set things up
         launches.clear()
@@ -56,7 +67,7 @@ def _of_one(operation: Any) -> tuple[int, int]:
 
 
 def differences(before: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[int]]) -> list[str]:
-    """What is not as committed, a line for each operation, which it names."""
+    """What is not as committed, a line for each, which names the operation."""
     found = []
     for name, (forward, backward) in now.items():
         if name not in before:
@@ -83,7 +94,7 @@ def read(path: Path = PATH) -> Launches:
 def write(now: Launches, path: Path = PATH) -> None:
     """Commit these numbers, and keep those of other operations that there still are."""
     known = {operation.name for operation in operations()}
-    kept = {name: counts for name, counts in read(path).items() if name in known}
+    kept = {name: counts for name, counts in read(path).items() if name.split(":")[0] in known}
     lines = [f'  "{name}": {json.dumps(counts)}' for name, counts in sorted((kept | now).items())]
     text = [f'{{\n "about": {json.dumps(_ABOUT)},\n "launches": {{', ",\n".join(lines), " }\n}\n"]
     path.write_text("\n".join(text), encoding="utf-8")

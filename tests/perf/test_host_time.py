@@ -36,9 +36,9 @@ def test_allocations_and_computing_operations_are_told_apart() -> None:
 
 def test_the_report_shows_them_per_loss() -> None:
     bare = host_time.HostTime(host_time.BARE, 1, 1, 40.0, 1.0)
-    loss = host_time.HostTime("loss", 3, 2, 100.0, 2.5, 7, 4, 5, 0)
+    loss = host_time.HostTime("loss", 3, 2, 100.0, 2.5, 7, 4, 5, 0, (5, 8))
     page = markdown.page(offline_report(host=[bare, loss]))
     assert "Host time and launches of a call" in page
-    assert "| loss | 2.5 | 100 | 3 + 2 | 4 | 7 | 5 | 0 |" in page
+    assert "| loss | 2.5 | 100 | 3 + 2 | 5 + 8 | 4 | 7 | 5 | 0 |" in page
     assert "the bare pair is an autograd.Function" in page
     assert "Host time and launches" not in markdown.page(offline_report())
