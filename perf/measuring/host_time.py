@@ -35,7 +35,7 @@ from perf.text import plain
 
 # Calls in a row that are timed together, and how often.
 _CALLS, _REPEATS = 10, 30
-_OTHER_SHAPE = (1, 19, 80, 96)
+_OTHER_SHAPE, _MORE_MATRICES = (2, 19, 80, 96), (3, 19, 64, 64)
 BARE = "bare autograd.Function"
 
 
@@ -51,6 +51,7 @@ class HostTime:
     microseconds: float  # of forward and backward, the median; on this machine only
     times_bare: float  # the same over that of the bare pair, in this run
     allocations: int = 0  # tensors, outputs and gradients among them
+    views: int = 0  # that PyTorch makes of tensors
     torch_operations: int = 0  # of PyTorch that compute something: each would be a launch, too
     compilations: int = 0
     compilations_again: int = 0  # for images of another size
@@ -93,13 +94,15 @@ def main(arguments: list[str]) -> int:
 
 HEADER = (
     "operation", "of the bare pair's time", "us", "launches", "of large images", "PyTorch's own",
-    "allocations", "compiled", "again",
+    "allocations", "views", "compiled", "again",
 )  # fmt: skip
 
 
 def cells(row: HostTime) -> list[str]:
     """A row as it is printed, without its name."""
-    counts = (row.torch_operations, row.allocations, row.compilations, row.compilations_again)
+    counts = (
+        row.torch_operations, row.allocations, row.views, row.compilations, row.compilations_again,
+    )  # fmt: skip
     launched = [f"{row.forward_launches} + {row.backward_launches}"]
     launched.append(" + ".join(map(str, row.large or ())))
     return [f"{row.times_bare:.1f}", f"{row.microseconds:.0f}", *launched, *map(str, counts)]
@@ -110,11 +113,10 @@ def measure(names: Sequence[str] | None) -> list[HostTime]:
     bare = _measured(BARE, _bare(calls.SHAPE), _bare(_OTHER_SHAPE))
     rows = [bare]
     for operation in operations(names):
-        other = calls.of_operation(operation, _OTHER_SHAPE)
+        images = launches.has_images(operation)
+        other = calls.of_operation(operation, _OTHER_SHAPE if images else _MORE_MATRICES)
         row = _measured(operation.name, calls.of_operation(operation), other)
-        large = None
-        if launches.has_images(operation):
-            large = launches.of_one(operation, launches.LARGE)
+        large = launches.of_one(operation, launches.LARGE) if images else None
         rows.append(replace(row, times_bare=row.microseconds / bare.microseconds, large=large))
     return rows
 
@@ -136,15 +138,16 @@ def _measured(name: str, call: Call, other: Call) -> HostTime:
     def step() -> None:
         call.backward(call.forward(), upstream)
 
-    allocations, computing = tally(step)
+    mine = tally(step)
     return HostTime(
         op=name,
         forward_launches=between - before,
         backward_launches=after - between,
         microseconds=_timed(step),
         times_bare=1.0,
-        allocations=allocations,
-        torch_operations=computing,
+        allocations=mine.allocations,
+        views=mine.views,
+        torch_operations=mine.computing,
         compilations=compilations,
         compilations_again=len(compiled) - compilations,
     )

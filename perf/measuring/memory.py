@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,36 +73,33 @@ class _Counter(TorchDispatchMode):
         return result
 
 
-def tally(function: Callable[[], object]) -> tuple[int, int]:
-    """(tensors that PyTorch allocates in the function, its operations that compute something)."""
-    with _Tally() as found:
+@dataclass(frozen=True)
+class Tally:
+    """What PyTorch itself does in a computation: allocations, views, and what computes something,
+    which on a GPU is a launch.
+    """
+
+    allocations: int
+    views: int
+    computing: int
+
+
+def tally(function: Callable[[], object]) -> Tally:
+    """Count PyTorch's own operations in a function. They are seen by the profiler: losses that
+    find a dispatch mode around them take the way of torch.compile, which is another.
+    """
+    with torch.autograd.profiler.profile() as profile:
         function()
-    return found.allocations, found.computing
+    events = [event for event in profile.function_events if event.name.startswith("aten::")]
+    callers = {id(event.cpu_parent) for event in events if event.cpu_parent is not None}
+    innermost = [event.name for event in events if id(event) not in callers]
+    allocations = sum(name in _ALLOCATIONS for name in innermost)
+    views = sum(name in _VIEWS for name in innermost)
+    return Tally(allocations, views, len(innermost) - allocations - views)
 
 
-class _Tally(TorchDispatchMode):
-    """Counts the operations that are neither views nor bare allocations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.allocations = 0
-        self.computing = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in _storages((args, kwargs))}
-        new = sum(storage._cdata not in given for storage in _storages(result))
-        self.allocations += new
-        schema = func._schema
-        allocates_only = "empty" in schema.name
-        self.computing += not allocates_only and (bool(new) or schema.is_mutable)
-        return result
+_ALLOCATIONS = ("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty")
+_VIEWS = ("aten::as_strided", "aten::view", "aten::detach", "aten::alias")
 
 
 def _storages(values: object) -> list[torch.UntypedStorage]:

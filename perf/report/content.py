@@ -272,11 +272,11 @@ def _method(report: Report) -> list[str]:
         notes.append(
             "Host time is the processor time of one thread for a call, forward and backward, on "
             "small maps and a stand-in for the GPU's driver that launches nothing; the bare pair "
-            "is an autograd.Function with one launch each way, in the same run. Large images are of "
-            "256 x 256 pixels. PyTorch's own are "
-            "its operations that compute something, each a launch more; compiled are the kernels "
-            "that the first call needs (those that an operation before it has had compiled are "
-            "not counted), and again those that another size of image needs."
+            "is an autograd.Function with one launch each way, in the same run. Large images have "
+            "256 x 256 pixels. PyTorch's own are its operations that compute something, each a "
+            "launch more; compiled are the kernels that the first call needs (without those that "
+            "an operation before it has had compiled), and again those that another size of image "
+            "needs."
         )
     if report.machine.has_gpu:
         notes.append(
