@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from perf.operations.contract import Case, Operation
 
-_CPU_CASES = 4
+_CPU_CASES = 2
 
 
 @dataclass(frozen=True)
