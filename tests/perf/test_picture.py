@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
+
+import pytest
 
 from perf.measuring.counted import CountedMemory
 from perf.operations.contract import operations
@@ -26,6 +31,22 @@ def test_it_shows_every_loss_of_logits_and_labels_at_full_size() -> None:
     assert {entry.pixels for entry in memory} == {4 * 1024 * 2048}
     known = {(op.name, case.text) for op in operations() if (case := picture.question(op))}
     assert {(entry.op, entry.case) for entry in memory} == known
+
+
+@pytest.mark.compile_only
+def test_the_committed_numbers_are_what_launchers_allocate() -> None:
+    """`python -m perf picture` where this fails. Eager's are those of one PyTorch."""
+    script = (
+        "from perf.measuring.counted import of_kernels\n"
+        "from perf.operations.contract import operations\n"
+        "from perf.report import picture\n"
+        "committed = {entry.op: entry.kernels for entry in picture.read()}\n"
+        "asked = [(op, case) for op in operations() if (case := picture.question(op))]\n"
+        "now = {op.name: of_kernels(op, case) for op, case in asked}\n"
+        "assert now == committed, {op: (committed[op], now[op]) for op in now}\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
 
 
 def test_numbers_survive_a_file(tmp_path: Path) -> None:
