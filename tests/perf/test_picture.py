@@ -43,7 +43,9 @@ def test_the_committed_numbers_are_what_launchers_allocate() -> None:
         "committed = {entry.op: entry.kernels for entry in picture.read()}\n"
         "asked = [(op, case) for op in operations() if (case := picture.question(op))]\n"
         "now = {op.name: of_kernels(op, case) for op, case in asked}\n"
-        "assert now == committed, {op: (committed[op], now[op]) for op in now}\n"
+        "moved = {op: (committed[op], now[op]) for op in now\n"
+        "         if abs(now[op] - committed[op]) > 1e-4 * committed[op]}\n"
+        "assert not moved and set(now) == set(committed), moved\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
