@@ -60,7 +60,8 @@ class Progress:
         self._printed = now
         filled = min(24, int(24 * self._weight_done / max(self._weight, 1.0)))
         bar = "#" * filled + "." * (24 - filled)
-        line = f"[{bar}] {self._done}/{self._total} {self._clock(now)}  {text}"
+        clock = f"{now - self._started:4.0f} s" if last else self._clock(now)
+        line = f"[{bar}] {self._done}/{self._total} {clock}  {text}"
         start, end = ("\r", "\n" if last else "") if terminal else ("", "\n")
         self._stream.write(f"{start}{line[:100]:<100}{end}" if terminal else f"{line}{end}")
         self._stream.flush()
