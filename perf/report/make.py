@@ -75,9 +75,9 @@ def _run(making: Making, started: float) -> None:
     if gpu:
         with _allowed(making, choice.budget_s):
             parts.measure(making, parts.CASES, cases)
-    parts.count_memory(making)
     # The interpreter is one process; beside it there are cores to spare.
     with parts.interpreting(making, parity):
+        parts.count_memory(making)
         if choice.quick:
             making.report.notes.append("A quick report leaves out host time and torch.compile.")
         else:
