@@ -8,11 +8,14 @@ WORKERS ?= auto
 
 .PHONY: report test test-all lint gpu compile-only check train
 
+# Machine code that is made of the same as the committed one (perf/baseline) is not compiled again.
+# Ctrl-C writes what there is. REPORT_OPTIONS=--compile compiles all.
 report: OUT ?= build/report
 report: $(READY)
-	$(RUN) -m perf report --out $(OUT)
+	$(RUN) -m perf report --out $(OUT) $(REPORT_OPTIONS)
 
-# Every test, with as few cases of each as show every value of its parameters.
+# Every loss, property, layout and error once: every test, with as few cases of each as show every
+# value of its parameters.
 test: $(READY)
 	$(RUN) -m pytest -n $(WORKERS) --maxprocesses 8 --part short
 
@@ -28,7 +31,7 @@ lint: $(READY)
 compile-only: $(READY)
 	$(RUN) -m perf compile-only
 
-# The short compile-only table again, held against the committed one of perf/baseline.
+# The short compile-only table again, and launches, held against the committed ones of perf/baseline.
 check: $(READY)
 	$(RUN) -m perf check --short
 

@@ -18,12 +18,17 @@ COMMANDS = {
     ),
     "check": (
         "compiling.check",
-        "every kernel's registers, spills and instructions against the baseline",
+        "every kernel's machine code and every loss's launches against the baseline",
     ),
     "host-time": (
         "measuring.host_time",
         "the host's time and the launches of every loss, on a stand-in for the driver",
     ),
+    "predict": (
+        "compiling.predict",
+        "rank launch configurations without a GPU, by a model: a prediction",
+    ),
+    "picture": ("report.picture", "count the losses' memory and draw the picture of the README"),
     "compare": ("report.compare", "the rows that moved between two reports"),
     "record": ("report.record", "add a report's GPU rows to perf/results"),
     "summary": ("report.summary", "what a report's rows come to, as a table"),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ._core.configurations import Shape
 from ._tools import doctor, tuner
+from ._tools.tuning_cases import shape_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,8 +25,6 @@ def _run_tune(options: argparse.Namespace) -> int:
     if options.export is not None:
         return tuner.export(Path(options.export) if options.export else None, _say)
     request = tuner.Request(options.op, options.shapes, options.budget, options.resume, options.out)
-    if options.compile_only:
-        return tuner.predict(options.target, request, _say)
     return tuner.tune(request, _say)
 
 
@@ -42,8 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--op", metavar="NAME", help="one operator only")
     tune.add_argument("--budget", type=float, metavar="SECONDS", help="stop after about this long")
     tune.add_argument(
-        "--shapes", nargs="+", type=_shape, metavar="NxCxHxW", help="tune for logits of these sizes"
-    )
+        "--shapes", nargs="+", type=shape_of, metavar="NxCxHxW",
+        help="tune for logits of these sizes",
+    )  # fmt: skip
     tune.add_argument(
         "--resume", action="store_true", help="leave out what the file already has for this version"
     )
@@ -55,22 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         help="tune nothing; check a tuned file (default: this GPU's) and put it with those that "
         "the package ships",
     )  # fmt: skip
-    tune.add_argument(
-        "--compile-only", action="store_true",
-        help="without a GPU: compile the candidates and rank them by a model, as a prediction",
-    )  # fmt: skip
-    tune.add_argument(
-        "--target", default="sm_90", metavar="NAME", help="what --compile-only compiles for"
-    )
     return parser
-
-
-def _shape(text: str) -> Shape:
-    sizes = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", text)
-    if sizes is None or "0" in sizes.groups():
-        raise argparse.ArgumentTypeError(f"must be like 4x19x1024x2048; got {text!r}")
-    batch, classes, height, width = map(int, sizes.groups())
-    return batch, classes, height, width
 
 
 def _say(line: str) -> None:

@@ -2,39 +2,34 @@
 
 Compiles what `compile-only` compiles and compares registers, spilled bytes, shared memory and
 instructions with `perf/baseline/triton-<major.minor>.json`, kernel by kernel, case by case and
-target by target. Compilers are part of Triton, so the numbers are the same on every machine.
+target by target. Compilers are part of Triton, so the numbers are the same on every machine. Counts
+the kernels that each loss launches, too, and holds them against `perf/baseline/launches.json`.
 
-`python -m perf check [--targets sm_90 ...] [--ops ...] [--short] [--update]`
+`python -m perf check [--targets sm_90 ...] [--ops ...] [--short] [--changed] [--update]`
+`python -m perf check --launches [--update]`
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import triton
 
-from perf.compiling.compile_only import MAIN_TARGET, Job, KernelFacts, compile_cases, jobs
+from perf.compiling import baseline
+from perf.compiling.baseline import Baseline, Numbers, Place
+from perf.compiling.compile_only import Job, compiled, compilers, in_order, jobs, recognised
+from perf.compiling.facts import MAIN_TARGET, KernelFacts
 from perf.compiling.targets import TARGETS
+from perf.measuring import launches
 from perf.operations.contract import operations
 from tritonloss._core.progress import Progress
 
-FOLDER = Path(__file__).parents[1] / "baseline"
 ALLOWED = 0.05
 COLUMNS = ("registers", "spill_bytes", "shared_bytes", "instructions")
-_ABOUT = (
-    "target > operation: case > kernel > [registers, spill bytes, shared bytes, instructions per "
-    "output of each main loop, or of the whole kernel where those do not tell]; "
-    "written by python -m perf check --update"
-)
-
-Place = tuple[str, str, str]  # target, operation and case, kernel
-Numbers = tuple[float, ...]
-Baseline = dict[Place, Numbers]
 
 
 @dataclass(frozen=True)
@@ -52,34 +47,7 @@ class Comparison:
         return not (self.worse or self.new or self.gone)
 
 
-def measured(facts: Sequence[KernelFacts]) -> Baseline:
-    """The facts as a baseline has them; a kernel that a case launches in several ways is numbered.
-
-    What does not compile has no numbers: it is a fault, which the command reports by itself.
-    """
-    found: Baseline = {}
-    for fact in facts:
-        if fact.error:
-            continue
-        where = (fact.target, f"{fact.op}: {fact.case}")
-        name, count = fact.kernel, 1
-        while (*where, name) in found:
-            count += 1
-            name = f"{fact.kernel} {count}"
-        found[(*where, name)] = (
-            fact.registers, fact.spill_bytes, fact.shared_bytes, *_instructions(fact),
-        )  # fmt: skip
-    return found
-
-
-def _instructions(fact: KernelFacts) -> tuple[float, ...]:
-    counts = [loop.per_output for loop in fact.loops]
-    if not counts or None in counts:
-        return (fact.instructions,)
-    return tuple(round(count, 2) for count in counts if count is not None)
-
-
-def compare(before: Baseline, now: Baseline) -> Comparison:
+def compare(before: Mapping[Place, Numbers], now: Mapping[Place, Numbers]) -> Comparison:
     """Hold the numbers against the baseline's, both of the same cases."""
     worse, better = [], []
     for place in before:
@@ -115,58 +83,16 @@ def _named(place: Place) -> str:
     return f"{target} {kernel} ({case})"
 
 
-def path_of(version: str, folder: Path = FOLDER) -> Path:
-    """The baseline of a Triton version: minor versions bring another compiler."""
-    return folder / f"triton-{'.'.join(version.split('.')[:2])}.json"
-
-
-def read(path: Path) -> Baseline:
-    """A baseline file's numbers.
-
-    Raises:
-        FileNotFoundError: there is none for this Triton.
-    """
-    document = json.loads(path.read_text(encoding="utf-8"))
-    return {
-        (target, case, kernel): tuple(numbers)
-        for target, cases in document["targets"].items()
-        for case, kernels in cases.items()
-        for kernel, numbers in kernels.items()
-    }
-
-
-def write(path: Path, baseline: Baseline) -> None:
-    """Write a baseline, a line per kernel, in an order that does not depend on anything."""
-    lines = ["{", f' "about": {json.dumps(_ABOUT)},', ' "targets": {']
-    for target, cases in _nested(baseline).items():
-        lines.append(f"  {json.dumps(target)}: {{")
-        for case, kernels in cases.items():
-            inner = [f"    {json.dumps(k)}: {json.dumps(list(v))}" for k, v in kernels.items()]
-            lines += [f"   {json.dumps(case)}: {{", ",\n".join(inner), "   },"]
-        lines[-1] = "   }"
-        lines.append("  },")
-    lines[-1] = lines[-1].rstrip(",")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([*lines, " }", "}"]) + "\n", encoding="utf-8")
-
-
-def _nested(baseline: Baseline) -> dict[str, dict[str, dict[str, Numbers]]]:
-    nested: dict[str, dict[str, dict[str, Numbers]]] = {}
-    for (target, case, kernel), numbers in sorted(baseline.items()):
-        nested.setdefault(target, {}).setdefault(case, {})[kernel] = numbers
-    return nested
-
-
-def of_the_work(baseline: Baseline, work: Sequence[Job]) -> Baseline:
-    """The part of a baseline that is about these cases, or about cases that are no more."""
+def of_the_work(places: Iterable[Place], work: Sequence[Job]) -> list[Place]:
+    """The places of a baseline that are about these cases, or about cases that are no more."""
     asked = {(target, _case(op, index)) for op, index, target in work}
     known = {_case(op, index) for op, index, _ in jobs(targets=[MAIN_TARGET])}
     chosen = {(target, op) for op, _, target in work}
-    return {
-        place: numbers
-        for place, numbers in baseline.items()
+    return [
+        place
+        for place in places
         if place[:2] in asked or (place[1] not in known and _is_of(place, chosen))
-    }
+    ]
 
 
 def _is_of(place: Place, chosen: Collection[tuple[str, str]]) -> bool:
@@ -200,8 +126,28 @@ def report(comparison: Comparison, total: int, path: Path) -> list[str]:
     return lines
 
 
+def stale(before: Baseline, now: Baseline) -> str:
+    """How many cases are not made of what the baseline's were, in a sentence."""
+    moved = [where for where in now.made_of if before.made_of.get(where) != now.made_of[where]]
+    unknown = sum(where not in before.made_of for where in moved)
+    if not moved:
+        return "every case is made of what its numbers were made of: a report compiles nothing"
+    return (
+        f"{len(moved)} of {len(now.made_of)} cases have other device code, launches or another "
+        f"Triton than the baseline's ({unknown} of them are new to it): a report compiles them"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of `python -m perf check`; 1 if something is worse or must not ship."""
+    options = _parser().parse_args(arguments)
+    status = 0
+    if not options.launches:
+        status = _check_code(options)
+    return max(status, _check_launches(options))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m perf check", description=str(__doc__).split("\n")[0]
     )
@@ -210,29 +156,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--short", action="store_true", help=f"all of {MAIN_TARGET}, a part of the others"
     )
+    parser.add_argument(
+        "--changed", action="store_true", help="compile only what the baseline does not know"
+    )
+    parser.add_argument(
+        "--launches", action="store_true", help="launches per pass only; nothing is compiled"
+    )
     parser.add_argument("--update", action="store_true", help="make this the baseline")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def _check_code(options: argparse.Namespace) -> int:
     work = jobs(operations(options.ops), options.targets, options.short)
-    path = path_of(triton.__version__)
+    path = baseline.path_of(triton.__version__)
     if not path.exists() and not options.update:
         print(f"there is no baseline for triton {triton.__version__}; --update writes {path}")
         return 1
-    bar = Progress(len(work))
-    facts = compile_cases(work, progress=bar.step)
-    bar.close()
+    before = baseline.read(path) if path.exists() else Baseline()
+    facts = facts_of(work, before if options.changed else Baseline())
     faults = dict.fromkeys(f"{_fault(fact)}" for fact in facts if fact.fault)
     print("".join(f"{fault}\n" for fault in faults), end="", file=sys.stderr)
-    before = read(path) if path.exists() else {}
-    mine = of_the_work(before, work)
-    now = measured(facts)
+    mine = of_the_work(before.kernels, work)
+    now = baseline.of_facts(facts)
     if options.update:
-        kept = {place: numbers for place, numbers in before.items() if place not in mine}
-        write(path, kept | now)
-        print(f"{len(now)} kernels written to {path}")
+        baseline.write(path, before.without(mine).joined(now))
+        print(f"{len(now.kernels)} kernels written to {path}")
         return 1 if faults else 0
-    comparison = compare(mine, now)
-    print("\n".join(report(comparison, len(now), path)))
+    numbers = before.numbers()
+    comparison = compare({place: numbers[place] for place in mine}, now.numbers())
+    print("\n".join([*report(comparison, len(now.kernels), path), stale(before, now)]))
     return 1 if faults or not comparison.passed else 0
+
+
+def facts_of(work: Sequence[Job], known: Baseline) -> list[KernelFacts]:
+    """What every case launches, from the baseline where that knows it, else compiled."""
+    results: dict[Job, list[KernelFacts]] = {}
+    with compilers() as pool:
+        for _, found in recognised(pool, work, known):
+            results |= found
+        rest = [job for job in work if job not in results]
+        bar = Progress(len(rest))
+        for job, facts in compiled(pool, rest):
+            results[job] = facts
+            bar.step(f"{job[0]} for {job[2]}")
+        bar.close()
+    return in_order(results)
+
+
+def _check_launches(options: argparse.Namespace) -> int:
+    now = launches.collect(options.ops)
+    if options.update:
+        launches.write(now)
+        print(f"launches of {len(now)} operations written to {launches.PATH}")
+        return 0
+    moved = launches.differences(launches.read(), now)
+    print("\n".join(moved or [f"{len(now)} operations launch as many kernels as committed"]))
+    return 1 if moved else 0
 
 
 def _fault(fact: KernelFacts) -> str:

@@ -12,85 +12,50 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import multiprocessing
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
+import triton
 from triton.runtime.cache import get_cache_manager
 
 from perf.compiling import control_flow, machine_code
+from perf.compiling.baseline import Baseline, Kept
+from perf.compiling.facts import (
+    MAIN_TARGET,
+    KernelFacts,
+    LoopFacts,
+    loop_names,
+    made_of,
+    numbered,
+    once_per_target,
+    outputs_per_round,
+    pivoted,
+)
 from perf.compiling.machine_code import MachineCode
 from perf.compiling.targets import TARGETS, Target
 from perf.operations.contract import Case, KernelNotes, Operation, operations, scheduled
 from perf.text import plain
 from tritonloss._core.progress import Progress
+from tritonloss._core.source_hash import source_hash
 from tritonloss._tools.launches import Launch, offline, recorded
-from tritonloss._tools.resources import Resources
-from tritonloss._tools.sieve import compiling_environment
+from tritonloss._tools.sieve import compiling_environment, leave_interrupts
 
-MAIN_TARGET = "sm_90"
+_Key = TypeVar("_Key")
+_Result = TypeVar("_Result")
 Job = tuple[str, int, str]  # operation, index of the case in Operation.shipped, target
-
-
-@dataclass(frozen=True)
-class LoopFacts:
-    """One big loop. `per_output` is what one thread executes per output; None if code cannot tell:
-    how often a loop within it runs is known at run time only.
-    """
-
-    name: str
-    instructions: int
-    per_output: float | None
-
-
-@dataclass(frozen=True)
-class KernelFacts:
-    """One kernel as one case launches it, compiled for one target."""
-
-    op: str
-    case: str
-    target: str
-    kernel: str
-    configuration: str
-    constants: Mapping[str, Any]
-    registers: int = 0
-    spill_bytes: int = 0
-    shared_bytes: int = 0
-    occupancy: float = 0.0
-    instructions: int = 0
-    loops: tuple[LoopFacts, ...] = ()
-    compile_seconds: float | None = None
-    digest: str = ""  # Triton's own name of the compiled kernel
-    error: str | None = None  # why there are no facts
-
-    @property
-    def fault(self) -> str | None:
-        """Why this kernel must not ship; None if it may."""
-        taken = Resources(self.registers, self.spill_bytes, self.shared_bytes)
-        return self.error or taken.fault(TARGETS[self.target].shared_per_block)
-
-    @property
-    def text(self) -> str:
-        """Registers, occupancy and instructions per output in one line."""
-        if self.error:
-            return "FAULT: does not compile"
-        if self.fault:
-            return f"FAULT: {self.fault}"
-        counts = [
-            "nested loops" if loop.per_output is None else f"{loop.per_output:.1f}"
-            for loop in self.loops
-        ]
-        parts = [f"{self.registers} r", f"{self.occupancy:.0%}", " / ".join(counts)]
-        parts += [f"{self.shared_bytes} B shared"] if self.shared_bytes else []
-        return " ".join(part for part in parts if part)
+Recorded = Mapping[int, tuple[str, Mapping[str, Kept]]]  # index of a case -> made of, kernels
 
 
 def jobs(
@@ -112,43 +77,140 @@ def jobs(
     return [job[:3] for job in listed]
 
 
-def table(
-    work: Sequence[Job],
-    workers: int | None = None,
-    progress: Callable[[str], None] = lambda _: None,
-    end: float | None = None,
-) -> list[KernelFacts]:
-    """Compile all of the work; the same kernel is listed once per target.
-
-    After ``end``, a time of the monotonic clock, nothing more is begun.
-    """
-    unique: dict[tuple[str, str], KernelFacts] = {}
-    for fact in compile_cases(work, workers, progress, end):
-        unique.setdefault((fact.target, fact.digest), fact)
-    return list(unique.values())
-
-
 def compile_cases(
     work: Sequence[Job],
     workers: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
-    end: float | None = None,
 ) -> list[KernelFacts]:
     """Compile all of the work in a pool of processes; what every case launches, in its order."""
-    context = multiprocessing.get_context("spawn")
-    with compiling_environment(), ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
-        futures = {pool.submit(compile_case, *job): job for job in work}
-        results: dict[Job, list[KernelFacts]] = {}
-        for future in as_completed(futures):
-            job = futures[future]
-            results[job] = future.result()
+    results = {}
+    with compilers(workers) as pool:
+        for job, facts in compiled(pool, work):
+            results[job] = facts
             progress(f"{job[0]} for {job[2]}")
-            if end is not None and time.monotonic() > end:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in multiprocessing.active_children():
-                    process.terminate()  # a large kernel compiles for a minute
-                break
+    return in_order(results)
+
+
+def in_order(results: Mapping[Job, list[KernelFacts]]) -> list[KernelFacts]:
+    """The facts of all cases, in an order that does not depend on who was first."""
     return [fact for job in sorted(results) for fact in results[job]]
+
+
+@contextmanager
+def compilers(workers: int | None = None) -> Iterator[Executor]:
+    """A pool of processes for device code. Left by an exception, it is stopped at once."""
+    context = multiprocessing.get_context("spawn")
+    with compiling_environment():
+        pool = ProcessPoolExecutor(workers or os.cpu_count(), context, leave_interrupts)
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()  # a large kernel compiles for a minute
+            raise
+        pool.shutdown()
+
+
+def compiled(
+    pool: Executor, work: Sequence[Job], end: float = math.inf
+) -> Iterator[tuple[Job, list[KernelFacts]]]:
+    """(a case, what it launches), compiled in the pool, as they come.
+
+    After ``end``, a time of the monotonic clock, nothing more is waited for.
+    """
+    futures = {pool.submit(compile_case, *job): job for job in work}
+    yield from _finished(futures, end)
+    for future in futures:
+        future.cancel()
+
+
+def recognised(
+    pool: Executor, work: Sequence[Job], baseline: Baseline
+) -> Iterator[tuple[str, dict[Job, list[KernelFacts]]]]:
+    """(an operation, its cases that the baseline knows as they are now), as they come.
+
+    Nothing is compiled: launchers run, and what they would launch is compared.
+    """
+    futures = {}
+    for (name, target), jobs_of in _grouped(work).items():
+        shipped = operations([name])[0].shipped
+        known: dict[int, tuple[str, Mapping[str, Kept]]] = {}
+        for _, index, _ in jobs_of:
+            where = target, f"{name}: {shipped[index].text}"
+            if where in baseline.made_of:
+                known[index] = baseline.made_of[where], baseline.of_case(where)
+        futures[pool.submit(recognise_cases, name, target, known)] = f"{name} for {target}"
+    yield from _finished(futures)
+
+
+def _grouped(work: Sequence[Job]) -> dict[tuple[str, str], list[Job]]:
+    groups: dict[tuple[str, str], list[Job]] = {}
+    for job in work:
+        groups.setdefault((job[0], job[2]), []).append(job)
+    return groups
+
+
+def _finished(
+    futures: Mapping[Future[_Result], _Key], end: float = math.inf
+) -> Iterator[tuple[_Key, _Result]]:
+    pending = set(futures)
+    while pending:
+        left = None if end == math.inf else max(0.0, end - time.monotonic())
+        done, pending = wait(pending, left, FIRST_COMPLETED)
+        yield from ((futures[future], future.result()) for future in done)
+        if not done:
+            return  # out of time
+
+
+def recognise_cases(name: str, target_name: str, known: Recorded) -> dict[Job, list[KernelFacts]]:
+    """The cases that are made of what the baseline's numbers were made of, in this process."""
+    torch.set_num_threads(1)
+    operation = operations([name])[0]
+    found = {}
+    for index, (made, kernels) in known.items():
+        facts = recognise_case(operation, index, target_name, kernels)
+        if facts and made_of(facts) == made:
+            found[name, index, target_name] = facts
+    return found
+
+
+def recognise_case(
+    operation: Operation, index: int, target_name: str, kernels: Mapping[str, Kept]
+) -> list[KernelFacts]:
+    """What a case launches, with the baseline's numbers; empty if it launches other kernels."""
+    case, target = operation.shipped[index], TARGETS[target_name]
+    records, error = _launched(operation, case, target, "skip")
+    names = numbered(record.kernel for record in records)
+    if error or set(names) != set(kernels):
+        return []
+    facts = []
+    for name, record in zip(names, records, strict=True):
+        kept, notes = kernels[name], operation.kernels.get(record.kernel)
+        outputs = outputs_per_round(notes, target, record)
+        named = zip(loop_names(notes, len(kept.loops)), kept.loops, strict=True)
+        loops = tuple(_loop_again(loop, count, outputs) for loop, count in named)
+        facts.append(
+            replace(
+                _without_code(operation, case, target, record),
+                registers=kept.registers,
+                spill_bytes=kept.spill_bytes,
+                shared_bytes=kept.shared_bytes,
+                occupancy=target.occupancy(kept.registers, kept.shared_bytes, record.num_warps),
+                instructions=kept.instructions or 0,
+                loops=loops,
+                committed=True,
+            )
+        )
+    return facts
+
+
+def _loop_again(name: str, per_output: float | None, outputs: float | None) -> LoopFacts:
+    """A loop of the baseline, whose rounded number stands for a whole number of instructions."""
+    if per_output is None or outputs is None:
+        return LoopFacts(name, None, per_output)
+    instructions = round(per_output * outputs)
+    return LoopFacts(name, instructions, instructions / outputs)
 
 
 def compile_case(operation_name: str, index: int, target_name: str) -> list[KernelFacts]:
@@ -156,15 +218,8 @@ def compile_case(operation_name: str, index: int, target_name: str) -> list[Kern
     torch.set_num_threads(1)
     operation = operations([operation_name])[0]
     case, target = operation.shipped[index], TARGETS[target_name]
-    error = None
-    with offline(target.gpu), recorded("compile") as launches, scheduled(operation, case):
-        try:
-            operation.launch(case, operation.inputs(case, torch.device("meta")))
-        except Exception as caught:  # whatever a compiler throws is a row of the table
-            error = f"{type(caught).__name__}: {' ... '.join(_ends(str(caught)))}"
-        # A launcher may launch a kernel many times; the first time it was compiled.
-        kernels = {record.compiled.hash: record for record in reversed(launches)}
-        facts = [_facts(operation, case, target, record) for record in [*kernels.values()][::-1]]
+    records, error = _launched(operation, case, target, "compile")
+    facts = [_facts(operation, case, target, record) for record in records]
     if error:
         digest = f"{operation.name} {case.text}: {error}"
         facts.append(
@@ -175,15 +230,40 @@ def compile_case(operation_name: str, index: int, target_name: str) -> list[Kern
     return facts
 
 
+def _launched(
+    operation: Operation, case: Case, target: Target, mode: Literal["compile", "skip"]
+) -> tuple[list[Launch], str | None]:
+    """(different launches of a case, why there are not all of them); whatever a compiler throws is
+    a row of the table.
+    """
+    error = None
+    with offline(target.gpu), recorded(mode) as launches, scheduled(operation, case):
+        try:
+            operation.launch(case, operation.inputs(case, torch.device("meta")))
+        except Exception as caught:
+            error = f"{type(caught).__name__}: {' ... '.join(_ends(str(caught)))}"
+    # A launcher may launch a kernel many times; the first time it was compiled.
+    kernels = {launch_digest(operation, target, record): record for record in reversed(launches)}
+    return [*kernels.values()][::-1], error
+
+
+def launch_digest(operation: Operation, target: Target, record: Launch) -> str:
+    """A hash of all that a launch's machine code, and how it is read, depends on."""
+    notes = operation.kernels.get(record.kernel)
+    sources = [source_hash(name.removeprefix("tritonloss.")) for name in record.modules]
+    reading = [_analysis_version(), outputs_per_round(notes, target, record), notes and notes.loops]
+    made = [triton.__version__, target.name, record.signature, sources, reading]
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
+
+
 def _ends(message: str) -> list[str]:
     """The first and the last line: where a compiler stopped, and why."""
     lines = [line.strip() for line in message.splitlines() if line.strip()] or [""]
     return [lines[0][:100], lines[-1][:200]][: len(lines)]
 
 
-def _facts(operation: Operation, case: Case, target: Target, record: Launch) -> KernelFacts:
-    code, seconds = analysis(record)
-    shared = record.compiled.metadata.shared
+def _without_code(operation: Operation, case: Case, target: Target, record: Launch) -> KernelFacts:
+    """What is known of a launch before it is compiled."""
     return KernelFacts(
         op=operation.name,
         case=case.text,
@@ -191,6 +271,15 @@ def _facts(operation: Operation, case: Case, target: Target, record: Launch) -> 
         kernel=record.kernel,
         configuration=record.configuration,
         constants={k: v for k, v in record.constants.items() if isinstance(v, (int, str))},
+        digest=launch_digest(operation, target, record),
+    )
+
+
+def _facts(operation: Operation, case: Case, target: Target, record: Launch) -> KernelFacts:
+    code, seconds = analysis(record)
+    shared = record.compiled.metadata.shared
+    return replace(
+        _without_code(operation, case, target, record),
         registers=code.registers,
         spill_bytes=code.spill_bytes,
         shared_bytes=shared,
@@ -198,24 +287,20 @@ def _facts(operation: Operation, case: Case, target: Target, record: Launch) -> 
         instructions=code.instructions,
         loops=loop_facts(operation.kernels.get(record.kernel), code, target, record),
         compile_seconds=seconds,
-        digest=record.compiled.hash,
     )
 
 
 def loop_facts(
     notes: KernelNotes | None, code: MachineCode, target: Target, record: Launch
 ) -> tuple[LoopFacts, ...]:
-    big = code.big_loops(record.constants.get("STRIP.unroll", 1))
-    if notes is None:
+    """The kernel's big loops, the smallest first; none where nobody has said what they complete."""
+    outputs = outputs_per_round(notes, target, record)
+    if outputs is None:
         return ()
-    names = notes.loops
-    if len(names) != len(big):  # the compiler has merged or copied loops: no name would be right
-        names = tuple(f"loop {number + 1} of {len(big)}" for number in range(len(big)))
-    threads = record.num_warps * target.gpu.warp_size
-    outputs = notes.outputs({**record.constants, "THREADS": threads})
+    big = code.big_loops(record.constants.get("STRIP.unroll", 1))
     return tuple(
         LoopFacts(name, loop.instructions, None if loop.nests else loop.instructions / outputs)
-        for name, loop in zip(names, big, strict=True)
+        for name, loop in zip(loop_names(notes, len(big)), big, strict=True)
     )
 
 
@@ -241,30 +326,11 @@ def analysis(record: Launch) -> tuple[MachineCode, float | None]:
 
 @cache
 def _analysis_version() -> str:
+    """A hash of the code that reads machine code; its comments do not count."""
     files = (machine_code.__file__, control_flow.__file__)
-    source = b"".join(Path(str(file)).read_bytes() for file in files)
-    return hashlib.sha256(source).hexdigest()
-
-
-def pivoted(facts: Sequence[KernelFacts]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of a table with one row per kernel and case, and one column per target."""
-    targets = [name for name in TARGETS if any(fact.target == name for fact in facts)]
-    lines: dict[tuple[str, str, str], dict[str, KernelFacts]] = {}
-    for fact in facts:
-        lines.setdefault((fact.op, fact.kernel, fact.case), {})[fact.target] = fact
-    rows = []
-    for (op, kernel, case), cells in lines.items():
-        seconds = [fact.compile_seconds for fact in cells.values() if fact.compile_seconds]
-        rows.append(
-            [
-                op,
-                kernel.strip("_").removesuffix("_kernel"),
-                case,
-                *(cells[target].text if target in cells else "" for target in targets),
-                f"{max(seconds):.1f}" if seconds else "",
-            ]
-        )
-    return ["operation", "kernel", "case", *targets, "compile s"], rows
+    lines = "\n".join(Path(str(file)).read_text() for file in files).splitlines()
+    code = "\n".join(re.sub(r"\s*#.*", "", line) for line in lines)
+    return hashlib.sha256(code.encode()).hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -281,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     work = jobs(operations(options.ops), options.targets, options.short)
     bar = Progress(len(work))
-    facts = table(work, progress=bar.step)
+    facts = once_per_target(compile_cases(work, progress=bar.step))
     bar.close()
     if options.json:
         options.json.write_text(json.dumps([asdict(fact) for fact in facts]))

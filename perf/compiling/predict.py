@@ -15,30 +15,29 @@ The heuristics follow it for float32, with two reservations: candidates at the e
 file (what takes more than 160 registers here may spill on another target or in another layout),
 and a schedule that buys time with memory.
 
-`python -m tritonloss tune --compile-only [--target sm_90] [--op NAME] [--shapes NxCxHxW ...]`
+`python -m perf predict [--target sm_90] [--op NAME] [--shapes NxCxHxW ...]`
 """
 
 from __future__ import annotations
 
+import argparse
 import math
-import multiprocessing
-import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
-from perf.compiling.compile_only import analysis, loop_facts
+from perf.compiling.compile_only import analysis, compilers, loop_facts
+from perf.compiling.facts import MAIN_TARGET
 from perf.compiling.targets import TARGETS, Target
 from perf.operations.contract import KernelNotes, operations
 from perf.text import plain
 from tritonloss._core.configurations import Configuration, Shape, TuningCase
 from tritonloss._core.progress import Progress
 from tritonloss._tools.launches import Launch, offline
-from tritonloss._tools.sieve import Place, compiled, compiling_environment
-from tritonloss._tools.tuning_cases import own_cases, same_case, sized, slices
+from tritonloss._tools.sieve import Place, compiled
+from tritonloss._tools.tuning_cases import own_cases, same_case, shape_of, sized, slices
 
 _WARPS_THAT_KEEP_BUSY = 2
 _UNCOUNTED = "not ranked, how often its inner loops run is known at run time only"
@@ -115,8 +114,7 @@ def rankings(
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterable[Ranking]:
     """The cases' candidates, compiled for the target in a pool of processes."""
-    context = multiprocessing.get_context("spawn")
-    with compiling_environment(), ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
+    with compilers(workers) as pool:
         futures = [
             [
                 pool.submit(predict, _place(case), n, target.name)
@@ -217,23 +215,24 @@ def cases_at_full_size(
         ]  # fmt: skip
 
 
-def run(
-    target_name: str,
-    operator: str | None,
-    shapes: Sequence[Shape] | None,
-    say: Callable[[str], None],
-) -> int:
-    """Print every case's ranking; the exit status of `tune --compile-only`."""
-    if target_name not in TARGETS:
-        say(f"--target must be one of {', '.join(TARGETS)}; got {target_name!r}")
-        return 1
-    target = TARGETS[target_name]
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of `python -m perf predict`: every case's ranking."""
+    parser = argparse.ArgumentParser(
+        prog="python -m perf predict", description=str(__doc__).split("\n")[0]
+    )
+    parser.add_argument("--target", choices=list(TARGETS), default=MAIN_TARGET)
+    parser.add_argument("--op", metavar="NAME", help="one operator only")
+    parser.add_argument(
+        "--shapes", nargs="+", type=shape_of, metavar="NxCxHxW", help="for logits of these sizes"
+    )
+    options = parser.parse_args(arguments)
+    target = TARGETS[options.target]
     try:
-        cases = cases_at_full_size(target, operator, shapes)
+        cases = cases_at_full_size(target, options.op, options.shapes)
     except ValueError as error:
-        say(str(error))
+        print(error)
         return 1
-    say(
+    print(
         f"PREDICTION, not a measurement: nothing is run. Candidates compiled for {target.name} "
         f"({target.gpus}) and ranked by instructions per output, occupancy and the bytes they must "
         "move. No tuned file is written."
@@ -241,8 +240,7 @@ def run(
     bar = Progress(len(cases))
     for ranking in rankings(target, cases, progress=bar.step):
         bar.clear()
-        for line in described(ranking):
-            say(line)
+        print("\n".join(described(ranking)), flush=True)
     bar.close()
     return 0
 

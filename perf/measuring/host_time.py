@@ -17,8 +17,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,23 +27,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from perf.measuring import stand_in
+from perf.measuring import calls, launches, stand_in
+from perf.measuring.calls import Call
+from perf.measuring.memory import tally
+from perf.operations.contract import operations
+from perf.text import plain
 
 # Calls in a row that are timed together, and how often.
 _CALLS, _REPEATS = 10, 30
-_SHAPE = (2, 19, 64, 64)
+_OTHER_SHAPE, _MORE_MATRICES = (2, 19, 80, 96), (3, 19, 64, 64)
 BARE = "bare autograd.Function"
 
 
 @dataclass(frozen=True)
 class HostTime:
-    """One operation, forward and backward."""
+    """One operation, forward and backward. Kernels that an operation before it has had compiled
+    are not counted again; for another size of image no kernel should be compiled again.
+    """
 
     op: str
     forward_launches: int
     backward_launches: int
     microseconds: float  # of forward and backward, the median; on this machine only
     times_bare: float  # the same over that of the bare pair, in this run
+    allocations: int = 0  # tensors, outputs and gradients among them
+    views: int = 0  # that PyTorch makes of tensors
+    torch_operations: int = 0  # of PyTorch that compute something: each would be a launch, too
+    compilations: int = 0
+    compilations_again: int = 0  # for images of another size
+    large: tuple[int, int] | None = None  # launches for large images, which may be others
 
 
 def collect(names: Sequence[str] | None = None, timeout: float | None = 600) -> list[HostTime]:
@@ -75,58 +88,80 @@ def main(arguments: list[str]) -> int:
     if choice.json:
         print(json.dumps([asdict(row) for row in rows]))
         return 0
-    print(f"{'operation':32} launches   host time   of the bare pair's")
-    for row in rows:
-        count = f"{row.forward_launches} + {row.backward_launches}"
-        print(f"{row.op:32} {count:>8} {row.microseconds:8.0f} us {row.times_bare:12.1f}")
+    print(plain(HEADER, [[row.op, *cells(row)] for row in rows]))
     return 0
+
+
+HEADER = (
+    "operation", "of the bare pair's time", "us", "launches", "of large images", "PyTorch's own",
+    "allocations", "views", "compiled", "again",
+)  # fmt: skip
+
+
+def cells(row: HostTime) -> list[str]:
+    """A row as it is printed, without its name."""
+    counts = (
+        row.torch_operations, row.allocations, row.views, row.compilations, row.compilations_again,
+    )  # fmt: skip
+    launched = [f"{row.forward_launches} + {row.backward_launches}"]
+    launched.append(" + ".join(map(str, row.large or ())))
+    return [f"{row.times_bare:.1f}", f"{row.microseconds:.0f}", *launched, *map(str, counts)]
 
 
 def measure(names: Sequence[str] | None) -> list[HostTime]:
     """The bare pair first, then every operation on maps of one small size."""
-    from perf.operations.contract import operations
-
-    logits = torch.empty(_SHAPE).requires_grad_()
-    bare = _measured(BARE, lambda: _Bare.apply(logits), [logits], 1.0)
+    bare = _measured(BARE, _bare(calls.SHAPE), _bare(_OTHER_SHAPE))
     rows = [bare]
     for operation in operations(names):
-        call, leaves = _call_of(operation)
-        rows.append(_measured(operation.name, call, leaves, bare.microseconds))
+        images = launches.has_images(operation)
+        other = calls.of_operation(operation, _OTHER_SHAPE if images else _MORE_MATRICES)
+        row = _measured(operation.name, calls.of_operation(operation), other)
+        large = launches.of_one(operation, launches.LARGE) if images else None
+        rows.append(replace(row, times_bare=row.microseconds / bare.microseconds, large=large))
     return rows
 
 
-def _call_of(operation: Any) -> tuple[Callable[[], Any], list[Tensor]]:
-    """A call of the operation's public function with its first case's options, and its maps."""
-    from dataclasses import replace
-
-    case = operation.cases[0]
-    batch, classes, height, width = _SHAPE
-    shape = replace(case.shape, batch=batch, classes=classes, height=height, width=width)
-    inputs = operation.inputs(replace(case, shape=shape), torch.device("cpu"))
-    given = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
-    leaves = [x for x in given if x.requires_grad]
-    return lambda: operation.function(*given, **case.options), leaves
-
-
-def _measured(
-    name: str, call: Callable[[], Any], leaves: list[Tensor], bare: float | None
-) -> HostTime:
+def _measured(name: str, call: Call, other: Call) -> HostTime:
+    compiled: list[Any] = []
+    upstream = None
+    with _listening(compiled):
+        upstream = call.upstream(call.forward())
+        call.backward(call.forward(), upstream)
+        compilations = len(compiled)
+        other.backward(other.forward(), other.upstream(other.forward()))
     before = stand_in.launches()
-    found = call()
-    outputs = [found] if isinstance(found, Tensor) else [x for x in found if x.requires_grad]
-    upstream = [torch.ones_like(output) for output in outputs]
+    outputs = call.forward()
     between = stand_in.launches()
-    torch.autograd.grad(outputs, leaves, upstream)
+    call.backward(outputs, upstream)
     after = stand_in.launches()
 
     def step() -> None:
-        found = call()
-        outputs = [found] if isinstance(found, Tensor) else [x for x in found if x.requires_grad]
-        torch.autograd.grad(outputs, leaves, upstream)
+        call.backward(call.forward(), upstream)
 
-    microseconds = _timed(step)
-    share = microseconds / bare if bare and name != BARE else 1.0
-    return HostTime(name, between - before, after - between, microseconds, share)
+    mine = tally(step)
+    return HostTime(
+        op=name,
+        forward_launches=between - before,
+        backward_launches=after - between,
+        microseconds=_timed(step),
+        times_bare=1.0,
+        allocations=mine.allocations,
+        views=mine.views,
+        torch_operations=mine.computing,
+        compilations=compilations,
+        compilations_again=len(compiled) - compilations,
+    )
+
+
+@contextmanager
+def _listening(compiled: list[Any]) -> Iterator[None]:
+    """Note down every kernel that is compiled, or taken from Triton's cache."""
+    knobs = triton.knobs.compilation
+    before, knobs.listener = knobs.listener, lambda **told: compiled.append(told)
+    try:
+        yield
+    finally:
+        knobs.listener = before
 
 
 def _timed(step: Callable[[], None]) -> float:
@@ -148,6 +183,11 @@ def _timed(step: Callable[[], None]) -> float:
 
 
 # --- the bare pair --------------------------------------------------------------------------------
+
+
+def _bare(shape: tuple[int, int, int, int]) -> Call:
+    logits = torch.empty(shape).requires_grad_()
+    return Call(lambda: _Bare.apply(logits), [logits])
 
 
 @triton.jit

@@ -1,19 +1,17 @@
 """Every kernel's parity on tiny maps in Triton's interpreter: proof without a GPU, no speed.
 
 The interpreter has to be asked for before Triton is imported, so this runs as a process of its
-own: `check` starts one, and its `main` prints one line of JSON per case.
+own: `Interpreter` starts one, and its `main` prints one line of JSON per case.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,34 +57,41 @@ def _question(case: Case) -> str:
     return f"{tiny.shape.size} {tiny.dtype} {tiny.layout} {tiny.parameters}"
 
 
-def check(
-    work: Sequence[tuple[str, int]],
-    progress: Callable[[str], None] = lambda _: None,
-    end: float | None = None,
-) -> tuple[list[Parity], str | None]:
-    """(results, what went wrong if not all were reached) of a process with the interpreter.
+class Interpreter:
+    """A process that checks cases, given by their operations' names and their indices.
 
-    At ``end``, a time of the monotonic clock, it is stopped, and what was not reached is left out.
+    Ctrl-C does not reach it: whoever has started it decides what becomes of it.
     """
-    command = [sys.executable, "-m", "perf.measuring.interpreted", json.dumps(work)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITONLOSS_TUNING": "off"}
-    root = Path(__file__).parents[2]
-    results = []
-    with subprocess.Popen(
-        command, cwd=root, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        stop = threading.Timer((end or math.inf) - time.monotonic(), process.kill)
-        if end is not None:
-            stop.start()
-        for line in process.stdout or ():
-            results.append(Parity(**json.loads(line)))
-            progress(f"{results[-1].op} in the interpreter")
-        errors = process.stderr.read().strip() if process.stderr else ""
-        stop.cancel()
-    if process.returncode and end is not None and time.monotonic() >= end:
-        return results, None
-    return results, errors.splitlines()[-1] if process.returncode and errors else None
+
+    def __init__(self, work: Sequence[tuple[str, int]]) -> None:
+        command = [sys.executable, "-m", "perf.measuring.interpreted", json.dumps(work)]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITONLOSS_TUNING": "off"}
+        self.stopped = False
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            command, cwd=Path(__file__).parents[2], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True,
+        )  # fmt: skip
+
+    def results(self) -> Iterator[Parity]:
+        """The results, as they come."""
+        for line in self._process.stdout or ():
+            yield Parity(**json.loads(line))
+        self._process.wait()
+
+    def stop(self) -> None:
+        """Check nothing more."""
+        self.stopped = True
+        self._process.kill()
+
+    @property
+    def trouble(self) -> str | None:
+        """What went wrong, if it ended by itself before all was checked."""
+        if self.stopped or not self._process.wait():
+            return None
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines()
+        return lines[-1] if lines else f"exit status {self._process.returncode}"
 
 
 def judge(operation: Operation, case: Case) -> Parity:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,6 +71,35 @@ class _Counter(TorchDispatchMode):
                 self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
         return result
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What PyTorch itself does in a computation: allocations, views, and what computes something,
+    which on a GPU is a launch.
+    """
+
+    allocations: int
+    views: int
+    computing: int
+
+
+def tally(function: Callable[[], object]) -> Tally:
+    """Count PyTorch's own operations in a function. They are seen by the profiler: losses that
+    find a dispatch mode around them take the way of torch.compile, which is another.
+    """
+    with torch.autograd.profiler.profile() as profile:
+        function()
+    events = [event for event in profile.function_events if event.name.startswith("aten::")]
+    callers = {id(event.cpu_parent) for event in events if event.cpu_parent is not None}
+    innermost = [event.name for event in events if id(event) not in callers]
+    allocations = sum(name in _ALLOCATIONS for name in innermost)
+    views = sum(name in _VIEWS for name in innermost)
+    return Tally(allocations, views, len(innermost) - allocations - views)
+
+
+_ALLOCATIONS = ("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty")
+_VIEWS = ("aten::as_strided", "aten::view", "aten::detach", "aten::alias")
 
 
 def _storages(values: object) -> list[torch.UntypedStorage]:

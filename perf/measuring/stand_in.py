@@ -14,6 +14,7 @@ import ctypes
 import os
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,16 @@ def install() -> None:
     driver.set_active(active)
 
 
-def adopt() -> None:
-    """Let the losses take CPU tensors for the GPU's, whose labels nobody looks at."""
+def adopt(guard: Callable[[torch.device], Any] = lambda device: torch.cuda.device(0)) -> None:
+    """Let the losses take CPU tensors for the GPU's, whose labels and offsets nobody looks at.
+
+    ``guard`` is what makes a device the current one around a launch.
+    """
     from tritonloss._core import backend, checks
 
     backend.INTERPRETED = False
-    backend.GUARDS["cpu"] = lambda device: torch.cuda.device(0)
+    backend.GUARDS["cpu"] = guard
+    checks.check_offsets = lambda offsets, name: None
     checks.check_labels_in_range = lambda target, classes, ignore_index: None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels_reference import linalg as reference
 from perf.operations.contract import Case, Floor, Goal, KernelNotes, Operation, Shape
-from tritonloss import linalg as kernels
+from tritonloss.linalg import matrices as kernels
 
 _ORDERS = (4, 9, 16, 18, 25, 32)
 

@@ -11,7 +11,7 @@ import platform
 import statistics
 from collections.abc import Iterable, Sequence
 
-from perf.compiling.compile_only import MAIN_TARGET, KernelFacts, pivoted
+from perf.compiling.facts import MAIN_TARGET, KernelFacts, pivoted
 from perf.compiling.targets import TARGETS
 from perf.measuring.rows import Row
 from perf.report.page import Bars, Block, Card, Page, Paragraph, Picture, Section, Table
@@ -200,14 +200,18 @@ def _code_blocks(facts: Sequence[KernelFacts]) -> list[Block]:
     if not facts:
         return []
     gpus = ", ".join(f"{name} is {TARGETS[name].gpus}" for name in _targets(facts))
+    committed = sum(fact.committed for fact in facts)
     return [
         Paragraph(
             "Every shipped kernel compiled for GPUs that need not be there; nothing here is a "
-            "measurement. Each cell: registers, theoretical occupancy, and machine instructions of "
+            f"measurement. {len(facts) - committed} kernels were compiled for this report; the "
+            f"numbers of {committed} are the committed ones of perf/baseline, since device code, "
+            "launch configuration and Triton are the same as there (--compile compiles all). "
+            "Each cell: registers, theoretical occupancy, and machine instructions of "
             "the main loop per output (one number per big loop, the smallest first; a kernel may "
             f"have one for classes that a tile does not contain). {gpus}."
         ),
-        Table(*pivoted(facts), folded=f"{len(facts)} compiled kernels"),
+        Table(*pivoted(facts), folded=f"{len(facts)} kernels"),
     ]
 
 
@@ -263,6 +267,16 @@ def _method(report: Report) -> list[str]:
             "Counted memory is the bytes of all tensors that exist at the same time in one forward "
             "and backward pass, beyond the inputs, at full size on torch's meta device, in units "
             "of the size of the maps that get a gradient."
+        )
+    if report.host:
+        notes.append(
+            "Host time is the processor time of one thread for a call, forward and backward, on "
+            "small maps and a stand-in for the GPU's driver that launches nothing; the bare pair "
+            "is an autograd.Function with one launch each way, in the same run. Large images have "
+            "256 x 256 pixels. PyTorch's own are its operations that compute something, each a "
+            "launch more; compiled are the kernels that the first call needs (without those that "
+            "an operation before it has had compiled), and again those that another size of image "
+            "needs."
         )
     if report.machine.has_gpu:
         notes.append(

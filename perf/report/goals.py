@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from perf.compiling.compile_only import KernelFacts
+from perf.compiling.facts import KernelFacts
 from perf.measuring.rows import Row
 from perf.operations.contract import CodeGoal, Goal, Operation
 

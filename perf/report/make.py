@@ -1,93 +1,56 @@
 """The performance report of the machine it runs on: rows.csv, report.md and report.html.
 
 With a GPU every case is measured on it. Without one the same cases run at a reduced size on the
-CPU (reference only), the kernels are checked in Triton's interpreter and compiled for GPUs that
-are not there; nothing of that is called a speed.
+CPU (reference only) and the kernels are checked in Triton's interpreter; nothing of that is called
+a speed. Either way memory, host time and launches are counted, and machine code for GPUs that need
+not be there is looked up in the committed baseline, or compiled where something has changed since.
 
-`python -m perf report [--ops ...] [--shapes ...] [--dtypes ...] [--quick] [--out FOLDER]`
+`python -m perf report [--ops ...] [--shapes ...] [--dtypes ...] [--quick] [--compile] [--out ...]`
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import shutil
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 
-from perf.compiling import compile_only
-from perf.measuring import interpreted, rows
-from perf.measuring.counted import count
-from perf.measuring.interpreted import Parity
+from perf.measuring import rows
 from perf.measuring.machine import this_machine
-from perf.measuring.measure import Bench, providers
-from perf.measuring.timing import copy_bandwidth
 from perf.operations import peers
 from perf.operations.contract import SHAPES, Case, Operation, operations
-from perf.report import html, markdown
+from perf.report import html, markdown, parts
+from perf.report.choice import Choice
 from perf.report.goals import findings
+from perf.report.parts import Making
 from perf.report.record import RESULTS
 from perf.report.report import Report
 from tritonloss._core.progress import Progress
 
-_CPU_CASES = 4
 QUICK_S = 70.0  # when a quick report begins nothing more; what runs then still ends
+# When a report without a GPU begins no more cases of the reference, and none under torch.compile,
+# which may take a minute.
+CPU_ROWS_S, CPU_COMPILE_S = 150.0, 180.0
 KEPT_TRAINING = RESULTS / "training"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What to report on; None is everything."""
-
-    ops: Sequence[str] | None = None
-    shapes: Sequence[str] | None = None
-    dtypes: Sequence[str] | None = None
-    quick: bool = False
-    budget_s: float | None = None
-
-    def cases(self, operation: Operation, on_gpu: bool) -> list[Case]:
-        """The operation's cases that are asked for; on a CPU the first few stand for all."""
-        chosen = [
-            case
-            for case in operation.cases
-            if self.shapes is None or case.shape.name in self.shapes
-            if self.dtypes is None or case.dtype in self.dtypes
-            if on_gpu or case.schedule is None
-        ]
-        return chosen[: 1 if self.quick else None if on_gpu else _CPU_CASES]
 
 
 def make(choice: Choice) -> Report:
     """Find out everything, with a progress bar on stderr. Interrupted, it keeps what it has."""
     started = time.monotonic()
-    end = started + QUICK_S if choice.quick else None
     chosen = operations(choice.ops)
-    machine = this_machine()
-    plan = _plan(chosen, choice, machine.has_gpu)
-    bar = Progress(len(plan) + 1, budget_s=QUICK_S if choice.quick else None)
-    bar.announce("copy bandwidth")
-    report = Report(machine, copy_bandwidth(machine.device), absent=peers.absent(chosen))
-    bar.step("copy bandwidth")
+    report = Report(this_machine(), absent=peers.absent(chosen))
+    bar = Progress(1, budget_s=QUICK_S if choice.quick else None)
+    end = started + QUICK_S if choice.quick else math.inf
+    making = Making(report, choice, chosen, bar, end)
     try:
-        if machine.has_gpu:
-            _measure(report, plan, choice, bar, end)
-        _count_memory(report, chosen, choice)
-        with ThreadPoolExecutor(1) as beside:
-            # The interpreter is one process; beside it the compilers have cores to spare.
-            step = (_interpret, report, chosen, choice, bar, end)
-            interpreting = [] if machine.has_gpu else [beside.submit(*step)]
-            _compile(report, chosen, choice, bar, end)
-            for future in interpreting:
-                future.result()
-        if not machine.has_gpu:  # the reference's own times, of all that is reported the least
-            _measure(report, plan, choice, bar, end)
+        _run(making, started)
     except KeyboardInterrupt:
-        report.notes.append("The report was interrupted; what came before is complete.")
+        report.interrupted = True
+    making.finish(report.interrupted)
     report.rows = rows.with_comparisons(report.rows)
     report.goals = findings(chosen, report.rows, report.facts)
     report.seconds = time.monotonic() - started
@@ -95,9 +58,53 @@ def make(choice: Choice) -> Report:
     return report
 
 
-def _plan(
-    chosen: Sequence[Operation], choice: Choice, on_gpu: bool
-) -> list[tuple[Operation, Case]]:
+def _run(making: Making, started: float) -> None:
+    """All parts, those first that a reader misses most."""
+    choice, gpu = making.choice, making.report.machine.has_gpu
+    cases = plan(making.chosen, choice, gpu)
+    compiled = [] if gpu or choice.quick else _against_compile(cases)
+    code = parts.code_work(making)
+    parity = [] if gpu else parts.parity_work(making)
+    making.plan(parts.CASES, len(cases))
+    making.plan(parts.COMPILED, len(compiled))
+    making.plan(parts.MEMORY, len(making.chosen))
+    making.plan(parts.PARITY, len(parity))
+    making.plan(parts.HOST, 0 if choice.quick else len(making.chosen))
+    making.plan(parts.CODE, len(code))
+    parts.copy(making)
+    if gpu:
+        with _allowed(making, choice.budget_s):
+            parts.measure(making, parts.CASES, cases)
+    # The interpreter is one process; beside it there are cores to spare.
+    with parts.interpreting(making, parity):
+        parts.count_memory(making)
+        if choice.quick:
+            making.report.notes.append("A quick report leaves out host time and torch.compile.")
+        else:
+            parts.measure_host(making)
+        parts.look_up_code(making, code)
+    if not gpu:  # the reference's own times, of all that is reported the least
+        for what, work, end in (
+            (parts.CASES, cases, CPU_ROWS_S),
+            (parts.COMPILED, compiled, CPU_COMPILE_S),
+        ):
+            rest = started + end - time.monotonic()
+            with _allowed(making, rest if choice.budget_s is None else choice.budget_s):
+                parts.measure(making, what, work)
+
+
+@contextmanager
+def _allowed(making: Making, seconds: float | None) -> Iterator[None]:
+    """Begin nothing inside after so many seconds."""
+    before = making.end
+    making.end = min(before, math.inf if seconds is None else time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        making.end = before
+
+
+def plan(chosen: Sequence[Operation], choice: Choice, on_gpu: bool) -> list[tuple[Operation, Case]]:
     """Every operation's most telling case first, then every operation's second one, and so on."""
     queues = [
         [(operation, case) for case in choice.cases(operation, on_gpu)] for operation in chosen
@@ -105,91 +112,15 @@ def _plan(
     return [pair for turn in zip_longest(*queues) for pair in turn if pair is not None]
 
 
-def _measure(
-    report: Report,
-    plan: Sequence[tuple[Operation, Case]],
-    choice: Choice,
-    bar: Progress,
-    end: float | None,
-) -> None:
-    bench = Bench(report.machine, report.copy_GBps)
-    if choice.budget_s is not None:
-        end = min(time.monotonic() + choice.budget_s, end or math.inf)
-    left_out = 0
-    for operation, case in plan:
-        if end is not None and time.monotonic() > end:
-            left_out += 1
-            continue
-        bar.announce(f"{operation.name}: {case.text}")
-        gpu = report.machine.has_gpu
-        # On a CPU one case per operation shows what torch.compile does; each takes half a minute.
-        compiled = case.against_compile and (gpu or case is operation.cases[0])
-        asked = case if gpu else case.reduced()
-        candidates = providers(operation, gpu, compiled and not choice.quick)
-        report.rows += bench.rows(operation, asked, candidates)
-        bar.step(f"{operation.name}: {case.text}")
-    _note(report, left_out, "cases")
-
-
-def _note(report: Report, left_out: int, what: str) -> None:
-    if left_out:
-        report.notes.append(f"{left_out} {what} were left out to keep within the time allowed.")
-
-
-def _count_memory(report: Report, chosen: Sequence[Operation], choice: Choice) -> None:
-    """Nothing is computed, so all sizes are counted; of a quick report only the plain cases."""
-    for operation in chosen:
-        for case in replace(choice, quick=False).cases(operation, on_gpu=True):
-            plain = case.columns() | {"parameters": operation.cases[0].parameters}
-            if case.schedule is not None or choice.quick and plain != case.columns():
-                continue
-            try:
-                report.memory.append(count(operation, case))
-            except Exception as error:  # the rest of the report does not depend on it
-                report.notes.append(
-                    f"Memory of {operation.name} ({case.text}) was not counted: "
-                    f"{type(error).__name__}: {error}"
-                )
-
-
-def _interpret(
-    report: Report,
-    chosen: Sequence[Operation],
-    choice: Choice,
-    bar: Progress,
-    end: float | None,
-) -> None:
-    work = [(op.name, i) for op in chosen for i in interpreted.cases(op, choice.quick)]
-    bar.more(len(work))
-    report.parity, trouble = interpreted.check(work, bar.step, end)
-    if trouble:
-        report.parity.append(Parity("broke off", trouble, math.nan, 0.0, False))
-    else:
-        report.parity_left_out = len(work) - len(report.parity)
-        _note(report, report.parity_left_out, "parity checks in the interpreter")
-
-
-def _compile(
-    report: Report,
-    chosen: Sequence[Operation],
-    choice: Choice,
-    bar: Progress,
-    end: float | None,
-) -> None:
-    work = compile_only.jobs(chosen, short=True)
-    if choice.quick:
-        work = [job for job in work if job[1] == 0]
-        work.sort(key=lambda job: job[2] != compile_only.MAIN_TARGET)
-    bar.more(len(work))
-    done: list[str] = []
-    progress = functools.partial(_step, bar, done)
-    report.facts = compile_only.table(work, progress=progress, end=end)
-    _note(report, len(work) - len(done), "compilations")
-
-
-def _step(bar: Progress, done: list[str], text: str) -> None:
-    done.append(text)
-    bar.step(text)
+def _against_compile(
+    cases: Sequence[tuple[Operation, Case]],
+) -> list[tuple[Operation, Case]]:
+    """One case of every operation: on a CPU it shows what torch.compile does."""
+    first: dict[str, tuple[Operation, Case]] = {}
+    for operation, case in cases:
+        if case.against_compile:
+            first.setdefault(operation.name, (operation, case))
+    return list(first.values())
 
 
 def write(report: Report, out: Path) -> None:
@@ -207,7 +138,8 @@ def write(report: Report, out: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m perf report`; 1 if a kernel was wrong or could not run."""
+    """The command line of `python -m perf report`; 1 if a kernel was wrong or could not run, 130 if
+    it was interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m perf report", description=str(__doc__).split("\n")[0]
     )
@@ -215,11 +147,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), metavar="SHAPE")
     parser.add_argument("--dtypes", nargs="+", metavar="DTYPE")
     parser.add_argument("--quick", action="store_true", help="a first look in 90 seconds")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile every kernel, even if the baseline knows it"
+    )
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after this")
     parser.add_argument("--out", type=Path, default=Path("build/report"), metavar="FOLDER")
     options = parser.parse_args(arguments)
-    choice = Choice(options.ops, options.shapes, options.dtypes, options.quick, options.budget)
+    choice = Choice(
+        options.ops, options.shapes, options.dtypes, options.quick, options.budget, options.compile
+    )
     report = make(choice)
     write(report, options.out)
     print(options.out / "report.html")
+    if report.interrupted:
+        return 130
     return 1 if report.failed else 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from perf.compiling.compile_only import KernelFacts
+from perf.compiling.facts import KernelFacts
 from perf.measuring.counted import CountedMemory
+from perf.measuring.host_time import HostTime
 from perf.measuring.interpreted import Parity
 from perf.measuring.machine import Machine
 from perf.measuring.rows import Row
@@ -18,17 +19,19 @@ class Report:
     """All that was found out. `training` is a folder with train.md and train.png."""
 
     machine: Machine
-    copy_GBps: float  # noqa: N815
+    copy_GBps: float = 0.0  # noqa: N815
     rows: list[Row] = field(default_factory=list)
     parity: list[Parity] = field(default_factory=list)
     parity_left_out: int = 0
     memory: list[CountedMemory] = field(default_factory=list)
     facts: list[KernelFacts] = field(default_factory=list)
+    host: list[HostTime] = field(default_factory=list)
     goals: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)  # libraries that are not installed
     training: Path | None = None
     seconds: float = 0.0
+    interrupted: bool = False
 
     @property
     def failed(self) -> bool:

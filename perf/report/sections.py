@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from perf.compiling.compile_only import MAIN_TARGET, KernelFacts
+from perf.compiling.facts import MAIN_TARGET, KernelFacts
+from perf.measuring import host_time
 from perf.measuring.counted import CountedMemory
 from perf.measuring.interpreted import Parity
 from perf.measuring.rows import Row
@@ -27,12 +28,18 @@ def of_the_losses(report: Report) -> Iterable[Section]:
     named = [
         *(row["op"] for row in report.rows),
         *(entry.op for entry in report.memory),
+        *(entry.op for entry in report.host if entry.op != host_time.BARE),
         *(entry.op for entry in report.parity),
         *(fact.op for fact in report.facts),
         *(goal.op for goal in report.goals),
     ]
     for op in dict.fromkeys(filter(None, named)):
-        blocks = [*_measured(report, op), *_counted(report, op), *_table_blocks(report, op)]
+        blocks = [
+            *_measured(report, op),
+            *_counted(report, op),
+            *_host_blocks(report, op),
+            *_table_blocks(report, op),
+        ]
         if blocks:
             yield Section(words(op), blocks)
 
@@ -82,6 +89,13 @@ def _counted(report: Report, op: str) -> Iterable[Block]:
             for entry in memory
         }
         yield Bars("Extra memory, counted tensor by tensor", "x the input", groups)
+
+
+def _host_blocks(report: Report, op: str) -> Iterable[Block]:
+    rows = [row for row in report.host if row.op in (op, host_time.BARE)]
+    if len(rows) == 2:
+        header = ["Host time and launches of a call, forward and backward", *host_time.HEADER[1:]]
+        yield Table(header, [[words(row.op), *host_time.cells(row)] for row in rows])
 
 
 def _memory_lines(memory: Sequence[CountedMemory]) -> Lines:

@@ -59,7 +59,11 @@ def first_per_op(entries: Iterable[Any]) -> list[Any]:
 
 
 def words(op: str) -> str:
-    return op.strip("_").removesuffix("_kernel").replace("_", " ")
+    named = op.strip("_").removesuffix("_kernel").split("_")
+    return " ".join(_SHORT.get(word, word) for word in named)
+
+
+_SHORT = {"ssim": "SSIM", "rmi": "RMI"}
 
 
 def times(value: float) -> str:

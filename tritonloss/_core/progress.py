@@ -10,6 +10,7 @@ from typing import TextIO
 class Progress:
     """Counts steps towards a total; `more` raises the total when work turns up on the way.
 
+    Steps may differ in weight, roughly the seconds that one takes: the time left follows from it.
     What is to end after ``budget_s`` seconds has no more time left than that.
     """
 
@@ -19,17 +20,21 @@ class Progress:
         self._total = total
         self._budget_s = budget_s
         self._done = 0
+        self._weight = float(total)
+        self._weight_done = 0.0
         self._stream = stream or sys.stderr
         self._started = time.monotonic()
         self._printed = 0.0
 
-    def more(self, steps: int) -> None:
-        """There are this many steps more than was thought."""
+    def more(self, steps: int, weight: float = 1.0) -> None:
+        """There are this many steps more than was thought, each of this weight."""
         self._total += steps
+        self._weight += steps * weight
 
-    def step(self, text: str, steps: int = 1) -> None:
+    def step(self, text: str, steps: int = 1, weight: float = 1.0) -> None:
         """What `text` says is done."""
         self._done += steps
+        self._weight_done += steps * weight
         self._show(text)
 
     def announce(self, text: str) -> None:
@@ -53,9 +58,10 @@ class Progress:
         if not terminal and not last and now - self._printed < 10:
             return
         self._printed = now
-        filled = 24 * self._done // max(self._total, 1)
+        filled = min(24, int(24 * self._weight_done / max(self._weight, 1.0)))
         bar = "#" * filled + "." * (24 - filled)
-        line = f"[{bar}] {self._done}/{self._total} {self._clock(now)}  {text}"
+        clock = f"{now - self._started:4.0f} s" if last else self._clock(now)
+        line = f"[{bar}] {self._done}/{self._total} {clock}  {text}"
         start, end = ("\r", "\n" if last else "") if terminal else ("", "\n")
         self._stream.write(f"{start}{line[:100]:<100}{end}" if terminal else f"{line}{end}")
         self._stream.flush()
@@ -66,7 +72,7 @@ class Progress:
         clock = f"{passed:4.0f} s"
         if not 0 < self._done < self._total:
             return clock
-        left = passed / self._done * (self._total - self._done)
+        left = passed / self._weight_done * (self._weight - self._weight_done)
         if self._budget_s is not None:
             left = min(left, max(0.0, self._budget_s - passed))
         return f"{clock}, {left:.0f} s left"

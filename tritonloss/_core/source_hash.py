@@ -16,7 +16,7 @@ _ROOT = "tritonloss."
 def source_hash(slice_name: str) -> str | None:
     """A hash of the device code in a slice's module and in what that imports; None without one.
 
-    Launchers, comments and docstrings do not count.
+    The constants of device code count; launchers, comments and docstrings do not.
     """
     code = {}
     for name in source_modules(slice_name):
@@ -80,10 +80,12 @@ def _imported_by(name: str) -> list[str]:
 
 
 def _device_code(tree: ast.Module, source: str) -> str:
-    """The lines of the functions that Triton compiles, without comments and docstrings."""
+    """The lines of what Triton compiles, functions and constants, but comments and docstrings."""
     lines = source.splitlines()
     kept: list[str] = []
     for node in tree.body:
+        if isinstance(node, ast.Assign) and "constexpr(" in ast.unparse(node):
+            kept.append(ast.unparse(node))
         if not isinstance(node, ast.FunctionDef):
             continue
         if not any("jit" in ast.unparse(decorator) for decorator in node.decorator_list):

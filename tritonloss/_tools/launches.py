@@ -12,7 +12,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITCallable, JITFunction
 
 from .._core.configurations import target_changed
 
@@ -23,7 +23,9 @@ _CONFIGURATION = ("columns", "lanes", "rows", "unroll")
 class Launch:
     """One `kernel[grid](...)`: the kernel's name, its constexprs, and what compiling gave.
 
-    A constexpr that is a named tuple stands under NAME.field for each of its fields.
+    A constexpr that is a named tuple stands under NAME.field for each of its fields. What is
+    launched with the same ``signature``, by code that is the same in all ``modules``, is the same
+    machine code.
     """
 
     kernel: str
@@ -34,6 +36,8 @@ class Launch:
     programs: int | None = None  # None: the grid is a function
     tensor_bytes: int = 0  # of all tensors that it is given, each once
     largest_tensor: int = 0  # elements of the largest one
+    signature: str = ""  # all that Triton specialises the kernel for
+    modules: tuple[str, ...] = ()  # of the kernel and of the device functions it is given
 
     @property
     def configuration(self) -> str:
@@ -62,6 +66,9 @@ def recorded(mode: Literal["run", "compile", "skip"]) -> Iterator[list[Launch]]:
                     self, *args, grid=grid, warmup=warmup or mode == "compile", **kwargs
                 )
         tensors = _tensors((*args, *kwargs.values()))
+        signature, modules = "", {self.fn.__module__}
+        if mode != "run":
+            signature = _signature(self, args, kwargs, modules)
         launches.append(
             Launch(
                 kernel=self.__name__,
@@ -72,6 +79,8 @@ def recorded(mode: Literal["run", "compile", "skip"]) -> Iterator[list[Launch]]:
                 programs=None if callable(grid) else math.prod(grid),
                 tensor_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
                 largest_tensor=max((tensor.numel() for tensor in tensors), default=0),
+                signature=signature,
+                modules=tuple(sorted(modules)),
             )
         )
         return compiled
@@ -130,6 +139,26 @@ def _compile_seconds(seconds: list[float]) -> Iterator[None]:
         yield
     finally:
         triton.knobs.compilation.listener = before
+
+
+def _signature(
+    kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], modules: set[str]
+) -> str:
+    """The kernel's name and what its arguments are to Triton; adds the modules of functions."""
+    *_, bind = kernel.device_caches[driver.active.get_current_device()]
+    _, specialization, options = bind(*args, **kwargs)
+    given = _text((tuple(specialization), tuple(sorted(options.items()))), modules)
+    return f"{kernel.fn.__module__}:{kernel.__name__} {given}"
+
+
+def _text(value: Any, modules: set[str]) -> str:
+    """A value as text that is the same in every process."""
+    if isinstance(value, tuple):
+        return f"({', '.join(_text(inner, modules) for inner in value)})"
+    if isinstance(value, JITCallable):
+        modules.add(value.fn.__module__)
+        return f"{value.fn.__module__}:{value.fn.__qualname__}"
+    return repr(value)
 
 
 def _tensors(values: tuple[Any, ...]) -> list[torch.Tensor]:

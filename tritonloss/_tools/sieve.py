@@ -43,7 +43,7 @@ class Sieve:
         context = multiprocessing.get_context("spawn")
         self._futures: dict[str, list[Future[str | None]]] = {}
         with compiling_environment():
-            self._pool = ProcessPoolExecutor(count, context, initializer=_leave_interrupts)
+            self._pool = ProcessPoolExecutor(count, context, initializer=leave_interrupts)
             for case in cases:
                 place = (case.slice, case.number, case.shape, case.layout)
                 self._futures[case.key] = [
@@ -68,8 +68,8 @@ class Sieve:
             process.terminate()
 
 
-def _leave_interrupts() -> None:
-    """Ctrl-C is the tuner's to answer."""
+def leave_interrupts() -> None:
+    """Ctrl-C is for the process that has started this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

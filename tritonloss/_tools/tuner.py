@@ -8,7 +8,6 @@ after every case, so that an interruption keeps what was tuned.
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +68,7 @@ def tune(request: Request, say: Say) -> int:
     if device is None:
         say(
             f"tune needs a GPU that torch can use, and there is none ({_what_is_missing()}). "
-            "--compile-only --target sm_90 predicts without one."
+            "In a checkout of the repository, python -m perf predict ranks candidates without one."
         )
         return 1
     name = configurations.device_name(device)
@@ -98,19 +97,6 @@ def tune(request: Request, say: Say) -> int:
     if failed:
         say(f"no candidate runs for {', '.join(failed)}")
     return 1 if failed else 0
-
-
-def predict(target: str, request: Request, say: Say) -> int:
-    """Rank candidates without a GPU; the exit status of ``tune --compile-only``."""
-    try:
-        prediction = importlib.import_module("perf.compiling.predict")
-    except ImportError as error:
-        say(
-            f"--compile-only needs the model of the kernels in the folder perf of the repository, "
-            f"from which it has to be started ({error})"
-        )
-        return 1
-    return int(prediction.run(target, request.operator, request.shapes, say))
 
 
 def export(source: Path | None, say: Say) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 import pkgutil
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -67,6 +69,19 @@ def tuning_cases(
         if not any(queues):
             raise ValueError("--shapes: no case of these operators depends on a shape")
     return [case for turn in zip_longest(*queues) for case in turn if case is not None]
+
+
+def shape_of(text: str) -> Shape:
+    """The shape that is written NxCxHxW on a command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not written so.
+    """
+    sizes = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", text)
+    if sizes is None or "0" in sizes.groups():
+        raise argparse.ArgumentTypeError(f"must be like 4x19x1024x2048; got {text!r}")
+    batch, classes, height, width = map(int, sizes.groups())
+    return batch, classes, height, width
 
 
 def _at_sizes(cases: Sequence[TuningCase]) -> list[TuningCase]:

@@ -1,0 +1,169 @@
+"""The committed numbers of every kernel's machine code, and what they were made of.
+
+A file of ``perf/baseline`` for each minor version of Triton, which is another compiler. A case that
+is "made of" the same today, by its device code, its launches, the Triton and what reads machine
+code here, has the same machine code: nobody has to compile it to know its numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from perf.compiling.facts import KernelFacts, made_of, numbered
+
+FOLDER = Path(__file__).parents[1] / "baseline"
+_MADE_OF = "made of"
+_ABOUT = (
+    "target > operation: case > kernel > [registers, spill bytes, shared bytes, instructions, "
+    "[instructions per output of each main loop, null where code does not tell]]; 'made of' is a "
+    "hash of the device code, the launches and the Triton of a case; written by python -m perf "
+    "check --update"
+)
+
+Place = tuple[str, str, str]  # target, operation and case, kernel
+CasePlace = tuple[str, str]  # target, operation and case
+Numbers = tuple[float, ...]
+
+
+class Kept(NamedTuple):
+    """What is kept of one kernel; `instructions` is None where an older file did not keep them."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: int | None
+    loops: tuple[float | None, ...] = ()
+
+    @property
+    def numbers(self) -> Numbers:
+        """What is compared: instructions of each loop, or of the whole where loops do not tell."""
+        loops = tuple(count for count in self.loops if count is not None)
+        if loops and len(loops) == len(self.loops):
+            return (*self[:3], *loops)
+        return (*self[:3], self.instructions or 0)
+
+
+@dataclass
+class Baseline:
+    """Every kernel's numbers, and of every case what it was made of, if the file says so."""
+
+    kernels: dict[Place, Kept] = field(default_factory=dict)
+    made_of: dict[CasePlace, str] = field(default_factory=dict)
+
+    def numbers(self) -> dict[Place, Numbers]:
+        """What is compared."""
+        return {place: kept.numbers for place, kept in self.kernels.items()}
+
+    def of_case(self, where: CasePlace) -> dict[str, Kept]:
+        """One case's kernels by their names."""
+        return {place[2]: kept for place, kept in self.kernels.items() if place[:2] == where}
+
+    def without(self, places: Iterable[Place]) -> Baseline:
+        """All but these kernels; what their cases were made of goes with them."""
+        gone = set(places)
+        kernels = {place: kept for place, kept in self.kernels.items() if place not in gone}
+        cases = {place[:2] for place in gone}
+        known = {where: text for where, text in self.made_of.items() if where not in cases}
+        return Baseline(kernels, known)
+
+    def joined(self, other: Baseline) -> Baseline:
+        """Both, the other's where both have something."""
+        return Baseline(self.kernels | other.kernels, self.made_of | other.made_of)
+
+
+def case_place(fact: KernelFacts) -> CasePlace:
+    """Where a baseline has the fact's case."""
+    return fact.target, f"{fact.op}: {fact.case}"
+
+
+def of_facts(facts: Iterable[KernelFacts]) -> Baseline:
+    """The facts as a baseline has them.
+
+    What does not compile has no numbers: it is a fault, which the command reports by itself.
+    """
+    found = Baseline()
+    for where, group in groupby(sorted(facts, key=case_place), key=case_place):
+        of_case = list(group)
+        compiled = [fact for fact in of_case if not fact.error]
+        for name, fact in zip(numbered(fact.kernel for fact in compiled), compiled, strict=True):
+            found.kernels[(*where, name)] = _kept(fact)
+        if len(compiled) == len(of_case):
+            found.made_of[where] = made_of(of_case)
+    return found
+
+
+def _kept(fact: KernelFacts) -> Kept:
+    counts = [loop.per_output for loop in fact.loops]
+    loops = tuple(None if count is None else round(count, 3) for count in counts)
+    return Kept(fact.registers, fact.spill_bytes, fact.shared_bytes, fact.instructions, loops)
+
+
+def path_of(version: str, folder: Path = FOLDER) -> Path:
+    """The baseline of a Triton version: minor versions bring another compiler."""
+    return folder / f"triton-{'.'.join(version.split('.')[:2])}.json"
+
+
+def read(path: Path) -> Baseline:
+    """A baseline file's numbers.
+
+    Raises:
+        FileNotFoundError: there is none for this Triton.
+    """
+    document = json.loads(path.read_text(encoding="utf-8"))
+    found = Baseline()
+    for target, cases in document["targets"].items():
+        for case, kernels in cases.items():
+            for name, value in kernels.items():
+                if name == _MADE_OF:
+                    found.made_of[target, case] = value
+                else:
+                    found.kernels[target, case, name] = _parsed(value)
+    return found
+
+
+def _parsed(value: Sequence[Any]) -> Kept:
+    registers, spilled, shared, *others = value
+    if isinstance(others[-1], list):
+        return Kept(registers, spilled, shared, others[0], tuple(others[-1]))
+    if len(others) == 1 and isinstance(others[0], int):
+        return Kept(registers, spilled, shared, others[0])
+    return Kept(registers, spilled, shared, None, tuple(others))  # older: loops only
+
+
+def _printed(kept: Kept) -> str:
+    numbers: list[Any] = [*kept[:3]]
+    if kept.instructions is None:
+        numbers += kept.loops
+    else:
+        numbers += [kept.instructions, list(kept.loops)] if kept.loops else [kept.instructions]
+    return json.dumps(numbers)
+
+
+def write(path: Path, baseline: Baseline) -> None:
+    """Write a baseline, a line per kernel, in an order that does not depend on anything."""
+    lines = ["{", f' "about": {json.dumps(_ABOUT)},', ' "targets": {']
+    for target, cases in _nested(baseline).items():
+        lines.append(f"  {json.dumps(target)}: {{")
+        for case, entries in cases.items():
+            inner = [f"    {json.dumps(name)}: {text}" for name, text in entries.items()]
+            lines += [f"   {json.dumps(case)}: {{", ",\n".join(inner), "   },"]
+        lines[-1] = "   }"
+        lines.append("  },")
+    lines[-1] = lines[-1].rstrip(",")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*lines, " }", "}"]) + "\n", encoding="utf-8")
+
+
+def _nested(baseline: Baseline) -> Mapping[str, Mapping[str, Mapping[str, str]]]:
+    nested: dict[str, dict[str, dict[str, str]]] = {}
+    for (target, case, kernel), kept in sorted(baseline.kernels.items()):
+        entries = nested.setdefault(target, {}).setdefault(case, {})
+        if not entries and (target, case) in baseline.made_of:
+            entries[_MADE_OF] = json.dumps(baseline.made_of[target, case])
+        entries[kernel] = _printed(kept)
+    return nested

@@ -1,0 +1,200 @@
+"""The parts of a report: each adds to it what it has found out, as it finds it out.
+
+So an interrupted report has all that was known by then. What a part does not reach is counted, and
+the report says so.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import triton
+
+from perf.compiling import baseline, compile_only
+from perf.compiling.baseline import Baseline
+from perf.compiling.facts import MAIN_TARGET, KernelFacts, once_per_target
+from perf.measuring import host_time, interpreted
+from perf.measuring.counted import count
+from perf.measuring.interpreted import Interpreter, Parity
+from perf.measuring.measure import Bench, providers
+from perf.measuring.timing import copy_bandwidth
+from perf.operations.contract import Case, Operation
+from perf.report.choice import Choice
+from perf.report.report import Report
+from tritonloss._core.progress import Progress
+
+CASES = "cases to be measured"
+COMPILED = "cases of the reference under torch.compile"
+MEMORY = "operations whose memory is counted"
+PARITY = "parity checks in the interpreter"
+HOST = "operations whose host time is measured"
+CODE = "cases whose machine code is looked up or compiled"
+# Roughly the seconds of a step, for the time left; under torch.compile few cases are begun at all.
+_SECONDS = {CASES: 3.0, COMPILED: 5.0, MEMORY: 1.0, PARITY: 2.0, HOST: 4.0, CODE: 0.1}
+_COMPILING_S = 6.0
+
+
+@dataclass
+class Making:
+    """A report that is being made: what of, until when, and what has not been reached."""
+
+    report: Report
+    choice: Choice
+    chosen: Sequence[Operation]
+    bar: Progress
+    end: float = math.inf  # a time of the monotonic clock after which nothing more is begun
+    left: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def on_time(self) -> bool:
+        return time.monotonic() < self.end
+
+    def plan(self, what: str, steps: int) -> None:
+        """There is so much to do."""
+        self.left[what] = self.left.get(what, 0) + steps
+        self.bar.more(steps, _SECONDS[what])
+
+    def done(self, what: str, text: str, steps: int = 1) -> None:
+        """So much of it is done; `text` says what."""
+        self.left[what] -= steps
+        self.bar.step(text, steps, _SECONDS[what])
+
+    def finish(self, interrupted: bool) -> None:
+        """Write down what was not reached."""
+        why = "the report was interrupted" if interrupted else "the time allowed was over"
+        missing = [f"{steps} {what}" for what, steps in self.left.items() if steps]
+        if interrupted or missing:
+            listed = ", ".join(missing) or "nothing"
+            self.report.notes.append(f"Left out, since {why}: {listed}.")
+        self.report.parity_left_out = self.left.get(PARITY, 0)
+
+
+def copy(making: Making) -> None:
+    """The bandwidth of a large copy on this device."""
+    making.bar.announce("copy bandwidth")
+    making.report.copy_GBps = copy_bandwidth(making.report.machine.device)
+    making.bar.step("copy bandwidth")
+
+
+def measure(making: Making, what: str, plan: Sequence[tuple[Operation, Case]]) -> None:
+    """Rows of these cases. On a CPU the reference is timed at a reduced size, and under
+    torch.compile, which takes it half a minute each, by itself.
+    """
+    report = making.report
+    bench = Bench(report.machine, report.copy_GBps)
+    gpu = report.machine.has_gpu
+    for operation, case in plan:
+        if not making.on_time:
+            return
+        making.bar.announce(f"{operation.name}: {case.text}")
+        compiled = what == COMPILED or (gpu and case.against_compile and not making.choice.quick)
+        candidates = providers(operation, gpu, compiled)
+        if what == COMPILED:
+            candidates = {"compile": candidates["compile"]}
+        report.rows += bench.rows(operation, case if gpu else case.reduced(), candidates)
+        making.done(what, f"{operation.name}: {case.text}")
+
+
+def count_memory(making: Making) -> None:
+    """Nothing is computed, so all sizes are counted; of a quick report only the plain cases."""
+    quick = making.choice.quick
+    for operation in making.chosen:
+        making.bar.announce(f"memory of {operation.name}")
+        for case in replace(making.choice, quick=False).cases(operation, on_gpu=True):
+            plain = case.columns() | {"parameters": operation.cases[0].parameters}
+            if case.schedule is not None or quick and plain != case.columns():
+                continue
+            try:
+                making.report.memory.append(count(operation, case))
+            except Exception as error:  # the rest of the report does not depend on it
+                making.report.notes.append(
+                    f"Memory of {operation.name} ({case.text}) was not counted: "
+                    f"{type(error).__name__}: {error}"
+                )
+        making.done(MEMORY, f"memory of {operation.name}")
+
+
+def measure_host(making: Making) -> None:
+    """Host time and launches of every operation, in a process of its own."""
+    names = [operation.name for operation in making.chosen]
+    making.bar.announce("host time and launches")
+    try:
+        making.report.host = host_time.collect(names)
+    except Exception as error:  # no C compiler, say
+        making.report.notes.append(f"Host time was not measured: {error}")
+    making.done(HOST, "host time and launches", len(names))
+
+
+def parity_work(making: Making) -> list[tuple[str, int]]:
+    """The cases that the interpreter is to check."""
+    quick = making.choice.quick
+    return [(op.name, index) for op in making.chosen for index in interpreted.cases(op, quick)]
+
+
+@contextmanager
+def interpreting(making: Making, work: Sequence[tuple[str, int]]) -> Iterator[None]:
+    """Check the kernels in the interpreter, which is one process, beside all that is done inside.
+
+    It is waited for at the end, until the report's own end; an exception stops it.
+    """
+    if not work:
+        yield
+        return
+    interpreter = Interpreter(work)
+    beside = threading.Thread(target=_collect, args=(making, interpreter), daemon=True)
+    beside.start()
+    try:
+        yield
+        while beside.is_alive() and making.on_time:
+            beside.join(timeout=min(0.2, max(0.0, making.end - time.monotonic())))
+    finally:
+        if beside.is_alive():
+            interpreter.stop()
+            beside.join()
+        trouble = interpreter.trouble
+        if making.left[PARITY] and not interpreter.stopped:
+            trouble = trouble or "some answers could not be read"
+        if trouble:
+            making.left[PARITY] = 0
+            making.report.parity.append(Parity("broke off", trouble, math.nan, 0.0, False))
+
+
+def _collect(making: Making, interpreter: Interpreter) -> None:
+    for parity in interpreter.results():
+        making.report.parity.append(parity)
+        making.done(PARITY, f"{parity.op} in the interpreter")
+
+
+def code_work(making: Making) -> list[compile_only.Job]:
+    """The cases whose machine code the report shows."""
+    work = compile_only.jobs(making.chosen, short=True)
+    if making.choice.quick:
+        work = [job for job in work if job[1] == 0]
+        work.sort(key=lambda job: job[2] != MAIN_TARGET)
+    return work
+
+
+def look_up_code(making: Making, work: Sequence[compile_only.Job]) -> None:
+    """Every kernel's facts: the baseline's where they are about the same, else compiled now."""
+    path = baseline.path_of(triton.__version__)
+    known = baseline.read(path) if path.exists() and not making.choice.compile else Baseline()
+    results: dict[compile_only.Job, list[KernelFacts]] = {}
+    try:
+        with compile_only.compilers() as pool:
+            making.bar.announce("looking machine code up in the baseline")
+            for name, found in compile_only.recognised(pool, work, known):
+                results |= found
+                making.done(CODE, f"{name} looked up", len(found))
+            rest = [job for job in work if job not in results]
+            making.bar.more(len(rest), _COMPILING_S)
+            for job, facts in compile_only.compiled(pool, rest, making.end):
+                results[job] = facts
+                making.done(CODE, f"{job[0]} for {job[2]}")
+                making.bar.step(f"{job[0]} for {job[2]}", weight=_COMPILING_S)
+    finally:
+        making.report.facts = once_per_target(compile_only.in_order(results))

@@ -1,0 +1,223 @@
+"""A report in the making: its parts, its progress, its end."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perf.compiling import compile_only
+from perf.compiling.compile_only import Job
+from perf.measuring import rows
+from perf.measuring.counted import CountedMemory
+from perf.operations.contract import Case, Operation, operations
+from perf.report import parts
+from perf.report.choice import Choice
+from perf.report.make import main
+from perf.report.parts import Making
+from tests.perf.made import ROOT, fact, offline_report
+from tritonloss._core.progress import Progress
+
+
+def making(**changes: Any) -> Making:
+    report = offline_report(rows=[], memory=[], parity=[], facts=[], notes=[])
+    made = Making(report, Choice(), operations(["ssim"]), Progress(1, io.StringIO()))
+    return replace(made, **changes)
+
+
+def test_a_quick_report_begins_nothing_after_its_time() -> None:
+    over = making(choice=Choice(quick=True), end=time.monotonic() - 1)
+    operation = operations(["ssim"])[0]
+    over.plan(parts.CASES, 1)
+    over.plan(parts.PARITY, 1)
+    began = time.monotonic()
+    with parts.interpreting(over, [("ssim", 0)]):
+        parts.measure(over, parts.CASES, [(operation, operation.cases[0])])
+    assert time.monotonic() - began < 5
+    over.finish(interrupted=False)
+    assert over.report.rows == [] == over.report.parity and over.report.parity_left_out == 1
+    (note,) = over.report.notes
+    assert "the time allowed was over" in note
+    assert f"1 {parts.CASES}, 1 {parts.PARITY}" in note
+
+
+def test_memory_is_counted_for_every_number_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a quick report: without a computation the size of a map costs nothing."""
+
+    def count(operation: Operation, case: Case) -> CountedMemory:
+        return CountedMemory(operation.name, case.text, 1, 17, 1, case.shape.classes)
+
+    monkeypatch.setattr(parts, "count", count)
+    chosen = operations(["structural_similarity_loss"])
+    quick, full = (making(chosen=chosen, choice=Choice(quick=quick)) for quick in (True, False))
+    for made in (quick, full):
+        made.plan(parts.MEMORY, 1)
+        parts.count_memory(made)
+        made.finish(interrupted=False)
+        assert not made.report.notes
+    assert {entry.classes for entry in quick.report.memory} == {1, 19, 21, 150, 171}
+    assert len(full.report.memory) > len(quick.report.memory)
+
+
+# --- Ctrl-C ---------------------------------------------------------------------------------------
+
+
+def test_interrupted_interpreting_keeps_what_was_checked() -> None:
+    made = making()
+    work = [("focal_loss", 0), *[("ssim", index % 2) for index in range(50)]]
+    made.plan(parts.PARITY, len(work))
+    with pytest.raises(KeyboardInterrupt):
+        with parts.interpreting(made, work):
+            for _ in range(600):
+                if made.report.parity:
+                    raise KeyboardInterrupt
+                time.sleep(0.1)
+    assert 1 <= len(made.report.parity) < len(work)
+    assert all(parity.passed for parity in made.report.parity)
+    made.finish(interrupted=True)
+    assert made.report.parity_left_out == len(work) - len(made.report.parity)
+    assert "the report was interrupted" in made.report.notes[0]
+
+
+def test_interrupted_compiling_keeps_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = [("ssim", index, "sm_90") for index in range(4)]
+
+    def interrupted(pool: object, rest: list[Job], end: float) -> Iterator[Any]:
+        assert rest == work[1:]
+        yield rest[0], [fact(digest="compiled")]
+        raise KeyboardInterrupt
+
+    looked_up = {work[0]: [fact(digest="known", committed=True)]}
+    monkeypatch.setattr(compile_only, "compilers", lambda: nullcontext())
+    monkeypatch.setattr(compile_only, "recognised", lambda *_: iter([("ssim", looked_up)]))
+    monkeypatch.setattr(compile_only, "compiled", interrupted)
+    made = making()
+    made.plan(parts.CODE, len(work))
+    with pytest.raises(KeyboardInterrupt):
+        parts.look_up_code(made, work)
+    assert [entry.digest for entry in made.report.facts] == ["known", "compiled"]
+    assert made.left[parts.CODE] == 2
+
+
+def test_interrupted_compilers_stop_at_once() -> None:
+    """What they were busy with is not waited for, and none of them is left."""
+    script = (
+        "import multiprocessing, signal, time\n"
+        "from perf.compiling.compile_only import compilers\n"
+        "if __name__ == '__main__':\n"
+        "    began = time.monotonic()\n"
+        "    try:\n"
+        "        with compilers(2) as pool:\n"
+        "            pool.submit(time.sleep, 0).result()\n"
+        "            futures = [pool.submit(time.sleep, 100) for _ in range(4)]\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "            futures[0].result()\n"
+        "    except KeyboardInterrupt:\n"
+        "        for process in multiprocessing.active_children():\n"
+        "            process.join(20)\n"
+        "        assert not multiprocessing.active_children()\n"
+        "        print('stopped')\n"
+        "    assert time.monotonic() - began < 90\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "interrupted.py"
+        path.write_text(script)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, path], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+    assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr[-2000:]
+
+
+PARTS = ("copy", "count_memory", "measure_host", "look_up_code", "measure")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_interrupted_report_is_written(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever it was at, and it names all that is missing."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in PARTS:
+        monkeypatch.setattr(parts, name, interrupt if name == part else lambda *_: None)
+    monkeypatch.setattr(parts, "interpreting", lambda *_: nullcontext())
+    assert main(["--ops", "ssim", "--out", str(tmp_path)]) == 130
+    page = (tmp_path / "report.md").read_text()
+    assert "Left out, since the report was interrupted" in page
+    missing = (parts.CASES, parts.MEMORY, parts.PARITY, parts.HOST, parts.CODE)
+    assert all(what in page for what in missing)
+    assert (tmp_path / "report.html").exists() and (tmp_path / "rows.csv").exists()
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+
+def test_progress_in_a_log_file() -> None:
+    stream = io.StringIO()
+    bar = Progress(2, stream)
+    bar.step("first")
+    bar.more(1)
+    bar.step("second", steps=2)
+    bar.close()
+    assert "3/3" in stream.getvalue() and "\r" not in stream.getvalue()
+
+
+def test_progress_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    bar = Progress(4, stream, budget_s=70.0)
+    bar.announce("first")
+    for seconds in (20.0, 40.0, 60.0, 80.0):
+        clock[0] = seconds
+        bar.step("next")
+    lines = stream.getvalue().splitlines()
+    left = [re.search(r", (\d+) s left", line) for line in lines]
+    assert [match and match[1] for match in left] == ["50", "30", "10", None]
+
+
+def test_heavy_steps_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    bar = Progress(0, stream)
+    bar.more(2, weight=1.0)
+    bar.more(1, weight=8.0)
+    clock[0] = 20.0
+    bar.step("light", steps=2)
+    assert "2/3   20 s, 80 s left" in stream.getvalue()
+
+
+def test_quick_report_end_to_end(tmp_path: Path) -> None:
+    """The real command on this machine, without the interpreter that the tests run in."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [
+        sys.executable, "-m", "perf", "report", "--quick",
+        "--ops", "gaussian_statistics", "--out", str(tmp_path),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = rows.read(tmp_path)
+    provider = "triton" if torch.cuda.is_available() else "eager"
+    timed = [r for r in found if r["provider"] == provider]
+    assert {r["pass"] for r in timed} == {"forward", "backward", "full"}
+    assert all(r["ms_p50"] > 0 and r["max_error"] < 1e-5 for r in timed)
+    page = (tmp_path / "report.html").read_text()
+    assert "gaussian statistics" in page and "sm_90" in page
+    assert (tmp_path / "report.md").read_text().startswith("# tritonloss")
