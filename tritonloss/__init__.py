@@ -9,7 +9,7 @@ from .pixelwise.losses import BinaryCrossEntropyLoss, CrossEntropyLoss, FocalLos
 from .pixelwise.margin_calibration import MarginCalibratedLoss
 from .regions.region_mutual_information import RMILoss
 from .windows.gaussian_statistics import gaussian_statistics
-from .windows.ssim import SSIMLoss
+from .windows.ssim_loss import SSIMLoss
 from .windows.structural_similarity import StructuralSimilarityLoss
 
 __all__ = [

@@ -12,7 +12,7 @@ import triton
 from kernels_reference.region_mutual_information import pooled_size
 
 from .._core.configurations import Configuration, launch_configuration
-from .._engine.strips import compute_dtype, ignored_class
+from .._engine.strip_launch import compute_dtype, ignored_class
 
 # See is_small.
 _FEW_REGIONS = 32 * 32
