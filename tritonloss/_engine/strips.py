@@ -288,5 +288,6 @@ def store_columns(plane, row, columns, STRIP: tl.constexpr):
     else:
         for v in tl.static_range(COLUMNS):
             column = row.chunk * COLUMNS + v
+            inside = column < row.limit
             pointer = row_ptr + column.to(tl.int64) * plane.column_stride
-            tl.store(pointer, columns[v], mask=column < row.limit)
+            tl.store(pointer, columns[v], mask=inside)
