@@ -237,7 +237,7 @@ def column_moments(
     return moments, Moments(mean=means, variance=variances)
 
 
-# --- host ---------------------------------------------------------------------------------------
+# --- host -----------------------------------------------------------------------------------------
 
 
 def window_of(size: int, sigma: float, padding: str) -> Window:

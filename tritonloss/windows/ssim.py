@@ -16,7 +16,7 @@ back from there.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -29,6 +29,7 @@ from .._core.operator import Operator
 from .._core.tuning_inputs import random_map
 from .._engine.strip_launch import strip_candidates
 from .ssim_launch import (
+    ImageOptions,
     Results,
     empty_gradients,
     empty_results,
@@ -36,32 +37,15 @@ from .ssim_launch import (
     ssim_forward,
     ssim_heuristic,
 )
-from .ssim_moments import Similarity
 
 IMAGE_PADDINGS = ("zeros", "valid", "reflect")
 REDUCTIONS = ("mean", "none")
 
-# --- operator --------------------------------------------------------------------------------------
-
-
-class ImageOptions(NamedTuple):
-    """The options of the similarity of two images, as they pass through its operator."""
-
-    window_size: int
-    sigma: float
-    data_range: float
-    padding: str
-    mapped: bool
-
-    def similarity(self) -> Similarity:
-        """What the kernels are compiled for."""
-        c1, c2 = (0.01 * self.data_range) ** 2, (0.03 * self.data_range) ** 2
-        return Similarity(False, True, c1, c2, -1)
+# --- operator -------------------------------------------------------------------------------------
 
 
 def _image_forward(x: torch.Tensor, y: torch.Tensor, options: ImageOptions) -> Results:
-    window = (options.window_size, options.sigma, options.padding)
-    return Results(*ssim_forward(x, y, options.similarity(), *window, options.mapped))
+    return ssim_forward(x, y, options)
 
 
 def _image_backward(
@@ -72,12 +56,11 @@ def _image_backward(
     wants_y: bool,
     options: ImageOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    window = (options.window_size, options.sigma, options.padding)
-    return ssim_backward(grad_result, scale, x, y, options.similarity(), *window, wants_y)
+    return ssim_backward(grad_result, scale, x, y, options, wants_y)
 
 
 def _image_results(x: torch.Tensor, y: torch.Tensor, options: ImageOptions) -> Results:
-    return Results(*empty_results(x, options.window_size, options.padding, options.mapped))
+    return empty_results(x, options)
 
 
 def _image_gradients(
@@ -98,7 +81,7 @@ SSIM = Operator(
 )
 
 
-# --- function --------------------------------------------------------------------------------------
+# --- function -------------------------------------------------------------------------------------
 
 
 def ssim(
@@ -173,7 +156,7 @@ def ssim(
     return SSIM(x, y, options=options)[0]
 
 
-# --- tuning ----------------------------------------------------------------------------------------
+# --- tuning ---------------------------------------------------------------------------------------
 
 
 def tuning_cases() -> list[TuningCase]:

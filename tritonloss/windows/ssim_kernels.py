@@ -28,6 +28,7 @@ from .._engine.strips import (
     strip_program,
     zeros,
 )
+from .._engine.sums import Sums, comes_last, leave, total
 from .ssim_moments import Pair, dissimilarities, empty_history, load_pair, next_moments
 
 # --- forward --------------------------------------------------------------------------------------
@@ -47,11 +48,13 @@ def _second_plane_of(y_ptr, y_strides, program, SIMILARITY: tl.constexpr, STRIP:
 def _ssim_forward_kernel(
     x_ptr,  # [N, C, H, W]: logits or image
     y_ptr,  # [N, H, W] labels, or [N, C, H, W] image
-    partials_ptr,  # [2, programs]: sum of the dissimilarities, number of valid samples
-    map_ptr,  # [N, C, out_height, out_width]: the similarity of every pixel, if MAPPED
+    result_ptr,  # []: the mean; or [N, C, out_height, out_width]: of every pixel, if MAPPED
+    scale_ptr,  # []: 1 / count, unless MAPPED
+    scratch_ptr,  # see _engine/sums.py
+    tickets_ptr,
     x_strides,
     y_strides,
-    map_strides,
+    result_strides,
     channels,
     height,
     width,
@@ -67,7 +70,7 @@ def _ssim_forward_kernel(
     SHIFT: tl.constexpr,
     MAPPED: tl.constexpr,
 ):
-    """Reads x and y once; writes two sums per program, or the map."""
+    """Reads x and y once; mean dissimilarity of logits, mean similarity or its map of images."""
     SIZE: tl.constexpr = WINDOW.size
     COLUMNS: tl.constexpr = STRIP.columns
     UNROLL: tl.constexpr = STRIP.unroll
@@ -80,9 +83,9 @@ def _ssim_forward_kernel(
         width=width,
         window=window,
     )
-    map_plane = plane_of(map_ptr, map_strides, program, STRIP)
+    map_plane = plane_of(result_ptr, result_strides, program, STRIP)
 
-    total = zeros(pair.x, STRIP)
+    dissimilarity_sum = zeros(pair.x, STRIP)
     count = zeros(pair.x, STRIP)
     history = empty_history(pair, WINDOW, STRIP)
     rows = tl.minimum(STRIP.rows, out_height - program.first_row) + (SIZE - 1)
@@ -107,43 +110,26 @@ def _ssim_forward_kernel(
                 counts = valid[v]
             else:
                 counts = program.chunk * COLUMNS + v < limit
-            total += tl.where(counts, dissimilarity, 0.0)
+            dissimilarity_sum += tl.where(counts, dissimilarity, 0.0)
             count += tl.where(counts, 1.0, 0.0)
             similarities = similarities + (1.0 - dissimilarity,)
         if MAPPED:
             store_columns(map_plane, row, similarities, STRIP)
     if not MAPPED:
-        tl.store(partials_ptr + tl.program_id(0), tl.sum(total))
-        tl.store(partials_ptr + programs + tl.program_id(0), tl.sum(count))
+        sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs)
+        leave(sums, 0, tl.sum(dissimilarity_sum))
+        leave(sums, 1, tl.sum(count))
+        if comes_last(sums, 2):
+            samples = total(sums, 1)
+            scale = 1.0 / tl.maximum(samples, 1.0)
+            mean = total(sums, 0) * scale
+            if not SIMILARITY.from_logits:
+                mean = samples * scale - mean
+            tl.store(result_ptr, mean)
+            tl.store(scale_ptr, scale)
 
 
-@triton.jit
-def _ssim_finish_kernel(
-    partials_ptr,  # [2, programs]
-    mean_ptr,  # []
-    scale_ptr,  # []: 1 / count
-    programs,
-    SIMILAR: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Mean dissimilarity, or similarity if SIMILAR: added in float64, always in the same order."""
-    lane = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float64)
-    count = tl.zeros((BLOCK,), tl.float64)
-    for start in tl.range(0, programs, BLOCK):
-        mask = start + lane < programs
-        total += tl.load(partials_ptr + start + lane, mask=mask, other=0.0)
-        count += tl.load(partials_ptr + programs + start + lane, mask=mask, other=0.0)
-    samples = tl.sum(count)
-    scale = 1.0 / tl.maximum(samples, 1.0)
-    mean = tl.sum(total) * scale
-    if SIMILAR:
-        mean = samples * scale - mean
-    tl.store(mean_ptr, mean)
-    tl.store(scale_ptr, scale)
-
-
-# --- backward: coefficients ------------------------------------------------------------------------
+# --- backward: coefficients -----------------------------------------------------------------------
 
 
 class Coefficients(NamedTuple):
@@ -225,7 +211,6 @@ def _ssim_coefficients_kernel(
     STRIP: tl.constexpr,
     SHIFT: tl.constexpr,
     MAPPED: tl.constexpr,
-    SIMILAR: tl.constexpr,
     BOTH: tl.constexpr,
 ):
     """Maps of Coefficients, which the window's adjoint makes the gradient; the moments anew."""
@@ -274,10 +259,10 @@ def _ssim_coefficients_kernel(
         maps_y = ()
         for v in tl.static_range(COLUMNS):
             scale = grad[v] if MAPPED else upstream
-            if SIMILAR:
-                scale = -scale
             if SIMILARITY.from_logits:
                 scale = tl.where(valid[v], scale, 0.0)
+            else:
+                scale = -scale  # of the similarity
             found = _coefficients_of(moments, v, scale, SIMILARITY)
             maps_x = maps_x + (found.constant_x,)
             maps_both = maps_both + (found.slope_both,)
@@ -340,10 +325,10 @@ def _folded_column(
             WINDOW,
         )  # fmt: skip
         for v in tl.static_range(COLUMNS):
-            total = row[v] * weight
+            sum_so_far = row[v] * weight
             if j < SIZE - 1:
-                total += partials[j * COLUMNS + v]
-            sums = sums + (total,)
+                sum_so_far += partials[j * COLUMNS + v]
+            sums = sums + (sum_so_far,)
     return sums, without_oldest(sums, SIZE, COLUMNS)
 
 
@@ -433,20 +418,20 @@ def _ssim_backward_kernel(
         x, d, valid = load_pair(
             pair, out_row, program.channel, SIMILARITY, STRIP, 0, COLUMNS, "zeros"
         )
-        total = Coefficients(
+        found = Coefficients(
             constant_x=sums[0], slope_both=sums[1], slope_d=sums[2], constant_y=sums[MAPS - 1]
         )
         gradient_x = ()
         gradient_y = ()
         for v in tl.static_range(COLUMNS):
-            residual_part = total.slope_d[v] * d[v]
-            gradient = total.constant_x[v] + total.slope_both[v] * x[v] + residual_part
+            residual_part = found.slope_d[v] * d[v]
+            gradient = found.constant_x[v] + found.slope_both[v] * x[v] + residual_part
             if SIMILARITY.from_logits:
                 gradient = tl.where(valid[v], gradient * x[v] * (1.0 - x[v]), 0.0)
             gradient_x = gradient_x + (gradient,)
             if BOTH:
-                slope = total.slope_both[v]
-                gradient = total.constant_y[v] + slope * (x[v] - d[v]) - residual_part
+                slope = found.slope_both[v]
+                gradient = found.constant_y[v] + slope * (x[v] - d[v]) - residual_part
                 gradient_y = gradient_y + (gradient,)
         store_columns(grad_x_plane, out_row, gradient_x, STRIP)
         if BOTH:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 
@@ -12,35 +10,15 @@ from kernels_reference.ssim import ssim_loss as ssim_loss_reference
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.operator import Operator
-from .._engine.strip_launch import ignored_class
-from .ssim_launch import Results, empty_results, ssim_backward, ssim_forward
-from .ssim_moments import Similarity
+from .ssim_launch import LossOptions, Results, empty_results, ssim_backward, ssim_forward
 
 FORMS = ("full", "contrast_structure")
 
-# --- operator --------------------------------------------------------------------------------------
-
-
-class LossOptions(NamedTuple):
-    """The options of the loss, as they pass through its operator."""
-
-    full: bool
-    window_size: int
-    sigma: float
-    c1: float
-    c2: float
-    ignore_index: int | None
-
-    def similarity(self, logits: torch.Tensor, target: torch.Tensor) -> Similarity:
-        """What the kernels are compiled for."""
-        ignored = ignored_class(self.ignore_index, logits.size(1), target.dtype)
-        return Similarity(True, self.full, self.c1, self.c2, ignored)
+# --- operator -------------------------------------------------------------------------------------
 
 
 def _loss_forward(logits: torch.Tensor, target: torch.Tensor, options: LossOptions) -> Results:
-    similarity = options.similarity(logits, target)
-    window = (options.window_size, options.sigma, "zeros")
-    return Results(*ssim_forward(logits, target, similarity, *window, mapped=False))
+    return ssim_forward(logits, target, options)
 
 
 def _loss_backward(
@@ -50,14 +28,11 @@ def _loss_backward(
     target: torch.Tensor,
     options: LossOptions,
 ) -> torch.Tensor:
-    similarity = options.similarity(logits, target)
-    window = (options.window_size, options.sigma, "zeros")
-    arguments = (grad_result, scale, logits, target, similarity, *window)
-    return ssim_backward(*arguments, both=False)[0]
+    return ssim_backward(grad_result, scale, logits, target, options, both=False)[0]
 
 
 def _loss_results(logits: torch.Tensor, target: torch.Tensor, options: LossOptions) -> Results:
-    return Results(*empty_results(logits, options.window_size, "zeros", mapped=False))
+    return empty_results(logits, options)
 
 
 SSIM_LOSS = Operator(
@@ -70,7 +45,7 @@ SSIM_LOSS = Operator(
 )
 
 
-# --- function --------------------------------------------------------------------------------------
+# --- function -------------------------------------------------------------------------------------
 
 
 def ssim_loss(
@@ -174,7 +149,7 @@ def _check_options(
     checks.check_ignore_index(ignore_index, classes)
 
 
-# --- module ----------------------------------------------------------------------------------------
+# --- module ---------------------------------------------------------------------------------------
 
 
 class SSIMLoss(nn.Module):

@@ -143,7 +143,7 @@ def _row_moments_of_pair(
 def _streamed_moments_of_pair(
     pair, row, channel, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr
 ):
-    """_row_moments_of_pair for one column per lane, tap by tap; its chunk is the window's centre."""
+    """_row_moments_of_pair for one column per lane, tap by tap; row.chunk is the centre."""
     PADDING: tl.constexpr = WINDOW.padding
     (x,), (d,), _ = load_pair(pair, row, channel, SIMILARITY, STRIP, 0, 1, PADDING)
     first_x = tl.zeros_like(x)

@@ -1,4 +1,4 @@
-"""Kernels of the structural similarity loss; its mathematics is told in structural_similarity.py."""
+"""Kernels of the structural similarity loss; its mathematics: structural_similarity.py."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .._engine.strips import (
     strip_program,
     zeros,
 )
+from .._engine.sums import Sums, comes_last, leave, total
 from .structural_difference import Maps, empty_history, load_pixels, next_row
 
 # Above the index of every class: no label is at least this.
@@ -62,13 +63,13 @@ def _class_in_strip(
 
 
 @triton.jit
-def _valid_in_strip(maps, program, dtype: tl.constexpr, IGNORED: tl.constexpr, STRIP: tl.constexpr):
+def _valid_in_strip(maps, program, IGNORED: tl.constexpr, STRIP: tl.constexpr):
     """Number of valid pixels in this strip: counted for one class, since all classes share it."""
     WIDTH: tl.constexpr = STRIP.lanes * STRIP.columns
     target = maps.target
     column = program.first_column + tl.arange(0, WIDTH)
     inside = column < maps.width
-    count = tl.zeros((WIDTH,), dtype)
+    count = tl.zeros((WIDTH,), tl.float32)
     for i in tl.range(0, tl.minimum(STRIP.rows, maps.height - program.first_row)):
         row_ptr = row_of(target, program.first_row + i, STRIP)
         pointer = row_ptr + column.to(tl.int64) * target.column_stride
@@ -79,6 +80,15 @@ def _valid_in_strip(maps, program, dtype: tl.constexpr, IGNORED: tl.constexpr, S
 
 
 # --- forward --------------------------------------------------------------------------------------
+
+
+class StripSums(NamedTuple):
+    """What a program adds up; a run-time value."""
+
+    entropy: Any  # of bce
+    weighted: Any  # of e f bce
+    hard: Any  # of f
+    valid: Any  # pixels
 
 
 @triton.jit
@@ -98,7 +108,7 @@ def _forward_strip(
     maps, stored, program, SAMPLING: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr,
     STORED: tl.constexpr, PRESENT: tl.constexpr,
 ):  # fmt: skip
-    """Sums of bce, e f bce, f, and of valid pixels (only if the lanes hold all channels)."""
+    """The sums of one strip; valid pixels are counted only if the lanes hold all channels."""
     SIZE: tl.constexpr = WINDOW.size
     COLUMNS: tl.constexpr = STRIP.columns
     UNROLL: tl.constexpr = STRIP.unroll
@@ -133,15 +143,23 @@ def _forward_strip(
             limit = tl.where(i >= SIZE - 1, maps.width, 0)
             out_row = Row(number=number, chunk=program.chunk, limit=limit)
             store_columns(stored, out_row, kept, STRIP)
-    return tl.sum(entropy_sum), tl.sum(weighted_sum), tl.sum(hard_count), tl.sum(valid_count)
+    return StripSums(
+        entropy=tl.sum(entropy_sum),
+        weighted=tl.sum(weighted_sum),
+        hard=tl.sum(hard_count),
+        valid=tl.sum(valid_count),
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _structural_similarity_forward_kernel(
     logits_ptr,  # [N, C, H, W]
     target_ptr,  # [N, H, W]
-    partials_ptr,  # [4, programs]: sums of bce, of e f bce, of f, and of valid pixels
+    loss_ptr,  # []
+    statistics_ptr,  # [2]: bce_weight / V, (1 - bce_weight) / M
     stored_ptr,  # [N, C, H, W]: e f, if STORED
+    scratch_ptr,  # see _engine/sums.py
+    tickets_ptr,
     logits_strides,
     target_strides,
     stored_strides,
@@ -152,13 +170,14 @@ def _structural_similarity_forward_kernel(
     tiles_y,
     window,
     programs,
+    bce_weight,  # the sum of both, to the precision of float64
+    bce_weight_rest,
     SAMPLING: tl.constexpr,
     WINDOW: tl.constexpr,
     STRIP: tl.constexpr,
     STORED: tl.constexpr,
 ):
-    """Reads logits and labels once; writes four sums per program, and e f if STORED."""
-    dtype: tl.constexpr = partials_ptr.dtype.element_ty
+    """Reads logits and labels once, adds up the loss; writes e f if STORED."""
     RADIUS: tl.constexpr = WINDOW.size // 2
     IGNORED: tl.constexpr = SAMPLING.ignored
     program = strip_program(channels, tiles_x, tiles_y, STRIP)
@@ -176,46 +195,27 @@ def _structural_similarity_forward_kernel(
     if not STRIP.channels_in_lanes:
         present = _class_in_strip(maps, program, RADIUS, IGNORED, STRIP)
     if present:
-        sums = _forward_strip(maps, stored, program, SAMPLING, WINDOW, STRIP, STORED, True)
+        found = _forward_strip(maps, stored, program, SAMPLING, WINDOW, STRIP, STORED, True)
     else:
-        sums = _forward_strip(maps, stored, program, SAMPLING, WINDOW, STRIP, STORED, False)
+        found = _forward_strip(maps, stored, program, SAMPLING, WINDOW, STRIP, STORED, False)
 
-    partial_ptr = partials_ptr + tl.program_id(0)
-    for quantity in tl.static_range(4):
-        tl.store(partial_ptr + quantity * programs, sums[quantity])
+    valid = found.valid
     if not STRIP.channels_in_lanes:
         if program.channel == 0:
-            valid_count = _valid_in_strip(maps, program, dtype, IGNORED, STRIP)
-            tl.store(partial_ptr + 3 * programs, valid_count)
+            valid = _valid_in_strip(maps, program, IGNORED, STRIP).to(valid.dtype)
 
-
-@triton.jit
-def _structural_similarity_finish_kernel(
-    partials_ptr,  # [4, programs]
-    loss_ptr,  # []
-    statistics_ptr,  # [2]: bce_weight / V, (1 - bce_weight) / M
-    programs,
-    BCE_WEIGHT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Adds the partial sums in float64, in an order that never changes, and forms the loss."""
-    lane = tl.arange(0, BLOCK)
-    entropy = tl.zeros((BLOCK,), tl.float64)
-    weighted = tl.zeros((BLOCK,), tl.float64)
-    hard = tl.zeros((BLOCK,), tl.float64)
-    valid = tl.zeros((BLOCK,), tl.float64)
-    for start in tl.range(0, programs, BLOCK):
-        offset = start + lane
-        mask = offset < programs
-        entropy += tl.load(partials_ptr + offset, mask=mask, other=0.0)
-        weighted += tl.load(partials_ptr + programs + offset, mask=mask, other=0.0)
-        hard += tl.load(partials_ptr + 2 * programs + offset, mask=mask, other=0.0)
-        valid += tl.load(partials_ptr + 3 * programs + offset, mask=mask, other=0.0)
-    entropy_scale = BCE_WEIGHT / tl.maximum(tl.sum(valid), 1.0)
-    weighted_scale = (1.0 - BCE_WEIGHT) / tl.maximum(tl.sum(hard), 1.0)
-    tl.store(loss_ptr, entropy_scale * tl.sum(entropy) + weighted_scale * tl.sum(weighted))
-    tl.store(statistics_ptr, entropy_scale)
-    tl.store(statistics_ptr + 1, weighted_scale)
+    sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs)
+    leave(sums, 0, found.entropy)
+    leave(sums, 1, found.weighted)
+    leave(sums, 2, found.hard)
+    leave(sums, 3, valid)
+    if comes_last(sums, 4):
+        share = bce_weight.to(tl.float64) + bce_weight_rest.to(tl.float64)
+        entropy_scale = share / tl.maximum(total(sums, 3), 1.0)
+        weighted_scale = (1.0 - share) / tl.maximum(total(sums, 2), 1.0)
+        tl.store(loss_ptr, entropy_scale * total(sums, 0) + weighted_scale * total(sums, 1))
+        tl.store(statistics_ptr, entropy_scale)
+        tl.store(statistics_ptr + 1, weighted_scale)
 
 
 # --- backward -------------------------------------------------------------------------------------

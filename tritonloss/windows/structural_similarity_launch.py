@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 
 from kernels_reference.gaussian_window import gaussian_window
@@ -12,7 +13,7 @@ from kernels_reference.structural_similarity import largest_difference
 
 from .._core.backend import device_guard
 from .._core.configurations import Configuration
-from .._core.prepared_launch import launch_kernel
+from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._engine.strip_launch import (
     channels_in_lanes,
     compute_dtype,
@@ -24,10 +25,10 @@ from .._engine.strip_launch import (
     strip_launch,
 )
 from .._engine.strip_windows import window_of
+from .._engine.sums import sums_over
 from .structural_difference import Sampling
 from .structural_similarity_kernels import (
     _structural_similarity_backward_kernel,
-    _structural_similarity_finish_kernel,
     _structural_similarity_forward_kernel,
     _structural_similarity_stored_kernel,
 )
@@ -105,6 +106,7 @@ def _window_arguments(
 
 
 def heuristic_of(operator: str, window_size: int, in_lanes: bool) -> Configuration:
+    """The operator's own choice; ``in_lanes`` for maps whose lanes run over channels."""
     columns = 4 if 3 <= window_size <= 7 else 2 if window_size <= 11 else 1
     unroll = 2 if window_size == 3 and not in_lanes else 1
     configuration = strip_heuristic(columns, UNROLL=unroll)
@@ -123,11 +125,16 @@ def stores_differences(logits: torch.Tensor, window_size: int) -> bool:
     # Kept in 16 bits, e would be rounded before it weights the gradient: there it is recomputed.
     if logits.element_size() < 4:
         return False
-    configuration = _configuration("structural_similarity_forward", logits, window_size)
-    return configuration["schedule"] == "stored"
+
+    def prepare() -> str:
+        configuration = _configuration("structural_similarity_forward", logits, window_size)
+        return str(configuration["schedule"])
+
+    return prepared((_SCHEDULE, kind(logits), window_size), prepare) == "stored"
 
 
 def empty_results(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Results:
+    """The tensors that a forward pass fills."""
     dtype = compute_dtype(logits.dtype)
     loss = torch.empty((), dtype=dtype, device=logits.device)
     statistics = torch.empty(2, dtype=dtype, device=logits.device)
@@ -135,49 +142,76 @@ def empty_results(logits: torch.Tensor, target: torch.Tensor, options: Options) 
     return Results(loss, statistics, stored)
 
 
+# What the launches below are kept under, beside all that they depend on.
+_SCHEDULE, _FORWARD, _BACKWARD, _STORED = (f"structural_similarity {i}" for i in range(4))
+
+
+class _ForwardPlan(NamedTuple):
+    """The launch of a forward pass, for logits and labels of one kind."""
+
+    launch: PreparedLaunch
+    programs: int
+
+
 def forward_pass(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Results:
-    loss, statistics, stored = empty_results(logits, target, options)
-    store = options.store
-    moved = (logits, target, stored) if store else (logits, target)
+    """The loss, and what the backward pass needs."""
+    results = empty_results(logits, target, options)
+    plan = prepared(
+        (_FORWARD, kind(logits), kind(target), options),
+        lambda: _forward_plan(logits, target, results.stored, options),
+    )
+    if plan.programs == 0:
+        results.loss.zero_()
+        results.statistics.zero_()
+        return results
+    sums = sums_over(plan.programs, 4, logits.device)
+    with device_guard(logits):
+        plan.launch(
+            logits_ptr=logits,
+            target_ptr=target,
+            loss_ptr=results.loss,
+            statistics_ptr=results.statistics,
+            stored_ptr=results.stored,
+            scratch_ptr=sums["scratch_ptr"],
+            tickets_ptr=sums["tickets_ptr"],
+        )
+    return results
+
+
+def _forward_plan(
+    logits: torch.Tensor, target: torch.Tensor, stored: torch.Tensor, options: Options
+) -> _ForwardPlan:
+    moved = (logits, target, stored) if options.store else (logits, target)
     configuration = _configuration("structural_similarity_forward", logits, options.window_size)
-    if store:
+    if options.store:
         configuration["UNROLL"] = 1  # two rows at once and their stores need too many registers
     if options.padding == "valid":
         # Of four columns and the border that is left out 8 bytes would spill.
         configuration["COLUMNS"] = min(int(configuration["COLUMNS"]), 2)
     grid, launch = strip_launch(logits.shape, configuration, options.padding, *moved)
-    partials = statistics.new_empty(4, *grid)
-    with device_guard(logits):
-        launch_kernel(
-            _structural_similarity_forward_kernel,
-            grid,
-            logits_ptr=logits,
-            target_ptr=target,
-            partials_ptr=partials,
-            stored_ptr=stored,
-            logits_strides=strides(logits, launch["STRIP"]),
-            target_strides=label_strides(target, launch["STRIP"]),
-            stored_strides=strides(moved[-1] if store else logits, launch["STRIP"]),
-            height=logits.size(2),
-            width=logits.size(3),
-            programs=grid[0],
-            STORED=store,
-            **_window_arguments(options, logits, target, launch["STRIP"].columns),
-            **launch,
-        )
-        launch_kernel(
-            _structural_similarity_finish_kernel,
-            (1,),
-            partials_ptr=partials,
-            loss_ptr=loss,
-            statistics_ptr=statistics,
-            programs=grid[0],
-            BCE_WEIGHT=options.bce_weight,
-            BLOCK=1024,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-    return Results(loss, statistics, stored)
+    strip = launch["STRIP"]
+    bce_weight, rest = _halves(options.bce_weight)
+    arguments = {
+        "logits_strides": strides(logits, strip),
+        "target_strides": label_strides(target, strip),
+        "stored_strides": strides(stored if options.store else logits, strip),
+        "height": logits.size(2),
+        "width": logits.size(3),
+        "programs": grid[0],
+        "bce_weight": bce_weight,
+        "bce_weight_rest": rest,
+        "STORED": options.store,
+        **_window_arguments(options, logits, target, strip.columns),
+        **launch,
+    }
+    launch_forward = PreparedLaunch(_structural_similarity_forward_kernel, grid, arguments)
+    return _ForwardPlan(launch_forward, grid[0])
+
+
+def _halves(number: float) -> tuple[float, float]:
+    """Two numbers that float32 holds, the sum of which is ``number``: kernels take no others."""
+    high = float(numpy.float32(number))
+    return high, float(numpy.float32(number - high))
 
 
 def backward_pass(
@@ -189,30 +223,43 @@ def backward_pass(
 ) -> torch.Tensor:
     """The gradient by recomputing e."""
     grad_logits = torch.empty_like(logits)
+    # What the forward pass alone depends on is the same in all keys.
+    key = options._replace(bce_weight=0.0, store=False)
+    launch = prepared(
+        (_BACKWARD, kind(logits), kind(target), kind(grad_logits), key, grad_loss.dtype),
+        lambda: _backward_plan(logits, target, grad_logits, options),
+    )
+    with device_guard(logits):
+        launch(
+            grad_loss_ptr=grad_loss,
+            statistics_ptr=statistics,
+            logits_ptr=logits,
+            target_ptr=target,
+            grad_logits_ptr=grad_logits,
+        )
+    return grad_logits
+
+
+def _backward_plan(
+    logits: torch.Tensor, target: torch.Tensor, grad_logits: torch.Tensor, options: Options
+) -> PreparedLaunch:
     configuration = _configuration("structural_similarity_backward", logits, options.window_size)
     if not options.reweight:
         configuration["UNROLL"] = 1  # two rows at a time would spill 8 bytes on sm_80
     grid, launch = strip_launch(
         logits.shape, configuration, options.padding, logits, target, grad_logits
     )
-    with device_guard(logits):
-        launch_kernel(
-            _structural_similarity_backward_kernel,
-            grid,
-            grad_loss_ptr=grad_loss,
-            statistics_ptr=statistics,
-            logits_ptr=logits,
-            target_ptr=target,
-            grad_logits_ptr=grad_logits,
-            logits_strides=strides(logits, launch["STRIP"]),
-            target_strides=label_strides(target, launch["STRIP"]),
-            grad_logits_strides=strides(grad_logits, launch["STRIP"]),
-            height=logits.size(2),
-            width=logits.size(3),
-            **_window_arguments(options, logits, target, launch["STRIP"].columns),
-            **launch,
-        )
-    return grad_logits
+    strip = launch["STRIP"]
+    arguments = {
+        "logits_strides": strides(logits, strip),
+        "target_strides": label_strides(target, strip),
+        "grad_logits_strides": strides(grad_logits, strip),
+        "height": logits.size(2),
+        "width": logits.size(3),
+        **_window_arguments(options, logits, target, strip.columns),
+        **launch,
+    }
+    return PreparedLaunch(_structural_similarity_backward_kernel, grid, arguments)
 
 
 def stored_pass(
@@ -224,24 +271,34 @@ def stored_pass(
     ignore_index: int | None,
 ) -> None:
     """The gradient from the stored e f, in its place."""
-    configuration = strip_configuration(
-        "structural_similarity_stored", logits, 1, strip_heuristic(4)
+    launch = prepared(
+        (_STORED, kind(logits), kind(target), kind(stored), ignore_index, grad_loss.dtype),
+        lambda: _stored_plan(logits, target, stored, ignore_index),
     )
-    grid, launch = strip_launch(logits.shape, configuration, "zeros", logits, target, stored)
     with device_guard(logits):
-        launch_kernel(
-            _structural_similarity_stored_kernel,
-            grid,
+        launch(
             grad_loss_ptr=grad_loss,
             statistics_ptr=statistics,
             logits_ptr=logits,
             target_ptr=target,
             stored_ptr=stored,
-            logits_strides=strides(logits, launch["STRIP"]),
-            target_strides=label_strides(target, launch["STRIP"]),
-            stored_strides=strides(stored, launch["STRIP"]),
-            height=logits.size(2),
-            width=logits.size(3),
-            IGNORED=ignored_class(ignore_index, logits.size(1), target.dtype),
-            **launch,
         )
+
+
+def _stored_plan(
+    logits: torch.Tensor, target: torch.Tensor, stored: torch.Tensor, ignore_index: int | None
+) -> PreparedLaunch:
+    configuration = strip_configuration(
+        "structural_similarity_stored", logits, 1, strip_heuristic(4)
+    )
+    grid, launch = strip_launch(logits.shape, configuration, "zeros", logits, target, stored)
+    arguments = {
+        "logits_strides": strides(logits, launch["STRIP"]),
+        "target_strides": label_strides(target, launch["STRIP"]),
+        "stored_strides": strides(stored, launch["STRIP"]),
+        "height": logits.size(2),
+        "width": logits.size(3),
+        "IGNORED": ignored_class(ignore_index, logits.size(1), target.dtype),
+        **launch,
+    }
+    return PreparedLaunch(_structural_similarity_stored_kernel, grid, arguments)
