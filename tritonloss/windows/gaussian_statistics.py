@@ -21,7 +21,7 @@ from .._core import checks
 from .._core.backend import device_guard, serves_triton
 from .._core.configurations import Configuration, Launch, Shape, TuningCase
 from .._core.operator import Operator
-from .._core.prepared_launch import launch_kernel
+from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._core.tuning_inputs import random_map
 from .._engine.strip_launch import (
     channels_in_lanes,
@@ -78,31 +78,35 @@ def _backward_heuristic(window_size: int) -> Configuration:
 
 
 def _gaussian_statistics_forward(x: torch.Tensor, options: Options) -> Results:
+    results = _empty_statistics(x, options)
+    launch = prepared(
+        ("gaussian_statistics forward", kind(x), options),
+        lambda: _forward_launch(x, results.mean, options),
+    )
+    with device_guard(x):
+        launch(x_ptr=x, mean_ptr=results.mean, variance_ptr=results.variance)
+    return results
+
+
+def _forward_launch(x: torch.Tensor, mean: torch.Tensor, options: Options) -> PreparedLaunch:
     window_size, sigma, padding = options
-    mean, variance = _empty_statistics(x, options)
     configuration = strip_configuration(
         "gaussian_statistics_forward", x, window_size, _forward_heuristic(window_size)
     )
     grid, launch = strip_launch(mean.shape, configuration, padding, x, mean)
-    with device_guard(x):
-        launch_kernel(
-            _gaussian_statistics_forward_kernel,
-            grid,
-            x_ptr=x,
-            mean_ptr=mean,
-            variance_ptr=variance,
-            x_strides=strides(x, launch["STRIP"]),
-            mean_strides=strides(mean, launch["STRIP"]),
-            height=x.size(2),
-            width=x.size(3),
-            out_height=mean.size(2),
-            out_width=mean.size(3),
-            window=window_size,
-            WINDOW=window_of(window_size, sigma, padding),
-            SHIFT=0 if padding == "valid" else -(window_size // 2),
-            **launch,
-        )
-    return Results(mean, variance)
+    arguments = {
+        "x_strides": strides(x, launch["STRIP"]),
+        "mean_strides": strides(mean, launch["STRIP"]),
+        "height": x.size(2),
+        "width": x.size(3),
+        "out_height": mean.size(2),
+        "out_width": mean.size(3),
+        "window": window_size,
+        "WINDOW": window_of(window_size, sigma, padding),
+        "SHIFT": 0 if padding == "valid" else -(window_size // 2),
+        **launch,
+    }
+    return PreparedLaunch(_gaussian_statistics_forward_kernel, grid, arguments)
 
 
 def _gaussian_statistics_backward(
@@ -112,8 +116,32 @@ def _gaussian_statistics_backward(
     mean: torch.Tensor,
     options: Options,
 ) -> torch.Tensor:
-    window_size, sigma, padding = options
     grad_x = torch.empty_like(x)
+    maps = (grad_mean, grad_variance, x, mean)
+    launch = prepared(
+        ("gaussian_statistics backward", *map(kind, maps), options),
+        lambda: _backward_launch(*maps, grad_x, options),
+    )
+    with device_guard(x):
+        launch(
+            grad_mean_ptr=grad_mean,
+            grad_variance_ptr=grad_variance,
+            mean_ptr=mean,
+            x_ptr=x,
+            grad_x_ptr=grad_x,
+        )
+    return grad_x
+
+
+def _backward_launch(
+    grad_mean: torch.Tensor,
+    grad_variance: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    grad_x: torch.Tensor,
+    options: Options,
+) -> PreparedLaunch:
+    window_size, sigma, padding = options
     configuration = strip_configuration(
         "gaussian_statistics_backward", x, window_size, _backward_heuristic(window_size)
     )
@@ -122,32 +150,25 @@ def _gaussian_statistics_backward(
     grid, launch = strip_launch(
         x.shape, configuration, padding, x, mean, grad_mean, grad_variance, grad_x
     )
+    strip = launch["STRIP"]
     window = window_of(window_size, sigma, padding)
-    with device_guard(x):
-        launch_kernel(
-            _gaussian_statistics_backward_kernel,
-            grid,
-            grad_mean_ptr=grad_mean,
-            grad_variance_ptr=grad_variance,
-            mean_ptr=mean,
-            x_ptr=x,
-            grad_x_ptr=grad_x,
-            grad_mean_strides=strides(grad_mean, launch["STRIP"]),
-            grad_variance_strides=strides(grad_variance, launch["STRIP"]),
-            mean_strides=strides(mean, launch["STRIP"]),
-            x_strides=strides(x, launch["STRIP"]),
-            grad_x_strides=strides(grad_x, launch["STRIP"]),
-            height=x.size(2),
-            width=x.size(3),
-            out_height=mean.size(2),
-            out_width=mean.size(3),
-            window=window_size,
-            WINDOW=window,
-            TAILS=_tails(window),
-            SHIFT=-(window_size - 1) if padding == "valid" else -(window_size // 2),
-            **launch,
-        )
-    return grad_x
+    arguments = {
+        "grad_mean_strides": strides(grad_mean, strip),
+        "grad_variance_strides": strides(grad_variance, strip),
+        "mean_strides": strides(mean, strip),
+        "x_strides": strides(x, strip),
+        "grad_x_strides": strides(grad_x, strip),
+        "height": x.size(2),
+        "width": x.size(3),
+        "out_height": mean.size(2),
+        "out_width": mean.size(3),
+        "window": window_size,
+        "WINDOW": window,
+        "TAILS": _tails(window),
+        "SHIFT": -(window_size - 1) if padding == "valid" else -(window_size // 2),
+        **launch,
+    }
+    return PreparedLaunch(_gaussian_statistics_backward_kernel, grid, arguments)
 
 
 def _tails(window: Window) -> tuple[float, ...]:

@@ -122,7 +122,7 @@ def ssim_forward(x: torch.Tensor, y: torch.Tensor, options: Options) -> Results:
     """Mean dissimilarity of a loss, mean similarity of images or its map; and 1 / count."""
     results = empty_results(x, options)
     plan = prepared(
-        ("ssim forward", type(options), options, kind(x), kind(y)),
+        ("ssim forward", options, kind(x), kind(y)),
         lambda: _forward_plan(x, y, results.result, options),
     )
     if plan.programs == 0:
@@ -200,7 +200,7 @@ def ssim_backward(
     grad_x, grad_y = empty_gradients(x, y, both)
     maps = (grad, x, y, grad_x, grad_y)
     plan = prepared(
-        ("ssim backward", type(options), options, *map(kind, maps)),
+        ("ssim backward", options, both, kind(grad), kind(x), kind(y)),
         lambda: _backward_plan(maps, options),
     )
     scratch = torch.empty(plan.scratch, dtype=scale.dtype, device=x.device)

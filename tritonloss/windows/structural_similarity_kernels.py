@@ -210,7 +210,7 @@ def _structural_similarity_forward_kernel(
     leave(sums, 2, found.hard)
     leave(sums, 3, valid)
     if comes_last(sums, 4):
-        share = bce_weight.to(tl.float64) + bce_weight_rest.to(tl.float64)
+        share = tl.zeros((), tl.float64) + bce_weight + bce_weight_rest
         entropy_scale = share / tl.maximum(total(sums, 3), 1.0)
         weighted_scale = (1.0 - share) / tl.maximum(total(sums, 2), 1.0)
         tl.store(loss_ptr, entropy_scale * total(sums, 0) + weighted_scale * total(sums, 1))

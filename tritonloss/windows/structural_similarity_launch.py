@@ -142,7 +142,8 @@ def empty_results(logits: torch.Tensor, target: torch.Tensor, options: Options) 
     return Results(loss, statistics, stored)
 
 
-# What the launches below are kept under, beside all that they depend on.
+# What the launches below are kept under, beside all that they depend on: a tensor that is made like
+# another one is not looked at again.
 _SCHEDULE, _FORWARD, _BACKWARD, _STORED = (f"structural_similarity {i}" for i in range(4))
 
 
@@ -223,10 +224,8 @@ def backward_pass(
 ) -> torch.Tensor:
     """The gradient by recomputing e."""
     grad_logits = torch.empty_like(logits)
-    # What the forward pass alone depends on is the same in all keys.
-    key = options._replace(bce_weight=0.0, store=False)
     launch = prepared(
-        (_BACKWARD, kind(logits), kind(target), kind(grad_logits), key, grad_loss.dtype),
+        (_BACKWARD, kind(logits), kind(target), options),
         lambda: _backward_plan(logits, target, grad_logits, options),
     )
     with device_guard(logits):
@@ -272,7 +271,7 @@ def stored_pass(
 ) -> None:
     """The gradient from the stored e f, in its place."""
     launch = prepared(
-        (_STORED, kind(logits), kind(target), kind(stored), ignore_index, grad_loss.dtype),
+        (_STORED, kind(logits), kind(target), kind(stored), ignore_index),
         lambda: _stored_plan(logits, target, stored, ignore_index),
     )
     with device_guard(logits):
