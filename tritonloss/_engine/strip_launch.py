@@ -10,6 +10,7 @@ import triton
 
 from .._core.backend import warp_size
 from .._core.configurations import Configuration, launch_configuration
+from . import planes
 from .strips import LabelStrides, Strides, Strip
 
 
@@ -103,21 +104,14 @@ def label_strides(tensor: torch.Tensor, strip: Strip) -> LabelStrides:
 
 
 def ignored_class(ignore_index: int | None, classes: int, dtype: torch.dtype) -> int:
-    """What the kernels call IGNORED: see `sanitised_label`.
+    """What the kernels call IGNORED, where every class is one against the rest.
 
-    The ignore label if it would otherwise be a class, else -1: the range check does the rest. With
-    one class, whose labels are 0 and 1, -3 less that, so that a kernel can tell.
+    With one class, whose labels are 0 and 1, -3 less than elsewhere, so that a kernel can tell: see
+    `sanitised_label`.
     """
-    labels = 2 if classes == 1 else classes
-    ignored = -1
-    if ignore_index is not None and 0 <= ignore_index < min(labels, torch.iinfo(dtype).max + 1):
-        ignored = ignore_index
-    return -3 - ignored if classes == 1 else ignored
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    if classes == 1:
+        return -3 - planes.ignored_class(ignore_index, 2, dtype)
+    return planes.ignored_class(ignore_index, classes, dtype)
 
 
 def _in_grains(tensor: torch.Tensor, strip: Strip) -> tuple[int, ...]:

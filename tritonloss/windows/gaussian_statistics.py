@@ -23,9 +23,9 @@ from .._core.configurations import Configuration, Launch, Shape, TuningCase
 from .._core.operator import Operator
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._core.tuning_inputs import random_map
+from .._engine.planes import compute_dtype
 from .._engine.strip_launch import (
     channels_in_lanes,
-    compute_dtype,
     strides,
     strip_candidates,
     strip_configuration,

@@ -116,10 +116,10 @@ def _ssim_forward_kernel(
         if MAPPED:
             store_columns(map_plane, row, similarities, STRIP)
     if not MAPPED:
-        sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs)
+        sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs, rows=2)
         leave(sums, 0, tl.sum(dissimilarity_sum))
         leave(sums, 1, tl.sum(count))
-        if comes_last(sums, 2):
+        if comes_last(sums):
             samples = total(sums, 1)
             scale = 1.0 / tl.maximum(samples, 1.0)
             mean = total(sums, 0) * scale

@@ -10,8 +10,8 @@ import torch
 from .._core.backend import device_guard
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
+from .._engine.planes import compute_dtype
 from .._engine.strip_launch import (
-    compute_dtype,
     ignored_class,
     label_strides,
     strides,

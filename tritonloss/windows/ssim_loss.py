@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from kernels_reference.ssim import ssim_loss as ssim_loss_reference
 
 from .._core import checks
 from .._core.backend import serves_triton
+from .._core.loss_module import LossModule
 from .._core.operator import Operator
 from .ssim_launch import LossOptions, Results, empty_results, ssim_backward, ssim_forward
 
@@ -126,7 +126,7 @@ def ssim_loss(
         sigma=float(sigma),
         c1=float(c1),
         c2=float(c2),
-        ignore_index=None if ignore_index is None else int(ignore_index),
+        ignore_index=checks.plain_label(ignore_index),
     )
     return SSIM_LOSS(logits, target, options=options)[0]
 
@@ -152,7 +152,7 @@ def _check_options(
 # --- module ---------------------------------------------------------------------------------------
 
 
-class SSIMLoss(nn.Module):
+class SSIMLoss(LossModule, function=ssim_loss, check=_check_options):
     """:func:`tritonloss.functional.ssim_loss` as a module.
 
     Args: the keyword arguments of the function, with the same defaults.
@@ -163,42 +163,3 @@ class SSIMLoss(nn.Module):
         >>> criterion(torch.randn(2, 3, 32, 32), torch.randint(0, 3, (2, 32, 32))).shape
         torch.Size([])
     """
-
-    def __init__(
-        self,
-        *,
-        form: str = "full",
-        window_size: int = 11,
-        sigma: float = 1.5,
-        c1: float = 1e-4,
-        c2: float = 9e-4,
-        ignore_index: int | None = checks.IGNORE_INDEX,
-    ) -> None:
-        super().__init__()
-        _check_options(form, window_size, sigma, c1, c2, ignore_index)
-        self.form = form
-        self.window_size = window_size
-        self.sigma = sigma
-        self.c1 = c1
-        self.c2 = c2
-        self.ignore_index = ignore_index
-
-    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Logits [N, C, H, W], target [N, H, W] -> scalar."""
-        return ssim_loss(
-            logits,
-            target,
-            form=self.form,
-            window_size=self.window_size,
-            sigma=self.sigma,
-            c1=self.c1,
-            c2=self.c2,
-            ignore_index=self.ignore_index,
-        )
-
-    def extra_repr(self) -> str:
-        """The options, for printing."""
-        return (
-            f"form={self.form!r}, window_size={self.window_size}, sigma={self.sigma}, "
-            f"c1={self.c1}, c2={self.c2}, ignore_index={self.ignore_index}"
-        )

@@ -25,7 +25,6 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import nn
 
 from kernels_reference.structural_similarity import (
     structural_similarity_loss as structural_similarity_loss_reference,
@@ -34,6 +33,7 @@ from kernels_reference.structural_similarity import (
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import Configuration, Launch, Shape, TuningCase
+from .._core.loss_module import LossModule
 from .._core.operator import Operator, can_reuse
 from .._core.tuning_inputs import random_labels, random_map
 from .._engine.strip_launch import strip_candidates, strip_heuristic
@@ -186,7 +186,7 @@ def structural_similarity_loss(
         padding=padding,
         hard_mining=hard_mining,
         reweight=reweight,
-        ignore_index=None if ignore_index is None else int(ignore_index),
+        ignore_index=checks.plain_label(ignore_index),
         store=can_reuse(logits) and stores_differences(logits, window_size),
     )
     return STRUCTURAL_SIMILARITY(logits, target, options=options)[0]
@@ -219,7 +219,9 @@ def _check_options(
 # --- module ---------------------------------------------------------------------------------------
 
 
-class StructuralSimilarityLoss(nn.Module):
+class StructuralSimilarityLoss(
+    LossModule, function=structural_similarity_loss, check=_check_options
+):
     """:func:`tritonloss.functional.structural_similarity_loss` as a module.
 
     Args: the keyword arguments of the function, with the same defaults.
@@ -230,59 +232,6 @@ class StructuralSimilarityLoss(nn.Module):
         >>> criterion(torch.randn(2, 19, 32, 64), torch.randint(0, 19, (2, 32, 64))).shape
         torch.Size([])
     """
-
-    def __init__(
-        self,
-        *,
-        window_size: int = 3,
-        sigma: float = 1.5,
-        beta: float = 0.1,
-        stability: float = 0.01,
-        bce_weight: float = 0.5,
-        padding: str = "zeros",
-        hard_mining: bool = True,
-        reweight: bool = True,
-        ignore_index: int | None = checks.IGNORE_INDEX,
-    ) -> None:
-        super().__init__()
-        _check_options(
-            window_size, sigma, beta, stability, bce_weight, padding, hard_mining, reweight,
-            ignore_index,
-        )  # fmt: skip
-        self.window_size = window_size
-        self.sigma = sigma
-        self.beta = beta
-        self.stability = stability
-        self.bce_weight = bce_weight
-        self.padding = padding
-        self.hard_mining = hard_mining
-        self.reweight = reweight
-        self.ignore_index = ignore_index
-
-    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Logits [N, C, H, W], target [N, H, W] -> scalar."""
-        return structural_similarity_loss(
-            logits,
-            target,
-            window_size=self.window_size,
-            sigma=self.sigma,
-            beta=self.beta,
-            stability=self.stability,
-            bce_weight=self.bce_weight,
-            padding=self.padding,
-            hard_mining=self.hard_mining,
-            reweight=self.reweight,
-            ignore_index=self.ignore_index,
-        )
-
-    def extra_repr(self) -> str:
-        """The options, for printing."""
-        return (
-            f"window_size={self.window_size}, sigma={self.sigma}, beta={self.beta}, "
-            f"stability={self.stability}, bce_weight={self.bce_weight}, padding={self.padding!r}, "
-            f"hard_mining={self.hard_mining}, reweight={self.reweight}, "
-            f"ignore_index={self.ignore_index}"
-        )
 
 
 # --- tuning ---------------------------------------------------------------------------------------

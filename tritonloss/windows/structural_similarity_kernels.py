@@ -204,12 +204,12 @@ def _structural_similarity_forward_kernel(
         if program.channel == 0:
             valid = _valid_in_strip(maps, program, IGNORED, STRIP).to(valid.dtype)
 
-    sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs)
+    sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs, rows=4)
     leave(sums, 0, found.entropy)
     leave(sums, 1, found.weighted)
     leave(sums, 2, found.hard)
     leave(sums, 3, valid)
-    if comes_last(sums, 4):
+    if comes_last(sums):
         share = tl.zeros((), tl.float64) + bce_weight + bce_weight_rest
         entropy_scale = share / tl.maximum(total(sums, 3), 1.0)
         weighted_scale = (1.0 - share) / tl.maximum(total(sums, 2), 1.0)

@@ -14,9 +14,9 @@ from kernels_reference.structural_similarity import largest_difference
 from .._core.backend import device_guard
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
+from .._engine.planes import compute_dtype
 from .._engine.strip_launch import (
     channels_in_lanes,
-    compute_dtype,
     ignored_class,
     label_strides,
     strides,
