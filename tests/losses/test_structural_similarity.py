@@ -97,6 +97,15 @@ def test_every_dtype(dtype: torch.dtype, schedule: str, device: torch.device) ->
     check(*settled_case((2, 2, 6, 12), dtype=dtype, device=device))
 
 
+def test_share_of_the_cross_entropy_has_the_digits_of_float64(device: torch.device) -> None:
+    """Kernels take no number of 64 bits: it comes in two halves."""
+    logits, target = settled_case((1, 2, 4, 5), dtype=torch.float64, device=device)
+    loss, _ = kernel_gradient(logits, target, bce_weight=0.3)
+    with tritonloss.use_backend("reference"):
+        expected = structural_similarity_loss(logits, target, bce_weight=0.3)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("padding", ["zeros", "valid"])
 @pytest.mark.parametrize(
     "shape", [(1, 1, 3, 3), (3, 1, 5, 3), (1, 2, 3, 139), (2, 1, 11, 66), (1, 5, 7, 4)], ids=str
