@@ -34,27 +34,15 @@ def loops(program: Sequence[Instruction]) -> tuple[Loop, ...]:
     Compilers move rare code behind the end of a program and jump back from there. Only a jump to
     an instruction that every path to the jump has passed closes a loop.
     """
-    starts, following, dominators = _flow(program)
-    bodies: dict[int, set[int]] = {}
-    for block, targets in enumerate(following):
-        for header in targets:
-            if header in dominators[block]:
-                bodies.setdefault(header, {header}).update(_body(following, header, block))
-
-    ends = [*starts, len(program)][1:]
-    lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+    blocks, following, dominators = _flow(program)
+    bodies = _bodies(following, dominators)
     inner = {h for h in bodies if any(h in bodies[other] for other in bodies if other != h)}
-    atomic = {
-        block
-        for block, (start, end) in enumerate(zip(starts, ends, strict=True))
-        if any(_is_atomic(instruction) for instruction in program[start:end])
-    }
     return tuple(
         Loop(
-            starts[header],
-            sum(lengths[block] for block in body),
+            blocks[header].start,
+            sum(len(blocks[block]) for block in body),
             bool(inner & body),
-            bool(atomic & body),
+            _takes_tickets(program, blocks, body),
         )
         for header, body in sorted(bodies.items())
         if header not in inner
@@ -62,31 +50,45 @@ def loops(program: Sequence[Instruction]) -> tuple[Loop, ...]:
 
 
 def instructions_of_everyone(program: Sequence[Instruction]) -> int:
-    """How many instructions lie before a ticket is taken: what comes after it few programs run."""
-    starts, _, dominators = _flow(program)
-    ends = [*starts, len(program)][1:]
-    spans = list(zip(starts, ends, strict=True))
-    taking = {b for b, (s, e) in enumerate(spans) if any(map(_is_atomic, program[s:e]))}
+    """How many instructions all programs may run: not those from the loop that takes tickets on.
+
+    No path leads to what is called: with such a loop, the division of the sums that it finishes.
+    """
+    blocks, following, dominators = _flow(program)
+    bodies = _bodies(following, dominators)
+    headers = {h for h, body in bodies.items() if _takes_tickets(program, blocks, body)}
     return sum(
-        sum(instruction.opcode != "NOP" for instruction in program[start:end])
-        for block, (start, end) in enumerate(spans)
-        if not taking & dominators[block] - {block}
+        sum(program[place].opcode != "NOP" for place in span)
+        for block, span in enumerate(blocks)
+        if not headers or (dominators[block] and not headers & dominators[block])
     )
+
+
+def _takes_tickets(program: Sequence[Instruction], blocks: Sequence[range], body: set[int]) -> bool:
+    opcodes = [program[place].opcode for block in body for place in blocks[block]]
+    return any(opcode.startswith("ATOM") or "_atomic_" in opcode for opcode in opcodes)
+
+
+def _bodies(following: Sequence[set[int]], dominators: Sequence[set[int]]) -> dict[int, set[int]]:
+    """The blocks of every loop, by its header."""
+    bodies: dict[int, set[int]] = {}
+    for block, targets in enumerate(following):
+        for header in targets:
+            if header in dominators[block]:
+                bodies.setdefault(header, {header}).update(_body(following, header, block))
+    return bodies
 
 
 def _flow(
     program: Sequence[Instruction],
-) -> tuple[list[int], list[set[int]], list[set[int]]]:
-    """(starts, successors, dominators) of the blocks of a program."""
+) -> tuple[list[range], list[set[int]], list[set[int]]]:
+    """(instructions, successors, dominators) of the blocks of a program."""
     starts = _block_starts(program)
+    blocks = [range(*span) for span in zip(starts, [*starts, len(program)][1:], strict=True)]
     following = _successors(program, starts)
     reachable = _reachable(following)
     following = [targets if b in reachable else set() for b, targets in enumerate(following)]
-    return starts, following, _dominators(following, reachable)
-
-
-def _is_atomic(instruction: Instruction) -> bool:
-    return instruction.opcode.startswith("ATOM") or "_atomic_" in instruction.opcode
+    return blocks, following, _dominators(following, reachable)
 
 
 def _block_starts(program: Sequence[Instruction]) -> list[int]:

@@ -29,14 +29,6 @@ pytestmark = pytest.mark.parity
 
 
 @pytest.mark.parametrize(
-    ("slice_", "same", "others"),
-    [
-        (cross_entropy_slice, {"label_smoothing": 0.2}, [{"label_smoothing": 0.0}]),
-        (focal_slice, {"gamma": 3.5}, [{"gamma": 1.0}, {"gamma": 2.0}, {"detach_weight": True}]),
-    ],
-    ids=["cross_entropy", "focal"],
-)
-@pytest.mark.parametrize(
     ("of", "same", "others"),
     [
         (cross_entropy_slice, {"label_smoothing": 0.2}, [{"label_smoothing": 0.0}]),
