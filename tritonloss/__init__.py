@@ -11,7 +11,7 @@ from .pixelwise.focal_loss import FocalLoss
 from .pixelwise.margin_calibration import MarginCalibratedLoss
 from .regions.region_mutual_information import RMILoss
 from .windows.gaussian_statistics import gaussian_statistics
-from .windows.ssim import SSIMLoss
+from .windows.ssim_loss import SSIMLoss
 from .windows.structural_similarity import StructuralSimilarityLoss
 
 __all__ = [

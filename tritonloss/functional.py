@@ -5,7 +5,8 @@ from .pixelwise.cross_entropy import cross_entropy
 from .pixelwise.focal_loss import focal_loss
 from .pixelwise.margin_calibration import margin_calibrated_loss
 from .regions.region_mutual_information import rmi_loss
-from .windows.ssim import ssim, ssim_loss
+from .windows.ssim import ssim
+from .windows.ssim_loss import ssim_loss
 from .windows.structural_similarity import structural_similarity_loss
 
 __all__ = [

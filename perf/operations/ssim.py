@@ -22,7 +22,8 @@ from perf.operations.contract import (
     variations,
 )
 from tritonloss import functional
-from tritonloss.windows import ssim as kernels
+from tritonloss.windows import ssim as images
+from tritonloss.windows import ssim_loss as losses
 
 IMAGES = Shape("images", 16, 3, 1024, 1024)
 ODD_IMAGES = Shape("odd-images", 16, 3, 513, 513)
@@ -38,11 +39,9 @@ def loss_launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     logits, target = tensors
     given = {"form": "full", "window_size": 11, "ignore_index": 255, **case.options}
     full = given["form"] == "full"
-    options = kernels.LossOptions(
-        full, given["window_size"], 1.5, 1e-4, 9e-4, given["ignore_index"]
-    )
-    loss, scale = kernels._loss_forward(logits, target, options)
-    kernels._loss_backward(loss, scale, logits, target, options)
+    options = losses.LossOptions(full, given["window_size"], 1.5, 1e-4, 9e-4, given["ignore_index"])
+    loss, scale = losses._loss_forward(logits, target, options)
+    losses._loss_backward(loss, scale, logits, target, options)
 
 
 def loss_floor(case: Case) -> Floor:
@@ -64,9 +63,9 @@ def image_launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     x, y = tensors
     given = {"window_size": 11, "padding": "zeros", "reduction": "mean", **case.options}
     mapped = given["reduction"] == "none"
-    options = kernels.ImageOptions(given["window_size"], 1.5, 1.0, given["padding"], mapped)
-    result, scale = kernels._image_forward(x, y, options)
-    kernels._image_backward(result, scale, x, y, True, options)
+    options = images.ImageOptions(given["window_size"], 1.5, 1.0, given["padding"], mapped)
+    result, scale = images._image_forward(x, y, options)
+    images._image_backward(result, scale, x, y, True, options)
 
 
 def image_floor(case: Case) -> Floor:

@@ -21,7 +21,7 @@ from perf.operations.contract import (
     variations,
 )
 from tritonloss import functional
-from tritonloss.windows import structural_similarity as kernels
+from tritonloss.windows import structural_similarity_launch as kernels
 
 _DEFAULTS = kernels.Options()
 
@@ -36,12 +36,12 @@ def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     logits, target = tensors
     options = _DEFAULTS._replace(**case.options)
     options = options._replace(store=kernels.stores_differences(logits, options.window_size))
-    loss, statistics, stored = kernels._structural_similarity_forward(logits, target, options)
+    loss, statistics, stored = kernels.forward_pass(logits, target, options)
     gradient_arguments = (loss, statistics, logits, target)
     if stored.dim() == logits.dim():
-        kernels._structural_similarity_stored(*gradient_arguments, stored, options.ignore_index)
+        kernels.stored_pass(*gradient_arguments, stored, options.ignore_index)
     else:
-        kernels._structural_similarity_backward(*gradient_arguments, options)
+        kernels.backward_pass(*gradient_arguments, options)
 
 
 def floor(case: Case) -> Floor:

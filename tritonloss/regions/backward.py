@@ -12,7 +12,7 @@ import torch
 import triton
 
 from .._core.backend import device_guard
-from .._engine.strips import ignored_class
+from .._engine.strip_launch import ignored_class
 from .gradient_kernels import (
     _rmi_border_kernel,
     _rmi_direct_gradient_kernel,

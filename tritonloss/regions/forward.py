@@ -13,7 +13,7 @@ import triton
 from kernels_reference.region_mutual_information import pooled_size
 
 from .._core.backend import device_guard
-from .._engine.strips import compute_dtype
+from .._engine.planes import compute_dtype
 from .head_kernels import _rmi_finish_kernel, _rmi_head_kernel
 from .moments_kernels import (
     _rmi_center_kernel,

@@ -12,7 +12,8 @@ import triton
 from kernels_reference.region_mutual_information import pooled_size
 
 from .._core.configurations import Configuration, launch_configuration
-from .._engine.strips import compute_dtype, ignored_class
+from .._engine.planes import compute_dtype
+from .._engine.strip_launch import ignored_class
 
 # See is_small.
 _FEW_REGIONS = 32 * 32

@@ -23,328 +23,31 @@ The gradient is the only map in memory under both.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from kernels_reference.gaussian_window import gaussian_window
-from kernels_reference.structural_similarity import largest_difference
 from kernels_reference.structural_similarity import (
     structural_similarity_loss as structural_similarity_loss_reference,
 )
 
 from .._core import checks
-from .._core.backend import device_guard, serves_triton
+from .._core.backend import serves_triton
 from .._core.configurations import Configuration, Launch, Shape, TuningCase
+from .._core.loss_module import LossModule
 from .._core.operator import Operator, can_reuse
-from .._core.prepared_launch import launch_kernel
 from .._core.tuning_inputs import random_labels, random_map
-from .._engine.strips import (
-    PADDINGS,
-    channels_in_lanes,
-    compute_dtype,
-    ignored_class,
-    strides,
-    strip_candidates,
-    strip_configuration,
-    strip_heuristic,
-    strip_launch,
-    window_of,
+from .._engine.strip_launch import strip_candidates, strip_heuristic
+from .._engine.strip_windows import PADDINGS
+from .structural_similarity_launch import (
+    Options,
+    Results,
+    backward_pass,
+    empty_results,
+    forward_pass,
+    heuristic_of,
+    stored_pass,
+    stores_differences,
 )
-from .structural_similarity_kernels import (
-    Sampling,
-    _structural_similarity_backward_kernel,
-    _structural_similarity_finish_kernel,
-    _structural_similarity_forward_kernel,
-    _structural_similarity_stored_kernel,
-)
-
-# --- launchers ------------------------------------------------------------------------------------
-
-
-class Options(NamedTuple):
-    """The options of the loss, as they pass through the operator."""
-
-    window_size: int = 3
-    sigma: float = 1.5
-    beta: float = 0.1
-    stability: float = 0.01
-    bce_weight: float = 0.5
-    padding: str = "zeros"
-    hard_mining: bool = True
-    reweight: bool = True
-    ignore_index: int | None = 255
-    store: bool = False  # the forward pass leaves e f to the backward pass
-
-
-class Results(NamedTuple):
-    """What a forward pass returns."""
-
-    loss: torch.Tensor  # []
-    statistics: torch.Tensor  # [2]
-    stored: torch.Tensor  # e f [N, C, H, W], or [0] unless the options say "store"
-
-
-@functools.lru_cache(maxsize=256)
-def _label_weights(
-    window_size: int, sigma: float, dtype: torch.dtype, columns: int
-) -> tuple[tuple[float, ...], str]:
-    """(weights, complement): 1-D weights for label maps, and how 1 - mean_y is found with them.
-
-    1 - mean_y must be 0 on flat maps and precise when only a far corner differs. Rounded to
-    multiples of half the dtype's epsilon that sum to 1, all weighted sums along a row are exact,
-    and an all-ones window has the mean 1 to the bit: then 1 - mean_y is a plain difference
-    ("window") as long as the corner weighs enough, else a difference per row ("row"). That rounding
-    would spoil weights below 5e-4; there the complement is filtered on its own ("filtered"), as for
-    one column per lane, whose weights are computed on the way.
-    """
-    weights = gaussian_window(window_size, sigma)
-    if weights[0] < 5e-4 or columns == 1:
-        return weights, "filtered"
-    units = 2**53 if dtype == torch.float64 else 2**24
-    counts = [round(weight * units) for weight in weights]
-    counts[window_size // 2] += units - sum(counts)
-    rounded = tuple(count / units for count in counts)
-    return rounded, "window" if weights[0] ** 2 >= 5e-4 else "row"
-
-
-def _window_arguments(options: Options, dtype: torch.dtype, columns: int) -> dict[str, Any]:
-    """The kernels' arguments that describe the window and the sampling."""
-    size, sigma, padding = options.window_size, options.sigma, options.padding
-    label_weights, complement = _label_weights(size, sigma, dtype, columns)
-    threshold = options.beta * largest_difference(size, sigma, options.stability)
-    sampling = Sampling(
-        label_weights=label_weights,
-        complement=complement,
-        stability=options.stability,
-        threshold=threshold if options.hard_mining else -1.0,
-        reweight=options.reweight,
-        # Mirrored columns beyond the image are no pixels of their own: looked up anew.
-        delayed=columns > 1 and padding in ("zeros", "valid"),
-    )
-    return {
-        "window": size,
-        "WINDOW": window_of(size, sigma, padding),
-        "SAMPLING": sampling,
-    }
-
-
-def _heuristic(operator: str, window_size: int, in_lanes: bool) -> Configuration:
-    columns = 4 if 3 <= window_size <= 7 else 2 if window_size <= 11 else 1
-    unroll = 2 if window_size == 3 and not in_lanes else 1
-    configuration = strip_heuristic(columns, UNROLL=unroll)
-    if operator == "structural_similarity_forward":
-        configuration["schedule"] = "recompute" if window_size <= 5 else "stored"
-    return configuration
-
-
-def _configuration(operator: str, logits: torch.Tensor, window_size: int) -> Configuration:
-    heuristic = _heuristic(operator, window_size, channels_in_lanes(logits))
-    return strip_configuration(operator, logits, window_size, heuristic)
-
-
-def stores_differences(logits: torch.Tensor, window_size: int) -> bool:
-    """Whether the schedule for such logits is "stored": the forward leaves e f for the backward."""
-    # Kept in 16 bits, e would be rounded before it weights the gradient: there it is recomputed.
-    if logits.element_size() < 4:
-        return False
-    configuration = _configuration("structural_similarity_forward", logits, window_size)
-    return configuration["schedule"] == "stored"
-
-
-def _empty_results(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Results:
-    dtype = compute_dtype(logits.dtype)
-    loss = torch.empty((), dtype=dtype, device=logits.device)
-    statistics = torch.empty(2, dtype=dtype, device=logits.device)
-    stored = torch.empty_like(logits) if options.store else logits.new_empty(0)
-    return Results(loss, statistics, stored)
-
-
-def _structural_similarity_forward(
-    logits: torch.Tensor, target: torch.Tensor, options: Options
-) -> Results:
-    loss, statistics, stored = _empty_results(logits, target, options)
-    store = options.store
-    moved = (logits, target, stored) if store else (logits, target)
-    configuration = _configuration("structural_similarity_forward", logits, options.window_size)
-    if store:
-        configuration["UNROLL"] = 1  # two rows at once and their stores need too many registers
-    if options.padding == "valid":
-        # Of four columns and the border that is left out 8 bytes would spill.
-        configuration["COLUMNS"] = min(int(configuration["COLUMNS"]), 2)
-    grid, launch = strip_launch(logits.shape, configuration, options.padding, *moved)
-    partials = statistics.new_empty(4, *grid)
-    with device_guard(logits):
-        launch_kernel(
-            _structural_similarity_forward_kernel,
-            grid,
-            logits_ptr=logits,
-            target_ptr=target,
-            partials_ptr=partials,
-            stored_ptr=stored,
-            logits_strides=strides(logits, launch["STRIP"]),
-            target_strides=strides(target, launch["STRIP"]),
-            stored_strides=strides(moved[-1] if store else logits, launch["STRIP"]),
-            height=logits.size(2),
-            width=logits.size(3),
-            programs=grid[0],
-            IGNORED=ignored_class(options.ignore_index, logits.size(1), target.dtype),
-            STORED=store,
-            **_window_arguments(options, statistics.dtype, launch["STRIP"].columns),
-            **launch,
-        )
-        launch_kernel(
-            _structural_similarity_finish_kernel,
-            (1,),
-            partials_ptr=partials,
-            loss_ptr=loss,
-            statistics_ptr=statistics,
-            programs=grid[0],
-            BCE_WEIGHT=options.bce_weight,
-            BLOCK=1024,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-    return Results(loss, statistics, stored)
-
-
-def _structural_similarity_backward(
-    grad_loss: torch.Tensor,
-    statistics: torch.Tensor,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    options: Options,
-) -> torch.Tensor:
-    """The gradient by recomputing e."""
-    grad_logits = torch.empty_like(logits)
-    configuration = _configuration("structural_similarity_backward", logits, options.window_size)
-    if not options.reweight:
-        configuration["UNROLL"] = 1  # two rows at a time would spill 8 bytes on sm_80
-    grid, launch = strip_launch(
-        logits.shape, configuration, options.padding, logits, target, grad_logits
-    )
-    with device_guard(logits):
-        launch_kernel(
-            _structural_similarity_backward_kernel,
-            grid,
-            grad_loss_ptr=grad_loss,
-            statistics_ptr=statistics,
-            logits_ptr=logits,
-            target_ptr=target,
-            grad_logits_ptr=grad_logits,
-            logits_strides=strides(logits, launch["STRIP"]),
-            target_strides=strides(target, launch["STRIP"]),
-            grad_logits_strides=strides(grad_logits, launch["STRIP"]),
-            height=logits.size(2),
-            width=logits.size(3),
-            IGNORED=ignored_class(options.ignore_index, logits.size(1), target.dtype),
-            **_window_arguments(options, statistics.dtype, launch["STRIP"].columns),
-            **launch,
-        )
-    return grad_logits
-
-
-def _structural_similarity_stored(
-    grad_loss: torch.Tensor,
-    statistics: torch.Tensor,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    stored: torch.Tensor,
-    ignore_index: int | None,
-) -> None:
-    """The gradient from the stored e f, in its place."""
-    configuration = strip_configuration(
-        "structural_similarity_stored", logits, 1, strip_heuristic(4)
-    )
-    grid, launch = strip_launch(logits.shape, configuration, "zeros", logits, target, stored)
-    with device_guard(logits):
-        launch_kernel(
-            _structural_similarity_stored_kernel,
-            grid,
-            grad_loss_ptr=grad_loss,
-            statistics_ptr=statistics,
-            logits_ptr=logits,
-            target_ptr=target,
-            stored_ptr=stored,
-            logits_strides=strides(logits, launch["STRIP"]),
-            target_strides=strides(target, launch["STRIP"]),
-            stored_strides=strides(stored, launch["STRIP"]),
-            height=logits.size(2),
-            width=logits.size(3),
-            IGNORED=ignored_class(ignore_index, logits.size(1), target.dtype),
-            **launch,
-        )
-
-
-def tuning_cases() -> list[TuningCase]:
-    """What ``python -m tritonloss tune`` measures for this slice."""
-    cases = []
-    shape = (2, 19, 512, 1024)
-    for window_size in (3, 11, 7, 5, 9):
-        for dtype in (torch.float32, torch.bfloat16):
-            sized = functools.partial(_tuning_pass, window_size, dtype)
-            for operator in ("structural_similarity_forward", "structural_similarity_backward"):
-                candidates = functools.partial(_tuning_candidates, operator, window_size, dtype)
-                arguments = (19, window_size, dtype, "contiguous")
-                run = functools.partial(sized, shape, "contiguous")
-                first = candidates(19, "contiguous")
-                cases.append(
-                    TuningCase(
-                        operator, *arguments, run, first, sized=sized, sized_candidates=candidates
-                    )
-                )
-    run = functools.partial(_tuning_stored, shape, "contiguous")
-    arguments = (19, 1, torch.float32, "contiguous")
-    first = strip_candidates(strip_heuristic(4))
-    name = "structural_similarity_stored"
-    stored = TuningCase(name, *arguments, run, first, sized=_tuning_stored)
-    return [*cases[:8], stored, *cases[8:]]  # after the windows 3 and 11, which are most used
-
-
-def _tuning_candidates(
-    operator: str, window_size: int, dtype: torch.dtype, classes: int, layout: str
-) -> list[Configuration]:
-    heuristic = _heuristic(operator, window_size, layout == "channels_last")
-    if operator.endswith("forward") and dtype == torch.float32:
-        return strip_candidates(heuristic, schedule=("recompute", "stored"))
-    return strip_candidates(heuristic)
-
-
-def _tuning_stored(shape: Shape, layout: str, device: torch.device) -> Launch:
-    """The gradient from a copy of what is stored, which it overwrites."""
-    logits = random_map(shape, layout, torch.float32, device).sub_(0.5).mul_(8)
-    target = random_labels(shape, device)
-    options = Options(window_size=11, store=True)
-    loss, statistics, stored = _structural_similarity_forward(logits, target, options)
-    upstream = torch.ones_like(loss)
-
-    def stored_pass() -> torch.Tensor:
-        gradient = stored.clone()
-        _structural_similarity_stored(upstream, statistics, logits, target, gradient, 255)
-        return gradient
-
-    return stored_pass
-
-
-def _tuning_pass(
-    window_size: int, dtype: torch.dtype, shape: Shape, layout: str, device: torch.device
-) -> Launch:
-    """Forward and backward: which schedule is faster shows in both together."""
-    logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
-    target = random_labels(shape, device)
-
-    def both_passes() -> tuple[torch.Tensor, torch.Tensor]:
-        options = Options(window_size, store=stores_differences(logits, window_size))
-        loss, statistics, stored = _structural_similarity_forward(logits, target, options)
-        upstream = torch.ones_like(loss)
-        if stored.dim() == 4:
-            _structural_similarity_stored(upstream, statistics, logits, target, stored, 255)
-            return loss, stored
-        return loss, _structural_similarity_backward(upstream, statistics, logits, target, options)
-
-    return both_passes
-
 
 # --- operator -------------------------------------------------------------------------------------
 
@@ -364,18 +67,16 @@ def _structural_similarity_reuse(
     if stored.dim() < 4:
         return None
     gradient = stored.data
-    _structural_similarity_stored(
-        grad_loss, statistics, logits, target, gradient, options.ignore_index
-    )
+    stored_pass(grad_loss, statistics, logits, target, gradient, options.ignore_index)
     return gradient
 
 
 STRUCTURAL_SIMILARITY = Operator(
     "structural_similarity",
-    forward=_structural_similarity_forward,
-    backward=_structural_similarity_backward,
+    forward=forward_pass,
+    backward=backward_pass,
     reuse=_structural_similarity_reuse,
-    allocate=_empty_results,
+    allocate=empty_results,
     results=Results,
     options=Options,
 )
@@ -485,7 +186,7 @@ def structural_similarity_loss(
         padding=padding,
         hard_mining=hard_mining,
         reweight=reweight,
-        ignore_index=None if ignore_index is None else int(ignore_index),
+        ignore_index=checks.plain_label(ignore_index),
         store=can_reuse(logits) and stores_differences(logits, window_size),
     )
     return STRUCTURAL_SIMILARITY(logits, target, options=options)[0]
@@ -518,7 +219,9 @@ def _check_options(
 # --- module ---------------------------------------------------------------------------------------
 
 
-class StructuralSimilarityLoss(nn.Module):
+class StructuralSimilarityLoss(
+    LossModule, function=structural_similarity_loss, check=_check_options
+):
     """:func:`tritonloss.functional.structural_similarity_loss` as a module.
 
     Args: the keyword arguments of the function, with the same defaults.
@@ -530,55 +233,74 @@ class StructuralSimilarityLoss(nn.Module):
         torch.Size([])
     """
 
-    def __init__(
-        self,
-        *,
-        window_size: int = 3,
-        sigma: float = 1.5,
-        beta: float = 0.1,
-        stability: float = 0.01,
-        bce_weight: float = 0.5,
-        padding: str = "zeros",
-        hard_mining: bool = True,
-        reweight: bool = True,
-        ignore_index: int | None = checks.IGNORE_INDEX,
-    ) -> None:
-        super().__init__()
-        _check_options(
-            window_size, sigma, beta, stability, bce_weight, padding, hard_mining, reweight,
-            ignore_index,
-        )  # fmt: skip
-        self.window_size = window_size
-        self.sigma = sigma
-        self.beta = beta
-        self.stability = stability
-        self.bce_weight = bce_weight
-        self.padding = padding
-        self.hard_mining = hard_mining
-        self.reweight = reweight
-        self.ignore_index = ignore_index
 
-    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Logits [N, C, H, W], target [N, H, W] -> scalar."""
-        return structural_similarity_loss(
-            logits,
-            target,
-            window_size=self.window_size,
-            sigma=self.sigma,
-            beta=self.beta,
-            stability=self.stability,
-            bce_weight=self.bce_weight,
-            padding=self.padding,
-            hard_mining=self.hard_mining,
-            reweight=self.reweight,
-            ignore_index=self.ignore_index,
-        )
+# --- tuning ---------------------------------------------------------------------------------------
 
-    def extra_repr(self) -> str:
-        """The options, for printing."""
-        return (
-            f"window_size={self.window_size}, sigma={self.sigma}, beta={self.beta}, "
-            f"stability={self.stability}, bce_weight={self.bce_weight}, padding={self.padding!r}, "
-            f"hard_mining={self.hard_mining}, reweight={self.reweight}, "
-            f"ignore_index={self.ignore_index}"
-        )
+
+def tuning_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` measures for this slice."""
+    cases = []
+    shape = (2, 19, 512, 1024)
+    for window_size in (3, 11, 7, 5, 9):
+        for dtype in (torch.float32, torch.bfloat16):
+            sized = functools.partial(_tuning_pass, window_size, dtype)
+            for operator in ("structural_similarity_forward", "structural_similarity_backward"):
+                candidates = functools.partial(_tuning_candidates, operator, window_size, dtype)
+                arguments = (19, window_size, dtype, "contiguous")
+                run = functools.partial(sized, shape, "contiguous")
+                first = candidates(19, "contiguous")
+                cases.append(
+                    TuningCase(
+                        operator, *arguments, run, first, sized=sized, sized_candidates=candidates
+                    )
+                )
+    run = functools.partial(_tuning_stored, shape, "contiguous")
+    arguments = (19, 1, torch.float32, "contiguous")
+    first = strip_candidates(strip_heuristic(4))
+    name = "structural_similarity_stored"
+    stored = TuningCase(name, *arguments, run, first, sized=_tuning_stored)
+    return [*cases[:8], stored, *cases[8:]]  # after the windows 3 and 11, which are most used
+
+
+def _tuning_candidates(
+    operator: str, window_size: int, dtype: torch.dtype, classes: int, layout: str
+) -> list[Configuration]:
+    heuristic = heuristic_of(operator, window_size, layout == "channels_last")
+    if operator.endswith("forward") and dtype == torch.float32:
+        return strip_candidates(heuristic, schedule=("recompute", "stored"))
+    return strip_candidates(heuristic)
+
+
+def _tuning_stored(shape: Shape, layout: str, device: torch.device) -> Launch:
+    """The gradient from a copy of what is stored, which it overwrites."""
+    logits = random_map(shape, layout, torch.float32, device).sub_(0.5).mul_(8)
+    target = random_labels(shape, device)
+    options = Options(window_size=11, store=True)
+    loss, statistics, stored = forward_pass(logits, target, options)
+    upstream = torch.ones_like(loss)
+
+    def clone_and_turn() -> torch.Tensor:
+        gradient = stored.clone()
+        stored_pass(upstream, statistics, logits, target, gradient, 255)
+        return gradient
+
+    return clone_and_turn
+
+
+def _tuning_pass(
+    window_size: int, dtype: torch.dtype, shape: Shape, layout: str, device: torch.device
+) -> Launch:
+    """Forward and backward: which schedule is faster shows in both together."""
+    logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
+    target = random_labels(shape, device)
+
+    def both_passes() -> tuple[torch.Tensor, torch.Tensor]:
+        options = Options(window_size, store=stores_differences(logits, window_size))
+        loss, statistics, stored = forward_pass(logits, target, options)
+        upstream = torch.ones_like(loss)
+        if stored.dim() == 4:
+            stored_pass(upstream, statistics, logits, target, stored, 255)
+            return loss, stored
+        return loss, backward_pass(upstream, statistics, logits, target, options)
+
+    return both_passes

@@ -1,0 +1,128 @@
+"""How strips are launched: block sizes, programs, strides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+
+from .._core.backend import warp_size
+from .._core.configurations import Configuration, launch_configuration
+from . import planes
+from .strips import LabelStrides, Strides, Strip
+
+
+def channels_in_lanes(x: torch.Tensor) -> bool:
+    """Whether neighbouring addresses are channels (channels_last), so that lanes should be too."""
+    return x.size(1) > 1 and 0 < x.stride(1) < x.stride(3)
+
+
+def strip_heuristic(columns: int, **extra: int | str) -> Configuration:
+    """A configuration that is always valid; ``columns`` and ``extra`` are the operator's choice."""
+    warps = 4
+    return {
+        "COLUMNS": columns,
+        "LANES": warps * warp_size(),
+        "ROWS": 64,
+        "UNROLL": 1,
+        "num_warps": warps,
+        **extra,
+    }
+
+
+def strip_configuration(
+    operator: str, x: torch.Tensor, window_size: int, heuristic: Configuration
+) -> Configuration:
+    """The launch configuration of a strip kernel for maps like x."""
+    layout = "contiguous" if x.stride(-1) == 1 else "strided"
+    return launch_configuration(
+        operator,
+        device=x.device,
+        dtype=x.dtype,
+        classes=x.size(1),
+        window=window_size,
+        layout="channels_last" if channels_in_lanes(x) else layout,
+        heuristic=heuristic,
+    )
+
+
+def strip_candidates(heuristic: Configuration, **choices: Sequence[str]) -> list[Configuration]:
+    """The heuristic and its neighbours, one setting changed at a time: what the tuner tries."""
+    columns, rows = int(heuristic["COLUMNS"]), int(heuristic["ROWS"])
+    lanes, warps = int(heuristic["LANES"]), int(heuristic["num_warps"])
+    changes: list[Configuration] = [{"COLUMNS": other} for other in (1, 2, 4) if other != columns]
+    changes += [{"ROWS": rows // 2}, {"ROWS": rows * 2}]
+    changes += [{"LANES": lanes // 2, "num_warps": warps // 2}]
+    changes += [{"LANES": lanes * 2, "num_warps": warps * 2}]
+    changes += [{"UNROLL": 3 - int(heuristic["UNROLL"])}]
+    changes += [{name: value} for name, values in choices.items() for value in values]
+    candidates = [heuristic]
+    candidates += [{**heuristic, **change} for change in changes]
+    return [c for i, c in enumerate(candidates) if c not in candidates[:i]]
+
+
+def strip_launch(
+    shape: torch.Size, configuration: Configuration, padding: str, *maps: torch.Tensor
+) -> tuple[tuple[int], dict[str, Any]]:
+    """(grid, arguments) of a kernel that covers maps of ``shape`` [N, C, H, W] with strips.
+
+    ``maps`` are all the tensors it moves, the one that decides on channels_last first.
+    """
+    images, channels, height, width = shape
+    columns, rows = int(configuration["COLUMNS"]), int(configuration["ROWS"])
+    lanes, warps = int(configuration["LANES"]), int(configuration["num_warps"])
+    in_lanes = channels_in_lanes(maps[0])
+    needed = triton.cdiv(width, columns) * (channels if in_lanes else 1)
+    while warps > 1 and lanes // 2 >= needed:  # a small map would leave whole warps idle
+        lanes, warps = lanes // 2, warps // 2
+
+    # Mirrored columns come one by one, and make the code long enough as it is.
+    mirrored = padding in ("reflect", "replicate")
+    grain = 1 if mirrored else _grain(columns, *maps)
+    unroll = 1 if mirrored else int(configuration["UNROLL"])
+    tiles_x, tiles_y = triton.cdiv(needed, lanes), triton.cdiv(height, rows)
+    return (images * tiles_x * tiles_y * (1 if in_lanes else channels),), {
+        "channels": channels,
+        "tiles_x": tiles_x,
+        "tiles_y": tiles_y,
+        "STRIP": Strip(columns, lanes, rows, unroll, grain, in_lanes),
+        "num_warps": warps,
+        "enable_fp_fusion": True,
+    }
+
+
+def strides(tensor: torch.Tensor, strip: Strip) -> Strides:
+    """The strides of a map [N, C, H, W] as the kernels take them."""
+    return Strides(*_in_grains(tensor, strip))
+
+
+def label_strides(tensor: torch.Tensor, strip: Strip) -> LabelStrides:
+    """The strides of a label map [N, H, W] as the kernels take them."""
+    return LabelStrides(*_in_grains(tensor, strip))
+
+
+def ignored_class(ignore_index: int | None, classes: int, dtype: torch.dtype) -> int:
+    """What the kernels call IGNORED, where every class is one against the rest.
+
+    With one class, whose labels are 0 and 1, -3 less than elsewhere, so that a kernel can tell: see
+    `sanitised_label`.
+    """
+    if classes == 1:
+        return -3 - planes.ignored_class(ignore_index, 2, dtype)
+    return planes.ignored_class(ignore_index, classes, dtype)
+
+
+def _in_grains(tensor: torch.Tensor, strip: Strip) -> tuple[int, ...]:
+    return (*(stride // strip.grain for stride in tensor.stride()[:-1]), tensor.stride(-1))
+
+
+def _grain(columns: int, *maps: torch.Tensor) -> int:
+    """``columns`` if every row of every map is made of whole aligned chunks, else 1."""
+    for tensor in maps:
+        if tensor.stride(-1) != 1 or tensor.size(-1) % columns:
+            return 1
+        if any(stride % columns for stride in tensor.stride()[:-1]):
+            return 1
+    return columns

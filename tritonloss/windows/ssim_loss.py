@@ -1,0 +1,165 @@
+"""SSIM of sigmoid maps and one-hot labels, as a loss; the mathematics is told in ``ssim.py``."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels_reference.ssim import ssim_loss as ssim_loss_reference
+
+from .._core import checks
+from .._core.backend import serves_triton
+from .._core.loss_module import LossModule
+from .._core.operator import Operator
+from .ssim_launch import LossOptions, Results, empty_results, ssim_backward, ssim_forward
+
+FORMS = ("full", "contrast_structure")
+
+# --- operator -------------------------------------------------------------------------------------
+
+
+def _loss_forward(logits: torch.Tensor, target: torch.Tensor, options: LossOptions) -> Results:
+    return ssim_forward(logits, target, options)
+
+
+def _loss_backward(
+    grad_result: torch.Tensor,
+    scale: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    options: LossOptions,
+) -> torch.Tensor:
+    return ssim_backward(grad_result, scale, logits, target, options, both=False)[0]
+
+
+def _loss_results(logits: torch.Tensor, target: torch.Tensor, options: LossOptions) -> Results:
+    return empty_results(logits, options)
+
+
+SSIM_LOSS = Operator(
+    "ssim_loss",
+    forward=_loss_forward,
+    backward=_loss_backward,
+    allocate=_loss_results,
+    results=Results,
+    options=LossOptions,
+)
+
+
+# --- function -------------------------------------------------------------------------------------
+
+
+def ssim_loss(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    form: str = "full",
+    window_size: int = 11,
+    sigma: float = 1.5,
+    c1: float = 1e-4,
+    c2: float = 9e-4,
+    ignore_index: int | None = checks.IGNORE_INDEX,
+) -> torch.Tensor:
+    """SSIM loss: one minus the structural similarity of sigmoid(logits) and the one-hot target.
+
+    With window means m, variances s and covariance s_xy of x = sigmoid(logits) and y = one-hot:
+
+        "full":   1 - (2 m_x m_y + C1) (2 s_xy + C2) / ((m_x^2 + m_y^2 + C1) (s_x + s_y + C2))
+        "contrast_structure":   1 - (2 s_xy + C2) / (s_x + s_y + C2)
+
+    averaged over valid pixels and classes. The gradient flows through all window terms. Outside the
+    image and at ignored pixels x = y = 0. With one class y = (target == 1).
+
+    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN makes the
+    loss NaN, and of its class the gradient of every pixel that shares a window with it; an
+    infinite logit is a probability of 0 or 1.
+
+    Args:
+        logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
+        target: integer labels [N, H, W], uint8 to int64: 0 to C - 1, or 0 and 1 if C is 1.
+        form: "full" (Eq. 7, default) or "contrast_structure" (Eq. 9).
+        window_size: side of the Gaussian window in pixels, odd, 1 to 31. Default 11.
+        sigma: standard deviation of the window in pixels, 0.001 to 1e6. Default 1.5.
+        c1: stability of the luminance term, 1e-20 to 1e20. Default 0.01^2.
+        c2: stability of the contrast-structure term, 1e-20 to 1e20. Default 0.03^2.
+        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255,
+            which has to be given where there are more than 255 classes and it is one of them. Other
+            labels out of range raise on the CPU; on a GPU they count as ignored unless
+            TRITONLOSS_CHECK_LABELS=1 is set.
+
+    Returns:
+        The loss, a float32 scalar (float64 for float64 logits) in [0, 2]; 0 with zero gradient if
+        no pixel is valid.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes do not match, an option is out of range, or a label is.
+
+    Reference:
+        Zhao et al., "Structural Similarity Loss for Semantic Segmentation", Eq. 7 and 9.
+
+    Example:
+        >>> import torch
+        >>> from tritonloss.functional import ssim_loss
+        >>> logits = torch.randn(2, 3, 32, 32, requires_grad=True)
+        >>> ssim_loss(logits, torch.randint(0, 3, (2, 32, 32))).backward()
+        >>> logits.grad.shape
+        torch.Size([2, 3, 32, 32])
+    """
+    checks.check_logits(logits)
+    checks.check_target(logits, target)
+    _check_options(form, window_size, sigma, c1, c2, ignore_index, logits.size(1))
+    checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
+    if not serves_triton(logits):
+        return ssim_loss_reference(
+            logits,
+            target,
+            form=form,
+            window_size=window_size,
+            sigma=sigma,
+            c1=c1,
+            c2=c2,
+            ignore_index=ignore_index,
+        )
+    options = LossOptions(
+        full=form == "full",
+        window_size=int(window_size),
+        sigma=float(sigma),
+        c1=float(c1),
+        c2=float(c2),
+        ignore_index=checks.plain_label(ignore_index),
+    )
+    return SSIM_LOSS(logits, target, options=options)[0]
+
+
+def _check_options(
+    form: str,
+    window_size: int,
+    sigma: float,
+    c1: float,
+    c2: float,
+    ignore_index: int | None,
+    classes: int | None = None,
+) -> None:
+    """All options; without ``classes``, for any number of them."""
+    checks.check_option("form", form, FORMS)
+    checks.check_window_size(window_size)
+    checks.check_sigma(sigma)
+    checks.check_range("c1", c1, 1e-20, 1e20)
+    checks.check_range("c2", c2, 1e-20, 1e20)
+    checks.check_ignore_index(ignore_index, classes)
+
+
+# --- module ---------------------------------------------------------------------------------------
+
+
+class SSIMLoss(LossModule, function=ssim_loss, check=_check_options):
+    """:func:`tritonloss.functional.ssim_loss` as a module.
+
+    Args: the keyword arguments of the function, with the same defaults.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> criterion = tritonloss.SSIMLoss(form="contrast_structure")
+        >>> criterion(torch.randn(2, 3, 32, 32), torch.randint(0, 3, (2, 32, 32))).shape
+        torch.Size([])
+    """

@@ -1,0 +1,303 @@
+"""Launchers of the structural similarity loss: forward, and backward in two schedules."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+
+from kernels_reference.gaussian_window import gaussian_window
+from kernels_reference.structural_similarity import largest_difference
+
+from .._core.backend import device_guard
+from .._core.configurations import Configuration
+from .._core.prepared_launch import PreparedLaunch, kind, prepared
+from .._engine.planes import compute_dtype
+from .._engine.strip_launch import (
+    channels_in_lanes,
+    ignored_class,
+    label_strides,
+    strides,
+    strip_configuration,
+    strip_heuristic,
+    strip_launch,
+)
+from .._engine.strip_windows import window_of
+from .._engine.sums import sums_over
+from .structural_difference import Sampling
+from .structural_similarity_kernels import (
+    _structural_similarity_backward_kernel,
+    _structural_similarity_forward_kernel,
+    _structural_similarity_stored_kernel,
+)
+
+
+class Options(NamedTuple):
+    """The options of the loss, as they pass through the operator."""
+
+    window_size: int = 3
+    sigma: float = 1.5
+    beta: float = 0.1
+    stability: float = 0.01
+    bce_weight: float = 0.5
+    padding: str = "zeros"
+    hard_mining: bool = True
+    reweight: bool = True
+    ignore_index: int | None = 255
+    store: bool = False  # the forward pass leaves e f to the backward pass
+
+
+class Results(NamedTuple):
+    """What a forward pass returns."""
+
+    loss: torch.Tensor  # []
+    statistics: torch.Tensor  # [2]
+    stored: torch.Tensor  # e f [N, C, H, W], or [0] unless the options say "store"
+
+
+@functools.lru_cache(maxsize=256)
+def _label_weights(
+    window_size: int, sigma: float, dtype: torch.dtype, columns: int
+) -> tuple[tuple[float, ...], str]:
+    """(weights, complement): 1-D weights for label maps, and how 1 - mean_y is found with them.
+
+    1 - mean_y must be 0 on flat maps and precise when only a far corner differs. Rounded to
+    multiples of half the dtype's epsilon that sum to 1, all weighted sums along a row are exact,
+    and an all-ones window has the mean 1 to the bit: then 1 - mean_y is a plain difference
+    ("window") as long as the corner weighs enough, else a difference per row ("row"). That rounding
+    would spoil weights below 5e-4; there the complement is filtered on its own ("filtered"), as for
+    one column per lane, whose weights are computed on the way.
+    """
+    weights = gaussian_window(window_size, sigma)
+    if weights[0] < 5e-4 or columns == 1:
+        return weights, "filtered"
+    units = 2**53 if dtype == torch.float64 else 2**24
+    counts = [round(weight * units) for weight in weights]
+    counts[window_size // 2] += units - sum(counts)
+    rounded = tuple(count / units for count in counts)
+    return rounded, "window" if weights[0] ** 2 >= 5e-4 else "row"
+
+
+def _window_arguments(
+    options: Options, logits: torch.Tensor, target: torch.Tensor, columns: int
+) -> dict[str, Any]:
+    """The kernels' arguments that describe the window and the sampling."""
+    dtype = compute_dtype(logits.dtype)
+    size, sigma, padding = options.window_size, options.sigma, options.padding
+    label_weights, complement = _label_weights(size, sigma, dtype, columns)
+    threshold = options.beta * largest_difference(size, sigma, options.stability)
+    sampling = Sampling(
+        label_weights=label_weights,
+        complement=complement,
+        stability=options.stability,
+        ignored=ignored_class(options.ignore_index, logits.size(1), target.dtype),
+        threshold=threshold if options.hard_mining else -1.0,
+        reweight=options.reweight,
+        # Mirrored columns beyond the image are no pixels of their own: looked up anew.
+        delayed=columns > 1 and padding in ("zeros", "valid"),
+    )
+    return {
+        "window": size,
+        "WINDOW": window_of(size, sigma, padding),
+        "SAMPLING": sampling,
+    }
+
+
+def heuristic_of(operator: str, window_size: int, in_lanes: bool) -> Configuration:
+    """The operator's own choice; ``in_lanes`` for maps whose lanes run over channels."""
+    columns = 4 if 3 <= window_size <= 7 else 2 if window_size <= 11 else 1
+    unroll = 2 if window_size == 3 and not in_lanes else 1
+    configuration = strip_heuristic(columns, UNROLL=unroll)
+    if operator == "structural_similarity_forward":
+        configuration["schedule"] = "recompute" if window_size <= 5 else "stored"
+    return configuration
+
+
+def _configuration(operator: str, logits: torch.Tensor, window_size: int) -> Configuration:
+    heuristic = heuristic_of(operator, window_size, channels_in_lanes(logits))
+    return strip_configuration(operator, logits, window_size, heuristic)
+
+
+def stores_differences(logits: torch.Tensor, window_size: int) -> bool:
+    """Whether the schedule for such logits is "stored": the forward leaves e f for the backward."""
+    # Kept in 16 bits, e would be rounded before it weights the gradient: there it is recomputed.
+    if logits.element_size() < 4:
+        return False
+
+    def prepare() -> str:
+        configuration = _configuration("structural_similarity_forward", logits, window_size)
+        return str(configuration["schedule"])
+
+    return prepared((_SCHEDULE, kind(logits), window_size), prepare) == "stored"
+
+
+def empty_results(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Results:
+    """The tensors that a forward pass fills."""
+    dtype = compute_dtype(logits.dtype)
+    loss = torch.empty((), dtype=dtype, device=logits.device)
+    statistics = torch.empty(2, dtype=dtype, device=logits.device)
+    stored = torch.empty_like(logits) if options.store else logits.new_empty(0)
+    return Results(loss, statistics, stored)
+
+
+# What the launches below are kept under, beside all that they depend on: a tensor that is made like
+# another one is not looked at again.
+_SCHEDULE, _FORWARD, _BACKWARD, _STORED = (f"structural_similarity {i}" for i in range(4))
+
+
+class _ForwardPlan(NamedTuple):
+    """The launch of a forward pass, for logits and labels of one kind."""
+
+    launch: PreparedLaunch
+    programs: int
+
+
+def forward_pass(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Results:
+    """The loss, and what the backward pass needs."""
+    results = empty_results(logits, target, options)
+    plan = prepared(
+        (_FORWARD, kind(logits), kind(target), options),
+        lambda: _forward_plan(logits, target, results.stored, options),
+    )
+    if plan.programs == 0:
+        results.loss.zero_()
+        results.statistics.zero_()
+        return results
+    sums = sums_over(plan.programs, 4, logits.device)
+    with device_guard(logits):
+        plan.launch(
+            logits_ptr=logits,
+            target_ptr=target,
+            loss_ptr=results.loss,
+            statistics_ptr=results.statistics,
+            stored_ptr=results.stored,
+            scratch_ptr=sums["scratch_ptr"],
+            tickets_ptr=sums["tickets_ptr"],
+        )
+    return results
+
+
+def _forward_plan(
+    logits: torch.Tensor, target: torch.Tensor, stored: torch.Tensor, options: Options
+) -> _ForwardPlan:
+    moved = (logits, target, stored) if options.store else (logits, target)
+    configuration = _configuration("structural_similarity_forward", logits, options.window_size)
+    if options.store:
+        configuration["UNROLL"] = 1  # two rows at once and their stores need too many registers
+    if options.padding == "valid":
+        # Of four columns and the border that is left out 8 bytes would spill.
+        configuration["COLUMNS"] = min(int(configuration["COLUMNS"]), 2)
+    grid, launch = strip_launch(logits.shape, configuration, options.padding, *moved)
+    strip = launch["STRIP"]
+    bce_weight, rest = _halves(options.bce_weight)
+    arguments = {
+        "logits_strides": strides(logits, strip),
+        "target_strides": label_strides(target, strip),
+        "stored_strides": strides(stored if options.store else logits, strip),
+        "height": logits.size(2),
+        "width": logits.size(3),
+        "programs": grid[0],
+        "bce_weight": bce_weight,
+        "bce_weight_rest": rest,
+        "STORED": options.store,
+        **_window_arguments(options, logits, target, strip.columns),
+        **launch,
+    }
+    launch_forward = PreparedLaunch(_structural_similarity_forward_kernel, grid, arguments)
+    return _ForwardPlan(launch_forward, grid[0])
+
+
+def _halves(number: float) -> tuple[float, float]:
+    """Two numbers that float32 holds, the sum of which is ``number``: kernels take no others."""
+    high = float(numpy.float32(number))
+    return high, float(numpy.float32(number - high))
+
+
+def backward_pass(
+    grad_loss: torch.Tensor,
+    statistics: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    options: Options,
+) -> torch.Tensor:
+    """The gradient by recomputing e."""
+    grad_logits = torch.empty_like(logits)
+    launch = prepared(
+        (_BACKWARD, kind(logits), kind(target), options),
+        lambda: _backward_plan(logits, target, grad_logits, options),
+    )
+    with device_guard(logits):
+        launch(
+            grad_loss_ptr=grad_loss,
+            statistics_ptr=statistics,
+            logits_ptr=logits,
+            target_ptr=target,
+            grad_logits_ptr=grad_logits,
+        )
+    return grad_logits
+
+
+def _backward_plan(
+    logits: torch.Tensor, target: torch.Tensor, grad_logits: torch.Tensor, options: Options
+) -> PreparedLaunch:
+    configuration = _configuration("structural_similarity_backward", logits, options.window_size)
+    if not options.reweight:
+        configuration["UNROLL"] = 1  # two rows at a time would spill 8 bytes on sm_80
+    grid, launch = strip_launch(
+        logits.shape, configuration, options.padding, logits, target, grad_logits
+    )
+    strip = launch["STRIP"]
+    arguments = {
+        "logits_strides": strides(logits, strip),
+        "target_strides": label_strides(target, strip),
+        "grad_logits_strides": strides(grad_logits, strip),
+        "height": logits.size(2),
+        "width": logits.size(3),
+        **_window_arguments(options, logits, target, strip.columns),
+        **launch,
+    }
+    return PreparedLaunch(_structural_similarity_backward_kernel, grid, arguments)
+
+
+def stored_pass(
+    grad_loss: torch.Tensor,
+    statistics: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    stored: torch.Tensor,
+    ignore_index: int | None,
+) -> None:
+    """The gradient from the stored e f, in its place."""
+    launch = prepared(
+        (_STORED, kind(logits), kind(target), kind(stored), ignore_index),
+        lambda: _stored_plan(logits, target, stored, ignore_index),
+    )
+    with device_guard(logits):
+        launch(
+            grad_loss_ptr=grad_loss,
+            statistics_ptr=statistics,
+            logits_ptr=logits,
+            target_ptr=target,
+            stored_ptr=stored,
+        )
+
+
+def _stored_plan(
+    logits: torch.Tensor, target: torch.Tensor, stored: torch.Tensor, ignore_index: int | None
+) -> PreparedLaunch:
+    configuration = strip_configuration(
+        "structural_similarity_stored", logits, 1, strip_heuristic(4)
+    )
+    grid, launch = strip_launch(logits.shape, configuration, "zeros", logits, target, stored)
+    arguments = {
+        "logits_strides": strides(logits, launch["STRIP"]),
+        "target_strides": label_strides(target, launch["STRIP"]),
+        "stored_strides": strides(stored, launch["STRIP"]),
+        "height": logits.size(2),
+        "width": logits.size(3),
+        "IGNORED": ignored_class(ignore_index, logits.size(1), target.dtype),
+        **launch,
+    }
+    return PreparedLaunch(_structural_similarity_stored_kernel, grid, arguments)
