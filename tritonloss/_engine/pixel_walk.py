@@ -259,8 +259,8 @@ def write_gradients(factors, views, pixel, given, full, TERMS: tl.constexpr, TIL
 def _write_block(factors, block, grad_view, pixel, given, TERMS: tl.constexpr, TILE: tl.constexpr):
     valid = for_classes(pixel.label >= 0, TILE)
     for j in tl.static_range(len(block.logits)):
-        gradient = _slope(factors[0], block, j, given[0], TERMS, 0, TILE)
-        for k in tl.static_range(1, len(TERMS.slope)):
+        gradient = tl.zeros_like(block.logits[j])
+        for k in tl.static_range(len(TERMS.slope)):
             gradient += _slope(factors[k], block, j, given[k], TERMS, k, TILE)
         # Selected, not multiplied by 0: an ignored pixel may hold an infinity.
         gradient = tl.where(valid, gradient, 0.0)
