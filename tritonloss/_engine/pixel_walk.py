@@ -259,9 +259,9 @@ def write_gradients(factors, views, pixel, given, full, TERMS: tl.constexpr, TIL
 def _write_block(factors, block, grad_view, pixel, given, TERMS: tl.constexpr, TILE: tl.constexpr):
     valid = for_classes(pixel.label >= 0, TILE)
     for j in tl.static_range(len(block.logits)):
-        gradient = tl.zeros_like(block.logits[j])
-        for k in tl.static_range(len(TERMS.slope)):
-            gradient += _slope(factors[k], block, j, given[k], TERMS, k, TILE)
+        gradient = _slope(factors, block, j, given, TERMS, 0, TILE)
+        for k in tl.static_range(1, len(TERMS.slope)):
+            gradient += _slope(factors, block, j, given, TERMS, k, TILE)
         # Selected, not multiplied by 0: an ignored pixel may hold an infinity.
         gradient = tl.where(valid, gradient, 0.0)
         mask = _slot_mask(pixel.inside, block.exists[j], TILE)
@@ -357,4 +357,4 @@ def _slope(
     TILE: tl.constexpr,
 ):  # fmt: skip
     OPTIONS: tl.constexpr = TERMS.options[K]
-    return TERMS.slope[K](factors, block, SLOT, given, OPTIONS, TILE)
+    return TERMS.slope[K](factors[K], block, SLOT, given[K], OPTIONS, TILE)
