@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy
 import pytest
@@ -18,7 +19,9 @@ from setuptools import find_packages
 import kernels_reference
 import tritonloss
 from tritonloss._core import backend
+from tritonloss._core.example import Example
 from tritonloss._tools import doctor, interpreter
+from tritonloss._tools.examples import examples
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,8 +86,14 @@ def test_doctor_passes_and_says_so() -> None:
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.splitlines()[-1] == "verdict: healthy"
-    for operator in doctor.OPERATORS:
-        assert f"  {operator} on " in ran.stdout
+    for example in examples():
+        assert f"  {example.name} on " in ran.stdout
+
+
+def show(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
+    """Let the doctor have these examples only."""
+    found = [Example(name, function, None) for name, function in functions.items()]
+    monkeypatch.setattr(doctor, "examples", lambda: found)
 
 
 def test_doctor_fails_on_a_wrong_kernel(
@@ -101,9 +110,9 @@ def test_doctor_fails_on_a_wrong_kernel(
         return (logits.sum(),)
 
     said: list[str] = []
-    monkeypatch.setattr(doctor, "OPERATORS", {"right": right})
+    show(monkeypatch, right=right)
     assert doctor.self_test(device, said.append) == 0
-    monkeypatch.setattr(doctor, "OPERATORS", {"wrong": wrong, "broken": broken, "right": right})
+    show(monkeypatch, wrong=wrong, broken=broken, right=right)
     assert doctor.self_test(device, said.append) == 1
     assert ["FAILED" in line for line in said] == [False, True, True, False]
 
@@ -154,8 +163,8 @@ def test_doctor_tests_the_reference_where_no_kernel_can_run(
     def wrong(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (logits.sum() * (1 if logits.dtype == torch.float64 else 1.01),)
 
-    if not healthy:
-        monkeypatch.setattr(doctor, "OPERATORS", {**doctor.OPERATORS, "wrong": wrong})
+    shown = [*examples(), *([] if healthy else [Example("wrong", wrong, None)])]
+    monkeypatch.setattr(doctor, "examples", lambda: shown)
     cpu = [(torch.device("cpu"), "a processor")]
     monkeypatch.setattr(doctor, "_devices", lambda: cpu)
     monkeypatch.setattr(doctor, "INTERPRETED", False)
@@ -163,9 +172,9 @@ def test_doctor_tests_the_reference_where_no_kernel_can_run(
     said: list[str] = []
     assert doctor.doctor(said.append) == (0 if healthy else 1)
     assert "  Triton's interpreter cannot run here" in said
-    for operator in doctor.OPERATORS:
-        verdict = "FAILED" if operator == "wrong" else "ok"
-        assert any(line.startswith(f"  {operator} on cpu, reference: {verdict}") for line in said)
+    for name in [example.name for example in shown]:
+        verdict = "FAILED" if name == "wrong" else "ok"
+        assert any(line.startswith(f"  {name} on cpu, reference: {verdict}") for line in said)
     assert said[-1].startswith("verdict: healthy" if healthy else "verdict: NOT healthy")
 
 

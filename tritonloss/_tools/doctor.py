@@ -1,9 +1,9 @@
 """What ``python -m tritonloss doctor`` reports: the installation, the devices, and a self-test.
 
-The self-test runs every operator forward and backward, the Triton kernels against the reference
-in float64. On a GPU the kernels run there; without one they run in Triton's interpreter, in a
-process of their own, since the interpreter must be chosen before the import. Where the interpreter
-cannot run at all, what serves the CPU is tested: the reference in float32.
+The self-test runs every slice's examples forward and backward, the Triton kernels against the
+reference in float64. On a GPU the kernels run there; without one they run in Triton's interpreter,
+in a process of their own, since the interpreter must be chosen before the import. Where the
+interpreter cannot run at all, what serves the CPU is tested: the reference in float32.
 """
 
 from __future__ import annotations
@@ -21,98 +21,15 @@ import triton
 import triton.knobs
 
 import tritonloss
-from tritonloss import functional
 
 from .._core import configurations
 from .._core.backend import INTERPRETED, Backend, serves_triton, use_backend
-from ..regions.plan import kernels_of_large_images
+from .._core.example import Example
+from .examples import examples
 from .interpreter import interpreter_problem
 
 Say = Callable[[str], None]
-Operator = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 
-
-def _gaussian_statistics(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tritonloss.gaussian_statistics(logits, window_size=5, padding="reflect")
-
-
-def _structural_similarity(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return (functional.structural_similarity_loss(logits, target),)
-
-
-def _structural_similarity_wide(
-    logits: torch.Tensor, target: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    return (functional.structural_similarity_loss(logits, target, window_size=7),)
-
-
-def _ssim_full(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return (functional.ssim_loss(logits, target, form="full", window_size=5),)
-
-
-def _ssim_contrast(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return (functional.ssim_loss(logits, target, form="contrast_structure", window_size=5),)
-
-
-def _ssim_images(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    x = torch.sigmoid(logits)
-    return (functional.ssim(x, x.flip(-1), window_size=5, reduction="none"),)
-
-
-def _region_mutual_information(
-    logits: torch.Tensor, target: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    loss = functional.rmi_loss(logits, target, region_size=2, pool_size=2)
-    assert isinstance(loss, torch.Tensor)  # a pair only with return_info
-    return (loss,)
-
-
-def _region_mutual_information_large(
-    logits: torch.Tensor, target: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    with kernels_of_large_images():
-        return _region_mutual_information(logits, target)
-
-
-def _log_determinant(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    half = logits[..., :4]
-    return (tritonloss.linalg.logdet(half.mT @ half + torch.eye(4).to(half)),)
-
-
-def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return (functional.cross_entropy(logits, target, label_smoothing=0.1),)
-
-
-def _binary_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return (functional.binary_cross_entropy(logits, target),)
-
-
-def _focal(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return (functional.focal_loss(logits, target, reduction="none"),)
-
-
-def _margin_calibrated(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    classes = logits.size(1)
-    offset = torch.linspace(0.5, 1.0, classes, device=logits.device)
-    channels_last = logits.to(memory_format=torch.channels_last)
-    return (functional.margin_calibrated_loss(channels_last, target, (offset, offset)),)
-
-
-OPERATORS: dict[str, Operator] = {
-    "gaussian_statistics": _gaussian_statistics,
-    "structural_similarity_loss": _structural_similarity,
-    "structural_similarity_loss, window 7": _structural_similarity_wide,
-    "ssim_loss, full": _ssim_full,
-    "ssim_loss, contrast_structure": _ssim_contrast,
-    "ssim": _ssim_images,
-    "rmi_loss": _region_mutual_information_large,
-    "rmi_loss, small images": _region_mutual_information,
-    "linalg.logdet": _log_determinant,
-    "cross_entropy": _cross_entropy,
-    "binary_cross_entropy": _binary_cross_entropy,
-    "focal_loss": _focal,
-    "margin_calibrated_loss, channels_last": _margin_calibrated,
-}
 
 # Relative to the largest element of the float64 result; a wrong kernel is off by far more.
 TOLERANCE = 1e-4
@@ -159,7 +76,7 @@ def interpreted_self_test(say: Say) -> int:
 
 
 def self_test(device: torch.device, say: Say, backend: Backend = "triton") -> int:
-    """Compare every operator with the reference in float64 on ``device``; 0 if all agree."""
+    """Compare every example with the reference in float64 on ``device``; 0 if all agree."""
     place = str(device)
     if backend == "reference":
         place += ", reference"
@@ -167,9 +84,9 @@ def self_test(device: torch.device, say: Say, backend: Backend = "triton") -> in
         place += ", interpreted"
     logits, target = (tensor.to(device) for tensor in self_test_inputs(device.type))
     status = 0
-    for name, operator in OPERATORS.items():
+    for example in examples():
         try:
-            error = _largest_error(operator, logits, target, backend)
+            error = _largest_error(example, logits, target, backend)
         except Exception as problem:  # the doctor reports whatever is wrong, and goes on
             verdict = f"FAILED: {type(problem).__name__}: {str(problem).strip()[:300]}"
             status = 1
@@ -177,7 +94,7 @@ def self_test(device: torch.device, say: Say, backend: Backend = "triton") -> in
             agrees = error <= TOLERANCE
             verdict = f"{'ok' if agrees else 'FAILED'}, relative error {error:.1e}"
             status |= not agrees
-        say(f"  {name} on {place}: {verdict}")
+        say(f"  {example.name} on {place}: {verdict}")
     return status
 
 
@@ -192,11 +109,11 @@ def self_test_inputs(device_type: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _largest_error(
-    operator: Operator, logits: torch.Tensor, target: torch.Tensor, backend: Backend
+    example: Example, logits: torch.Tensor, target: torch.Tensor, backend: Backend
 ) -> float:
     """The largest error of values and gradients, relative to the largest element of each."""
-    actual = _values_and_gradient(operator, logits, target, backend)
-    expected = _values_and_gradient(operator, logits.double(), target, "reference")
+    actual = _values_and_gradient(example, logits, target, backend)
+    expected = _values_and_gradient(example, logits.double(), target, "reference")
     errors = []
     for found, truth in zip(actual, expected, strict=True):
         difference = (found.double() - truth).abs().max() / truth.abs().max()
@@ -205,11 +122,11 @@ def _largest_error(
 
 
 def _values_and_gradient(
-    operator: Operator, logits: torch.Tensor, target: torch.Tensor, backend: Backend
+    example: Example, logits: torch.Tensor, target: torch.Tensor, backend: Backend
 ) -> list[torch.Tensor]:
     leaf = logits.detach().requires_grad_()
     with use_backend(backend):
-        values = operator(leaf, target)
+        values = [v for v in example(leaf, target) if v.requires_grad]
         upstream = [
             torch.linspace(0.5, 1.5, value.numel()).reshape(value.shape) for value in values
         ]

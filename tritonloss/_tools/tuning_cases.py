@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import pkgutil
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from types import ModuleType
 
-import tritonloss
-
 from .._core.configurations import Shape, TuningCase
+from .examples import public_modules
 
 # One for each bucket of classes that the standard data sets fall into.
 STREETS: Shape = (2, 19, 512, 1024)
@@ -33,10 +31,7 @@ SIZES: tuple[tuple[Shape, str], ...] = (
 
 def slices() -> list[str]:
     """The public modules of the package, in any of its rooms, that have something to tune."""
-    found = pkgutil.walk_packages(tritonloss.__path__, f"{tritonloss.__name__}.")
-    names = sorted(module.name.removeprefix(f"{tritonloss.__name__}.") for module in found)
-    public = [name for name in names if not name.startswith("_") and "._" not in name]
-    return [name for name in public if hasattr(_module(name), "tuning_cases")]
+    return [name for name in public_modules() if hasattr(_module(name), "tuning_cases")]
 
 
 def own_cases(slice_name: str) -> list[TuningCase]:

@@ -20,6 +20,7 @@ from kernels_reference.gaussian_window import gaussian_statistics as gaussian_st
 from .._core import checks
 from .._core.backend import device_guard, serves_triton
 from .._core.configurations import Configuration, Launch, Shape, TuningCase
+from .._core.example import Example
 from .._core.operator import Operator
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._core.tuning_inputs import random_map
@@ -282,3 +283,18 @@ def gaussian_statistics(
         mean, variance = STATISTICS(x, options=Options(int(window_size), float(sigma), padding))
         return mean, variance
     return gaussian_statistics_reference(x, window_size, sigma, padding)
+
+
+def _logits_alone(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (logits,)
+
+
+EXAMPLES = (
+    Example(
+        "gaussian_statistics",
+        gaussian_statistics,
+        STATISTICS,
+        {"window_size": 5, "padding": "reflect"},
+        arguments=_logits_alone,
+    ),
+)

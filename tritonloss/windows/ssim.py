@@ -25,6 +25,7 @@ from kernels_reference.ssim import ssim as ssim_reference
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import Launch, Shape, TuningCase
+from .._core.example import Example
 from .._core.operator import Operator
 from .._core.tuning_inputs import random_map
 from .._engine.strip_launch import strip_candidates
@@ -189,3 +190,16 @@ def _tuning_pass(
         return lambda: _image_forward(x, y, options)
     mean, scale = _image_forward(x, y, options)
     return lambda: _image_backward(torch.ones_like(mean), scale, x, y, True, options)
+
+
+def _two_images(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    x = torch.sigmoid(logits)
+    return x, x.flip(-1)
+
+
+EXAMPLES = (
+    Example("ssim", ssim, SSIM, {"window_size": 5}, arguments=_two_images),
+    Example(
+        "ssim, map", ssim, SSIM, {"window_size": 5, "reduction": "none"}, arguments=_two_images
+    ),
+)

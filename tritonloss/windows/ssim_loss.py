@@ -8,6 +8,7 @@ from kernels_reference.ssim import ssim_loss as ssim_loss_reference
 
 from .._core import checks
 from .._core.backend import serves_triton
+from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._core.operator import Operator
 from .ssim_launch import LossOptions, Results, empty_results, ssim_backward, ssim_forward
@@ -163,3 +164,15 @@ class SSIMLoss(LossModule, function=ssim_loss, check=_check_options):
         >>> criterion(torch.randn(2, 3, 32, 32), torch.randint(0, 3, (2, 32, 32))).shape
         torch.Size([])
     """
+
+
+EXAMPLES = tuple(
+    Example(
+        f"ssim_loss, {form}",
+        ssim_loss,
+        SSIM_LOSS,
+        {"form": form, "window_size": 5},
+        SSIMLoss,
+    )
+    for form in FORMS
+)

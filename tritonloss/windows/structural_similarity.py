@@ -23,6 +23,8 @@ The gradient is the only map in memory under both.
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -32,7 +34,8 @@ from kernels_reference.structural_similarity import (
 
 from .._core import checks
 from .._core.backend import serves_triton
-from .._core.configurations import Configuration, Launch, Shape, TuningCase
+from .._core.configurations import Configuration, Launch, Shape, TuningCase, forced
+from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._core.operator import Operator, can_reuse
 from .._core.tuning_inputs import random_labels, random_map
@@ -304,3 +307,32 @@ def _tuning_pass(
         return loss, backward_pass(upstream, statistics, logits, target, options)
 
     return both_passes
+
+
+def _stored() -> AbstractContextManager[Any]:
+    """The schedule that keeps the structural differences instead of computing them again."""
+    return forced("structural_similarity_forward", {"schedule": "stored"})
+
+
+EXAMPLES = (
+    Example(
+        "structural_similarity_loss",
+        structural_similarity_loss,
+        STRUCTURAL_SIMILARITY,
+        module=StructuralSimilarityLoss,
+    ),
+    Example(
+        "structural_similarity_loss, window 7",
+        structural_similarity_loss,
+        STRUCTURAL_SIMILARITY,
+        {"window_size": 7},
+        StructuralSimilarityLoss,
+    ),
+    Example(
+        "structural_similarity_loss, stored",
+        structural_similarity_loss,
+        STRUCTURAL_SIMILARITY,
+        module=StructuralSimilarityLoss,
+        way=_stored,
+    ),
+)
