@@ -145,7 +145,9 @@ def _streamed_moments_of_pair(
 ):
     """_row_moments_of_pair for one column per lane, tap by tap; row.chunk is the centre."""
     PADDING: tl.constexpr = WINDOW.padding
-    (x,), (d,), _ = load_pair(pair, row, channel, SIMILARITY, STRIP, 0, 1, PADDING)
+    middle = load_pair(pair, row, channel, SIMILARITY, STRIP, 0, 1, PADDING)
+    x = middle.x[0]
+    d = middle.d[0]
     first_x = tl.zeros_like(x)
     first_d = tl.zeros_like(x)
     second_both = tl.zeros_like(x)
@@ -155,9 +157,9 @@ def _streamed_moments_of_pair(
         for side in tl.static_range(-1, 2, 2):
             column = row.chunk + side * distance
             tap = Row(number=row.number, chunk=column, limit=row.limit)
-            (tap_x,), (tap_d,), _ = load_pair(pair, tap, channel, SIMILARITY, STRIP, 0, 1, PADDING)
-            step_x = tap_x - x
-            step_d = tap_d - d
+            neighbour = load_pair(pair, tap, channel, SIMILARITY, STRIP, 0, 1, PADDING)
+            step_x = neighbour.x[0] - x
+            step_d = neighbour.d[0] - d
             step_y = step_x - step_d
             first_x += step_x * weight
             first_d += step_d * weight

@@ -125,24 +125,25 @@ def _streamed_row(
     WEIGHTS: tl.constexpr = WINDOW.weights
     PADDING: tl.constexpr = WINDOW.padding
     RADIUS: tl.constexpr = WINDOW.size // 2
-    _, (centre,), (label,) = load_pixels(maps, row, IGNORED, STRIP, 0, 1, PADDING)
+    pixel = load_pixels(maps, row, IGNORED, STRIP, 0, 1, PADDING)
+    centre = pixel.probability[0]
     dtype: tl.constexpr = centre.dtype
     first = tl.zeros_like(centre)
     second = tl.zeros_like(centre)
-    positive = tl.where(label == channel, 1.0, 0.0).to(dtype) * WEIGHTS[RADIUS]
-    negative = tl.where(label == channel, 0.0, 1.0).to(dtype) * WEIGHTS[RADIUS]
+    positive = tl.where(pixel.label[0] == channel, 1.0, 0.0).to(dtype) * WEIGHTS[RADIUS]
+    negative = tl.where(pixel.label[0] == channel, 0.0, 1.0).to(dtype) * WEIGHTS[RADIUS]
     for distance in tl.range(1, maps.window // 2 + 1):
         weight = gaussian_weight(distance, dtype, WINDOW)
         for side in tl.static_range(-1, 2, 2):
             column = row.chunk + side * distance
             tap = Row(number=row.number, chunk=column, limit=row.limit)
-            _, (probability,), (label,) = load_pixels(maps, tap, IGNORED, STRIP, 0, 1, PADDING)
-            difference = probability - centre
+            neighbour = load_pixels(maps, tap, IGNORED, STRIP, 0, 1, PADDING)
+            difference = neighbour.probability[0] - centre
             first += difference * weight
             second += difference * difference * weight
             if PRESENT:
-                positive += tl.where(label == channel, weight, 0.0)
-                negative += tl.where(label == channel, 0.0, weight)
+                positive += tl.where(neighbour.label[0] == channel, weight, 0.0)
+                negative += tl.where(neighbour.label[0] == channel, 0.0, weight)
     moments = Moments(mean=(centre + first,), variance=(second - first * first,))
     return moments, LabelMeans(positive=(positive,), negative=(negative,))
 
