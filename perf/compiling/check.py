@@ -207,10 +207,10 @@ def _check_launches(options: argparse.Namespace) -> int:
     now = launches.collect(options.ops)
     if options.update:
         launches.write(now)
-        print(f"launches of {len(now)} operations written to {launches.PATH}")
+        print(f"launches of {len(now)} calls written to {launches.PATH}")
         return 0
     moved = launches.differences(launches.read(), now)
-    print("\n".join(moved or [f"{len(now)} operations launch as many kernels as committed"]))
+    print("\n".join(moved or [f"{len(now)} calls launch as many kernels as committed"]))
     return 1 if moved else 0
 
 

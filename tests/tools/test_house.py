@@ -153,13 +153,17 @@ def test_the_house_is_in_order(rule: str) -> None:
 
 
 def test_every_room_is_on_the_map() -> None:
-    """CONTRIBUTING.md says what is where."""
+    """CONTRIBUTING.md says what is where: rooms, and the files of those that all losses share."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     drawn = text.split("## The map of the house")[1].split("```")[1]
     for top in ("tritonloss", "perf"):
         rooms = {path.parent.name for path in (ROOT / top).glob("*/__init__.py")}
         missing = [room for room in sorted(rooms) if f"{room}/" not in drawn]
         assert rooms and not missing, f"{top}: {missing}"
+    shared = [path for room in ("_core", "_engine", "_tools")
+              for path in (ROOT / "tritonloss" / room).glob("[!_]*.py")]  # fmt: skip
+    missing = [path.name for path in shared if f"`{path.name}`" not in text]
+    assert shared and not missing, missing
 
 
 # Each of the rules sees a fault, and lets pass what only looks like one.
