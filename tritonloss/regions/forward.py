@@ -14,6 +14,7 @@ from kernels_reference.region_mutual_information import pooled_size
 
 from .._core.backend import device_guard
 from .._engine.strips import compute_dtype
+from .features import Reading
 from .head_kernels import _rmi_finish_kernel, _rmi_head_kernel
 from .moments_kernels import (
     _rmi_center_kernel,
@@ -171,10 +172,14 @@ def _lag_moments(
     side = 2 * region * region + 1
     sums = torch.empty((planes, bands * blocks, lags), dtype=torch.float64, device=logits.device)
     moments = torch.empty((planes, 1, side, side), dtype=torch.float64, device=logits.device)
+    arguments = {
+        **maps.arguments,
+        "READING": Reading(maps.pooled, maps.ignored, center.numel() > 0),
+    }
     # All sums of a region of 4 would not fit the registers: two passes.
     for own, cross in ((True, True),) if region < 4 else ((True, False), (False, True)):
         _rmi_lags_kernel[(planes, bands, blocks)](
-            **maps.arguments,
+            **arguments,
             center_ptr=center,
             lags_ptr=sums,
             height=maps.height,
@@ -183,13 +188,12 @@ def _lag_moments(
             REGION=region,
             OWN=own,
             CROSS=cross,
-            CENTRED=center.numel() > 0,
             **launch,
         )
     # As few as do not spill.
     warps = 4 if region == 5 else 2 if region >= 3 and not maps.pooled else 1
     _rmi_frame_kernel[(planes, lags)](
-        **maps.arguments,
+        **arguments,
         center_ptr=center,
         lags_ptr=sums,
         moments_ptr=moments,
@@ -198,7 +202,6 @@ def _lag_moments(
         parts=bands * blocks,
         REGION=region,
         BLOCK=32,
-        CENTRED=center.numel() > 0,
         num_warps=warps,
     )
     return moments

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .features import (
     SIZES,
+    features_of,
     load_features,
     load_label,
     load_pair,
@@ -31,14 +32,17 @@ from .features import (
 
 @triton.jit
 def _store_gradient(
-    out, value, first, second, row, column, mask, entropy_scale, channel, channels,
-    dtype: tl.constexpr, IGNORED: tl.constexpr, POOLED: tl.constexpr,
+    out, value, features, row, column, mask, entropy_scale, READING: tl.constexpr,
 ):  # fmt: skip
     """The gradient to pooled probabilities as it is; the one to full probabilities made logits'."""
-    if not POOLED:
-        label = load_label(second, row, column, mask, channels, IGNORED)
+    if not READING.pooled:
+        first = features.first
+        dtype: tl.constexpr = (
+            tl.float64 if first.pointer.dtype.element_ty == tl.float64 else tl.float32
+        )
+        label = load_label(features.second, row, column, mask, features.channels, READING.ignored)
         u = load_scaled(first, row, column, mask, dtype)
-        value = logit_gradient(u, label, channel, value, entropy_scale)
+        value = logit_gradient(u, label, features.channel, value, entropy_scale)
     tl.store(pointer_to(out, row, column), value, mask=mask)
 
 
@@ -117,19 +121,17 @@ def _rmi_interior_kernel(
     REGION: tl.constexpr,
     LANES: tl.constexpr,
     ROWS: tl.constexpr,
-    IGNORED: tl.constexpr,
-    POOLED: tl.constexpr,
+    READING: tl.constexpr,
 ):
     """Pixels whose regions all exist: each row read feeds 2R - 1 unfinished rows in registers."""
     dtype: tl.constexpr = statistics_ptr.dtype.element_ty
     SPAN: tl.constexpr = 2 * REGION - 1
     TAPS: tl.constexpr = SPAN * SPAN
     plane = tl.program_id(0).to(tl.int64)
-    channel = (plane % channels).to(tl.int32)
-    image = plane // channels
-    first = plane_of(first_ptr, first_strides, image, channel)
-    second = plane_of(second_ptr, second_strides, image, channel)
-    out = plane_of(out_ptr, out_strides, image, channel)
+    features = features_of(
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
+    )
+    out = plane_of(out_ptr, out_strides, plane // channels, features.channel)
     column = REGION - 1 + tl.program_id(2) * LANES + tl.arange(0, LANES)
     interior = column < width - REGION + 1
     place = tl.minimum(column, width - REGION)  # for all loads: none needs a mask
@@ -152,10 +154,7 @@ def _rmi_interior_kernel(
     for i in tl.range(0, rows + 2 * (REGION - 1)):
         row = first_row + i - (REGION - 1)
         for s in tl.static_range(SPAN):
-            e, y = load_features(
-                first, second, row, place, None, channel, channels, dtype, IGNORED, POOLED,
-                s - (REGION - 1),
-            )  # fmt: skip
+            e, y = load_features(features, row, place, None, READING, s - (REGION - 1))
             fed = ()
             for q in tl.static_range(SPAN):
                 fed = fed + (
@@ -166,10 +165,7 @@ def _rmi_interior_kernel(
             pending = fed
         done = row - (REGION - 1)
         mask = interior & (column < tl.where(i >= 2 * (REGION - 1), width, 0))
-        _store_gradient(
-            out, pending[0], first, second, done, column, mask, entropy_scale, channel, channels,
-            dtype, IGNORED, POOLED,
-        )  # fmt: skip
+        _store_gradient(out, pending[0], features, done, column, mask, entropy_scale, READING)
         rest = ()
         for q in tl.static_range(1, SPAN):
             rest = rest + (pending[q],)
@@ -192,20 +188,17 @@ def _rmi_border_kernel(
     width,
     REGION: tl.constexpr,
     LANES: tl.constexpr,
-    IGNORED: tl.constexpr,
-    POOLED: tl.constexpr,
+    READING: tl.constexpr,
 ):
     """Pixels of the frame: first its full rows, then what its columns have besides."""
-    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
     SPAN: tl.constexpr = 2 * REGION - 1
     TAPS: tl.constexpr = SPAN * SPAN
     BAND: tl.constexpr = 2 * (REGION - 1)
     plane = tl.program_id(0).to(tl.int64)
-    channel = (plane % channels).to(tl.int32)
-    image = plane // channels
-    first = plane_of(first_ptr, first_strides, image, channel)
-    second = plane_of(second_ptr, second_strides, image, channel)
-    out = plane_of(out_ptr, out_strides, image, channel)
+    features = features_of(
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
+    )
+    out = plane_of(out_ptr, out_strides, plane // channels, features.channel)
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
 
     pixel = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -226,24 +219,10 @@ def _rmi_border_kernel(
         other_column = column + (q % SPAN - (REGION - 1))
         inside = mask & (other_row >= 0) & (other_row < height)
         inside = inside & (other_column >= 0) & (other_column < width)
-        e, y = load_features(
-            first,
-            second,
-            other_row,
-            other_column,
-            inside,
-            channel,
-            channels,
-            dtype,
-            IGNORED,
-            POOLED,
-        )
+        e, y = load_features(features, other_row, other_column, inside, READING)
         value += tl.load(table + q, mask=mask, other=0.0) * e
         value += tl.load(table + TAPS + q, mask=mask, other=0.0) * y
-    _store_gradient(
-        out, value, first, second, row, column, mask, entropy_scale, channel, channels, dtype,
-        IGNORED, POOLED,
-    )  # fmt: skip
+    _store_gradient(out, value, features, row, column, mask, entropy_scale, READING)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -269,8 +248,7 @@ def _rmi_direct_gradient_kernel(
     REGION: tl.constexpr,
     LANES: tl.constexpr,
     CELL: tl.constexpr,
-    IGNORED: tl.constexpr,
-    POOLED: tl.constexpr,
+    READING: tl.constexpr,
 ):
     """Every region of every pixel, where regions are left out one by one or maps are small.
 
@@ -279,11 +257,11 @@ def _rmi_direct_gradient_kernel(
     dtype: tl.constexpr = statistics_ptr.dtype.element_ty
     AREA: tl.constexpr = REGION * REGION
     plane = (tl.program_id(0) // blocks).to(tl.int64)
-    channel = (plane % channels).to(tl.int32)
     image = plane // channels
-    first = plane_of(first_ptr, first_strides, image, channel)
-    second = plane_of(second_ptr, second_strides, image, channel)
-    out = plane_of(out_ptr, out_strides, image, channel)
+    features = features_of(
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
+    )
+    out = plane_of(out_ptr, out_strides, image, features.channel)
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
     window_rows = height - REGION + 1
     window_columns = width - REGION + 1
@@ -303,9 +281,8 @@ def _rmi_direct_gradient_kernel(
         term += tl.load(constants_ptr + plane * AREA + own) * CELL
         for other in tl.range(0, AREA):
             e, y = load_pair(
-                first, second, 0.0, top + other // REGION, left + other % REGION, exists, channel,
-                channels, dtype, False, IGNORED, POOLED,
-            )  # fmt: skip
+                features, top + other // REGION, left + other % REGION, exists, READING
+            )
             weight = (plane * AREA + own) * AREA + other
             term += tl.load(residual_weights_ptr + weight) * e.to(tl.float64)
             term += tl.load(label_weights_ptr + weight) * y.to(tl.float64)
@@ -313,6 +290,5 @@ def _rmi_direct_gradient_kernel(
     scale = tl.load(grad_loss_ptr).to(tl.float64) / images
     scale = scale * rmi_weight / (CELL * CELL)
     _store_gradient(
-        out, (value * scale).to(dtype), first, second, row, column, mask, entropy_scale, channel,
-        channels, dtype, IGNORED, POOLED,
-    )  # fmt: skip
+        out, (value * scale).to(dtype), features, row, column, mask, entropy_scale, READING
+    )

@@ -13,6 +13,7 @@ from kernels_reference.region_mutual_information import pooled_size
 
 from .._core.configurations import Configuration, launch_configuration
 from .._engine.strips import compute_dtype, ignored_class
+from .features import Reading
 
 # See is_small.
 _FEW_REGIONS = 32 * 32
@@ -80,8 +81,7 @@ class Maps(NamedTuple):
             "first_strides": strides(self.first),
             "second_strides": strides(self.second),
             "channels": self.first.size(1),
-            "IGNORED": self.ignored,
-            "POOLED": self.pooled,
+            "READING": Reading(self.pooled, self.ignored),
             "enable_fp_fusion": True,
         }
 

@@ -7,6 +7,8 @@ neither probabilities nor one-hot labels reach memory at full resolution.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -29,6 +31,16 @@ from .features import (
 FACTORS = tl.constexpr(64)
 # Beyond it sigmoids are 0 and 1, and logits need not be told from infinite ones.
 LARGE = tl.constexpr(1e38)
+
+
+class Corner(NamedTuple):
+    """One of the four pixels that a cell is interpolated from."""
+
+    row: Any
+    column: Any
+    share: Any
+    is_valid: Any
+
 
 # --- device functions -----------------------------------------------------------------------------
 
@@ -260,7 +272,8 @@ def _rmi_sample_kernel(
         column = tl.minimum(left + k % 2, width - 1)
         label = load_label(target, row, column, mask, channels, IGNORED)
         touched = touched | (mask & (label < 0) & (share > 0))
-        corners = corners + ((row, column, share, label >= 0),)
+        corner = Corner(row=row, column=column, share=share, is_valid=label >= 0)
+        corners = corners + (corner,)
     if DROP:
         whole = touched_ptr + image * pooled_height * pooled_width
         tl.store(whole + offset, touched.to(tl.uint8), mask=mask)
@@ -271,13 +284,15 @@ def _rmi_sample_kernel(
         p = tl.zeros((LANES,), dtype)
         rest = tl.zeros((LANES,), dtype)  # 1 - p
         for k in tl.static_range(4):
-            u = load_scaled(logits, corners[k][0], corners[k][1], mask, dtype)
-            u = tl.where(corners[k][3], u, float("-inf"))  # p = 0
+            corner = corners[k]
+            u = load_scaled(logits, corner.row, corner.column, mask, dtype)
+            u = tl.where(corner.is_valid, u, float("-inf"))  # p = 0
             larger, smaller = sigmoid_pair(u)
             # Selected: where it has no share, a pixel that is NaN does no harm.
-            share = corners[k][2]
-            p += tl.where(share > 0, tl.where(u >= 0, larger, smaller) * share, 0.0)
-            rest += tl.where(share > 0, tl.where(u >= 0, smaller, larger) * share, 0.0)
+            p_share = tl.where(u >= 0, larger, smaller) * corner.share
+            rest_share = tl.where(u >= 0, smaller, larger) * corner.share
+            p += tl.where(corner.share > 0, p_share, 0.0)
+            rest += tl.where(corner.share > 0, rest_share, 0.0)
         larger, smaller = complements(tl.minimum(p, rest))
         wrong = tl.where((rest <= p) != positive, larger, smaller)
         plane = (image * channels + channel) * pooled_height * pooled_width
