@@ -18,10 +18,11 @@ import triton.language as tl
 from .._engine.math import LOG2_E, inverse, sanitised_label
 
 SIZES = (
-    "channels", "first_class", "classes", "height", "width", "pooled_height", "pooled_width",
-    "cell_rows", "programs", "blocks", "bands", "parts", "planes", "images", "chunks",
-    "window_rows", "window_columns",
+    "channels", "first_image", "first_class", "classes", "height", "width", "pooled_height",
+    "pooled_width", "cell_rows", "programs", "blocks", "bands", "parts", "images", "chunks",
+    "window_rows", "window_columns", "split",
 )  # fmt: skip
+
 
 # --- what is known when a kernel is compiled ------------------------------------------------------
 

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .features import (
     SIZES,
+    Plane,
     features_of,
     load_features,
     load_label,
@@ -28,6 +29,19 @@ from .features import (
 )
 
 # --- device functions -----------------------------------------------------------------------------
+
+
+@triton.jit
+def _out_plane(out_ptr, rest_ptr, strides, split, plane, features, READING: tl.constexpr):
+    """The plane that a gradient goes to; those of maps stand in two rooms, one after another."""
+    if READING.pooled:
+        is_rest = plane >= split
+        pointer = tl.where(is_rest, rest_ptr, out_ptr)
+        pointer += (plane - tl.where(is_rest, split, 0)) * strides[1]
+        out = Plane(pointer=pointer, row_stride=strides[2], column_stride=strides[3])
+    else:
+        out = plane_of(out_ptr, strides, plane // features.channels, features.channel)
+    return out
 
 
 @triton.jit
@@ -58,9 +72,7 @@ def _border_class(place, size, regions, REGION: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def _rmi_taps_kernel(
     grad_loss_ptr,  # []
-    residual_weights_ptr,  # [N * C, R^2, R^2] float64
-    label_weights_ptr,  # [N * C, R^2, R^2] float64
-    constants_ptr,  # [N * C, R^2] float64
+    weights_ptr,  # [N * C, 2 R^2 + 1, R^2] float64: for residuals, for labels, and constants
     taps_ptr,  # [N * C, (2R - 1)^2, 2 (2R - 1)^2 + 1]: per border class, taps and constant
     images,
     rmi_weight,
@@ -77,6 +89,7 @@ def _rmi_taps_kernel(
     tap = tl.arange(0, triton.next_power_of_2(TAPS))
     dy = tap // SPAN - (REGION - 1)
     dx = tap % SPAN - (REGION - 1)
+    weights = weights_ptr + plane * ((2 * AREA + 1) * AREA)
 
     residual_tap = tl.zeros(tap.shape, tl.float64)
     label_tap = tl.zeros(tap.shape, tl.float64)
@@ -88,12 +101,12 @@ def _rmi_taps_kernel(
         exists = exists & (b >= column_class - (REGION - 1)) & (b <= column_class)
         limit = tl.where(exists, REGION, 0)
         mask = (tap < TAPS) & (a + dy >= 0) & (a + dy < limit) & (b + dx >= 0) & (b + dx < REGION)
-        weight = (plane * AREA + place) * AREA + (a + dy) * REGION + b + dx
-        residual_tap += tl.load(residual_weights_ptr + weight, mask=mask, other=0.0)
-        label_tap += tl.load(label_weights_ptr + weight, mask=mask, other=0.0)
+        weight = weights + place * AREA + (a + dy) * REGION + b + dx
+        residual_tap += tl.load(weight, mask=mask, other=0.0)
+        label_tap += tl.load(weight + AREA * AREA, mask=mask, other=0.0)
         alone = tl.arange(0, 1)
         constant += tl.load(
-            constants_ptr + plane * AREA + place + alone, mask=alone < limit, other=0.0
+            weights + 2 * AREA * AREA + place + alone, mask=alone < limit, other=0.0
         )
 
     scale = tl.load(grad_loss_ptr).to(tl.float64) / images
@@ -111,13 +124,15 @@ def _rmi_interior_kernel(
     first_ptr,  # residuals [N, C, h, w], or logits
     second_ptr,  # labels [N, C, h, w], or target [N, h, w]
     taps_ptr,  # as in _rmi_taps_kernel
-    out_ptr,  # gradient to pooled probabilities [N, C, h, w], or to the logits
+    out_ptr,  # gradient to the pooled probabilities of the first planes, or to the logits
+    rest_ptr,  # that of the planes from `split` on
     first_strides,
     second_strides,
     out_strides,
     channels,
     height,
     width,
+    split,
     REGION: tl.constexpr,
     LANES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -131,7 +146,7 @@ def _rmi_interior_kernel(
     features = features_of(
         first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
     )
-    out = plane_of(out_ptr, out_strides, plane // channels, features.channel)
+    out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
     column = REGION - 1 + tl.program_id(2) * LANES + tl.arange(0, LANES)
     interior = column < width - REGION + 1
     place = tl.minimum(column, width - REGION)  # for all loads: none needs a mask
@@ -180,12 +195,14 @@ def _rmi_border_kernel(
     second_ptr,
     taps_ptr,
     out_ptr,
+    rest_ptr,
     first_strides,
     second_strides,
     out_strides,
     channels,
     height,
     width,
+    split,
     REGION: tl.constexpr,
     LANES: tl.constexpr,
     READING: tl.constexpr,
@@ -198,7 +215,7 @@ def _rmi_border_kernel(
     features = features_of(
         first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
     )
-    out = plane_of(out_ptr, out_strides, plane // channels, features.channel)
+    out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
 
     pixel = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -231,23 +248,24 @@ def _rmi_direct_gradient_kernel(
     statistics_ptr,  # [1]: bce_weight / V
     first_ptr,  # as in _rmi_interior_kernel
     second_ptr,
-    kept_ptr,  # [N, window_rows, window_columns]
-    residual_weights_ptr,  # [N * C, R^2, R^2] float64
-    label_weights_ptr,  # [N * C, R^2, R^2] float64
-    constants_ptr,  # [N * C, R^2] float64
+    kept_ptr,  # [N, window_rows, window_columns], if DROP
+    weights_ptr,  # [N * C, 2 R^2 + 1, R^2] float64: for residuals, for labels, and constants
     out_ptr,
+    rest_ptr,
     first_strides,
     second_strides,
     out_strides,
     channels,
     height,
     width,
+    split,
     blocks,
     images,
     rmi_weight,
     REGION: tl.constexpr,
     LANES: tl.constexpr,
     CELL: tl.constexpr,
+    DROP: tl.constexpr,
     READING: tl.constexpr,
 ):
     """Every region of every pixel, where regions are left out one by one or maps are small.
@@ -261,10 +279,11 @@ def _rmi_direct_gradient_kernel(
     features = features_of(
         first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
     )
-    out = plane_of(out_ptr, out_strides, image, features.channel)
+    out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
     window_rows = height - REGION + 1
     window_columns = width - REGION + 1
+    weights = weights_ptr + plane * ((2 * AREA + 1) * AREA)
 
     pixel = tl.program_id(0) % blocks * LANES + tl.arange(0, LANES)
     mask = pixel < height * width
@@ -275,17 +294,18 @@ def _rmi_direct_gradient_kernel(
         top = row - own // REGION
         left = column - own % REGION
         exists = mask & (top >= 0) & (top < window_rows) & (left >= 0) & (left < window_columns)
-        offset = (image * window_rows + top) * window_columns + left
-        exists = exists & (tl.load(kept_ptr + offset, mask=exists, other=0) != 0)
+        if DROP:
+            offset = (image * window_rows + top) * window_columns + left
+            exists = exists & (tl.load(kept_ptr + offset, mask=exists, other=0) != 0)
         term = tl.zeros((LANES,), tl.float64)
-        term += tl.load(constants_ptr + plane * AREA + own) * CELL
+        term += tl.load(weights + 2 * AREA * AREA + own) * CELL
         for other in tl.range(0, AREA):
             e, y = load_pair(
                 features, top + other // REGION, left + other % REGION, exists, READING
             )
-            weight = (plane * AREA + own) * AREA + other
-            term += tl.load(residual_weights_ptr + weight) * e.to(tl.float64)
-            term += tl.load(label_weights_ptr + weight) * y.to(tl.float64)
+            weight = weights + own * AREA + other
+            term += tl.load(weight) * e.to(tl.float64)
+            term += tl.load(weight + AREA * AREA) * y.to(tl.float64)
         value += tl.where(exists, term, 0.0)
     scale = tl.load(grad_loss_ptr).to(tl.float64) / images
     scale = scale * rmi_weight / (CELL * CELL)

@@ -427,7 +427,7 @@ def _rmi_regions_kernel(
 def _rmi_direct_moments_kernel(
     first_ptr,  # as in _rmi_lags_kernel
     second_ptr,
-    kept_ptr,  # [N, window_rows, window_columns]
+    kept_ptr,  # [N, window_rows, window_columns], if DROP
     moments_ptr,  # [N * C, chunks, 2 R^2 + 1, 2 R^2 + 1] float64
     first_strides,
     second_strides,
@@ -437,6 +437,7 @@ def _rmi_direct_moments_kernel(
     window_columns,
     REGION: tl.constexpr,
     BLOCK: tl.constexpr,
+    DROP: tl.constexpr,
     READING: tl.constexpr,
 ):
     """One row of the moments, over every chunks-th block of regions."""
@@ -457,7 +458,9 @@ def _rmi_direct_moments_kernel(
     count = window_rows * window_columns
     for start in tl.range(tl.program_id(2) * BLOCK, count, chunks * BLOCK):
         region = (start + tl.arange(0, BLOCK))[:, None]
-        kept = tl.load(kept_ptr + image * count + region, mask=region < count, other=0) != 0
+        kept = region < count
+        if DROP:
+            kept = tl.load(kept_ptr + image * count + region, mask=kept, other=0) != 0
         row = region // window_columns
         column = region % window_columns
         e, y = load_pair(

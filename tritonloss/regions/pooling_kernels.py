@@ -307,14 +307,15 @@ def _rmi_sample_kernel(
 def _rmi_expand_kernel(
     grad_loss_ptr,  # []
     statistics_ptr,  # [1]: bce_weight / V
-    logits_ptr,  # [N, C, H, W], of the classes from first_class on
+    logits_ptr,  # [N, C, H, W]
     target_ptr,  # [N, H, W]
-    grad_pooled_ptr,  # [N, C, h, w]: gradient to the probability of each pixel of the cell
+    grad_pooled_ptr,  # [some images, or classes, h, w]: gradient to each pixel's probability
     grad_logits_ptr,  # [N, C, H, W]
     logits_strides,
     target_strides,
     grad_logits_strides,
-    channels,
+    channels,  # how many classes from first_class on, of `classes` in all
+    first_image,
     first_class,
     classes,
     height,
@@ -331,7 +332,7 @@ def _rmi_expand_kernel(
     """Spreads a cell's gradient over its pixels, or gives it to the first of the largest."""
     dtype: tl.constexpr = statistics_ptr.dtype.element_ty
     image, cell_row, cell, column, inside = _cell_program(cell_rows, SIZE, SIDE, CELLS)
-    target = plane_of(target_ptr, target_strides, image, 0)
+    target = plane_of(target_ptr, target_strides, first_image + image, 0)
     stored = cell < tl.where(cell_row < pooled_height, pooled_width, 0)
     offset = cell_row.to(tl.int64) * pooled_width + cell
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
@@ -342,8 +343,9 @@ def _rmi_expand_kernel(
         labels = labels + (load_label(target, row, column, mask, classes, IGNORED),)
 
     for channel in tl.range(tl.program_id(2), channels, tl.num_programs(2)):
-        logits = plane_of(logits_ptr, logits_strides, image, channel)
-        grad_logits = plane_of(grad_logits_ptr, grad_logits_strides, image, channel)
+        own = first_class + channel
+        logits = plane_of(logits_ptr, logits_strides, first_image + image, own)
+        grad_logits = plane_of(grad_logits_ptr, grad_logits_strides, first_image + image, own)
         plane = (image * channels + channel) * pooled_height * pooled_width
         gradient = tl.load(grad_pooled_ptr + plane + offset, mask=stored, other=0.0)[:, None]
         first = tl.full((CELLS, 1), 0, tl.int32)
@@ -369,7 +371,7 @@ def _rmi_expand_kernel(
                 place = tl.arange(0, SIDE)[None, :] + j * SIDE
                 share = tl.where(place == first, gradient, 0.0)
             u = load_scaled(logits, row, column, mask, dtype)
-            value = logit_gradient(u, labels[j], first_class + channel, share, entropy_scale)
+            value = logit_gradient(u, labels[j], own, share, entropy_scale)
             store_logit_gradient(pointer_to(grad_logits, row, column), value, mask)
 
 
@@ -377,14 +379,15 @@ def _rmi_expand_kernel(
 def _rmi_sample_backward_kernel(
     grad_loss_ptr,  # []
     statistics_ptr,  # [1]: bce_weight / V
-    logits_ptr,  # [N, C, H, W], of the classes from first_class on
+    logits_ptr,  # [N, C, H, W]
     target_ptr,  # [N, H, W]
-    grad_pooled_ptr,  # [N, C, h, w]: gradient to the interpolated probabilities
+    grad_pooled_ptr,  # [some images, or classes, h, w]: gradient to interpolated probabilities
     grad_logits_ptr,  # [N, C, H, W]
     logits_strides,
     target_strides,
     grad_logits_strides,
-    channels,
+    channels,  # how many classes from first_class on, of `classes` in all
+    first_image,
     first_class,
     classes,
     height,
@@ -400,7 +403,7 @@ def _rmi_sample_backward_kernel(
     row = tl.program_id(0) % height
     column = tl.program_id(1) * LANES + tl.arange(0, LANES)
     mask = column < width
-    target = plane_of(target_ptr, target_strides, image, 0)
+    target = plane_of(target_ptr, target_strides, first_image + image, 0)
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
 
     cell_row, down = _hat(row, height, pooled_height)
@@ -411,10 +414,11 @@ def _rmi_sample_backward_kernel(
     label = load_label(target, row, column, mask, classes, IGNORED)
 
     for channel in tl.range(0, channels):
-        logits = plane_of(logits_ptr, logits_strides, image, channel)
-        grad_logits = plane_of(grad_logits_ptr, grad_logits_strides, image, channel)
+        own = first_class + channel
+        logits = plane_of(logits_ptr, logits_strides, first_image + image, own)
+        grad_logits = plane_of(grad_logits_ptr, grad_logits_strides, first_image + image, own)
         plane = (image * channels + channel) * pooled_height * pooled_width
         gradient = tl.load(grad_pooled_ptr + plane + offset, mask=mask & (share > 0), other=0.0)
         u = load_scaled(logits, row, column, mask, dtype)
-        value = logit_gradient(u, label, first_class + channel, gradient * share, entropy_scale)
+        value = logit_gradient(u, label, own, gradient * share, entropy_scale)
         store_logit_gradient(pointer_to(grad_logits, row, column), value, mask)
