@@ -43,7 +43,11 @@ def backward_pass(
 ) -> torch.Tensor:
     """The gradient to the logits, in their dtype and layout."""
     grad_logits = torch.empty_like(logits)
-    steps = of_kind("rmi backward", options, logits, target, _backward)
+
+    def prepare(plan: Plan) -> _Backward:
+        return _backward(plan, logits, target, grad_logits)
+
+    steps = of_kind("rmi backward", options, logits, target, prepare)
     with device_guard(logits):
         if not steps.plan.has_maps:
             steps.gradient.run(grad_loss, logits, target, saved, (grad_logits, grad_logits))
@@ -72,12 +76,15 @@ class _Backward(NamedTuple):
     expand: tuple[PreparedLaunch | None, ...]  # for what is in each of the rooms
 
 
-def _backward(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Backward:
-    grad_strides = torch.empty_like(logits, device="meta").stride()
-    rooms = _rooms(plan, logits.dtype, grad_strides)
+def _backward(
+    plan: Plan, logits: torch.Tensor, target: torch.Tensor, grad_logits: torch.Tensor
+) -> _Backward:
+    rooms = _rooms(plan, grad_logits)
     shared = {
         **feature_arguments(plan, logits, target),
-        "out_strides": contiguous_strides(plan.map_shape) if plan.has_maps else grad_strides,
+        "out_strides": contiguous_strides(plan.map_shape)
+        if plan.has_maps
+        else strides(grad_logits),
         "height": plan.rows,
         "width": plan.columns,
         "split": rooms.waiting.planes,
@@ -85,7 +92,7 @@ def _backward(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Backwa
     gradient = (_direct_gradient if plan.is_direct else _lag_gradient)(plan, logits, shared)
     expand: tuple[PreparedLaunch | None, ...] = ()
     if plan.has_maps:
-        arguments = _expand_arguments(plan, logits, target, grad_strides)
+        arguments = _expand_arguments(plan, logits, target, grad_logits)
         shares = (rooms.waiting, rooms.last)
         expand = tuple(_expand(plan, share, arguments) for share in shares)
     return _Backward(plan, gradient, rooms, expand)
@@ -131,20 +138,24 @@ class _Rooms(NamedTuple):
         return waiting, last
 
 
-def _rooms(plan: Plan, dtype: torch.dtype, grad_strides: tuple[int, ...]) -> _Rooms:
+def _rooms(plan: Plan, grad_logits: torch.Tensor) -> _Rooms:
     images, classes = plan.images, plan.classes
     all_last = _Rooms(_Share(0, 0, 0, 0), _Share(0, images, 0, classes), 0, 0)
     axis = 0 if images > 1 else 1
     count = images if axis == 0 else classes
     others = classes if axis == 0 else 1
     size, pooled_size = others * plan.height * plan.width, others * plan.rows * plan.columns
-    unit = plan.arithmetic.itemsize // dtype.itemsize  # logits that one pooled value takes
+    unit = (
+        plan.arithmetic.itemsize // grad_logits.dtype.itemsize
+    )  # logits that one pooled value takes
     first = count - -(-count * pooled_size * unit // (size + pooled_size * unit))
     # From an address that is a multiple of 16 bytes, as those of tensors are.
     start = -(-first * size // 8) * 8
     room = (count * size - start) // unit
     # A small image's maps take little, and a second launch takes time.
-    if plan.options.small or grad_strides[axis] != size or not 0 < first * pooled_size <= room:
+    if plan.options.small or grad_logits.stride(axis) != size:
+        return all_last
+    if not 0 < first * pooled_size <= room:
         return all_last
     if axis == 0:
         waiting, last = _Share(0, first, 0, classes), _Share(first, count - first, 0, classes)
@@ -268,7 +279,7 @@ def _direct_gradient(
 
 
 def _expand_arguments(
-    plan: Plan, logits: torch.Tensor, target: torch.Tensor, grad_strides: tuple[int, ...]
+    plan: Plan, logits: torch.Tensor, target: torch.Tensor, grad_logits: torch.Tensor
 ) -> dict[str, Any]:
     """What the launches from maps to logits have in common."""
     if plan.options.samples:
@@ -281,7 +292,7 @@ def _expand_arguments(
     return {
         "logits_strides": strides(logits),
         "target_strides": strides(target),
-        "grad_logits_strides": grad_strides,
+        "grad_logits_strides": strides(grad_logits),
         "classes": plan.classes,
         "height": plan.height,
         "width": plan.width,

@@ -43,7 +43,9 @@ def forward_pass(
     options: Options, logits: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, Saved]:
     """(loss, info [N, C], what the backward pass needs)."""
-    steps = of_kind("rmi forward", options, logits, target, _forward)
+    steps = of_kind(
+        "rmi forward", options, logits, target, lambda plan: _forward(plan, logits, target)
+    )
     with device_guard(logits):
         maps = steps.read.run(logits, target)
         has_maps = steps.plan.has_maps

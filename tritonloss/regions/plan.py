@@ -142,11 +142,11 @@ def of_kind(
     options: Options,
     logits: torch.Tensor,
     target: torch.Tensor,
-    prepare: Callable[[Plan, torch.Tensor, torch.Tensor], _T],
+    prepare: Callable[[Plan], _T],
 ) -> _T:
     """What ``prepare`` makes of the plan, once for logits and labels of their kind."""
     key = (part, options, kind(logits), kind(target))
-    return prepared(key, lambda: prepare(plan_of(options, logits, target), logits, target))
+    return prepared(key, lambda: prepare(plan_of(options, logits, target)))
 
 
 def plan_of(options: Options, logits: torch.Tensor, target: torch.Tensor) -> Plan:
