@@ -145,9 +145,8 @@ def _rooms(plan: Plan, grad_logits: torch.Tensor) -> _Rooms:
     count = images if axis == 0 else classes
     others = classes if axis == 0 else 1
     size, pooled_size = others * plan.height * plan.width, others * plan.rows * plan.columns
-    unit = (
-        plan.arithmetic.itemsize // grad_logits.dtype.itemsize
-    )  # logits that one pooled value takes
+    # Logits that one pooled value takes the room of.
+    unit = plan.arithmetic.itemsize // grad_logits.dtype.itemsize
     first = count - -(-count * pooled_size * unit // (size + pooled_size * unit))
     # From an address that is a multiple of 16 bytes, as those of tensors are.
     start = -(-first * size // 8) * 8

@@ -93,32 +93,39 @@ class _Read(NamedTuple):
     """Makes the maps and the cross entropy: in one launch, unless cells are read at a place."""
 
     plan: Plan
-    maps: PreparedLaunch | None
-    cross_entropy: PreparedLaunch | None  # unless the other launch sees to that too
+    pool: PreparedLaunch | None
+    sample: PreparedLaunch | None
+    cross_entropy: PreparedLaunch | None
     programs: int  # that leave partial sums
 
     def run(self, logits: torch.Tensor, target: torch.Tensor) -> _Maps:
         plan = self.plan
         shape = plan.map_shape if plan.has_maps else (0,)
         marks = plan.mark_shape if plan.has_maps and plan.options.drops else (0,)
-        maps = _Maps(
-            residual=logits.new_empty(shape, dtype=plan.arithmetic),
-            labels=logits.new_empty(shape, dtype=torch.float16),  # whole numbers to 64: exact
-            touched=logits.new_empty(marks, dtype=torch.uint8),
-            partials=logits.new_empty((2, self.programs), dtype=plan.arithmetic),
-        )
-        if self.maps is not None:
-            self.maps(
+        residual = logits.new_empty(shape, dtype=plan.arithmetic)
+        labels = logits.new_empty(shape, dtype=torch.float16)  # whole numbers up to 64: exact
+        touched = logits.new_empty(marks, dtype=torch.uint8)
+        partials = logits.new_empty((2, self.programs), dtype=plan.arithmetic)
+        if self.pool is not None:
+            self.pool(
                 logits_ptr=logits,
                 target_ptr=target,
-                residual_ptr=maps.residual,
-                labels_ptr=maps.labels,
-                touched_ptr=maps.touched,
-                partials_ptr=maps.partials,
+                residual_ptr=residual,
+                labels_ptr=labels,
+                touched_ptr=touched,
+                partials_ptr=partials,
+            )
+        if self.sample is not None:
+            self.sample(
+                logits_ptr=logits,
+                target_ptr=target,
+                residual_ptr=residual,
+                labels_ptr=labels,
+                touched_ptr=touched,
             )
         if self.cross_entropy is not None:
-            self.cross_entropy(logits_ptr=logits, target_ptr=target, partials_ptr=maps.partials)
-        return maps
+            self.cross_entropy(logits_ptr=logits, target_ptr=target, partials_ptr=partials)
+        return _Maps(residual, labels, touched, partials)
 
 
 def _read(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Read:
@@ -141,13 +148,13 @@ def _read(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Read:
         cells = cell_arguments("rmi_pool", plan, logits)
         grid = cell_grid(plan.images, plan.classes, plan.width, cells)
         pool = PreparedLaunch(_rmi_pool_kernel, grid, {**pooled, **cells})
-        return _Read(plan, pool, None, math.prod(grid))
+        return _Read(plan, pool, None, None, math.prod(grid))
     sample = _sample(plan, logits, pooled) if plan.has_maps else None
     launch = configuration_of("rmi_cross_entropy", plan, logits, 1, LANES=256, ROWS=8)
     bands = triton.cdiv(plan.height, int(launch["ROWS"]))
     grid = (plan.images, bands, triton.cdiv(plan.width, int(launch["LANES"])))
     cross_entropy = PreparedLaunch(_rmi_cross_entropy_kernel, grid, {**shared, **launch})
-    return _Read(plan, sample, cross_entropy, math.prod(grid))
+    return _Read(plan, None, sample, cross_entropy, math.prod(grid))
 
 
 def _sample(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -> PreparedLaunch:
