@@ -5,7 +5,9 @@ __version__ = "0.1.0"
 from . import functional, linalg
 from ._core.backend import use_backend
 from .metrics.label_statistics import MarginOffsets, count_labels, margin_offsets
-from .pixelwise.losses import BinaryCrossEntropyLoss, CrossEntropyLoss, FocalLoss
+from .pixelwise.binary_cross_entropy import BinaryCrossEntropyLoss
+from .pixelwise.cross_entropy import CrossEntropyLoss
+from .pixelwise.focal_loss import FocalLoss
 from .pixelwise.margin_calibration import MarginCalibratedLoss
 from .regions.region_mutual_information import RMILoss
 from .windows.gaussian_statistics import gaussian_statistics

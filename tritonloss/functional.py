@@ -1,6 +1,8 @@
 """The functional forms of all losses."""
 
-from .pixelwise.losses import binary_cross_entropy, cross_entropy, focal_loss
+from .pixelwise.binary_cross_entropy import binary_cross_entropy
+from .pixelwise.cross_entropy import cross_entropy
+from .pixelwise.focal_loss import focal_loss
 from .pixelwise.margin_calibration import margin_calibrated_loss
 from .regions.region_mutual_information import rmi_loss
 from .windows.ssim import ssim, ssim_loss

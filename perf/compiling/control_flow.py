@@ -17,11 +17,15 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop that lies in no other. `nests` if others lie in it, whose instructions count too."""
+    """A loop that lies in no other. `nests` if others lie in it, whose instructions count too.
+
+    `takes_tickets`: it has an atomic operation, with which programs find out who is the last one.
+    """
 
     start: int
     instructions: int
     nests: bool = False
+    takes_tickets: bool = False
 
 
 def loops(program: Sequence[Instruction]) -> tuple[Loop, ...]:
@@ -30,11 +34,7 @@ def loops(program: Sequence[Instruction]) -> tuple[Loop, ...]:
     Compilers move rare code behind the end of a program and jump back from there. Only a jump to
     an instruction that every path to the jump has passed closes a loop.
     """
-    starts = _block_starts(program)
-    following = _successors(program, starts)
-    reachable = _reachable(following)
-    following = [targets if b in reachable else set() for b, targets in enumerate(following)]
-    dominators = _dominators(following, reachable)
+    starts, following, dominators = _flow(program)
     bodies: dict[int, set[int]] = {}
     for block, targets in enumerate(following):
         for header in targets:
@@ -44,11 +44,49 @@ def loops(program: Sequence[Instruction]) -> tuple[Loop, ...]:
     ends = [*starts, len(program)][1:]
     lengths = [end - start for start, end in zip(starts, ends, strict=True)]
     inner = {h for h in bodies if any(h in bodies[other] for other in bodies if other != h)}
+    atomic = {
+        block
+        for block, (start, end) in enumerate(zip(starts, ends, strict=True))
+        if any(_is_atomic(instruction) for instruction in program[start:end])
+    }
     return tuple(
-        Loop(starts[header], sum(lengths[block] for block in body), bool(inner & body))
+        Loop(
+            starts[header],
+            sum(lengths[block] for block in body),
+            bool(inner & body),
+            bool(atomic & body),
+        )
         for header, body in sorted(bodies.items())
         if header not in inner
     )
+
+
+def instructions_of_everyone(program: Sequence[Instruction]) -> int:
+    """How many instructions lie before a ticket is taken: what comes after it few programs run."""
+    starts, _, dominators = _flow(program)
+    ends = [*starts, len(program)][1:]
+    spans = list(zip(starts, ends, strict=True))
+    taking = {b for b, (s, e) in enumerate(spans) if any(map(_is_atomic, program[s:e]))}
+    return sum(
+        sum(instruction.opcode != "NOP" for instruction in program[start:end])
+        for block, (start, end) in enumerate(spans)
+        if not taking & dominators[block] - {block}
+    )
+
+
+def _flow(
+    program: Sequence[Instruction],
+) -> tuple[list[int], list[set[int]], list[set[int]]]:
+    """(starts, successors, dominators) of the blocks of a program."""
+    starts = _block_starts(program)
+    following = _successors(program, starts)
+    reachable = _reachable(following)
+    following = [targets if b in reachable else set() for b, targets in enumerate(following)]
+    return starts, following, _dominators(following, reachable)
+
+
+def _is_atomic(instruction: Instruction) -> bool:
+    return instruction.opcode.startswith("ATOM") or "_atomic_" in instruction.opcode
 
 
 def _block_starts(program: Sequence[Instruction]) -> list[int]:

@@ -8,13 +8,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from perf.compiling.control_flow import Instruction, Loop, loops
+from perf.compiling.control_flow import (
+    Instruction,
+    Loop,
+    instructions_of_everyone,
+    loops,
+)
 from tritonloss._tools.resources import Resources, amd_usage, cuobjdump, nvidia_usage
 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What the assembler says about a kernel, and its loops in the order of their addresses."""
+    """What the assembler says about a kernel, and its loops in the order of their addresses.
+
+    `instructions` are those that all programs run: not what finishes the sums of all of them.
+    """
 
     registers: int
     spill_bytes: int
@@ -29,11 +37,13 @@ class MachineCode:
         """The loops that matter, the smallest first.
 
         Left out is what is much smaller than the biggest: a look at the labels, say, and the
-        remainder of an unrolled loop, which is that loop over again at a share of 1 / unroll.
+        remainder of an unrolled loop, which is that loop over again at a share of 1 / unroll. So is
+        what finishes the sums of all programs: few of them run it.
         """
-        biggest = max((loop.instructions for loop in self.loops), default=0)
+        everyones = [loop for loop in self.loops if not loop.takes_tickets]
+        biggest = max((loop.instructions for loop in everyones), default=0)
         least = 0.25 if unroll == 1 else max(0.25, 1.3 / unroll)
-        big = [loop for loop in self.loops if loop.instructions >= least * biggest]
+        big = [loop for loop in everyones if loop.instructions >= least * biggest]
         return tuple(sorted(big, key=lambda loop: loop.instructions))
 
 
@@ -51,7 +61,7 @@ def parse_sass(listing: str, resources: str) -> MachineCode:
     lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", listing, re.MULTILINE)
     index = {int(address, 16): position for position, (address, _) in enumerate(lines)}
     program = [_sass_instruction(text, index) for _, text in lines]
-    length = sum(instruction.opcode != "NOP" for instruction in program)  # padding at the end
+    length = instructions_of_everyone(program)
     return MachineCode(registers, spilled, length, loops(program))
 
 
@@ -66,7 +76,9 @@ def parse_amdgcn(assembly: str) -> MachineCode:
         elif re.match(r"(s|v|ds|global|buffer|flat|scratch)_\w+", code):
             lines.append(code)
     program = [_gcn_instruction(line, labels) for line in lines]
-    return MachineCode(*amd_usage(assembly), instructions=len(program), loops=loops(program))
+    return MachineCode(
+        *amd_usage(assembly), instructions=instructions_of_everyone(program), loops=loops(program)
+    )
 
 
 def _sass_instruction(text: str, index: Mapping[int, int]) -> Instruction:

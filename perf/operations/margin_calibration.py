@@ -23,7 +23,7 @@ from perf.operations.contract import (
     variations,
 )
 from tritonloss import MarginOffsets, functional
-from tritonloss.pixelwise import margin_calibration as kernels
+from tritonloss.pixelwise.margin_calibration import MARGIN_CALIBRATED, Options
 
 
 @functools.cache
@@ -52,10 +52,9 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     """Forward and backward launchers."""
     logits, target = tensors
-    given = (logits, target, *offsets(logits.size(1), logits.device))
-    options = kernels.CallOptions(case.options.get("variant", "paper"), "mean", 255)
-    loss, *saved = kernels._margin_forward(*given, options, save=True)
-    kernels._margin_backward(torch.empty_like(loss), *saved, *given, options)
+    options = Options(case.options.get("variant", "paper"), ignore_index=255)
+    pair = offsets(logits.size(1), logits.device)
+    MARGIN_CALIBRATED.both_passes(logits, target, *pair, options=options)
 
 
 def floor(case: Case) -> Floor:

@@ -100,6 +100,11 @@ def check_ignore_index(ignore_index: int | None, classes: int | None = None) -> 
         )
 
 
+def plain_label(ignore_index: int | None) -> int | None:
+    """The label as operators take it: an int, or None."""
+    return None if ignore_index is None else int(ignore_index)
+
+
 def check_labels_in_range(target: torch.Tensor, classes: int, ignore_index: int | None) -> None:
     """Every label must lie in [0, classes) or be ``ignore_index``.
 

@@ -140,6 +140,14 @@ class Operator:
             found = self._reuse(**given, **dict(zip(self.reused, reused, strict=True)))
         return self._tupled(self._backward(**given) if found is None else found)
 
+    def both_passes(self, *tensors: Tensor | None, options: Any = ()) -> tuple[Tensor, ...]:
+        """What a caller gets and the gradients under upstream gradients of 1, without autograd."""
+        results = self.run_forward(tensors, options, True)
+        grads = [torch.ones_like(results[position]) for position in self._grad_positions]
+        wants = [True] * len(self.wants)
+        gradients = self.run_backward(grads, self.of_saved(tensors, results), wants, options)
+        return (*results[: self.returned], *gradients)
+
     def of_saved(
         self, tensors: Sequence[Tensor | None], results: Sequence[Tensor]
     ) -> list[Tensor | None]:

@@ -13,6 +13,7 @@ from . import configurations
 
 _run = JITFunction.run
 _T = TypeVar("_T")
+Pointers = torch.Tensor | tuple[torch.Tensor, ...]
 
 # What has been prepared, by what it depends on; forgotten when images of so many sizes have come.
 _prepared: dict[Hashable, Any] = {}
@@ -56,9 +57,12 @@ class PreparedLaunch:
         self._template: list[Any] = []
         self._places: list[int] = []
 
-    def __call__(self, **tensors: torch.Tensor) -> None:
+    def __call__(self, **tensors: Pointers) -> None:
         """Launch. The tensors are the same ones by name, in the same order, at every call."""
-        aligned = tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors.values()])
+        pointers: list[torch.Tensor] = []
+        for given in tensors.values():
+            pointers += given if isinstance(given, tuple) else (given,)
+        aligned = tuple([tensor.data_ptr() % 16 == 0 for tensor in pointers])
         compiled = self._compiled.get(aligned)
         # Whoever records launches, or compiles only, has put something of their own in its place.
         if compiled is None or JITFunction.run is not _run:
@@ -69,7 +73,7 @@ class PreparedLaunch:
             arguments[place] = tensor
         compiled[self._grid](*arguments)
 
-    def _first(self, aligned: tuple[bool, ...], tensors: dict[str, torch.Tensor]) -> None:
+    def _first(self, aligned: tuple[bool, ...], tensors: dict[str, Pointers]) -> None:
         """Triton's own way, which returns what it has compiled (in the interpreter: nothing)."""
         compiled = self._kernel[self._grid](**tensors, **self._arguments)
         if isinstance(compiled, CompiledKernel) and JITFunction.run is _run:

@@ -1,15 +1,16 @@
 """Sums over all programs of a kernel, finished by the program that comes last.
 
-Every program leaves its partial sums and takes a ticket. The last one of a group adds up what its
-group has left, the last one of all adds up the groups, each in the order of the programs and in
-float64: whoever comes last, the bits are the same, and no second launch is needed. The tickets are
-integers that only count; who takes the last one puts the counter back to 0 for the next launch.
+Every program leaves its partial sums and takes a ticket of its group. The last one of a group adds
+up what its group has left, in the order of the programs and in float64, and takes a ticket of the
+next level for the group, and so on: whoever comes last, the bits are the same, and no second launch
+is needed. The tickets only count; who takes the last one puts the counter back to 0 for the next
+launch.
 
-In a kernel, with ``sums = Sums(scratch_ptr, tickets_ptr, programs)``:
+In a kernel, with ``sums`` for the ``Sums`` of its arguments and two rows:
 
     leave(sums, 0, tl.sum(values))
     leave(sums, 1, tl.sum(counts))
-    if comes_last(sums, 2):
+    if comes_last(sums):
         tl.store(mean_ptr, total(sums, 0) / total(sums, 1))
 
 and in its launcher ``**sums_over(programs, 2, device)`` for the three arguments.
@@ -23,16 +24,17 @@ import torch
 import triton
 import triton.language as tl
 
-# Programs of a group. With 256 of them a sum over ten thousand programs is two short loops.
+# Programs of a group: two for a lane of four warps.
 _GROUP = tl.constexpr(256)
 
 
 class Sums(NamedTuple):
     """Where a kernel's programs leave their partial sums."""
 
-    scratch: Any  # float64 [rows, programs + groups]
-    tickets: Any  # int32 [1 + groups], all 0 between launches
+    scratch: Any  # float64 [1 + elements of all levels, rows]: the totals, then what is added up
+    tickets: Any  # int32 [groups of all levels], all 0 between launches
     programs: Any
+    rows: Any
 
 
 # --- device functions -----------------------------------------------------------------------------
@@ -41,43 +43,58 @@ class Sums(NamedTuple):
 @triton.jit
 def leave(sums, row, partial):
     """Leave a program's partial sum, a scalar, in a row."""
-    tl.store(_row(sums, row) + tl.program_id(0), partial.to(tl.float64))
+    tl.store(_element(sums, row, tl.program_id(0)), partial.to(tl.float64))
 
 
 @triton.jit
-def comes_last(sums, ROWS: tl.constexpr):
+def comes_last(sums):
     """Whether all programs have left their partial sums in all rows, so that ``total`` is known."""
-    program = tl.program_id(0)
-    groups = tl.cdiv(sums.programs, _GROUP)
-    group = program // _GROUP
-    first = group * _GROUP
-    size = tl.minimum(sums.programs - first, _GROUP)
+    index = tl.program_id(0)  # among the ``count`` elements of this level, which begin at ``base``
+    count = sums.programs
+    base = 0
+    first_ticket = 0  # of the groups of this level
     finished = False
-    if _takes_last(sums.tickets + 1 + group, size):
-        lane = tl.arange(0, _GROUP)
-        for row in tl.static_range(ROWS):
-            partials = tl.load(_row(sums, row) + first + lane, mask=lane < size, other=0.0)
-            tl.store(_row(sums, row) + sums.programs + group, tl.sum(partials))
-        finished = _takes_last(sums.tickets, groups)
+    goes_on = True
+    # One loop over the levels, without one over the elements in it: unrolled, that would take more
+    # registers than the kernel around it.
+    while goes_on:
+        group = index // _GROUP
+        groups = tl.cdiv(count, _GROUP)
+        size = tl.minimum(count - group * _GROUP, _GROUP)
+        goes_on = False
+        if _takes_last(sums.tickets + (first_ticket + group), size):
+            finished = groups == 1
+            goes_on = groups > 1
+            result = tl.where(finished, -1, base + count + group)
+            _add_up(sums, base + group * _GROUP, size, result)
+            first_ticket += groups
+            base += count
+            index = group
+            count = groups
+    if finished:
+        tl.debug_barrier()
     return finished
 
 
 @triton.jit
 def total(sums, row):
     """The sum of a row over all programs, float64; for the program that comes last."""
-    groups = tl.cdiv(sums.programs, _GROUP)
-    lane = tl.arange(0, _GROUP)
-    result = tl.zeros((_GROUP,), tl.float64)
-    for start in tl.range(0, groups, _GROUP):
-        pointers = _row(sums, row) + sums.programs + start + lane
-        result += tl.load(pointers, mask=start + lane < groups, other=0.0)
-    return tl.sum(result)
+    return tl.load(_element(sums, row, -1))
 
 
 @triton.jit
-def _row(sums, row):
-    stride = sums.programs + tl.cdiv(sums.programs, _GROUP)
-    return sums.scratch + stride.to(tl.int64) * row
+def _add_up(sums, first, size, result):
+    """Store the sum of some elements of every row, one row after the other."""
+    lane = tl.arange(0, _GROUP)
+    for row in tl.range(0, sums.rows):
+        elements = tl.load(_element(sums, row, first + lane), mask=lane < size, other=0.0)
+        tl.store(_element(sums, row, result), tl.sum(elements))
+
+
+@triton.jit
+def _element(sums, row, index):
+    # In 32 bits: so many programs would have more pixels than there is memory.
+    return sums.scratch + ((index + 1) * sums.rows + row)
 
 
 @triton.jit
@@ -99,12 +116,23 @@ _kept: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 def sums_over(programs: int, rows: int, device: torch.device) -> dict[str, Any]:
     """The arguments scratch_ptr, tickets_ptr and programs of a kernel that has ``rows`` sums."""
-    groups = -(-programs // _GROUP.value)
+    elements, groups = sizes(programs)
     return {
-        "scratch_ptr": torch.empty(rows, programs + groups, dtype=torch.float64, device=device),
-        "tickets_ptr": tickets(groups + 1, device),
+        "scratch_ptr": torch.empty(1 + elements, rows, dtype=torch.float64, device=device),
+        "tickets_ptr": tickets(groups, device),
         "programs": programs,
     }
+
+
+def sizes(programs: int) -> tuple[int, int]:
+    """(elements, groups) of all levels together."""
+    elements = groups = 0
+    level = programs
+    while level > 1 or groups == 0:
+        elements += level
+        level = -(-level // _GROUP.value)
+        groups += level
+    return elements, groups
 
 
 def tickets(count: int, device: torch.device) -> torch.Tensor:

@@ -12,15 +12,15 @@ the two largest scores give every margin of a pixel, and the gradient flows thro
 Bytes per pass, L of logits and T of labels: forward L + T up to 32 contiguous classes, or 256 in
 channels_last, which the second pass over the classes finds in registers; of more, 2 L + T are read,
 the second L out of the cache as far as it fits there; backward 2 L + T. 8 bytes per pixel are
-saved, 12 for float64 (``margin_kernels.py`` says which, and why).
+saved, 12 for float64 (``margins.py`` says which, and why).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from kernels_reference.margin_calibration import (
     margin_calibrated_loss as margin_calibrated_loss_reference,
@@ -28,25 +28,25 @@ from kernels_reference.margin_calibration import (
 
 from .._core import checks
 from .._core.backend import serves_triton
-from .._core.configurations import Launch, Shape, TuningCase
-from .._core.operator import Operator
-from .._core.tuning_inputs import random_labels, random_map
-from .._engine.pixel_launch import (
-    REDUCTIONS,
-    Loss,
-    Results,
-    compute_dtype,
-    empty_results,
-    launch_backward,
-    launch_forward,
-    pixel_cases,
-)
+from .._core.configurations import TuningCase
+from .._core.loss_module import LossModule
+from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixel_cases, pixelwise_operator
+from .._engine.planes import compute_dtype
 from ..metrics.label_statistics import MarginOffsets
-from .margin_kernels import Options, margin_backward, margin_forward
+from .margins import MARGINS, Compiled
 
 VARIANTS = ("paper", "released", "margin")
 
-# --- launchers ------------------------------------------------------------------------------------
+
+class Options(NamedTuple):
+    """The options of the loss but for the offsets."""
+
+    variant: str = "paper"
+    ignore_index: int | None = checks.IGNORE_INDEX
+    reduction: str = "mean"
+
+
+# --- operator -------------------------------------------------------------------------------------
 
 
 def _saves(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -55,95 +55,33 @@ def _saves(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
 
 
 LOSS = Loss(
-    name="margin_calibrated", forward=margin_forward, backward=margin_backward, saved=_saves,
-    held=32, unroll=9,  # with 8, two registers too many on sm_100 under Triton 3.6
-)  # fmt: skip
+    "margin_calibrated",
+    MARGINS,
+    saved=_saves,
+    held=32,
+    unroll=9,  # with 8, two registers too many on sm_100 under Triton 3.6
+)
 
 
-class CallOptions(NamedTuple):
-    """The options of the loss, as they pass through the operator."""
-
-    variant: str
-    reduction: str
-    ignore_index: int | None
-
-    def of_kernels(self, classes: int, save: bool) -> Options:
-        """With a penalty's share in the loss: the released code has a mean over other classes."""
-        share = 1.0 / classes if self.variant == "released" else 1.0
-        return Options(self.variant, 1.0, share, save)
-
-
-def _margin_forward(
+def _term(
     logits: torch.Tensor,
-    target: torch.Tensor,
-    own: torch.Tensor,
-    other: torch.Tensor,
-    options: CallOptions,
+    own: torch.Tensor | None,
+    other: torch.Tensor | None,
+    options: Options,
     save: bool,
-) -> Results:
-    """The loss, and what its backward pass needs if ``save``."""
-    compiled = options.of_kernels(logits.size(1), save)
-    return launch_forward(
-        LOSS, logits, target, (own, other), (), compiled, options.reduction, options.ignore_index,
-        save,
-    )  # fmt: skip
+) -> Term:
+    # A penalty's share in the loss: the released code has a mean over the other classes.
+    share = 1.0 / logits.size(1) if options.variant == "released" else 1.0
+    compiled = Compiled(options.variant, 1.0, share, save)
+    return Term(LOSS, compiled, own_table=own, other_table=other)
 
 
-def _margin_backward(
-    grad_loss: torch.Tensor,
-    scale: torch.Tensor,
-    first: torch.Tensor,
-    second: torch.Tensor,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    own: torch.Tensor,
-    other: torch.Tensor,
-    options: CallOptions,
-) -> torch.Tensor:
-    """The gradient of the logits under an upstream gradient [] or [N, H, W]."""
-    compiled = options.of_kernels(logits.size(1), True)
-    results = Results(scale, scale, first, second)
-    return launch_backward(
-        LOSS, grad_loss, results, logits, target, (own, other), (), compiled, options.ignore_index
-    )
-
-
-def _allocate(logits: torch.Tensor, options: CallOptions, save: bool, **_: torch.Tensor) -> Results:
-    return empty_results(LOSS, logits, options.reduction, save)
+MARGIN_CALIBRATED = pixelwise_operator(LOSS, Options, _term)
 
 
 def tuning_cases() -> list[TuningCase]:
     """What ``python -m tritonloss tune`` measures for this slice."""
-    return pixel_cases([LOSS], _tuning_pass)
-
-
-def _tuning_pass(
-    loss: Loss, dtype: torch.dtype, shape: Shape, layout: str, device: torch.device
-) -> Launch:
-    logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
-    target = random_labels(shape, device)
-    offset = torch.full((shape[1],), 0.1, device=device)
-    given = (logits, target, offset, offset)
-    options = CallOptions("paper", "mean", 255)
-
-    def both_passes() -> tuple[torch.Tensor, torch.Tensor]:
-        results = _margin_forward(*given, options, save=True)
-        upstream = torch.ones_like(results.loss)
-        return results.loss, _margin_backward(upstream, *results[1:], *given, options)
-
-    return both_passes
-
-
-# --- operator -------------------------------------------------------------------------------------
-
-MARGIN_CALIBRATED = Operator(
-    "margin_calibrated",
-    forward=_margin_forward,
-    backward=_margin_backward,
-    allocate=_allocate,
-    results=Results,
-    options=CallOptions,
-)
+    return pixel_cases(LOSS, MARGIN_CALIBRATED, Options(), tables=2)
 
 
 # --- function -------------------------------------------------------------------------------------
@@ -253,8 +191,7 @@ def margin_calibrated_loss(
             reduction=reduction,
         )
     # The offsets get no gradient.
-    ignored = None if ignore_index is None else int(ignore_index)
-    options = CallOptions(variant, reduction, ignored)
+    options = Options(variant, checks.plain_label(ignore_index), reduction)
     return MARGIN_CALIBRATED(logits, target, own.detach(), other.detach(), options=options)[0]
 
 
@@ -284,7 +221,7 @@ def _check_options(
 # --- module ---------------------------------------------------------------------------------------
 
 
-class MarginCalibratedLoss(nn.Module):
+class MarginCalibratedLoss(LossModule, function=margin_calibrated_loss, check=_check_options):
     """:func:`tritonloss.functional.margin_calibrated_loss` as a module.
 
     With five classes and more, ``variant="released"`` trains from the start (the function's
@@ -308,36 +245,21 @@ class MarginCalibratedLoss(nn.Module):
     own: torch.Tensor
     other: torch.Tensor
 
-    def __init__(
-        self,
-        offsets: tuple[torch.Tensor, torch.Tensor],
-        *,
-        variant: str = "paper",
-        ignore_index: int | None = checks.IGNORE_INDEX,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__()
-        own, other = _check_options(offsets, variant, ignore_index, reduction)
-        self.register_buffer("own", own.detach().clone())
-        self.register_buffer("other", other.detach().clone())
-        self.variant = variant
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-
-    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Logits [N, C, H, W], target [N, H, W] -> scalar, or [N, H, W]."""
-        return margin_calibrated_loss(
-            logits,
-            target,
-            MarginOffsets(self.own, self.other),
-            variant=self.variant,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
-
     def extra_repr(self) -> str:
         """The options, for printing."""
+        return f"classes={self.own.numel()}, {super().extra_repr()}"
+
+    def _keep(self, option: inspect.Parameter, value: Any) -> None:
+        if option.name != "offsets":
+            super()._keep(option, value)
+            return
+        own, other = value
+        self.register_buffer("own", own.detach().clone())
+        self.register_buffer("other", other.detach().clone())
+
+    def _kept(self, option: inspect.Parameter) -> Any:
         return (
-            f"classes={self.own.numel()}, variant={self.variant!r}, "
-            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+            MarginOffsets(self.own, self.other)
+            if option.name == "offsets"
+            else super()._kept(option)
         )

@@ -1,4 +1,4 @@
-"""Device functions of the margin-calibrated losses: a pair, as ``_pixels.py`` asks for.
+"""The record of the margin-calibrated loss: its device functions.
 
 With a the class of the largest score of a pixel and b that of the next (the first of equals), the
 margin of a class is z_k - z_a, and that of a itself z_a - z_b. Every class's penalty is a function
@@ -19,36 +19,68 @@ are looked up.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from .._engine.math import LN_2, LOG2_E, inverse, log_one_plus, sigmoid_base2, softplus_base2
 from .._engine.pixels import (
+    Record,
     class_of,
-    fold_classes_twice,
     for_classes,
     largest_of_lanes,
-    load_class,
     load_entry,
     load_table,
+    no_class_yet,
     nothing_yet,
     smallest_of_lanes,
     sum_of_lanes,
-    write_gradients,
 )
 
 _NO_CLASS = tl.constexpr(1 << 30)
 
 
-class Options(NamedTuple):
-    """The options of the loss; known when a kernel is compiled."""
+class Compiled(NamedTuple):
+    """What of the options a kernel is compiled for."""
 
     variant: str
     own_share: float  # of a penalty in the loss: that of the pixel's own class
     other_share: float
     saved: bool  # the sum of the derivatives is wanted
+
+
+class _TopTwo(NamedTuple):
+    """The two largest scores so far, and their classes."""
+
+    largest: Any
+    second: Any
+    best: Any
+    runner_up: Any
+
+
+class _Penalties(NamedTuple):
+    """What the second pass adds up, beside what the first has found."""
+
+    penalties: Any
+    slopes: Any
+    largest: Any  # [pixels], as all below
+    second: Any
+    best: Any
+    runner_up: Any
+
+
+class _Factors(NamedTuple):
+    """What the slopes of a pixel's classes share."""
+
+    largest: Any
+    own: Any
+    best: Any
+    runner_up: Any
+    other_share: Any
+    of_own: Any
+    of_best: Any
+    of_runner_up: Any
 
 
 # --- penalties ------------------------------------------------------------------------------------
@@ -92,23 +124,27 @@ def _penalty_slope(mu, rho, OPTIONS: tl.constexpr):
     return slope
 
 
-# --- passes over the classes ----------------------------------------------------------------------
+# --- the passes over the classes ------------------------------------------------------------------
 
 
 @triton.jit
-def _add_to_top_two(
-    state, values, start, pixel, given, dtype: tl.constexpr, OPTIONS: tl.constexpr,
-    COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """(largest, next, class of the largest, class of the next) with a block of classes.
+def _start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    nothing = nothing_yet(float("-inf"), TILE)
+    no_class = no_class_yet(TILE)
+    return _TopTwo(largest=nothing, second=nothing, best=no_class, runner_up=no_class)
+
+
+@triton.jit
+def _add_to_top_two(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """The two largest scores with a block of classes.
 
     A NaN beats nothing, so that two classes are always found; tl.maximum would leave it to the
     version and the device whether one came through.
     """
     largest, second, best, runner_up = state
-    for j in tl.static_range(COUNT):
-        z = values[j]
-        index = class_of(start, j, TILE)
+    for j in tl.static_range(len(block.logits)):
+        z = block.logits[j]
+        index = class_of(block, j, TILE)
         beats_second = z > second
         beats_largest = z > largest
         runner_up = tl.where(beats_second, index, runner_up)
@@ -117,12 +153,12 @@ def _add_to_top_two(
         second = tl.where(beats_second, z, second)
         second = tl.where(beats_largest, largest, second)
         largest = tl.where(beats_largest, z, largest)
-    return largest, second, best, runner_up
+    return _TopTwo(largest=largest, second=second, best=best, runner_up=runner_up)
 
 
 @triton.jit
-def _top_two_of_lanes(state, dtype: tl.constexpr, TILE: tl.constexpr):
-    """The start of the second pass: (penalties, slopes, largest, next, best, runner-up)."""
+def _top_two_of_lanes(state, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """The start of the second pass."""
     largest, second, best, runner_up = state
     top = largest_of_lanes(largest, TILE)
     here = tl.where(largest == for_classes(top, TILE), best, _NO_CLASS)
@@ -138,33 +174,32 @@ def _top_two_of_lanes(state, dtype: tl.constexpr, TILE: tl.constexpr):
     # With -inf in all other classes none has ever beaten the start.
     first_other = tl.where(top_class == 0, 1, 0)
     runner_up = tl.where(runner_up == top_class, first_other, runner_up)
-    zero = nothing_yet(0.0, dtype, TILE)
-    return zero, zero, top, second, top_class, runner_up
+    zero = nothing_yet(0.0, TILE)
+    return _Penalties(
+        penalties=zero, slopes=zero, largest=top, second=second, best=top_class,
+        runner_up=runner_up,
+    )  # fmt: skip
 
 
 @triton.jit
-def _add_penalties(
-    state, values, start, pixel, given, dtype: tl.constexpr, OPTIONS: tl.constexpr,
-    COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Add penalties and slopes of the classes that are neither the pixel's own nor its best.
+def _add_penalties(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """Penalties and slopes with the classes that are neither the pixel's own nor its best.
 
     Those two are added once per pixel; added here and taken away again, a confident pixel would
     lose all of its digits.
     """
-    penalties, slopes, top, second, best, runner_up = state
-    largest = for_classes(top, TILE)
+    largest = for_classes(state.largest, TILE)
     own_class = for_classes(pixel.own, TILE)
-    best_class = for_classes(best, TILE)
+    best_class = for_classes(state.best, TILE)
     # Summed within the block first, lest sums over many classes lose their last digits.
-    linear = tl.zeros_like(penalties)
-    rest = tl.zeros_like(penalties)
-    slope = tl.zeros_like(slopes)
-    for j in tl.static_range(COUNT):
-        index = class_of(start, j, TILE)
+    linear = tl.zeros_like(state.penalties)
+    rest = tl.zeros_like(state.penalties)
+    slope = tl.zeros_like(state.slopes)
+    for j in tl.static_range(len(block.logits)):
+        index = class_of(block, j, TILE)
         left_out = (index == own_class) | (index == best_class)
-        mu = tl.where(left_out, float("-inf"), values[j] - largest)
-        rho = load_table(given.other_table, start, j, LEFT, dtype, TILE)
+        mu = tl.where(left_out, float("-inf"), block.logits[j] - largest)
+        rho = load_table(given.other_table, block, j, TILE)
         if OPTIONS.variant == "margin":
             linear += _ramp(mu, rho)
             if OPTIONS.saved:
@@ -179,101 +214,92 @@ def _add_penalties(
                 near = inverse(1.0 + t)
                 slope += tl.where(x >= 0, near, t * near)
     if OPTIONS.variant == "margin":
-        penalties += linear
+        penalties = state.penalties + linear
     elif OPTIONS.variant == "paper":
-        penalties += linear + log_one_plus(rest) * LOG2_E
+        penalties = state.penalties + (linear + log_one_plus(rest) * LOG2_E)
     else:
-        penalties += linear * LN_2 + log_one_plus(rest)
-    return penalties, slopes + slope, top, second, best, runner_up
+        penalties = state.penalties + (linear * LN_2 + log_one_plus(rest))
+    return _Penalties(
+        penalties=penalties, slopes=state.slopes + slope, largest=state.largest,
+        second=state.second, best=state.best, runner_up=state.runner_up,
+    )  # fmt: skip
 
 
-# --- the pair -------------------------------------------------------------------------------------
+# --- once per pixel -------------------------------------------------------------------------------
 
 
 @triton.jit
-def margin_forward(
-    pixel, view, given, full, dtype: tl.constexpr, OPTIONS: tl.constexpr, CLASSES: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
+def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
     """The sum of all classes' penalties; saved: a and b in 16 bits each, sum of u_j for j != a."""
-    nothing = nothing_yet(float("-inf"), dtype, TILE)
-    no_class = nothing_yet(0, tl.int32, TILE)
-    state = (nothing, nothing, no_class, no_class)
-    state = fold_classes_twice(
-        state, view, pixel, given, full, dtype, _add_to_top_two, _add_penalties,
-        _top_two_of_lanes, OPTIONS, CLASSES, TILE,
-    )  # fmt: skip
-    others, slopes, largest, second, best, runner_up = state
-    others = sum_of_lanes(others, TILE)
-
-    own = pixel.own
-    own_is_best = own == best
-    score = load_class(view, own, own >= 0, dtype, CLASSES, TILE)
-    own_mu = tl.where(own_is_best, second - largest, largest - score)
-    own_rho = load_entry(given.own_table, own, dtype, CLASSES)
-    best_mu = largest - second
-    best_rho = load_entry(given.other_table, best, dtype, CLASSES)
+    own_is_best = pixel.own == state.best
+    own_mu = tl.where(own_is_best, state.second - state.largest, state.largest - own)
+    own_rho = load_entry(given.own_table, pixel.own, TILE)
+    best_mu = state.largest - state.second
+    best_rho = load_entry(given.other_table, state.best, TILE)
+    others = sum_of_lanes(state.penalties, TILE)
     others += tl.where(own_is_best, 0.0, _penalty(best_mu, best_rho, OPTIONS))
-    value = OPTIONS.own_share * _penalty(own_mu, own_rho, OPTIONS) + OPTIONS.other_share * others
+    loss = OPTIONS.own_share * _penalty(own_mu, own_rho, OPTIONS) + OPTIONS.other_share * others
 
-    slope = sum_of_lanes(slopes, TILE)
+    slope = sum_of_lanes(state.slopes, TILE)
     if OPTIONS.saved:
         own_slope = OPTIONS.own_share * _penalty_slope(own_mu, own_rho, OPTIONS)
         slope = OPTIONS.other_share * slope - tl.where(own_is_best, 0.0, own_slope)
         # The backward pass learns from it that the value is NaN.
-        slope = tl.where(value == value, slope, value)
-    return value, tl.zeros_like(value) + 1.0, (best | (runner_up << 16), slope)
+        slope = tl.where(loss == loss, slope, loss)
+    return loss, tl.zeros_like(loss) + 1.0, (state.best | (state.runner_up << 16), slope)
 
 
 @triton.jit
-def _margin_slope(
-    factors, value, start, SLOT: tl.constexpr, LEFT: tl.constexpr, given, dtype: tl.constexpr,
-    OPTIONS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """u_k, with what the largest and the next score receive from the others."""
-    largest, own, best, runner_up, other_share, of_own, of_best, of_runner_up = factors
-    index = class_of(start, SLOT, TILE)
-    rho = load_table(given.other_table, start, SLOT, LEFT, dtype, TILE)
-    gradient = _penalty_slope(value - largest, rho, OPTIONS) * other_share
-    gradient = tl.where(index == own, of_own, gradient)
-    gradient = tl.where(index == best, of_best, gradient)
-    return gradient - tl.where(index == runner_up, of_runner_up, 0.0)
+def _lookups(saved, pixel, TILE: tl.constexpr):
+    """The best class, the next and the pixel's own."""
+    classes, _ = saved
+    best = tl.where(pixel.inside, classes & 0xFFFF, -1)
+    runner_up = tl.where(pixel.inside, (classes >> 16) & 0xFFFF, -1)
+    return best, runner_up, pixel.own
 
 
 @triton.jit
-def margin_backward(
-    scale, saved, pixel, view, grad_view, given, full, dtype: tl.constexpr,
-    OPTIONS: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """u_k - [k = a] sum_{j != a} u_j - [k = b] u_a; NaN in all classes where the value is NaN."""
-    slope = saved[1].to(dtype)
+def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """Of u_k - [k = a] sum_{j != a} u_j - [k = b] u_a; NaN in all classes where the loss is NaN."""
+    best, runner_up, own = _lookups(saved, pixel, TILE)
+    largest, second, score = looked_up
+    _, slope = saved
+    slope = slope.to(largest.dtype)
     scale = tl.where(slope == slope, scale, slope)
-    best = saved[0] & 0xFFFF
-    runner_up = (saved[0] >> 16) & 0xFFFF
-    own = pixel.own
-    largest = load_class(view, best, pixel.inside, dtype, CLASSES, TILE)
-    second = load_class(view, runner_up, pixel.inside, dtype, CLASSES, TILE)
-    score = load_class(view, own, own >= 0, dtype, CLASSES, TILE)
 
     own_is_best = own == best
     own_mu = tl.where(own_is_best, second - largest, largest - score)
-    own_rho = load_entry(given.own_table, own, dtype, CLASSES)
+    own_rho = load_entry(given.own_table, own, TILE)
     of_own = -scale * OPTIONS.own_share * _penalty_slope(own_mu, own_rho, OPTIONS)
-    best_rho = load_entry(given.other_table, best, dtype, CLASSES)
+    best_rho = load_entry(given.other_table, best, TILE)
     best_slope = _penalty_slope(largest - second, best_rho, OPTIONS)
     other_share = scale * OPTIONS.other_share
     u_best = tl.where(own_is_best, of_own, other_share * best_slope)
+    return _Factors(
+        largest=for_classes(largest, TILE),
+        own=for_classes(own, TILE),
+        best=for_classes(best, TILE),
+        runner_up=for_classes(runner_up, TILE),
+        other_share=for_classes(other_share, TILE),
+        of_own=for_classes(of_own, TILE),
+        of_best=for_classes(u_best - scale * slope, TILE),
+        of_runner_up=for_classes(u_best, TILE),
+    )
 
-    factors = (
-        for_classes(largest, TILE),
-        for_classes(own, TILE),
-        for_classes(best, TILE),
-        for_classes(runner_up, TILE),
-        for_classes(other_share, TILE),
-        for_classes(of_own, TILE),
-        for_classes(u_best - scale * slope, TILE),
-        for_classes(u_best, TILE),
-    )
-    write_gradients(
-        factors, view, grad_view, pixel, given, full, dtype, _margin_slope, OPTIONS, CLASSES, TILE
-    )
+
+@triton.jit
+def _slope(factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """u_k, with what the largest and the next score receive from the others."""
+    index = class_of(block, SLOT, TILE)
+    rho = load_table(given.other_table, block, SLOT, TILE)
+    mu = block.logits[SLOT] - factors.largest
+    gradient = _penalty_slope(mu, rho, OPTIONS) * factors.other_share
+    gradient = tl.where(index == factors.own, factors.of_own, gradient)
+    gradient = tl.where(index == factors.best, factors.of_best, gradient)
+    return gradient - tl.where(index == factors.runner_up, factors.of_runner_up, 0.0)
+
+
+MARGINS = Record(
+    _start, _add_to_top_two, _finish, _factors, _slope, _lookups, join=_top_two_of_lanes,
+    add_again=_add_penalties,
+)  # fmt: skip

@@ -1,0 +1,134 @@
+"""What the pixelwise losses' operations have in common: cases, bytes, goals, kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perf.operations.contract import (
+    SHAPES,
+    Case,
+    CodeGoal,
+    Floor,
+    Goal,
+    KernelNotes,
+    random_labels,
+    random_map,
+    variations,
+)
+from tritonloss._core.operator import Operator
+
+
+def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
+    """Logits [N, C, H, W] and labels [N, H, W]."""
+    return random_map(case, device), random_labels(case, device)
+
+
+def launch(operator: Operator, defaults: Any) -> Callable[[Case, tuple[Tensor, ...]], None]:
+    """Forward and backward launchers of a loss with such options."""
+
+    def launched(case: Case, tensors: tuple[Tensor, ...]) -> None:
+        logits, target = tensors
+        options = defaults._replace(ignore_index=255, **case.options)
+        operator.both_passes(logits, target, None, None, options=options)
+
+    return launched
+
+
+def floor(case: Case) -> Floor:
+    """Forward reads logits and labels: L + T. Backward also writes the gradient: 2 L + T."""
+    logits = case.shape.elements * case.torch_dtype.itemsize
+    labels = case.shape.pixels * getattr(torch, str(case.labels)).itemsize
+    return Floor(forward=logits + labels, backward=2 * logits + labels)
+
+
+def outputs(constants: Mapping[str, Any]) -> float:
+    """Values of pixels and classes that a thread completes in one round over a block of classes."""
+    return float(
+        constants["TILE.pixels"]
+        * constants["TILE.lanes"]
+        * constants["TILE.unroll"]
+        / constants["THREADS"]
+    )
+
+
+_SHAPES = ("cityscapes", "ade20k", "coco-stuff")
+BASE = Case(SHAPES["ade20k"], labels="uint8", against_compile=True)
+CASES = variations(
+    BASE,
+    *({"shape": SHAPES[name]} for name in _SHAPES if name != "ade20k"),
+    *({"shape": SHAPES[name], "dtype": "bfloat16"} for name in _SHAPES),
+    *({"shape": SHAPES[name], "layout": "channels_last"} for name in _SHAPES),
+    *({"shape": SHAPES[name], "layout": "channels_last", "dtype": "bfloat16"} for name in _SHAPES),
+    {"shape": SHAPES["voc"], "against_compile": False},
+    {"shape": SHAPES["cityscapes"], "labels": "int64", "against_compile": False},
+)
+BINARY = replace(BASE, shape=SHAPES["binary"], against_compile=False)
+
+_ONCE = {"everywhere": False, "against_compile": False}
+SHIPPED = variations(
+    replace(BASE, everywhere=True, against_compile=False),
+    {"layout": "channels_last"},
+    {"shape": SHAPES["cityscapes"], **_ONCE},
+    {"dtype": "bfloat16", **_ONCE},
+    {"dtype": "bfloat16", "layout": "channels_last", **_ONCE},
+    {"shape": SHAPES["cityscapes"], "layout": "channels_last", **_ONCE},
+    {"shape": SHAPES["voc"], **_ONCE},
+)
+# What changes the code around the loss, whatever the loss.
+AROUND = variations(
+    replace(SHIPPED[0], everywhere=False),
+    {"dtype": "float16"},
+    {"layout": "strided"},
+    {"labels": "int64"},
+    {"options": {"reduction": "none"}},
+    {"shape": replace(SHAPES["ade20k"], name="thousand", classes=1000)},  # more than a uint8 holds
+    {"options": {"label_smoothing": 0.1}},
+    {"options": {"label_smoothing": 0.1}, "layout": "channels_last"},
+)[1:]
+
+
+def bandwidth_goals(words: str, float32: float, bfloat16: float) -> tuple[Goal, ...]:
+    """Shares of the copy bandwidth in both layouts."""
+    return tuple(
+        Goal(
+            f"{words}, {case.shape.name}, {case.dtype}, {case.layout}: share of the copy bandwidth",
+            case,
+            "share_of_copy",
+            at_least=float32 if case.dtype == "float32" else bfloat16,
+        )
+        for case in CASES
+        if case.against_compile
+    )
+
+
+def code_goals(
+    words: str, contiguous: tuple[float, float], channels_last: tuple[float, float]
+) -> tuple[CodeGoal, ...]:
+    """Instructions per pixel and class in the loop over blocks of classes: forward, backward."""
+    return tuple(
+        CodeGoal(
+            text=f"{words}, {direction}, {case.layout}: instructions per pixel and class",
+            case=case,
+            kernel=f"_pixelwise_{direction}_kernel",
+            loop="classes",
+            at_most=instructions,
+        )
+        for case, limits in zip(SHIPPED[:2], (contiguous, channels_last), strict=True)
+        for direction, instructions in zip(("forward", "backward"), limits, strict=True)
+    )
+
+
+# Limits of the loops. Contiguous: the instructions of the prototypes (6.2 and 10.0; 10.4 and 12.8)
+# and, going forward, one for the difference to the largest logit, without which large logits would
+# lose their digits, or two for leaving out the own class, without which confident pixels would.
+# channels_last, of which there was no prototype: the first that shipped, and a twentieth.
+SOFTMAX_CODE = ((7.2, 10.0), (9.0, 12.4))
+SIGMOID_CODE = ((12.4, 12.8), (13.7, 15.5))
+
+_CLASSES = KernelNotes(outputs, ("classes",))
+KERNELS = {"_pixelwise_forward_kernel": _CLASSES, "_pixelwise_backward_kernel": _CLASSES}

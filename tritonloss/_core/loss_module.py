@@ -1,0 +1,71 @@
+"""Losses as modules: a function's options, checked and kept."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+
+class LossModule(nn.Module):
+    """A loss's function as a module: the same options, checked when it is made.
+
+    ``class SomeLoss(LossModule, function=some_loss, check=check_options)`` is all a module needs:
+    its constructor takes what ``some_loss`` takes after ``logits`` and ``target``, and hands it by
+    name to ``check_options``. A tensor becomes a buffer, everything else an attribute.
+    """
+
+    _function: ClassVar[Callable[..., torch.Tensor]]
+    _check: ClassVar[Callable[..., Any]]
+    _options: ClassVar[tuple[inspect.Parameter, ...]]
+
+    def __init_subclass__(
+        cls,
+        *,
+        function: Callable[..., torch.Tensor] | None = None,
+        check: Callable[..., Any] | None = None,
+        **rest: Any,
+    ) -> None:
+        super().__init_subclass__(**rest)
+        if function is None or check is None:  # a subclass of a user's
+            return
+        cls._function, cls._check = staticmethod(function), staticmethod(check)
+        cls._options = tuple(inspect.signature(function).parameters.values())[2:]
+        cls.__signature__ = inspect.Signature(cls._options)  # type: ignore[attr-defined]
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__()
+        bound = inspect.Signature(self._options).bind(*arguments, **options)
+        bound.apply_defaults()
+        self._check(**bound.arguments)
+        for option in self._options:
+            self._keep(option, bound.arguments[option.name])
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Logits [N, C, H, W], target [N, H, W] -> scalar, or [N, H, W]."""
+        options = {option.name: self._kept(option) for option in self._options}
+        return self._function(logits, target, **options)
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        names = [option.name for option in self._options if hasattr(self, option.name)]
+        return ", ".join(f"{name}={_described(getattr(self, name))}" for name in names)
+
+    def _keep(self, option: inspect.Parameter, value: Any) -> None:
+        """Keep an option's value under its name."""
+        if isinstance(value, torch.Tensor) or option.annotation == "torch.Tensor | None":
+            self.register_buffer(option.name, value)
+        else:
+            setattr(self, option.name, value)
+
+    def _kept(self, option: inspect.Parameter) -> Any:
+        """An option's value as the function takes it."""
+        return getattr(self, option.name)
+
+
+def _described(value: Any) -> str:
+    """A value in short: of a tensor its shape."""
+    return f"tensor{tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)

@@ -1,0 +1,175 @@
+"""The kernels of all pixelwise losses, of one loss or of several in one read of the logits."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .pixel_walk import (
+    factors_of,
+    far_offsets,
+    finish,
+    fold,
+    load_pixels,
+    look_up,
+    run_of_pixels,
+    view_of,
+    write_gradients,
+)
+from .pixels import Given
+from .sums import Sums, comes_last, leave, total
+
+# Kernel arguments that a kernel is compiled for once, whatever their value.
+_SIZES = (
+    "logits_strides", "target_strides", "grad_strides", "upstream_strides", "pixels", "width",
+    "tiles", "full", "programs",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _pixelwise_forward_kernel(
+    logits_ptr,  # [N, C, H, W]
+    target_ptr,  # [N, H, W]
+    own_ptrs,  # of every loss [C]: a table for a pixel's own class, if the loss has one
+    other_ptrs,  # of every loss [C]: a table for the other classes, if the loss has one
+    map_ptrs,  # [N, H, W] each: what the losses leave to the backward pass
+    values_ptr,  # [N, H, W]: the sum of the losses of every pixel, if REDUCTION is "none"
+    loss_ptr,  # [], otherwise
+    scale_ptr,  # of every loss: what the gradient of a pixel's value is multiplied by
+    scratch_ptr,
+    tickets_ptr,
+    numbers,  # of every loss its own
+    shares,  # of every loss in the sum
+    logits_strides,
+    target_strides,
+    pixels,  # of an image, in grains
+    width,
+    tiles,
+    full,
+    programs,
+    TERMS: tl.constexpr,
+    IGNORED: tl.constexpr,
+    BINARY: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Reads labels and logits once (what is read again comes from the cache)."""
+    COUNT: tl.constexpr = len(TERMS.start)
+    run = run_of_pixels(pixels, width, tiles, TILE)
+    pixel = load_pixels(target_ptr, target_strides, run, IGNORED, BINARY, TILE)
+    view = view_of(logits_ptr, logits_strides, run, TILE)
+    given = _given(own_ptrs, other_ptrs, numbers, COUNT)
+
+    states = fold(view, pixel, given, full, TERMS, TILE)
+
+    own = look_up(view, pixel.own, TILE)
+    valid = pixel.label >= 0
+    position = run.image * pixels * TILE.grain + run.first + run.local
+    sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs, rows=2 * COUNT + 1)
+    in_all = tl.zeros_like(own)
+    for k in tl.static_range(COUNT):
+        value, weight, saved = finish(states[k], own, pixel, given[k], TERMS, k, TILE)
+        for i in tl.static_range(TERMS.maps[k]):
+            tl.store(map_ptrs[_first_map(TERMS, k) + i] + position, saved[i], mask=pixel.inside)
+        value = tl.where(valid, value, 0.0)
+        if REDUCTION == "none":
+            in_all += shares[k] * value
+        else:
+            leave(sums, 2 * k, tl.sum(value))
+            leave(sums, 2 * k + 1, tl.sum(tl.where(valid, weight, 0.0)))
+    if REDUCTION == "none":
+        tl.store(values_ptr + position, in_all, mask=pixel.inside)
+    else:
+        leave(sums, 2 * COUNT, tl.sum(tl.where(valid, 1.0, 0.0)))
+        if comes_last(sums):
+            _store_loss(loss_ptr, scale_ptr, sums, shares, COUNT, REDUCTION)
+
+
+@triton.jit
+def _given(own_ptrs, other_ptrs, numbers, COUNT: tl.constexpr):
+    given = ()
+    for k in tl.static_range(COUNT):
+        given = given + (
+            Given(own_table=own_ptrs[k], other_table=other_ptrs[k], numbers=numbers[k]),
+        )
+    return given
+
+
+@triton.jit
+def _first_map(TERMS: tl.constexpr, K: tl.constexpr):
+    """The place of a loss's maps among those of all."""
+    first: tl.constexpr = 0
+    for k in tl.static_range(K):
+        first += TERMS.maps[k]
+    return first
+
+
+@triton.jit
+def _store_loss(loss_ptr, scale_ptr, sums, shares, COUNT: tl.constexpr, REDUCTION: tl.constexpr):
+    """Store the loss and the scale of every term's gradient."""
+    loss = tl.zeros((), tl.float64)
+    valid = total(sums, 2 * COUNT)
+    for k in tl.static_range(COUNT):
+        divisor = tl.zeros_like(loss) + 1.0
+        if REDUCTION == "mean":
+            # Nothing valid: 0. Weights that sum to 0: NaN, as torch has it, whatever the values.
+            divisor = tl.where(valid > 0, total(sums, 2 * k + 1), 1.0)
+            divisor = tl.where(divisor == 0, float("nan"), divisor)
+        loss += total(sums, 2 * k) / divisor * shares[k]
+        tl.store(scale_ptr + k, shares[k] / divisor)
+    tl.store(loss_ptr, loss)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _pixelwise_backward_kernel(
+    upstream_ptr,  # [], or [N, H, W] unless REDUCED
+    scale_ptr,  # of every loss, if REDUCED
+    logits_ptr,  # [N, C, H, W]
+    target_ptr,  # [N, H, W]
+    own_ptrs,  # of every loss [C]
+    other_ptrs,  # of every loss [C]
+    map_ptrs,  # [N, H, W] each
+    grad_ptr,  # [N, C, H, W]
+    numbers,
+    shares,
+    upstream_strides,
+    logits_strides,
+    target_strides,
+    grad_strides,
+    pixels,  # of an image, in grains
+    width,
+    tiles,
+    full,
+    TERMS: tl.constexpr,
+    IGNORED: tl.constexpr,
+    BINARY: tl.constexpr,
+    REDUCED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Reads labels and logits once more, writes the gradient once."""
+    COUNT: tl.constexpr = len(TERMS.start)
+    dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
+    run = run_of_pixels(pixels, width, tiles, TILE)
+    pixel = load_pixels(target_ptr, target_strides, run, IGNORED, BINARY, TILE)
+    view = view_of(logits_ptr, logits_strides, run, TILE)
+    grad_view = view_of(grad_ptr, grad_strides, run, TILE)
+    given = _given(own_ptrs, other_ptrs, numbers, COUNT)
+
+    position = run.image * pixels * TILE.grain + run.first + run.local
+    if REDUCED:
+        upstream = tl.load(upstream_ptr).to(dtype)
+    else:
+        offsets = far_offsets(run, upstream_strides[1], upstream_strides[2])
+        upstream_ptr += run.image * upstream_strides[0]
+        upstream = tl.load(upstream_ptr + offsets, mask=pixel.inside, other=0.0).to(dtype)
+
+    factors = ()
+    for k in tl.static_range(COUNT):
+        saved = ()
+        for i in tl.static_range(TERMS.maps[k]):
+            map_ptr = map_ptrs[_first_map(TERMS, k) + i]
+            saved = saved + (tl.load(map_ptr + position, mask=pixel.inside, other=0),)
+        scale = upstream * (tl.load(scale_ptr + k) if REDUCED else shares[k])
+        scale = tl.where(pixel.label >= 0, scale, 0.0)
+        factors = factors + (factors_of(scale, saved, view, pixel, given[k], TERMS, k, TILE),)
+    write_gradients(factors, (view, grad_view), pixel, given, full, TERMS, TILE)

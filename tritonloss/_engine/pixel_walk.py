@@ -1,0 +1,360 @@
+"""The walk of pixelwise losses over logits that are there as they are: where pixels and logits lie.
+
+One walk serves several losses at once: ``Terms`` holds what each of them is, and every block of
+logits is read once for all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .math import sanitised_label
+from .pixels import Block, Pixel, for_classes, nearest_class
+
+
+class Terms(NamedTuple):
+    """The losses of a walk, known when a kernel is compiled; fields are tuples over them."""
+
+    start: Any
+    add: Any
+    finish: Any
+    factors: Any
+    slope: Any
+    lookups: Any
+    join: Any
+    add_again: Any
+    twice: Any  # whether the loss goes through the classes twice; else the two above are not used
+    passes: Any  # 2 if any of them does, else 1; this one is a number
+    options: Any  # the losses' own
+    maps: Any  # how many maps each leaves to the backward pass
+
+
+class Run(NamedTuple):
+    """The run of pixels of a program."""
+
+    image: Any
+    first: Any
+    local: Any  # [pixels], from 0
+    inside: Any  # [pixels], whether there is such a pixel
+    width: Any  # of the image
+
+
+class View(NamedTuple):
+    """A program's pixels in a map [N, C, H, W]."""
+
+    pointer: Any  # moves from class to class
+    offsets: Any  # stay: [pixels], or [pixels, 1] if lanes share a pixel
+    stride: Any  # from class to class
+
+
+# --- where a program is ---------------------------------------------------------------------------
+
+
+@triton.jit
+def run_of_pixels(pixels, width, tiles, TILE: tl.constexpr):
+    """The run of pixels of this program; an image has ``pixels`` grains in ``tiles`` runs."""
+    PIXELS: tl.constexpr = TILE.pixels
+    GRAIN: tl.constexpr = TILE.grain
+    program = tl.program_id(0)
+    image = (program // tiles).to(tl.int64)
+    first = (program % tiles).to(tl.int64) * PIXELS
+    local = tl.arange(0, PIXELS)
+    inside = first + local < pixels.to(tl.int64) * GRAIN
+    return Run(image=image, first=first, local=local, inside=inside, width=width)
+
+
+@triton.jit
+def far_offsets(run, row_stride, column_stride):
+    """Offsets of a run's pixels in a map with any strides."""
+    pixel = run.first + run.local
+    row = pixel // run.width
+    return row * row_stride + (pixel - row * run.width) * column_stride
+
+
+@triton.jit
+def view_of(pointer, strides, run, TILE: tl.constexpr):
+    """A run's view of a map. Strides count in grains but for the last."""
+    GRAIN: tl.constexpr = TILE.grain
+    one = tl.full((), 1, tl.int64)
+    start = pointer + run.image * strides[0] * GRAIN
+    if TILE.flat and TILE.lanes == 1:
+        view = View(pointer=start + run.first, offsets=run.local, stride=one * strides[1] * GRAIN)
+    elif TILE.flat:
+        offsets = run.local.to(tl.int64) * strides[3]
+        view = View(pointer=start + run.first * strides[3], offsets=offsets[:, None], stride=one)
+    else:
+        offsets = far_offsets(run, strides[2], strides[3])
+        if TILE.lanes > 1:
+            view = View(pointer=start, offsets=offsets[:, None], stride=one)
+        else:
+            view = View(pointer=start, offsets=offsets, stride=one * strides[1])
+    return view
+
+
+@triton.jit
+def load_pixels(
+    target_ptr, strides, run, IGNORED: tl.constexpr, BINARY: tl.constexpr, TILE: tl.constexpr
+):
+    """The pixels of a run, labels sanitised.
+
+    label and own are -1 where there is none. They differ for BINARY labels alone: of those 1 is
+    class 0, and 0 is the absence of class 0.
+    """
+    GRAIN: tl.constexpr = TILE.grain
+    start = target_ptr + run.image * strides[0] * GRAIN
+    if TILE.flat:
+        pointers = start + run.first + run.local
+    else:
+        pointers = start + far_offsets(run, strides[1], strides[2])
+    loaded = tl.load(pointers, mask=run.inside, other=0)
+    # As a tensor: labels of eight bits may be fewer than the classes, and are widened then.
+    classes = tl.full((), 2 if BINARY else TILE.classes, tl.int32)
+    label = sanitised_label(loaded, run.inside, classes, IGNORED)
+    own = tl.where(label == 1, 0, -1) if BINARY else label
+    return Pixel(label=label, own=own, inside=run.inside)
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _exists(COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr):
+    """Of every slot which lanes have a class, [1, lanes] each, if LEFT classes are left."""
+    LANES: tl.constexpr = TILE.lanes
+    exists = ()
+    for j in tl.static_range(COUNT):
+        if LEFT >= (j + 1) * LANES:
+            exists = exists + (tl.full((1, LANES), True, tl.int1),)
+        else:
+            exists = exists + (tl.arange(0, LANES)[None, :] < LEFT - j * LANES,)
+    return exists
+
+
+@triton.jit
+def _slot_mask(inside, exists, TILE: tl.constexpr):
+    """Which values of a slot there are."""
+    if TILE.lanes == 1:
+        mask = inside
+    else:
+        mask = inside[:, None] & exists
+    return mask
+
+
+@triton.jit
+def _slot_pointers(view, SLOT: tl.constexpr, TILE: tl.constexpr):
+    LANES: tl.constexpr = TILE.lanes
+    if LANES == 1:
+        pointers = view.pointer + SLOT * view.stride + view.offsets
+    else:
+        pointers = view.pointer + (view.offsets + (SLOT * LANES + tl.arange(0, LANES)[None, :]))
+    return pointers
+
+
+@triton.jit
+def _load_block(view, start, inside, COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr):
+    """The block of COUNT slots that begins with class ``start``, which the view points to."""
+    dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
+    exists = _exists(COUNT, LEFT, TILE)
+    logits = ()
+    for j in tl.static_range(COUNT):
+        mask = _slot_mask(inside, exists[j], TILE)
+        if TILE.lanes == 1:
+            loaded = tl.load(_slot_pointers(view, j, TILE), mask=mask, other=0.0)
+        else:
+            loaded = tl.load(_slot_pointers(view, j, TILE), mask=mask, other=float("-inf"))
+        logits = logits + (loaded.to(dtype),)
+    return Block(logits=logits, exists=exists, start=start)
+
+
+@triton.jit
+def look_up(view, index, TILE: tl.constexpr):
+    """Each pixel's logit of a class of its own, [pixels]; 0 where that is less than 0."""
+    dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
+    if TILE.lanes == 1:
+        pixels = view.offsets
+    else:
+        pixels = tl.reshape(view.offsets, (TILE.pixels,))
+    offset = nearest_class(index, TILE).to(tl.int64) * view.stride + pixels
+    return tl.load(view.pointer + offset, mask=index >= 0, other=0.0).to(dtype)
+
+
+# --- passes over the classes ----------------------------------------------------------------------
+
+
+@triton.jit
+def fold(view, pixel, given, full, TERMS: tl.constexpr, TILE: tl.constexpr):
+    """The states of all losses after all classes.
+
+    ``full`` is the number of classes in the blocks before the last, known at run time only, so that
+    the loop over them stays one. Where one block holds all classes it stays in registers for losses
+    that go through them twice; otherwise it is loaded again, out of the cache if that is large
+    enough.
+    """
+    COUNT: tl.constexpr = (TILE.classes + TILE.lanes - 1) // TILE.lanes
+    states = ()
+    for k in tl.static_range(len(TERMS.start)):
+        states = states + (_start(TERMS, k, TILE),)
+    if COUNT <= TILE.unroll:
+        block = _load_block(view, 0, pixel.inside, COUNT, TILE.classes, TILE)
+        states = _add_to_all(states, block, pixel, given, TERMS, TILE)
+        states = _join_all(states, TERMS, TILE)
+        states = _add_again_to_all(states, block, pixel, given, TERMS, TILE)
+    else:
+        states = _fold_blocks(states, view, pixel, given, full, _add_to_all, TERMS, TILE)
+        if TERMS.passes == 2:
+            states = _join_all(states, TERMS, TILE)
+            states = _fold_blocks(states, view, pixel, given, full, _add_again_to_all, TERMS, TILE)
+    return states
+
+
+@triton.jit
+def _fold_blocks(
+    states, view, pixel, given, full, ADD: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr
+):
+    """The states after ADD(states, block, ...) of all blocks in turn."""
+    STEP: tl.constexpr = TILE.unroll * TILE.lanes
+    FULL: tl.constexpr = (TILE.classes - 1) // STEP * STEP
+    LEFT: tl.constexpr = TILE.classes - FULL  # at least one, at most a whole block
+    COUNT: tl.constexpr = (LEFT + TILE.lanes - 1) // TILE.lanes
+    pointer = view.pointer
+    if FULL > 0:
+        for start in tl.range(0, full, STEP):
+            here = View(pointer=pointer, offsets=view.offsets, stride=view.stride)
+            block = _load_block(here, start, pixel.inside, TILE.unroll, STEP, TILE)
+            states = ADD(states, block, pixel, given, TERMS, TILE)
+            pointer += STEP * view.stride
+    here = View(pointer=pointer, offsets=view.offsets, stride=view.stride)
+    block = _load_block(here, FULL, pixel.inside, COUNT, LEFT, TILE)
+    return ADD(states, block, pixel, given, TERMS, TILE)
+
+
+@triton.jit
+def write_gradients(factors, views, pixel, given, full, TERMS: tl.constexpr, TILE: tl.constexpr):
+    """Store the sum of all losses' slopes for every class; ``views`` are of logits and gradient."""
+    STEP: tl.constexpr = TILE.unroll * TILE.lanes
+    FULL: tl.constexpr = (TILE.classes - 1) // STEP * STEP
+    LEFT: tl.constexpr = TILE.classes - FULL
+    COUNT: tl.constexpr = (LEFT + TILE.lanes - 1) // TILE.lanes
+    view, grad_view = views
+    pointer = view.pointer
+    grad_pointer = grad_view.pointer
+    if FULL > 0:
+        for start in tl.range(0, full, STEP):
+            here = View(pointer=pointer, offsets=view.offsets, stride=view.stride)
+            there = View(pointer=grad_pointer, offsets=grad_view.offsets, stride=grad_view.stride)
+            block = _load_block(here, start, pixel.inside, TILE.unroll, STEP, TILE)
+            _write_block(factors, block, there, pixel, given, TERMS, TILE)
+            pointer += STEP * view.stride
+            grad_pointer += STEP * grad_view.stride
+    here = View(pointer=pointer, offsets=view.offsets, stride=view.stride)
+    there = View(pointer=grad_pointer, offsets=grad_view.offsets, stride=grad_view.stride)
+    block = _load_block(here, FULL, pixel.inside, COUNT, LEFT, TILE)
+    _write_block(factors, block, there, pixel, given, TERMS, TILE)
+
+
+@triton.jit
+def _write_block(factors, block, grad_view, pixel, given, TERMS: tl.constexpr, TILE: tl.constexpr):
+    valid = for_classes(pixel.label >= 0, TILE)
+    for j in tl.static_range(len(block.logits)):
+        gradient = _slope(factors[0], block, j, given[0], TERMS, 0, TILE)
+        for k in tl.static_range(1, len(TERMS.slope)):
+            gradient += _slope(factors[k], block, j, given[k], TERMS, k, TILE)
+        # Selected, not multiplied by 0: an ignored pixel may hold an infinity.
+        gradient = tl.where(valid, gradient, 0.0)
+        mask = _slot_mask(pixel.inside, block.exists[j], TILE)
+        tl.store(_slot_pointers(grad_view, j, TILE), gradient, mask=mask)
+
+
+# --- the losses' own functions --------------------------------------------------------------------
+# Each has its options as a constexpr of its own: taken out of a tuple on the way into a call, they
+# would lose their names.
+
+
+@triton.jit
+def _start(TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+    OPTIONS: tl.constexpr = TERMS.options[K]
+    return TERMS.start[K](OPTIONS, TILE)
+
+
+@triton.jit
+def _add(state, block, pixel, given, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+    OPTIONS: tl.constexpr = TERMS.options[K]
+    return TERMS.add[K](state, block, pixel, given, OPTIONS, TILE)
+
+
+@triton.jit
+def _add_to_all(states, block, pixel, given, TERMS: tl.constexpr, TILE: tl.constexpr):
+    added = ()
+    for k in tl.static_range(len(TERMS.add)):
+        added = added + (_add(states[k], block, pixel, given[k], TERMS, k, TILE),)
+    return added
+
+
+@triton.jit
+def _join(state, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+    OPTIONS: tl.constexpr = TERMS.options[K]
+    if TERMS.twice[K]:
+        joined = TERMS.join[K](state, OPTIONS, TILE)
+    else:
+        joined = state
+    return joined
+
+
+@triton.jit
+def _join_all(states, TERMS: tl.constexpr, TILE: tl.constexpr):
+    joined = ()
+    for k in tl.static_range(len(TERMS.join)):
+        joined = joined + (_join(states[k], TERMS, k, TILE),)
+    return joined
+
+
+@triton.jit
+def _add_again(
+    state, block, pixel, given, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr
+):
+    OPTIONS: tl.constexpr = TERMS.options[K]
+    if TERMS.twice[K]:
+        added = TERMS.add_again[K](state, block, pixel, given, OPTIONS, TILE)
+    else:
+        added = state
+    return added
+
+
+@triton.jit
+def _add_again_to_all(states, block, pixel, given, TERMS: tl.constexpr, TILE: tl.constexpr):
+    added = ()
+    for k in tl.static_range(len(TERMS.join)):
+        added = added + (_add_again(states[k], block, pixel, given[k], TERMS, k, TILE),)
+    return added
+
+
+@triton.jit
+def finish(state, own, pixel, given, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+    """(value, weight, saved) of a loss, [pixels] each."""
+    OPTIONS: tl.constexpr = TERMS.options[K]
+    return TERMS.finish[K](state, own, pixel, given, OPTIONS, TILE)
+
+
+@triton.jit
+def factors_of(
+    scale, saved, view, pixel, given, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr
+):
+    """What the slopes of a loss share."""
+    OPTIONS: tl.constexpr = TERMS.options[K]
+    classes = TERMS.lookups[K](saved, pixel, TILE)
+    looked_up = ()
+    for j in tl.static_range(len(classes)):
+        looked_up = looked_up + (look_up(view, classes[j], TILE),)
+    return TERMS.factors[K](scale, saved, looked_up, pixel, given, OPTIONS, TILE)
+
+
+@triton.jit
+def _slope(
+    factors, block, SLOT: tl.constexpr, given, TERMS: tl.constexpr, K: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    OPTIONS: tl.constexpr = TERMS.options[K]
+    return TERMS.slope[K](factors, block, SLOT, given, OPTIONS, TILE)

@@ -1,0 +1,239 @@
+"""Binary cross entropy of one sigmoid per class: sum_k bce(z_k, y_k), dz_k = sigmoid(z_k) - y_k.
+
+Bytes per pass, L of logits and T of labels: forward L + T; backward 2 L + T. Nothing is saved, for
+the gradient is elementwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels_reference.pixelwise import (
+    binary_cross_entropy as binary_cross_entropy_reference,
+)
+
+from .._core import checks
+from .._core.backend import serves_triton
+from .._core.configurations import TuningCase
+from .._core.loss_module import LossModule
+from .._engine.math import LOG2_E, log_one_plus, sigmoid_base2, softplus_base2
+from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixel_cases, pixelwise_operator
+from .._engine.pixels import (
+    Record,
+    class_of,
+    for_classes,
+    no_lookups,
+    nothing_yet,
+    sum_of_lanes,
+)
+from .softmax import own_weight
+
+
+class Options(NamedTuple):
+    """The options of the loss but for the weights."""
+
+    ignore_index: int | None = checks.IGNORE_INDEX
+    reduction: str = "mean"
+
+
+class Compiled(NamedTuple):
+    """What of the options a kernel is compiled for."""
+
+    weighted: bool  # a weight for every class, in the table of own classes
+
+
+# --- device functions -----------------------------------------------------------------------------
+
+
+class _State(NamedTuple):
+    """What has been added up so far."""
+
+    others: Any  # softplus(z) of the classes that are not the pixel's own
+
+
+class _Factors(NamedTuple):
+    """What the slopes of a pixel's classes share."""
+
+    own: Any
+    other_class: Any  # of sigmoid(z)
+    own_class: Any  # of -sigmoid(-z)
+
+
+@triton.jit
+def _start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    return _State(others=nothing_yet(0.0, TILE))
+
+
+@triton.jit
+def _add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    own = for_classes(pixel.own, TILE)
+    # Summed within the block first: one sum over a thousand classes would lose its last digits.
+    linear = tl.zeros_like(state.others)
+    rest = tl.zeros_like(state.others)
+    for j in tl.static_range(len(block.logits)):
+        # Left out rather than added and taken away again, which would cost a confident pixel all
+        # of its digits.
+        z = tl.where(class_of(block, j, TILE) == own, float("-inf"), block.logits[j])
+        t = tl.exp2(tl.abs(z) * -LOG2_E)
+        linear += tl.maximum(z, 0.0)
+        # One logarithm for all of the block: 1 + rest is the product of all 1 + t. Kept as
+        # rest + t + rest t, small values are not rounded away beside the 1.
+        rest = tl.fma(rest, t, rest + t)
+    return _State(others=state.others + (linear + log_one_plus(rest)))
+
+
+@triton.jit
+def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """w_t softplus(-z_t) + sum of softplus(z_k) over the other classes."""
+    positive = own_weight(pixel, given, OPTIONS, TILE) * softplus_base2(own * -LOG2_E)
+    positive = tl.where(pixel.own >= 0, positive, 0.0)
+    loss = sum_of_lanes(state.others, TILE) + positive
+    return loss, tl.zeros_like(loss) + 1.0, ()
+
+
+@triton.jit
+def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    return _Factors(
+        own=for_classes(pixel.own, TILE),
+        other_class=for_classes(scale, TILE),
+        own_class=for_classes(scale * own_weight(pixel, given, OPTIONS, TILE), TILE),
+    )
+
+
+@triton.jit
+def _slope(factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """Of the own class -w sigmoid(-z), not p - 1, which has no digits left near p = 1."""
+    z = block.logits[SLOT]
+    is_own = class_of(block, SLOT, TILE) == factors.own
+    residual = sigmoid_base2(tl.where(is_own, -z, z) * LOG2_E)
+    return residual * tl.where(is_own, -factors.own_class, factors.other_class)
+
+
+def _saves_nothing(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    return ()
+
+
+LOSS = Loss(
+    "binary_cross_entropy",
+    Record(_start, _add, _finish, _factors, _slope, no_lookups),
+    saved=_saves_nothing,
+    unroll=16,  # one logarithm each
+    binary=True,
+)
+
+# --- operator -------------------------------------------------------------------------------------
+
+
+def _term(
+    logits: torch.Tensor,
+    pos_weight: torch.Tensor | None,
+    other: torch.Tensor | None,
+    options: Options,
+    save: bool,
+) -> Term:
+    return Term(LOSS, Compiled(pos_weight is not None), own_table=pos_weight)
+
+
+BINARY_CROSS_ENTROPY = pixelwise_operator(LOSS, Options, _term)
+
+
+def tuning_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` measures for this slice."""
+    return pixel_cases(LOSS, BINARY_CROSS_ENTROPY, Options())
+
+
+# --- function and module --------------------------------------------------------------------------
+
+
+def binary_cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    pos_weight: torch.Tensor | None = None,
+    ignore_index: int | None = checks.IGNORE_INDEX,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Binary cross entropy of one sigmoid per class against the rest, from integer labels.
+
+    Of a pixel with the label t, summed over classes:
+
+        w_t softplus(-z_t) + sum over k != t of softplus(z_k)
+
+    which is torch's ``binary_cross_entropy_with_logits`` of the one-hot label. The mean is over
+    valid pixels. With one class the labels are 1 where the class is and 0 where it is not.
+
+    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN makes its
+    pixel's loss NaN, and its own gradient; an infinite logit is a probability of 0 or 1, and
+    makes the loss infinite where that is wrong.
+
+    Args:
+        logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
+        target: integer labels [N, H, W], uint8 to int64: 0 to C - 1, or 0 and 1 if C is 1.
+        pos_weight: w, a weight for the positive term of each class, floating-point [C], or None for
+            1. It gets no gradient.
+        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255,
+            which has to be given where there are more than 255 classes and it is one of them. Other
+            labels out of range raise on the CPU; on a GPU, where looking would synchronise, they
+            count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        reduction: "mean" (default), "sum", or "none": [N, H, W], zero at ignored pixels.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits); the mean is 0 with zero gradient if no
+        pixel is valid. The gradient has the dtype of the logits.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes do not match, an option is out of range, or a label is (see
+            ignore_index).
+
+    Reference:
+        :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
+
+    Example:
+        >>> import torch
+        >>> from tritonloss.functional import binary_cross_entropy
+        >>> logits = torch.randn(2, 1, 32, 64)
+        >>> target = torch.randint(0, 2, (2, 32, 64))
+        >>> binary_cross_entropy(logits, target, reduction="none").shape
+        torch.Size([2, 32, 64])
+    """
+    checks.check_logits(logits)
+    checks.check_target(logits, target)
+    _check_options(pos_weight, ignore_index, reduction, logits)
+    checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
+    if not serves_triton(logits):
+        return binary_cross_entropy_reference(
+            logits, target, pos_weight=pos_weight, ignore_index=ignore_index, reduction=reduction
+        )
+    pos_weight = None if pos_weight is None else pos_weight.detach()  # it gets no gradient
+    options = Options(checks.plain_label(ignore_index), reduction)
+    return BINARY_CROSS_ENTROPY(logits, target, pos_weight, None, options=options)[0]
+
+
+def _check_options(
+    pos_weight: torch.Tensor | None,
+    ignore_index: int | None,
+    reduction: str,
+    logits: torch.Tensor | None = None,
+) -> None:
+    """Without ``logits``, for any number of classes."""
+    checks.check_class_weights("pos_weight", pos_weight, logits)
+    checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
+    checks.check_option("reduction", reduction, REDUCTIONS)
+
+
+class BinaryCrossEntropyLoss(LossModule, function=binary_cross_entropy, check=_check_options):
+    """:func:`tritonloss.functional.binary_cross_entropy` as a module; ``pos_weight`` is a buffer.
+
+    Args: the keyword arguments of the function, with the same defaults.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> criterion = tritonloss.BinaryCrossEntropyLoss(pos_weight=torch.tensor([2.0]))
+        >>> criterion(torch.randn(2, 1, 32, 64), torch.randint(0, 2, (2, 32, 64))).shape
+        torch.Size([])
+    """

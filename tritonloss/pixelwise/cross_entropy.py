@@ -1,0 +1,251 @@
+"""Cross entropy of the softmax: -w_t log p_t with p = softmax(z) and t the pixel's label.
+
+Bytes per pass, L of logits and T of labels: forward L + T; backward 2 L + T. The largest logit and
+the logarithm of the sum are left to the backward pass, 6 or 8 bytes per pixel (16 for float64). The
+gradient is the only map with classes in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels_reference.pixelwise import cross_entropy as cross_entropy_reference
+
+from .._core import checks
+from .._core.backend import serves_triton
+from .._core.configurations import TuningCase
+from .._core.loss_module import LossModule
+from .._engine.math import LN_2
+from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixel_cases, pixelwise_operator
+from .._engine.pixels import Record, for_classes, no_lookups, nothing_yet, sum_of_lanes
+from .softmax import (
+    SoftmaxState,
+    class_weight,
+    own_weight,
+    softmax_add,
+    softmax_factors,
+    softmax_of_lanes,
+    softmax_saves,
+    softmax_slope,
+    softmax_start,
+    sum_of_weights,
+    surprise,
+)
+
+
+class Options(NamedTuple):
+    """The options of the loss but for the weights."""
+
+    label_smoothing: float = 0.0
+    ignore_index: int | None = checks.IGNORE_INDEX
+    reduction: str = "mean"
+
+
+class Compiled(NamedTuple):
+    """What of the options a kernel is compiled for."""
+
+    weighted: bool  # a weight for every class, in the table of own classes
+    smoothed: bool
+
+
+# --- device functions -----------------------------------------------------------------------------
+
+
+class _SmoothState(NamedTuple):
+    """The statistics of the softmax, and those of the smoothing."""
+
+    largest: Any
+    total: Any
+    weighted: Any  # sum of w (z - largest): relative, nothing cancels when all logits are large
+    seen: Any  # sum of w
+
+
+@triton.jit
+def _start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    state = softmax_start(OPTIONS, TILE)
+    if OPTIONS.smoothed:
+        zero = nothing_yet(0.0, TILE)
+        state = _SmoothState(largest=state.largest, total=state.total, weighted=zero, seen=zero)
+    return state
+
+
+@triton.jit
+def _add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    softmax = SoftmaxState(largest=state.largest, total=state.total)
+    added = softmax_add(softmax, block, pixel, given, OPTIONS, TILE)
+    if OPTIONS.smoothed:
+        seen = state.seen
+        weighted = state.weighted + seen * (state.largest - added.largest)
+        for j in tl.static_range(len(block.logits)):
+            weight = class_weight(given, block, j, OPTIONS, TILE)
+            # Not a product with 0: a lane without a class left holds -inf.
+            weighted += tl.where(weight == 0, 0.0, weight * (block.logits[j] - added.largest))
+            seen += weight
+        added = _SmoothState(largest=added.largest, total=added.total, weighted=weighted, seen=seen)
+    return added
+
+
+@triton.jit
+def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """-w_t log p_t; smoothed by s, (1 - s) of it and s / C of -sum w_k log p_k."""
+    softmax = SoftmaxState(largest=state.largest, total=state.total)
+    statistics = softmax_of_lanes(softmax, TILE)
+    weight = own_weight(pixel, given, OPTIONS, TILE)
+    loss = weight * surprise(statistics, own)
+    if OPTIONS.smoothed:
+        beyond = state.largest - for_classes(statistics.largest, TILE)
+        weighted = sum_of_lanes(state.weighted + state.seen * beyond, TILE)
+        all_weights = sum_of_lanes(state.seen, TILE)
+        smooth = all_weights * (statistics.log_sum * LN_2) - weighted
+        smoothing = given.numbers[0]
+        loss = (1.0 - smoothing) * loss + smoothing / TILE.classes * smooth
+    return loss, weight, statistics
+
+
+@triton.jit
+def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """Of (1 - s) w_t (p_k - y_k) + (s / C) (p_k sum w - w_k)."""
+    own_class = scale * own_weight(pixel, given, OPTIONS, TILE)
+    all_classes = own_class
+    smooth = own_class
+    if OPTIONS.smoothed:
+        smoothing = given.numbers[0]
+        own_class = own_class * (1.0 - smoothing)
+        smooth = scale * (smoothing / TILE.classes)
+        all_classes = own_class + smooth * sum_of_weights(given, OPTIONS, TILE)
+    return softmax_factors(saved, pixel, all_classes, own_class, smooth, TILE)
+
+
+LOSS = Loss(
+    "cross_entropy",
+    Record(_start, _add, _finish, _factors, softmax_slope, no_lookups),
+    saved=softmax_saves,
+)
+
+# --- operator -------------------------------------------------------------------------------------
+
+
+def _term(
+    logits: torch.Tensor,
+    weight: torch.Tensor | None,
+    other: torch.Tensor | None,
+    options: Options,
+    save: bool,
+) -> Term:
+    compiled = Compiled(weight is not None, options.label_smoothing != 0)
+    return Term(LOSS, compiled, (options.label_smoothing,), own_table=weight)
+
+
+CROSS_ENTROPY = pixelwise_operator(LOSS, Options, _term)
+
+
+def tuning_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` measures for this slice."""
+    return pixel_cases(LOSS, CROSS_ENTROPY, Options())
+
+
+# --- function and module --------------------------------------------------------------------------
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = checks.IGNORE_INDEX,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Cross entropy of the softmax, as :func:`torch.nn.functional.cross_entropy` defines it.
+
+    Of a pixel with the label t, with smoothing s and C classes:
+
+        (1 - s) w_t (-log p_t) + (s / C) sum_k w_k (-log p_k)
+
+    The mean divides by the sum of w_t over valid pixels. The one exception to torch's definition:
+    if no pixel is valid the mean is 0 with zero gradient, not NaN.
+
+    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN and
+    infinity make their pixel's loss NaN, and the gradient of all of its classes; -infinity is a
+    probability of 0.
+
+    Args:
+        logits: [N, C, H, W] with C >= 2, float16, bfloat16 or float32 (or float64), any strides.
+        target: integer labels [N, H, W], uint8 to int64.
+        weight: a weight for each class, floating-point [C], or None for 1. It gets no gradient.
+        label_smoothing: s, in [0, 1]. Default 0.
+        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255,
+            which has to be given where there are more than 255 classes and it is one of them. Other
+            labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they
+            count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        reduction: "mean" (default), "sum", or "none": [N, H, W], zero at ignored pixels.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits). The gradient has the dtype of the logits.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes do not match, an option is out of range, or a label is (see
+            ignore_index).
+
+    Reference:
+        Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", Section 7 (the
+        smoothing).
+
+    Example:
+        >>> import torch
+        >>> from tritonloss.functional import cross_entropy
+        >>> logits = torch.randn(2, 19, 32, 64, requires_grad=True)
+        >>> target = torch.randint(0, 19, (2, 32, 64))
+        >>> cross_entropy(logits, target, label_smoothing=0.1).backward()
+        >>> logits.grad.shape
+        torch.Size([2, 19, 32, 64])
+    """
+    checks.check_logits(logits)
+    checks.check_target(logits, target)
+    checks.check_classes(logits)
+    _check_options(weight, label_smoothing, ignore_index, reduction, logits)
+    checks.check_labels_in_range(target, logits.size(1), ignore_index)
+    if not serves_triton(logits):
+        return cross_entropy_reference(
+            logits,
+            target,
+            weight=weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+    weight = None if weight is None else weight.detach()  # it gets no gradient
+    options = Options(float(label_smoothing), checks.plain_label(ignore_index), reduction)
+    return CROSS_ENTROPY(logits, target, weight, None, options=options)[0]
+
+
+def _check_options(
+    weight: torch.Tensor | None,
+    label_smoothing: float,
+    ignore_index: int | None,
+    reduction: str,
+    logits: torch.Tensor | None = None,
+) -> None:
+    """Without ``logits``, for any number of classes."""
+    checks.check_class_weights("weight", weight, logits)
+    checks.check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
+    checks.check_option("reduction", reduction, REDUCTIONS)
+
+
+class CrossEntropyLoss(LossModule, function=cross_entropy, check=_check_options):
+    """:func:`tritonloss.functional.cross_entropy` as a module; ``weight`` is a buffer.
+
+    Args: the keyword arguments of the function, with the same defaults.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> criterion = tritonloss.CrossEntropyLoss(label_smoothing=0.1)
+        >>> criterion(torch.randn(2, 19, 32, 64), torch.randint(0, 19, (2, 32, 64))).shape
+        torch.Size([])
+    """

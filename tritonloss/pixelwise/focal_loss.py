@@ -1,0 +1,261 @@
+"""Focal loss of the softmax: -a_t (1 - p_t)^gamma log p_t with p = softmax(z) and t the label.
+
+Bytes per pass as those of the cross entropy, whose statistics it saves.
+"""
+
+from __future__ import annotations
+
+import numbers
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels_reference.pixelwise import focal_loss as focal_loss_reference
+
+from .._core import checks
+from .._core.backend import serves_triton
+from .._core.configurations import TuningCase
+from .._core.loss_module import LossModule
+from .._engine.math import LOG2_E
+from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixel_cases, pixelwise_operator
+from .._engine.pixels import Record, own_class
+from .._engine.planes import compute_dtype
+from .softmax import (
+    SoftmaxSaved,
+    own_weight,
+    softmax_add,
+    softmax_factors,
+    softmax_of_lanes,
+    softmax_saves,
+    softmax_slope,
+    softmax_start,
+    surprise,
+)
+
+
+class Options(NamedTuple):
+    """The options of the loss but for the factors of its classes."""
+
+    gamma: float = 2.0
+    detach_weight: bool = False
+    ignore_index: int | None = checks.IGNORE_INDEX
+    reduction: str = "mean"
+
+
+class Compiled(NamedTuple):
+    """What of the options a kernel is compiled for."""
+
+    weighted: bool
+    power: int  # gamma, if it is 0, 1 or 2; any other one is -1 here
+    detached: bool
+    smoothed: bool = False  # the softmax's slope asks
+
+
+# --- device functions -----------------------------------------------------------------------------
+
+
+@triton.jit
+def _power(base, exponent, POWER: tl.constexpr):
+    """base^exponent for base >= 0; POWER is the exponent if it is 0, 1 or 2."""
+    if POWER == 0:
+        result = tl.zeros_like(base) + 1.0
+    elif POWER == 1:
+        result = base
+    elif POWER == 2:
+        result = base * base
+    else:
+        result = tl.exp2(tl.log2(base) * exponent)
+    return result
+
+
+@triton.jit
+def _parts(entropy, gamma, OPTIONS: tl.constexpr):
+    """(p_t, 1 - p_t, (1 - p_t)^gamma) of -log p_t."""
+    TERMS: tl.constexpr = 9 if entropy.dtype == tl.float64 else 4
+    probability = tl.exp2(entropy * -LOG2_E)
+    # Where p is 1 but for a few digits, 1 - p by the series x - x^2 / 2! + ... of 1 - e^-x.
+    series = tl.zeros_like(entropy) + 1.0
+    for i in tl.static_range(TERMS - 1):
+        series = 1.0 - entropy * (1.0 / (TERMS - i)) * series
+    series = entropy * series
+    rest = tl.where(entropy < 0.03125, series, 1.0 - probability)
+    rest = tl.where(rest < 0, 0.0, rest)  # rounded below; a NaN stays
+    return probability, rest, _power(rest, gamma, OPTIONS.power)
+
+
+@triton.jit
+def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """-a_t (1 - p_t)^gamma log p_t."""
+    statistics = softmax_of_lanes(state, TILE)
+    entropy = surprise(statistics, own)
+    _, _, modulation = _parts(entropy, given.numbers[0], OPTIONS)
+    weight = own_weight(pixel, given, OPTIONS, TILE)
+    return weight * modulation * entropy, tl.zeros_like(weight) + 1.0, statistics
+
+
+@triton.jit
+def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """Of a_t (q^gamma - gamma p_t q^(gamma - 1) log p_t) (p_k - y_k), q = 1 - p_t.
+
+    If detached a_t q^gamma (p_k - y_k): the focal weight is held constant.
+    """
+    largest, log_sum = saved
+    (own,) = looked_up
+    statistics = SoftmaxSaved(largest=largest.to(own.dtype), log_sum=log_sum.to(own.dtype))
+    entropy = surprise(statistics, own)
+    gamma = given.numbers[0]
+    probability, rest, slope = _parts(entropy, gamma, OPTIONS)
+    if not OPTIONS.detached and OPTIONS.power != 0:
+        # At q = 0 the product is 0, for log p_t is then -q; q^(gamma - 1) alone may be infinite.
+        below: tl.constexpr = OPTIONS.power - 1 if OPTIONS.power > 0 else -1
+        power = _power(tl.where(rest == 0, 1.0, rest), gamma - 1.0, below)
+        live = gamma * probability * power * entropy
+        # p_t = 0 with an infinite entropy: nothing is left of the product.
+        slope += tl.where((rest == 0) | (probability == 0), 0.0, live)
+    factor = scale * own_weight(pixel, given, OPTIONS, TILE) * slope
+    return softmax_factors(saved, pixel, factor, factor, factor, TILE)
+
+
+LOSS = Loss(
+    "focal",
+    Record(softmax_start, softmax_add, _finish, _factors, softmax_slope, own_class),
+    saved=softmax_saves,
+)
+
+# --- operator -------------------------------------------------------------------------------------
+
+
+def _term(
+    logits: torch.Tensor,
+    alpha: torch.Tensor | None,
+    other: torch.Tensor | None,
+    options: Options,
+    save: bool,
+) -> Term:
+    power = int(options.gamma) if options.gamma in (0, 1, 2) else -1
+    compiled = Compiled(alpha is not None, power, options.detach_weight)
+    return Term(LOSS, compiled, (options.gamma,), own_table=alpha)
+
+
+FOCAL = pixelwise_operator(LOSS, Options, _term)
+
+
+def tuning_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` measures for this slice."""
+    return pixel_cases(LOSS, FOCAL, Options())
+
+
+# --- function and module --------------------------------------------------------------------------
+
+
+def focal_loss(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    gamma: float = 2.0,
+    alpha: float | torch.Tensor | None = None,
+    detach_weight: bool = False,
+    ignore_index: int | None = checks.IGNORE_INDEX,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Focal loss of the softmax: cross entropy that turns away from pixels it has learnt.
+
+    Of a pixel with the label t:
+
+        -a_t (1 - p_t)^gamma log p_t
+
+    The mean is over valid pixels, whatever their a_t.
+
+    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN and
+    infinity make their pixel's loss NaN, and the gradient of all of its classes; -infinity is a
+    probability of 0, and as the pixel's own class makes the loss infinite.
+
+    Args:
+        logits: [N, C, H, W] with C >= 2, float16, bfloat16 or float32 (or float64), any strides.
+        target: integer labels [N, H, W], uint8 to int64.
+        gamma: how steeply the weight falls, 0 to 100. Default 2; 0 is cross entropy.
+        alpha: a, a factor for each class, floating-point [C], one number in [0, 1e6] for all of
+            them, or None for 1. It gets no gradient.
+        detach_weight: True holds (1 - p_t)^gamma constant in the gradient. Default False: the full
+            gradient.
+        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255,
+            which has to be given where there are more than 255 classes and it is one of them. Other
+            labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they
+            count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        reduction: "mean" (default), "sum", or "none": [N, H, W], zero at ignored pixels.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits); the mean is 0 with zero gradient if no
+        pixel is valid. The gradient has the dtype of the logits.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes do not match, an option is out of range, or a label is (see
+            ignore_index).
+
+    Reference:
+        Lin et al., "Focal Loss for Dense Object Detection", Eq. 5, over the softmax.
+
+    Example:
+        >>> import torch
+        >>> from tritonloss.functional import focal_loss
+        >>> logits = torch.randn(2, 19, 32, 64)
+        >>> focal_loss(logits, torch.randint(0, 19, (2, 32, 64)), gamma=1.5).shape
+        torch.Size([])
+    """
+    checks.check_logits(logits)
+    checks.check_target(logits, target)
+    checks.check_classes(logits)
+    _check_options(gamma, alpha, detach_weight, ignore_index, reduction, logits)
+    if alpha is not None and not isinstance(alpha, torch.Tensor):
+        dtype = compute_dtype(logits.dtype)
+        alpha = torch.full((logits.size(1),), float(alpha), dtype=dtype, device=logits.device)
+    checks.check_labels_in_range(target, logits.size(1), ignore_index)
+    if not serves_triton(logits):
+        return focal_loss_reference(
+            logits,
+            target,
+            gamma=float(gamma),
+            alpha=alpha,
+            detach_weight=detach_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+    alpha = None if alpha is None else alpha.detach()  # it gets no gradient
+    ignored = checks.plain_label(ignore_index)
+    options = Options(float(gamma), bool(detach_weight), ignored, reduction)
+    return FOCAL(logits, target, alpha, None, options=options)[0]
+
+
+def _check_options(
+    gamma: float,
+    alpha: float | torch.Tensor | None,
+    detach_weight: bool,
+    ignore_index: int | None,
+    reduction: str,
+    logits: torch.Tensor | None = None,
+) -> None:
+    """Without ``logits``, for any number of classes."""
+    checks.check_range("gamma", gamma, 0.0, 100.0)
+    checks.check_flag("detach_weight", detach_weight)
+    if isinstance(alpha, (int, float, numbers.Real)):
+        checks.check_range("alpha", alpha, 0.0, 1e6)
+    else:
+        checks.check_class_weights("alpha", alpha, logits, or_number="a number in [0, 1e6], ")
+    checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
+    checks.check_option("reduction", reduction, REDUCTIONS)
+
+
+class FocalLoss(LossModule, function=focal_loss, check=_check_options):
+    """:func:`tritonloss.functional.focal_loss` as a module; a tensor ``alpha`` is a buffer.
+
+    Args: the keyword arguments of the function, with the same defaults.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> criterion = tritonloss.FocalLoss(gamma=2.0, alpha=0.25)
+        >>> criterion(torch.randn(2, 19, 32, 64), torch.randint(0, 19, (2, 32, 64))).shape
+        torch.Size([])
+    """
