@@ -14,7 +14,7 @@ import triton
 
 from .._core.backend import device_guard
 from .._core.prepared_launch import PreparedLaunch
-from .._engine.strips import compute_dtype
+from .._engine.planes import compute_dtype
 from .._engine.sums import sums_over
 from .head_kernels import _rmi_head_kernel
 from .moments_kernels import (
@@ -348,6 +348,7 @@ class _Head(NamedTuple):
 
 def _head(plan: Plan, chunks: int, parts: int, centred: bool) -> _Head:
     options = plan.options
+    warps = {1: 1, 5: 4}.get(options.region_size, 2)
     arguments = {
         "programs": plan.planes,
         "chunks": chunks,
@@ -361,7 +362,8 @@ def _head(plan: Plan, chunks: int, parts: int, centred: bool) -> _Head:
         "CELL": options.cell,
         "MEAN": options.moments == "mean",
         "CENTRED": centred,
-        "num_warps": {1: 1, 5: 4}.get(options.region_size, 2),
+        "BLOCK": 512 * warps,
+        "num_warps": warps,
         "enable_fp_fusion": True,
     }
     return _Head(plan, PreparedLaunch(_rmi_head_kernel, (plan.planes,), arguments))

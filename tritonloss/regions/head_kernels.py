@@ -17,9 +17,6 @@ import triton.language as tl
 from .._engine.sums import Sums, comes_last, leave, total
 from .features import SIZES
 
-# Partial sums of the cross entropy that the last program adds up at a time.
-_BLOCK = tl.constexpr(512)
-
 # --- device functions -----------------------------------------------------------------------------
 
 
@@ -53,10 +50,10 @@ def _load_moments(moments_ptr, rows, columns, mask, chunks, SIDE: tl.constexpr):
 @triton.jit
 def _store_loss(loss_ptr, statistics_ptr, partials_ptr, parts, mutual, bce_weight, bce_smooth):
     """Stores the loss, and what the gradient of the cross entropy is multiplied by."""
-    lane = tl.arange(0, _BLOCK)
-    entropy = tl.zeros((_BLOCK,), tl.float64)
-    valid = tl.zeros((_BLOCK,), tl.float64)
-    for start in tl.range(0, parts, _BLOCK):
+    lane = tl.arange(0, BLOCK)
+    entropy = tl.zeros((BLOCK,), tl.float64)
+    valid = tl.zeros((BLOCK,), tl.float64)
+    for start in tl.range(0, parts, BLOCK):
         mask = start + lane < parts
         entropy += tl.load(partials_ptr + start + lane, mask=mask, other=0.0)
         valid += tl.load(partials_ptr + parts + start + lane, mask=mask, other=0.0)
@@ -93,8 +90,9 @@ def _rmi_head_kernel(
     CELL: tl.constexpr,
     MEAN: tl.constexpr,
     CENTRED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """CELL: by how much the pooled maps are to be divided."""
+    """CELL: by how much the pooled maps are to be divided. BLOCK parts are added up at a time."""
     AREA: tl.constexpr = REGION * REGION
     SIDE: tl.constexpr = 2 * AREA + 1
     WIDTH: tl.constexpr = triton.next_power_of_2(AREA)
@@ -164,19 +162,21 @@ def _rmi_head_kernel(
 
     information = tl.sum(tl.log(pivots), 1)[:, None] * (0.5 / (one * AREA))
     information = tl.where(info == 0, information, float("nan"))
+    sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs, rows=1)
+    leave(sums, 0, tl.sum(tl.where(count > 0, information, 0.0)))
+
     works = (info == 0) & (count > 0)
     residual_weights = tl.where(works & inside, product * (scale / AREA), 0.0)
     label_weights = tl.where(works & inside, (product - tl.trans(right)) * (scale / AREA), 0.0)
     constants = residual_weights * (e_row / regions) + label_weights * (y_row / regions)
-
     tl.store(info_ptr + matrix + scalar, tl.where(count > 0, info, 0))
     weights = weights_ptr + matrix * (AREA * SIDE)
     tl.store(weights + rows * AREA + columns, residual_weights, mask=inside)
     tl.store(weights + (rows + AREA) * AREA + columns, label_weights, mask=inside)
     tl.store(weights + 2 * AREA * AREA + index, -tl.sum(constants, 1), mask=index < AREA)
 
-    sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs)
-    leave(sums, 0, tl.sum(tl.where(count > 0, information, 0.0)))
-    if comes_last(sums, 1):
+    if comes_last(sums):
         mutual = rmi_weight * total(sums, 0) / images
-        _store_loss(loss_ptr, statistics_ptr, partials_ptr, parts, mutual, bce_weight, bce_smooth)
+        _store_loss(
+            loss_ptr, statistics_ptr, partials_ptr, parts, mutual, bce_weight, bce_smooth, BLOCK
+        )

@@ -17,7 +17,8 @@ from kernels_reference.region_mutual_information import pooled_size
 
 from .._core.configurations import Configuration, launch_configuration
 from .._core.prepared_launch import kind, prepared
-from .._engine.strips import compute_dtype, ignored_class
+from .._engine.planes import compute_dtype
+from .._engine.strips import ignored_class
 from .features import Reading
 
 # See is_small.

@@ -33,7 +33,7 @@ from .._core.backend import serves_triton
 from .._core.configurations import Configuration, Launch, Shape, TuningCase
 from .._core.operator import Operator
 from .._core.tuning_inputs import random_labels, random_map
-from .._engine.strips import compute_dtype
+from .._engine.planes import compute_dtype
 from .backward import backward_pass
 from .forward import forward_pass
 from .plan import Options, Saved, cells_and_warps, is_small, plan_of
