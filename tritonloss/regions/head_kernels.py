@@ -48,7 +48,10 @@ def _load_moments(moments_ptr, rows, columns, mask, chunks, SIDE: tl.constexpr):
 
 
 @triton.jit
-def _store_loss(loss_ptr, statistics_ptr, partials_ptr, parts, mutual, bce_weight, bce_smooth):
+def _store_loss(
+    loss_ptr, statistics_ptr, partials_ptr, parts, mutual, bce_weight, bce_smooth,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Stores the loss, and what the gradient of the cross entropy is multiplied by."""
     lane = tl.arange(0, BLOCK)
     entropy = tl.zeros((BLOCK,), tl.float64)
