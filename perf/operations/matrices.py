@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kernels_reference import linalg as reference
 from perf.operations.contract import Case, Floor, Goal, KernelNotes, Operation, Shape
-from tritonloss.linalg import matrices as kernels
+from tritonloss import linalg
+from tritonloss.linalg import launchers
 
 _ORDERS = (4, 9, 16, 18, 25, 32)
 
@@ -41,13 +42,13 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     """The launchers of all functions, forward and backward."""
     (matrices,) = tensors
-    factor, _ = kernels._cholesky(matrices)
-    kernels._logdet(matrices)
-    inverse = kernels._solve(matrices, None, None)
-    kernels._solve(matrices, inverse, None)
-    kernels._cholesky_backward(factor, factor)
-    kernels._inverse_backward(factor, inverse)
-    kernels._solve_backward(factor, inverse)
+    factor, _ = launchers.cholesky(matrices)
+    launchers.logdet(matrices)
+    inverse = launchers.solve(matrices, None, None)
+    launchers.solve(matrices, inverse, None)
+    launchers.cholesky_backward(factor, factor)
+    launchers.inverse_backward(factor, inverse)
+    launchers.solve_backward(factor, inverse)
 
 
 def floor(case: Case) -> Floor:
@@ -57,7 +58,7 @@ def floor(case: Case) -> Floor:
 
 
 def _factor(matrices: Tensor) -> Tensor:
-    return kernels.cholesky_ex(matrices)[0]
+    return linalg.cholesky_ex(matrices)[0]
 
 
 def _reference_factor(matrices: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from perf.operations.contract import (
 from tritonloss import functional
 from tritonloss.regions.backward import backward_pass
 from tritonloss.regions.forward import forward_pass
-from tritonloss.regions.plan import Options
+from tritonloss.regions.plan import Options, is_small
 
 _DEFAULTS = Options(
     region_size=3,
@@ -49,6 +49,7 @@ def launch(case: Case, tensors: tuple[Tensor, ...]) -> Tensor:
     """Forward and backward launchers."""
     logits, target = tensors
     options = _DEFAULTS._replace(**case.options)
+    options = options._replace(small=is_small(options, logits.size(2), logits.size(3)))
     loss, _, saved = forward_pass(options, logits, target)
     return backward_pass(options, loss, logits, target, saved)
 

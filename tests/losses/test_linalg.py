@@ -15,6 +15,7 @@ import tritonloss
 from tests.oracle import check_three_way
 from tritonloss import linalg
 from tritonloss._core.configurations import forced
+from tritonloss.linalg.matrices import CHOLESKY, INVERSE, LOGDET, SOLVE
 
 ORDERS = (1, 2, 3, 4, 8, 9, 10, 16, 18, 25)
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -260,10 +261,10 @@ def test_errors_on_the_right(B: Any, error: type[Exception], message: str) -> No
 def test_operators(order: int, device: torch.device) -> None:
     A = matrices(order, 2, device=device).requires_grad_()
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(linalg.CHOLESKY.forward, (A,), test_utils=checks)
-    torch.library.opcheck(linalg.LOGDET.forward, (A,), test_utils=checks)
-    torch.library.opcheck(linalg.SOLVE.forward, (A, A.detach()), test_utils=checks)
-    torch.library.opcheck(linalg.INVERSE.forward, (A,), test_utils=checks)
+    torch.library.opcheck(CHOLESKY.forward, (A,), test_utils=checks)
+    torch.library.opcheck(LOGDET.forward, (A,), test_utils=checks)
+    torch.library.opcheck(SOLVE.forward, (A, A.detach()), test_utils=checks)
+    torch.library.opcheck(INVERSE.forward, (A,), test_utils=checks)
 
 
 def test_determinism(device: torch.device) -> None:

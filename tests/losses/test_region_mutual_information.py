@@ -10,27 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from triton.runtime.interpreter import GridExecutor
 
 import kernels_reference
 import tritonloss
-from perf.measuring.memory import counted_peak
+from tests.losses.region_ways import DIRECT, RAW, SMALL, WAYS, kernel_gradient
 from tests.oracle import as_layout, check_three_way, segmentation_case
 from tritonloss._core import checks
 from tritonloss._core.configurations import forced
-from tritonloss._tools.launches import recorded
 from tritonloss.functional import rmi_loss
 from tritonloss.regions import plan
-from tritonloss.regions.backward import backward_pass
-from tritonloss.regions.forward import forward_pass
-from tritonloss.regions.plan import Options
-from tritonloss.regions.region_mutual_information import RMI
-
-# The whole of the loss at the lowest price in the interpreter: regions of four pixels.
-SMALL: dict[str, Any] = {"region_size": 2, "pool_size": 2}
-DIRECT: dict[str, Any] = {"region_size": 2, "pooling": None, "ignore": "drop"}
-RAW: dict[str, Any] = {"region_size": 2, "pooling": None}
-WAYS = pytest.mark.parametrize("options", [SMALL, DIRECT, RAW], ids=["pooled", "direct", "raw"])
 
 
 @pytest.fixture(autouse=True)
@@ -45,14 +33,6 @@ def kernels_of_large_images() -> Iterator[None]:
 
 def check(logits: Tensor, target: Tensor, tolerance: float = 2e-5, **options: Any) -> None:
     check_three_way(lambda z: rmi_loss(z, target, **options), logits, tolerance=tolerance)
-
-
-def kernel_gradient(logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    leaf = logits.detach().requires_grad_()
-    with tritonloss.use_backend("triton"):
-        loss = rmi_loss(leaf, target, **options)
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    return loss.detach(), gradient
 
 
 def released_code(logits: Tensor, target: Tensor, bce_weight: float = 0.5) -> Tensor:
@@ -395,157 +375,6 @@ def test_info(device: torch.device) -> None:
                 assert info[1, 0] == 1 and info.count_nonzero() == 1
 
 
-# --- autograd -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        SMALL,
-        {**SMALL, "pooling": "max"},
-        {**SMALL, "pooling": "nearest"},
-        {**SMALL, "ignore": "drop"},
-        DIRECT,
-        RAW,
-    ],
-)
-def test_gradcheck(options: dict[str, Any], device: torch.device) -> None:
-    logits, target = segmentation_case((1, 1, 8, 8), dtype=torch.float64, device=device)
-    with tritonloss.use_backend("triton"):
-        assert torch.autograd.gradcheck(
-            lambda z: rmi_loss(z, target, epsilon=1e-2, **options),
-            logits.requires_grad_(),
-            fast_mode=True,
-        )
-
-
-@WAYS
-def test_backward_twice_and_logits_reused(options: dict[str, Any], device: torch.device) -> None:
-    x, target = segmentation_case((1, 1, 7, 8), device=device)
-    x.requires_grad_()
-    with tritonloss.use_backend("triton"):
-        loss = rmi_loss(x, target, **options)
-    total = loss + x.softmax(1).square().mean()
-    (first,) = torch.autograd.grad(total, x, retain_graph=True)
-    (second,) = torch.autograd.grad(2 * total, x)
-    torch.testing.assert_close(second, 2 * first, rtol=1e-5, atol=1e-8)
-
-
-@WAYS
-def test_no_gradient_wanted(options: dict[str, Any], device: torch.device) -> None:
-    logits, target = segmentation_case((1, 1, 7, 8), device=device)
-    expected, _ = kernel_gradient(logits, target, **options)
-    with tritonloss.use_backend("triton"):
-        for grad_mode in (torch.inference_mode(), torch.enable_grad()):
-            with grad_mode:
-                loss = rmi_loss(logits, target, **options)
-                assert torch.equal(loss, expected) and not loss.requires_grad
-
-
-@WAYS
-def test_inputs_are_left_alone_and_bits_the_same(
-    options: dict[str, Any], device: torch.device
-) -> None:
-    logits, target = segmentation_case((1, 1, 7, 8), device=device)
-    before, labels = logits.clone(), target.clone()
-    first, second = (kernel_gradient(logits, target, **options) for _ in range(2))
-    assert torch.equal(logits, before) and torch.equal(target, labels)
-    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
-
-
-@pytest.mark.parametrize("backend", ["aot_eager"])
-def test_compiled(backend: str, device: torch.device) -> None:
-    logits, target = segmentation_case((1, 1, 7, 8), device=device)
-    expected = kernel_gradient(logits, target, **SMALL)
-    compiled = torch.compile(
-        lambda z: rmi_loss(z, target, **SMALL), fullgraph=True, backend=backend
-    )
-    leaf = logits.clone().requires_grad_()
-    with tritonloss.use_backend("triton"):
-        loss = compiled(leaf)
-    loss.backward()
-    assert torch.equal(loss, expected[0]) and torch.equal(leaf.grad, expected[1])
-
-
-@WAYS
-def test_operators(options: dict[str, Any], device: torch.device) -> None:
-    logits, target = segmentation_case((1, 1, 7, 8), device=device)
-    defaults = Options(3, "avg", 4, "mean", 1e-6, 0.5, "zero", 255, None)
-    arguments = (logits.requires_grad_(), target, *defaults._replace(**options))
-    torch.library.opcheck(
-        RMI.forward,
-        arguments,
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-    )
-
-
-def test_autocast(device: torch.device) -> None:
-    logits, target = segmentation_case((1, 1, 7, 8), dtype=torch.bfloat16, device=device)
-    expected, _ = kernel_gradient(logits, target, **SMALL)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        loss, gradient = kernel_gradient(logits, target, **SMALL)
-    assert loss.dtype == torch.float32 and torch.equal(loss, expected)
-    assert gradient.dtype == torch.bfloat16
-
-
-def test_functional_call(device: torch.device) -> None:
-    logits, target = segmentation_case((1, 2, 8, 9), device=device)
-    module = tritonloss.RMILoss(**SMALL)
-    assert torch.equal(
-        torch.func.functional_call(module, {}, (logits, target)), module(logits, target)
-    )
-
-
-# --- memory ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "options", "most"),
-    [
-        ((16, 21, 513, 513), torch.float32, {}, 1 + 2 / 16 + 0.01),
-        ((4, 19, 1024, 2048), torch.float32, {}, 1 + 2 / 16 + 0.01),
-        ((1, 19, 1024, 2048), torch.float32, {}, 1 + 2 / 16 + 0.01),
-        ((4, 19, 1024, 2048), torch.bfloat16, {}, 1 + 4 / 16 + 0.01),  # float32 maps
-        ((4, 19, 1024, 2048), torch.float32, {"pool_size": 2}, 1 + 2 / 4 + 0.01),
-        ((16, 21, 513, 513), torch.float32, {"pooling": None}, 1.05),
-        ((1, 2, 513, 513), torch.float32, {"region_size": 5, "pooling": None}, 1.25),
-    ],
-)
-def test_extra_memory(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    options: dict[str, Any],
-    most: float,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The gradient, and two pooled maps: counted from all that the launchers allocate."""
-    logits = torch.empty(shape, dtype=dtype, device="meta")
-    target = torch.empty((shape[0], *shape[2:]), dtype=torch.uint8, device="meta")
-    chosen = Options(3, "avg", 4, "mean", 1e-6, 0.5, "zero", 255, None)._replace(**options)
-
-    def step() -> Tensor:
-        loss, _, saved = forward_pass(chosen, logits, target)
-        return backward_pass(chosen, loss, logits, target, saved)
-
-    monkeypatch.setattr(GridExecutor, "__call__", lambda *_, **__: None)
-    with recorded("skip"):
-        assert counted_peak(step) <= most * logits.nbytes
-
-
-def test_room_for_the_pooled_gradient(device: torch.device) -> None:
-    """The gradient to most images' maps waits in the room of the last image's: nothing changes."""
-    logits, target = segmentation_case((3, 2, 8, 9), device=device)
-    options = {"region_size": 1, "bce_weight": 0.0}
-    for dtype in (torch.float32, torch.float16):
-        cast = logits.to(dtype)
-        _, together = kernel_gradient(cast, target, **options)
-        for image in (0, 2):
-            part = slice(image, image + 1)
-            _, alone = kernel_gradient(cast[part], target[part], **options)
-            allowed = {"rtol": 1e-3, "atol": 1e-6} if dtype == torch.float16 else {}
-            torch.testing.assert_close(3 * together[part], alone, **allowed)
-
-
 # --- published ------------------------------------------------------------------------------------
 
 
@@ -573,88 +402,3 @@ def test_sums_differ_from_means_by_the_count(device: torch.device) -> None:
         logits, target, bce_weight=0.0, moments="sum", epsilon=1e-3 * count, **SMALL
     )
     assert (total - mean).item() == pytest.approx(2 * 0.5 * math.log(count), rel=1e-4)
-
-
-# --- interface ------------------------------------------------------------------------------------
-
-
-def test_module(device: torch.device) -> None:
-    logits, target = segmentation_case((1, 2, 16, 18), device=device)
-    options = {
-        "region_size": 2,
-        "pooling": "max",
-        "pool_size": 3,
-        "moments": "sum",
-        "epsilon": 1e-2,
-        "bce_weight": 0.25,
-        "ignore": "drop",
-        "ignore_index": 1,
-        "precision": "float64",
-        "return_info": True,
-    }
-    module = tritonloss.RMILoss(**options)
-    target = target.where(target != 255, 1)
-    with tritonloss.use_backend("reference"):
-        for ours, expected in zip(
-            module(logits, target), rmi_loss(logits, target, **options), strict=True
-        ):
-            assert torch.equal(ours, expected)
-    assert all(f"{name}={value!r}" in repr(module) for name, value in options.items())
-    assert not list(module.parameters()) and not module.state_dict()
-    released = tritonloss.RMILoss.released(ignore_index=None)
-    assert (released.moments, released.epsilon, released.ignore_index) == ("sum", 5e-4, None)
-    with pytest.raises(TypeError):
-        tritonloss.RMILoss(5)
-
-
-LOGITS = torch.zeros(2, 3, 12, 16)
-TARGET = torch.zeros(2, 12, 16, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize(
-    ("logits", "target", "options", "error", "message"),
-    [
-        (None, TARGET, {}, TypeError, "logits must be .*NoneType"),
-        (LOGITS[0], TARGET, {}, ValueError, r"logits must be .*\(3, 12, 16\)"),
-        (LOGITS, TARGET.float(), {}, TypeError, "target must hold .*float32"),
-        (LOGITS, TARGET[:, None], {}, ValueError, r"target must hold .*\(2, 1, 12, 16\)"),
-        (LOGITS, TARGET, {"region_size": 6}, ValueError, "region_size must be .*1 to 5; got 6"),
-        (LOGITS, TARGET, {"region_size": 3.0}, TypeError, "region_size must be .*3.0"),
-        (LOGITS, TARGET, {"pooling": "mean"}, ValueError, "pooling must be .* or None; got 'mean'"),
-        (LOGITS, TARGET, {"pool_size": 0}, ValueError, "pool_size must be .*got 0"),
-        (LOGITS, TARGET, {"pool_size": 9}, ValueError, "pool_size must be .*got 9"),
-        (LOGITS, TARGET, {"moments": "average"}, ValueError, "moments must be .*'average'"),
-        (LOGITS, TARGET, {"epsilon": 0.0}, ValueError, "epsilon must be .*got 0.0"),
-        (LOGITS, TARGET, {"epsilon": "1"}, TypeError, "epsilon must be .*'1'"),
-        (LOGITS, TARGET, {"bce_weight": 1.5}, ValueError, "bce_weight must be .*got 1.5"),
-        (LOGITS, TARGET, {"ignore": "skip"}, ValueError, "ignore must be .*'skip'"),
-        (LOGITS, TARGET, {"ignore_index": 1.0}, TypeError, "ignore_index must be .*1.0"),
-        (LOGITS, TARGET, {"precision": "half"}, ValueError, "precision must be .*'half'"),
-        (LOGITS, TARGET, {"return_info": 1}, TypeError, "return_info must be .*1"),
-        (
-            LOGITS,
-            TARGET,
-            {"region_size": 5},
-            ValueError,
-            "logits must be large enough .*region_size=5 .*height 12 .*pooled to 4 x 5",
-        ),
-        (LOGITS[..., :0], TARGET[..., :0], {}, ValueError, "logits must be large enough"),
-        (LOGITS, TARGET + 7, {}, ValueError, r"target must hold .*7 \(384x\)"),
-    ],
-)
-def test_errors(
-    logits: Any,
-    target: Any,
-    options: dict[str, Any],
-    error: type[Exception],
-    message: str,
-    backend: Any,
-) -> None:
-    with tritonloss.use_backend(backend), pytest.raises(error, match=message):
-        rmi_loss(logits, target, **options)
-
-
-def test_options_are_keywords() -> None:
-    with pytest.raises(TypeError):
-        rmi_loss(LOGITS, TARGET, 3)

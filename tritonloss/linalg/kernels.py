@@ -1,4 +1,4 @@
-"""Kernels for batched small symmetric positive definite matrices; see linalg.py.
+"""Kernels for batched small symmetric positive definite matrices; see matrices.py.
 
 Two designs. In lanes: one matrix per lane, all of it in registers and every loop unrolled; compile
 time grows steeply with the size, so it ends at 9. In tiles: MATRICES matrices per program, each a
@@ -11,10 +11,21 @@ its order goes into info; the results of such a matrix are NaN.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 SIZES = ("batch", "order", "columns")
+
+
+class Tiles(NamedTuple):
+    """Which elements of which matrices a program has in its tiles, shaped to broadcast."""
+
+    matrix: Any  # [MATRICES, 1, 1]
+    rows: Any  # [1, SIDE, 1]
+    columns: Any  # [1, 1, SIDE]
+    mask: Any  # [MATRICES, 1, 1]: whether there is such a matrix
 
 
 # --- device functions: one matrix per lane --------------------------------------------------------
@@ -58,14 +69,12 @@ def _row_of(tile, is_row):
 
 
 @triton.jit
-def _load_tile(
-    pointer, matrix, strides, rows, columns, height, width, mask, LOWER: tl.constexpr,
-):  # fmt: skip
+def _load_tile(pointer, strides, tiles, height, width, LOWER: tl.constexpr):
     """[MATRICES, SIDE, SIDE]; LOWER mirrors the lower triangle into the upper."""
-    row = tl.maximum(rows, columns) if LOWER else rows
-    column = tl.minimum(rows, columns) if LOWER else columns
-    inside = mask & (rows < height) & (columns < width)
-    offset = matrix * strides[0] + row * strides[1] + column * strides[2]
+    row = tl.maximum(tiles.rows, tiles.columns) if LOWER else tiles.rows
+    column = tl.minimum(tiles.rows, tiles.columns) if LOWER else tiles.columns
+    inside = tiles.mask & (tiles.rows < height) & (tiles.columns < width)
+    offset = tiles.matrix * strides[0] + row * strides[1] + column * strides[2]
     return tl.load(pointer + offset, mask=inside, other=0.0)
 
 
@@ -131,15 +140,15 @@ def _transposed_product(left, right, rows, order):
 
 
 @triton.jit
-def _indices(program, batch, MATRICES: tl.constexpr, SIDE: tl.constexpr):
-    """(matrix, rows, columns, mask) of a program's tiles, shaped to broadcast."""
+def _tiles_of(program, batch, MATRICES: tl.constexpr, SIDE: tl.constexpr):
+    """The tiles of a program."""
     matrix = program.to(tl.int64) * MATRICES + tl.arange(0, MATRICES)
     side = tl.arange(0, SIDE)
-    return (
-        matrix[:, None, None],
-        side[None, :, None],
-        side[None, None, :],
-        (matrix < batch)[:, None, None],
+    return Tiles(
+        matrix=matrix[:, None, None],
+        rows=side[None, :, None],
+        columns=side[None, None, :],
+        mask=(matrix < batch)[:, None, None],
     )
 
 
@@ -203,8 +212,9 @@ def _cholesky_tile_kernel(
     MATRICES: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    matrix, rows, columns, mask = _indices(tl.program_id(0), batch, MATRICES, SIDE)
-    tile = _load_tile(matrix_ptr, matrix, strides, rows, columns, order, order, mask, True)
+    tiles = _tiles_of(tl.program_id(0), batch, MATRICES, SIDE)
+    matrix, rows, columns, mask = tiles
+    tile = _load_tile(matrix_ptr, strides, tiles, order, order, True)
     upper, _, info = _factor_tile(tile, rows, columns, order)
     upper = tl.where(info == 0, tl.where(columns >= rows, upper, 0.0), float("nan"))
     inside = mask & (rows < order) & (columns < order)
@@ -226,8 +236,9 @@ def _logdet_tile_kernel(
     MATRICES: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    matrix, rows, columns, mask = _indices(tl.program_id(0), batch, MATRICES, SIDE)
-    tile = _load_tile(matrix_ptr, matrix, strides, rows, columns, order, order, mask, True)
+    tiles = _tiles_of(tl.program_id(0), batch, MATRICES, SIDE)
+    matrix, rows, columns, mask = tiles
+    tile = _load_tile(matrix_ptr, strides, tiles, order, order, True)
     _, pivots, info = _factor_tile(tile, rows, columns, order)
     total = tl.sum(tl.log(pivots), 2)[:, :, None]
     tl.store(logdet_ptr + matrix, tl.where(info == 0, total, float("nan")), mask=mask)
@@ -252,16 +263,16 @@ def _solve_kernel(
     SCALED: tl.constexpr,
 ):
     """Scale A^-1 B for a block of columns, from one factorisation; B = I gives the inverse."""
-    matrix, rows, across, mask = _indices(tl.program_id(0) // blocks, batch, MATRICES, SIDE)
-    tile = _load_tile(matrix_ptr, matrix, strides, rows, across, order, order, mask, True)
+    tiles = _tiles_of(tl.program_id(0) // blocks, batch, MATRICES, SIDE)
+    matrix, rows, across, mask = tiles
+    tile = _load_tile(matrix_ptr, strides, tiles, order, order, True)
     column = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK))[None, None, :]
     if IDENTITY:
         right = tl.where(rows == column, 1.0, 0.0).to(tile.dtype)
         right = tl.broadcast_to(right, [MATRICES, SIDE, BLOCK])
     else:
-        right = _load_tile(
-            right_ptr, matrix, right_strides, rows, column, order, columns, mask, False
-        )
+        block = Tiles(matrix=matrix, rows=rows, columns=column, mask=mask)
+        right = _load_tile(right_ptr, right_strides, block, order, columns, False)
     upper, right, info = _factor_and_substitute(tile, right, rows, across, order)
     right = _substitute_back(upper, right, rows, across, order)
     if SCALED:
@@ -286,15 +297,14 @@ def _cholesky_backward_kernel(
     SIDE: tl.constexpr,
 ):
     """1/2 L^-T (P + P^T) L^-1, with P the lower triangle of L^T dL, its diagonal halved."""
-    matrix, rows, columns, mask = _indices(tl.program_id(0), batch, MATRICES, SIDE)
+    tiles = _tiles_of(tl.program_id(0), batch, MATRICES, SIDE)
+    matrix, rows, columns, mask = tiles
     inside = mask & (rows < order) & (columns < order)
     offset = (matrix * order + rows) * order + columns
     factor = tl.load(factor_ptr + offset, mask=inside & (columns <= rows), other=0.0)
     factor = tl.where(mask | (columns != rows), factor, 1.0)  # beyond the batch: the identity
-    grad_factor = _load_tile(
-        grad_factor_ptr, matrix, grad_strides, rows, columns, order, order,
-        mask & (columns <= rows), False,
-    )  # fmt: skip
+    lower_half = Tiles(matrix=matrix, rows=rows, columns=columns, mask=mask & (columns <= rows))
+    grad_factor = _load_tile(grad_factor_ptr, grad_strides, lower_half, order, order, False)
     product = _transposed_product(factor, grad_factor, rows, order)
     lower = tl.where(columns < rows, product, tl.where(columns == rows, product * 0.5, 0.0))
     middle = (lower + tl.permute(lower, (0, 2, 1))) * 0.5
@@ -316,13 +326,12 @@ def _inverse_backward_kernel(
     SIDE: tl.constexpr,
 ):
     """-X sym(dX) X for X = A^-1."""
-    matrix, rows, columns, mask = _indices(tl.program_id(0), batch, MATRICES, SIDE)
+    tiles = _tiles_of(tl.program_id(0), batch, MATRICES, SIDE)
+    matrix, rows, columns, mask = tiles
     inside = mask & (rows < order) & (columns < order)
     offset = (matrix * order + rows) * order + columns
     inverse = tl.load(inverse_ptr + offset, mask=inside, other=0.0)
-    grad = _load_tile(
-        grad_inverse_ptr, matrix, grad_strides, rows, columns, order, order, mask, False
-    )
+    grad = _load_tile(grad_inverse_ptr, grad_strides, tiles, order, order, False)
     grad = (grad + tl.permute(grad, (0, 2, 1))) * 0.5
     right = _transposed_product(grad, inverse, rows, order)
     result = _transposed_product(inverse, right, rows, order)
@@ -342,7 +351,7 @@ def _solve_backward_kernel(
     SIDE: tl.constexpr,
 ):
     """-sym(dB X^T), one rank-1 update per column of X."""
-    matrix, rows, across, mask = _indices(tl.program_id(0), batch, MATRICES, SIDE)
+    matrix, rows, across, mask = _tiles_of(tl.program_id(0), batch, MATRICES, SIDE)
     by_row = mask & (rows < order)
     by_column = mask & (across < order)
     row_offset = (matrix * order + rows) * columns

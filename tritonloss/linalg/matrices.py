@@ -20,224 +20,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from kernels_reference import linalg as reference
 
 from .._core import checks
-from .._core.backend import device_guard, serves_triton
-from .._core.configurations import Configuration, TuningCase, launch_configuration
+from .._core.backend import serves_triton
+from .._core.configurations import Configuration, TuningCase
 from .._core.operator import Operator
-from .kernels import (
-    _cholesky_backward_kernel,
-    _cholesky_lanes_kernel,
-    _cholesky_tile_kernel,
-    _inverse_backward_kernel,
-    _logdet_lanes_kernel,
-    _logdet_tile_kernel,
-    _solve_backward_kernel,
-    _solve_kernel,
-)
+from . import launchers
 
 __all__ = ["cholesky_ex", "inv", "logdet", "solve"]
 
 LARGEST = 64
-# Unrolled in lanes a factorisation of order 12 compiles for ten seconds, and one of 9 for two.
-LARGEST_IN_LANES = 9
-
-# --- launchers ------------------------------------------------------------------------------------
-
-
-def _flat(tensor: torch.Tensor, trailing: int = 2) -> torch.Tensor:
-    """[batch, ...]: a view unless the leading dimensions cannot be merged."""
-    return tensor.reshape(-1, *tensor.shape[tensor.dim() - trailing :])
-
-
-def _configuration(operator: str, matrices: torch.Tensor) -> Configuration:
-    order = matrices.size(-1)
-    return launch_configuration(
-        operator,
-        device=matrices.device,
-        dtype=matrices.dtype,
-        classes=order,
-        window=1,
-        # Orders of one bucket may be served by either kernel, which take different settings.
-        layout="lanes" if _in_lanes(operator, order) else "tiles",
-        heuristic=_heuristic(operator, order, matrices.dtype),
-    )
-
-
-def _in_lanes(operator: str, order: int) -> bool:
-    """Whether a whole matrix is one lane's work."""
-    return operator in ("cholesky", "logdet") and order <= LARGEST_IN_LANES
-
-
-def _heuristic(operator: str, order: int, dtype: torch.dtype) -> Configuration:
-    if _in_lanes(operator, order):
-        return {"LANES": 64, "num_warps": 2}
-    side = triton.next_power_of_2(order)
-    # What solves or goes back holds two tiles; one warp would not hold them in float64.
-    wide = dtype == torch.float64 and operator not in ("cholesky", "logdet")
-    warps = {64: 8, 32: 4}.get(side, 2 if wide else 1)
-    elements = 128 if wide else 256
-    return {"MATRICES": max(1, elements // side**2), "num_warps": warps}
-
-
-def _tile_launch(operator: str, matrices: torch.Tensor) -> tuple[int, dict[str, Any]]:
-    """(programs, launch arguments) of a kernel that works on tiles."""
-    configuration = _configuration(operator, matrices)
-    launch = {
-        "batch": matrices.size(0),
-        "order": matrices.size(-1),
-        "SIDE": triton.next_power_of_2(matrices.size(-1)),
-        **configuration,
-        "enable_fp_fusion": True,
-    }
-    return triton.cdiv(matrices.size(0), int(configuration["MATRICES"])), launch
-
-
-def _factorise(operator: str, matrices: torch.Tensor, lanes: Any, tile: Any, **out: Any) -> None:
-    """Launch the kernel in lanes or the one in tiles, by the order of the matrices."""
-    batch, order = matrices.size(0), matrices.size(-1)
-    if batch == 0:
-        return
-    with device_guard(matrices):
-        if _in_lanes(operator, order):
-            configuration = _configuration(operator, matrices)
-            lanes[(triton.cdiv(batch, int(configuration["LANES"])),)](
-                matrix_ptr=matrices,
-                strides=matrices.stride(),
-                batch=batch,
-                ORDER=order,
-                **out,
-                **configuration,
-                enable_fp_fusion=True,
-            )
-        else:
-            programs, launch = _tile_launch(operator, matrices)
-            tile[(programs,)](matrix_ptr=matrices, strides=matrices.stride(), **out, **launch)
-
-
-def _cholesky(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    factor = torch.empty(matrices.shape, dtype=matrices.dtype, device=matrices.device)
-    info = torch.empty(matrices.shape[:-2], dtype=torch.int32, device=matrices.device)
-    _factorise(
-        "cholesky",
-        _flat(matrices),
-        _cholesky_lanes_kernel,
-        _cholesky_tile_kernel,
-        factor_ptr=factor,
-        info_ptr=info,
-    )
-    return factor, info
-
-
-def _logdet(matrices: torch.Tensor) -> torch.Tensor:
-    result = torch.empty(matrices.shape[:-2], dtype=matrices.dtype, device=matrices.device)
-    _factorise(
-        "logdet",
-        _flat(matrices),
-        _logdet_lanes_kernel,
-        _logdet_tile_kernel,
-        logdet_ptr=result,
-    )
-    return result
-
-
-def _solve(
-    matrices: torch.Tensor, right: torch.Tensor | None, scale: torch.Tensor | None
-) -> torch.Tensor:
-    """Scale A^-1 right; the identity for None on the right, 1 for None as the scale."""
-    shape = matrices.shape if right is None else right.shape
-    solution = torch.empty(shape, dtype=matrices.dtype, device=matrices.device)
-    if solution.numel() == 0:
-        return solution
-    flat = _flat(matrices)
-    flat_right = flat if right is None else _flat(right)
-    columns = shape[-1]
-    programs, launch = _tile_launch("solve", flat)
-    # At 64 in float64 half of the columns, for the sake of registers.
-    limit = 32 if matrices.dtype == torch.float64 else 64
-    block = min(triton.next_power_of_2(columns), max(launch["SIDE"], 16), limit)
-    blocks = triton.cdiv(columns, block)
-    with device_guard(matrices):
-        # All on the first axis of the grid, the only one that takes more than 65535.
-        _solve_kernel[(programs * blocks,)](
-            matrix_ptr=flat,
-            right_ptr=flat_right,
-            scale_ptr=solution if scale is None else scale.contiguous(),
-            solution_ptr=solution,
-            strides=flat.stride(),
-            right_strides=flat_right.stride(),
-            columns=columns,
-            blocks=blocks,
-            BLOCK=block,
-            IDENTITY=right is None,
-            SCALED=scale is not None,
-            **launch,
-        )
-    return solution
-
-
-def _matrix_backward(
-    kernel: Any, operator: str, grad: torch.Tensor, saved: torch.Tensor, **pointers: Any
-) -> torch.Tensor:
-    """The gradient to A of the factor or the inverse."""
-    result = torch.empty(saved.shape, dtype=saved.dtype, device=saved.device)
-    if result.numel() == 0:
-        return result
-    flat_grad = _flat(grad)
-    programs, launch = _tile_launch(operator, _flat(saved))
-    with device_guard(saved):
-        kernel[(programs,)](
-            grad_matrix_ptr=result,
-            grad_strides=flat_grad.stride(),
-            **{name: flat_grad if value is None else value for name, value in pointers.items()},
-            **launch,
-        )
-    return result
-
-
-def _cholesky_backward(grad_factor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return _matrix_backward(
-        _cholesky_backward_kernel,
-        "cholesky_backward",
-        grad_factor,
-        factor,
-        grad_factor_ptr=None,
-        factor_ptr=factor,
-    )
-
-
-def _inverse_backward(grad_inverse: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    return _matrix_backward(
-        _inverse_backward_kernel,
-        "inverse_backward",
-        grad_inverse,
-        inverse,
-        grad_inverse_ptr=None,
-        inverse_ptr=inverse,
-    )
-
-
-def _solve_backward(grad_right: torch.Tensor, solution: torch.Tensor) -> torch.Tensor:
-    """The gradient to A of X = A^-1 B from the one to B; both contiguous."""
-    order = solution.size(-2)
-    shape = (*solution.shape[:-1], order)
-    result = torch.empty(shape, dtype=solution.dtype, device=solution.device)
-    if result.numel() == 0:
-        return result
-    programs, launch = _tile_launch("solve_backward", _flat(result))
-    with device_guard(solution):
-        _solve_backward_kernel[(programs,)](
-            grad_right_ptr=grad_right,
-            solution_ptr=solution,
-            grad_matrix_ptr=result,
-            columns=solution.size(-1),
-            **launch,
-        )
-    return result
-
 
 # --- operators ------------------------------------------------------------------------------------
 
@@ -268,8 +62,8 @@ def _nothing(tensor: torch.Tensor) -> torch.Tensor:
 def _solve_gradients(
     grad_result: torch.Tensor, result: torch.Tensor, A: torch.Tensor, wants_A: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    grad_right = _solve(A, grad_result, None)
-    return _solve_backward(grad_right, result) if wants_A else _nothing(A), grad_right
+    grad_right = launchers.solve(A, grad_result, None)
+    return launchers.solve_backward(grad_right, result) if wants_A else _nothing(A), grad_right
 
 
 def _empty_solve_gradients(
@@ -280,8 +74,8 @@ def _empty_solve_gradients(
 
 CHOLESKY = Operator(
     "cholesky_ex",
-    forward=lambda A: Factor(*_cholesky(A)),
-    backward=lambda grad_factor, factor: _cholesky_backward(grad_factor, factor),
+    forward=lambda A: Factor(*launchers.cholesky(A)),
+    backward=lambda grad_factor, factor: launchers.cholesky_backward(grad_factor, factor),
     allocate=lambda A: Factor(_like(A), A.new_empty(A.shape[:-2], dtype=torch.int32)),
     allocate_gradient=lambda factor, **_: _like(factor),
     results=Factor,
@@ -290,8 +84,8 @@ CHOLESKY = Operator(
 )
 LOGDET = Operator(
     "logdet",
-    forward=lambda A: Result(_logdet(A)),
-    backward=lambda grad_result, A: _solve(A, None, grad_result),
+    forward=lambda A: Result(launchers.logdet(A)),
+    backward=lambda grad_result, A: launchers.solve(A, None, grad_result),
     allocate=lambda A: Result(_like(A, A.shape[:-2])),
     allocate_gradient=lambda A, **_: _like(A),
     results=Result,
@@ -299,7 +93,7 @@ LOGDET = Operator(
 )
 SOLVE = Operator(
     "solve",
-    forward=lambda A, B: Result(_solve(A, B, None)),
+    forward=lambda A, B: Result(launchers.solve(A, B, None)),
     backward=_solve_gradients,
     allocate=lambda A, B: Result(_like(B)),
     allocate_gradient=_empty_solve_gradients,
@@ -309,8 +103,8 @@ SOLVE = Operator(
 )
 INVERSE = Operator(
     "inv",
-    forward=lambda A: Result(_solve(A, None, None)),
-    backward=lambda grad_result, result: _inverse_backward(grad_result, result),
+    forward=lambda A: Result(launchers.solve(A, None, None)),
+    backward=lambda grad_result, result: launchers.inverse_backward(grad_result, result),
     allocate=lambda A: Result(_like(A)),
     allocate_gradient=lambda result, **_: _like(result),
     results=Result,
@@ -467,8 +261,8 @@ def _random_matrices(order: int, dtype: torch.dtype, device: torch.device) -> to
 
 
 def _case(operator: str, order: int, dtype: torch.dtype, run: Callable[..., Any]) -> TuningCase:
-    first = _heuristic(operator, order, dtype)
-    in_lanes = _in_lanes(operator, order)
+    first = launchers.heuristic(operator, order, dtype)
+    in_lanes = launchers.in_lanes(operator, order)
     name = "LANES" if in_lanes else "MATRICES"
     size = int(first[name])
     sizes = {32, 64, 128, 256} if in_lanes else {size, 2 * size, max(size // 2, 1)}
@@ -488,18 +282,18 @@ def _case(operator: str, order: int, dtype: torch.dtype, run: Callable[..., Any]
 def tuning_cases() -> list[TuningCase]:
     """What ``python -m tritonloss tune`` tries out for this module."""
     runs: tuple[tuple[str, Callable[..., Any]], ...] = (
-        ("cholesky", _cholesky),
-        ("logdet", _logdet),
-        ("solve", lambda matrices: _solve(matrices, None, None)),
+        ("cholesky", launchers.cholesky),
+        ("logdet", launchers.logdet),
+        ("solve", lambda matrices: launchers.solve(matrices, None, None)),
         # The matrices stand for factors and solutions too: the work is the same for any numbers.
-        ("cholesky_backward", lambda matrices: _cholesky_backward(matrices, matrices)),
-        ("inverse_backward", lambda matrices: _inverse_backward(matrices, matrices)),
-        ("solve_backward", lambda matrices: _solve_backward(matrices, matrices)),
+        ("cholesky_backward", lambda matrices: launchers.cholesky_backward(matrices, matrices)),
+        ("inverse_backward", lambda matrices: launchers.inverse_backward(matrices, matrices)),
+        ("solve_backward", lambda matrices: launchers.solve_backward(matrices, matrices)),
     )
     return [
         _case(operator, order, dtype, run)
         for order in (9, 16, 32, 64, 8, 4, 2)
         for dtype in (torch.float32, torch.float64)
         for operator, run in runs
-        if order != 9 or _in_lanes(operator, order)  # in tiles the bucket of 16 is its own
+        if order != 9 or launchers.in_lanes(operator, order)  # in tiles the bucket of 16 is its own
     ]

@@ -1,25 +1,36 @@
 """Backward pass of region mutual information: which kernels it runs, on what, in which order.
 
-The mathematics stands in region_mutual_information.py.
+The gradient to the probabilities that the regions are made of, and from there to the logits. The
+mathematics stands in region_mutual_information.py.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from .._core.backend import device_guard
-from .._engine.strip_launch import ignored_class
+from .._core.prepared_launch import PreparedLaunch
 from .gradient_kernels import (
     _rmi_border_kernel,
     _rmi_direct_gradient_kernel,
     _rmi_interior_kernel,
     _rmi_taps_kernel,
 )
-from .plan import Maps, Options, Part, Saved, cell_grid, cells_of, launch_of, maps_of, strides
+from .plan import (
+    Options,
+    Plan,
+    Saved,
+    cell_arguments,
+    cell_grid,
+    configuration_of,
+    contiguous_strides,
+    feature_arguments,
+    of_kind,
+    strides,
+)
 from .pooling_kernels import _rmi_expand_kernel, _rmi_sample_backward_kernel
 
 
@@ -32,183 +43,278 @@ def backward_pass(
 ) -> torch.Tensor:
     """The gradient to the logits, in their dtype and layout."""
     grad_logits = torch.empty_like(logits)
+
+    def prepare(plan: Plan) -> _Backward:
+        return _backward(plan, logits, target, grad_logits)
+
+    steps = of_kind("rmi backward", options, logits, target, prepare)
     with device_guard(logits):
-        if not saved.residual.numel():
-            maps = maps_of(options, logits, target, saved.residual, saved.labels)
-            _gradient(options, grad_loss, logits, maps, saved, grad_logits)
+        if not steps.plan.has_maps:
+            steps.gradient.run(grad_loss, logits, target, saved, (grad_logits, grad_logits))
             return grad_logits
-        for part, grad_pooled in _shares(saved.residual, grad_logits):
-            own = saved.of(part)
-            maps = Maps(own.residual, own.labels, -1, True)
-            _gradient(options, grad_loss, logits, maps, own, grad_pooled)
-            _expand(
-                options, part, grad_loss, saved.statistics, logits, target, grad_pooled,
-                part.of(grad_logits),
-            )  # fmt: skip
+        rooms = steps.rooms.made(steps.plan, grad_logits)
+        steps.gradient.run(grad_loss, saved.residual, saved.labels, saved, rooms)
+        for expand, room in zip(steps.expand, rooms, strict=True):
+            if expand is not None:
+                expand(
+                    grad_loss_ptr=grad_loss,
+                    statistics_ptr=saved.statistics,
+                    logits_ptr=logits,
+                    target_ptr=target,
+                    grad_pooled_ptr=room,
+                    grad_logits_ptr=grad_logits,
+                )
     return grad_logits
 
 
-def _shares(pooled: torch.Tensor, grad_logits: torch.Tensor) -> list[tuple[Part, torch.Tensor]]:
-    """(images, room for the gradient to their pooled maps), to be worked off in order.
+class _Backward(NamedTuple):
+    """The steps of the pass."""
 
-    The gradient to the pooled maps of most images waits where the gradient to the logits of the
-    last ones will stand, so that only these take memory of their own. Of one image it is classes.
+    plan: Plan
+    gradient: _LagGradient | _DirectGradient
+    rooms: _Rooms
+    expand: tuple[PreparedLaunch | None, ...]  # for what is in each of the rooms
+
+
+def _backward(
+    plan: Plan, logits: torch.Tensor, target: torch.Tensor, grad_logits: torch.Tensor
+) -> _Backward:
+    rooms = _rooms(plan, grad_logits)
+    shared = {
+        **feature_arguments(plan, logits, target),
+        "out_strides": contiguous_strides(plan.map_shape)
+        if plan.has_maps
+        else strides(grad_logits),
+        "height": plan.rows,
+        "width": plan.columns,
+        "split": rooms.waiting.planes,
+    }
+    gradient = (_direct_gradient if plan.is_direct else _lag_gradient)(plan, logits, shared)
+    expand: tuple[PreparedLaunch | None, ...] = ()
+    if plan.has_maps:
+        arguments = _expand_arguments(plan, logits, target, grad_logits)
+        shares = (rooms.waiting, rooms.last)
+        expand = tuple(_expand(plan, share, arguments) for share in shares)
+    return _Backward(plan, gradient, rooms, expand)
+
+
+# --- rooms ----------------------------------------------------------------------------------------
+
+
+class _Share(NamedTuple):
+    """Some of the images with all classes, or some of the classes of the only image."""
+
+    first_image: int
+    images: int
+    first_class: int
+    classes: int
+
+    @property
+    def planes(self) -> int:
+        return self.images * self.classes
+
+
+class _Rooms(NamedTuple):
+    """Where the gradient to the pooled maps stands until it is worked off.
+
+    That of most images waits where the gradient to the logits of the last ones will stand, so that
+    only these take memory of their own. Of one image it is classes.
     """
-    axis = 0 if grad_logits.size(0) > 1 else 1
-    count, size = grad_logits.size(axis), math.prod(grad_logits.shape[axis + 1 :])
-    pooled_size = math.prod(pooled.shape[axis + 1 :])
-    unit = pooled.dtype.itemsize // grad_logits.dtype.itemsize  # logits that one pooled value takes
+
+    waiting: _Share
+    last: _Share
+    start: int  # where the room of the waiting starts in the gradient to the logits
+    size: int  # and how many of its elements it takes
+
+    def made(self, plan: Plan, grad_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(room of the waiting, room of the last)."""
+        shape = (self.last.planes, plan.rows, plan.columns)
+        last = grad_logits.new_empty(shape, dtype=plan.arithmetic)
+        if self.size == 0:
+            return last, last
+        waiting = grad_logits.as_strided((self.size,), (1,), self.start)
+        if waiting.dtype != plan.arithmetic:
+            waiting = waiting.view(plan.arithmetic)
+        return waiting, last
+
+
+def _rooms(plan: Plan, grad_logits: torch.Tensor) -> _Rooms:
+    images, classes = plan.images, plan.classes
+    all_last = _Rooms(_Share(0, 0, 0, 0), _Share(0, images, 0, classes), 0, 0)
+    axis = 0 if images > 1 else 1
+    count = images if axis == 0 else classes
+    others = classes if axis == 0 else 1
+    size, pooled_size = others * plan.height * plan.width, others * plan.rows * plan.columns
+    # Logits that one pooled value takes the room of.
+    unit = plan.arithmetic.itemsize // grad_logits.dtype.itemsize
     first = count - -(-count * pooled_size * unit // (size + pooled_size * unit))
     # From an address that is a multiple of 16 bytes, as those of tensors are.
     start = -(-first * size // 8) * 8
     room = (count * size - start) // unit
-    if grad_logits.stride(axis) != size or not 0 < first * pooled_size <= room:
-        return [(Part(axis, 0, count), torch.empty_like(pooled))]
-    flat = grad_logits.as_strided((room * unit,), (1,), grad_logits.storage_offset() + start)
-    shape = Part(axis, 0, first).of(pooled).shape
-    waiting = flat.view(pooled.dtype)[: math.prod(shape)].view(shape)
-    last = Part(axis, first, count - first)
-    return [(Part(axis, 0, first), waiting), (last, torch.empty_like(last.of(pooled)))]
-
-
-def _gradient(
-    options: Options,
-    grad_loss: torch.Tensor,
-    logits: torch.Tensor,
-    maps: Maps,
-    saved: Saved,
-    out: torch.Tensor,
-) -> None:
-    """The gradient to the pooled probabilities, or to the logits where nothing is pooled."""
-    if saved.kept.numel():
-        _direct_gradient(options, grad_loss, logits.size(0), maps, saved, out)
+    # A small image's maps take little, and a second launch takes time.
+    if plan.options.small or grad_logits.stride(axis) != size:
+        return all_last
+    if not 0 < first * pooled_size <= room:
+        return all_last
+    if axis == 0:
+        waiting, last = _Share(0, first, 0, classes), _Share(first, count - first, 0, classes)
     else:
-        _lag_gradient(options, grad_loss, logits, maps, saved, out)
+        waiting, last = _Share(0, 1, 0, first), _Share(0, 1, first, count - first)
+    return _Rooms(waiting, last, start, first * pooled_size * unit)
+
+
+# --- gradient to the probabilities ----------------------------------------------------------------
+
+
+class _LagGradient(NamedTuple):
+    """Interior and border, from one table of taps per border class."""
+
+    taps: PreparedLaunch
+    taps_shape: tuple[int, int, int]
+    interior: PreparedLaunch
+    border: PreparedLaunch | None
+
+    def run(
+        self,
+        grad_loss: torch.Tensor,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        saved: Saved,
+        out: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        taps = saved.statistics.new_empty(self.taps_shape)
+        self.taps(grad_loss_ptr=grad_loss, weights_ptr=saved.weights, taps_ptr=taps)
+        for correlate in (self.interior, self.border):
+            if correlate is not None:
+                correlate(
+                    grad_loss_ptr=grad_loss,
+                    statistics_ptr=saved.statistics,
+                    first_ptr=first,
+                    second_ptr=second,
+                    taps_ptr=taps,
+                    out_ptr=out[0],
+                    rest_ptr=out[1],
+                )
+
+
+def _lag_gradient(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -> _LagGradient:
+    options, planes = plan.options, plan.planes
+    region = options.region_size
+    span = 2 * region - 1
+    taps = {
+        "images": plan.images,
+        "rmi_weight": 1.0 - options.bce_weight,
+        "REGION": region,
+        "CELL": options.cell,
+        "num_warps": 1,
+        "enable_fp_fusion": True,
+    }
+    launch = configuration_of("rmi_gradient", plan, logits, region, LANES=128, ROWS=64)
+    bands = triton.cdiv(plan.rows - span + 1, int(launch["ROWS"]))
+    blocks = triton.cdiv(plan.columns - span + 1, int(launch["LANES"]))
+    interior = {**arguments, **launch, "REGION": region}
+    border = None
+    if region > 1:
+        pixels = 2 * (region - 1) * (plan.rows + plan.columns - 2 * (region - 1))
+        border = PreparedLaunch(
+            _rmi_border_kernel,
+            (planes, triton.cdiv(pixels, 128)),
+            {**arguments, "REGION": region, "LANES": 128, "num_warps": 4},
+        )
+    return _LagGradient(
+        PreparedLaunch(_rmi_taps_kernel, (planes, span**2), taps),
+        (planes, span**2, 2 * span**2 + 1),
+        PreparedLaunch(_rmi_interior_kernel, (planes, bands, blocks), interior),
+        border,
+    )
+
+
+class _DirectGradient(NamedTuple):
+    """By every region of every pixel."""
+
+    launch: PreparedLaunch
+
+    def run(
+        self,
+        grad_loss: torch.Tensor,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        saved: Saved,
+        out: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        self.launch(
+            grad_loss_ptr=grad_loss,
+            statistics_ptr=saved.statistics,
+            first_ptr=first,
+            second_ptr=second,
+            kept_ptr=saved.kept,
+            weights_ptr=saved.weights,
+            out_ptr=out[0],
+            rest_ptr=out[1],
+        )
 
 
 def _direct_gradient(
-    options: Options,
-    grad_loss: torch.Tensor,
-    images: int,
-    maps: Maps,
-    saved: Saved,
-    out: torch.Tensor,
-) -> None:
-    planes = out.size(0) * out.size(1)
-    blocks = triton.cdiv(maps.height * maps.width, 128)
-    # All on the first axis of the grid, the only one that takes more than 65535.
-    _rmi_direct_gradient_kernel[(planes * blocks,)](
-        **maps.arguments,
-        grad_loss_ptr=grad_loss,
-        statistics_ptr=saved.statistics,
-        kept_ptr=saved.kept,
-        residual_weights_ptr=saved.residual_weights,
-        label_weights_ptr=saved.label_weights,
-        constants_ptr=saved.constants,
-        out_ptr=out,
-        out_strides=strides(out),
-        height=maps.height,
-        width=maps.width,
-        blocks=blocks,
-        images=images,
-        rmi_weight=1.0 - options.bce_weight,
-        REGION=options.region_size,
-        LANES=128,
-        CELL=options.cell,
-        num_warps=4,
-    )
-
-
-def _lag_gradient(
-    options: Options,
-    grad_loss: torch.Tensor,
-    logits: torch.Tensor,
-    maps: Maps,
-    saved: Saved,
-    out: torch.Tensor,
-) -> None:
-    """Interior and border, from one table of taps per border class."""
-    region = options.region_size
-    span = 2 * region - 1
-    planes = out.size(0) * out.size(1)
-    taps = saved.statistics.new_empty(planes, span**2, 2 * span**2 + 1)
-    _rmi_taps_kernel[(planes, span**2)](
-        grad_loss_ptr=grad_loss,
-        residual_weights_ptr=saved.residual_weights,
-        label_weights_ptr=saved.label_weights,
-        constants_ptr=saved.constants,
-        taps_ptr=taps,
-        images=logits.size(0),
-        rmi_weight=1.0 - options.bce_weight,
-        REGION=region,
-        CELL=options.cell,
-        num_warps=1,
-        enable_fp_fusion=True,
-    )
-    shared = {
-        **maps.arguments,
-        "grad_loss_ptr": grad_loss,
-        "statistics_ptr": saved.statistics,
-        "taps_ptr": taps,
-        "out_ptr": out,
-        "out_strides": strides(out),
-        "height": maps.height,
-        "width": maps.width,
-        "REGION": region,
+    plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]
+) -> _DirectGradient:
+    options = plan.options
+    blocks = triton.cdiv(plan.rows * plan.columns, 128)
+    own = {
+        "blocks": blocks,
+        "images": plan.images,
+        "rmi_weight": 1.0 - options.bce_weight,
+        "REGION": options.region_size,
+        "LANES": 128,
+        "CELL": options.cell,
+        "DROP": options.drops,
+        "num_warps": 4,
     }
-    launch = launch_of("rmi_gradient", logits, taps.dtype, region, LANES=128, ROWS=64)
-    bands = triton.cdiv(maps.height - span + 1, int(launch["ROWS"]))
-    blocks = triton.cdiv(maps.width - span + 1, int(launch["LANES"]))
-    _rmi_interior_kernel[(planes, bands, blocks)](**shared, **launch)
-    if region > 1:
-        border = 2 * (region - 1) * (maps.height + maps.width - 2 * (region - 1))
-        _rmi_border_kernel[(planes, triton.cdiv(border, 128))](**shared, LANES=128, num_warps=4)
+    # All on the first axis of the grid, the only one that takes more than 65535.
+    grid = (plan.planes * blocks,)
+    return _DirectGradient(PreparedLaunch(_rmi_direct_gradient_kernel, grid, {**arguments, **own}))
 
 
-def _expand(
-    options: Options,
-    part: Part,
-    grad_loss: torch.Tensor,
-    statistics: torch.Tensor,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    grad_pooled: torch.Tensor,
-    grad_logits: torch.Tensor,
-) -> None:
-    """From a part's pooled maps to its logits, with the cross entropy's gradient."""
-    classes = logits.size(1)
-    if options.samples:
-        launch: dict[str, Any] = launch_of(
-            "rmi_sample", logits, statistics.dtype, options.pool_size, LANES=128, num_warps=2
+# --- gradient to the logits -----------------------------------------------------------------------
+
+
+def _expand_arguments(
+    plan: Plan, logits: torch.Tensor, target: torch.Tensor, grad_logits: torch.Tensor
+) -> dict[str, Any]:
+    """What the launches from maps to logits have in common."""
+    if plan.options.samples:
+        size = plan.options.pool_size
+        launch: dict[str, Any] = configuration_of(
+            "rmi_sample", plan, logits, size, LANES=128, num_warps=2
         )
     else:
-        launch = cells_of("rmi_expand", options, logits, statistics.dtype)
-    logits = part.of(logits)
-    target = part.of(target) if part.axis == 0 else target
-    batch, channels, height, width = logits.shape
-    shared = {
-        "grad_loss_ptr": grad_loss,
-        "statistics_ptr": statistics,
-        "logits_ptr": logits,
-        "target_ptr": target,
-        "grad_pooled_ptr": grad_pooled,
-        "grad_logits_ptr": grad_logits,
+        launch = cell_arguments("rmi_expand", plan, logits)
+    return {
         "logits_strides": strides(logits),
         "target_strides": strides(target),
         "grad_logits_strides": strides(grad_logits),
-        "channels": channels,
-        "first_class": part.start if part.axis == 1 else 0,
-        "classes": classes,
-        "height": height,
-        "width": width,
-        "pooled_height": grad_pooled.size(2),
-        "pooled_width": grad_pooled.size(3),
-        "IGNORED": ignored_class(options.ignore_index, classes, target.dtype),
+        "classes": plan.classes,
+        "height": plan.height,
+        "width": plan.width,
+        "pooled_height": plan.rows,
+        "pooled_width": plan.columns,
+        "IGNORED": plan.ignored,
+        "enable_fp_fusion": True,
+        **launch,
     }
-    if options.samples:
-        blocks = triton.cdiv(width, int(launch["LANES"]))
-        _rmi_sample_backward_kernel[(batch * height, blocks)](
-            **shared, **launch, enable_fp_fusion=True
-        )
-    else:
-        _rmi_expand_kernel[cell_grid(logits, launch)](**shared, **launch)
+
+
+def _expand(plan: Plan, share: _Share, arguments: dict[str, Any]) -> PreparedLaunch | None:
+    """From a share's maps to its logits, with the cross entropy's gradient; None if it is empty."""
+    if share.planes == 0:
+        return None
+    own = {
+        "channels": share.classes,
+        "first_image": share.first_image,
+        "first_class": share.first_class,
+    }
+    if plan.options.samples:
+        blocks = triton.cdiv(plan.width, arguments["LANES"])
+        grid: tuple[int, ...] = (share.images * plan.height, blocks)
+        return PreparedLaunch(_rmi_sample_backward_kernel, grid, {**arguments, **own})
+    grid = cell_grid(share.images, share.classes, plan.width, arguments)
+    return PreparedLaunch(_rmi_expand_kernel, grid, {**arguments, **own})

@@ -5,11 +5,12 @@ loss needs follows from their moments, and nothing cancels where the prediction 
 is taken from the logit as -sigmoid(-z) or sigmoid(z), never as a difference.
 
 The features come from two pooled maps (POOLED), which hold sums over a pooling cell, or else from
-the logits and the labels themselves. Either way they are read from `first` (residuals or logits)
-and `second` (labels), each a tuple (pointer, row stride, column stride) of one plane.
+the logits and the labels themselves.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -17,17 +18,67 @@ import triton.language as tl
 from .._engine.math import LOG2_E, inverse, sanitised_label
 
 SIZES = (
-    "channels", "first_class", "classes", "height", "width", "pooled_height", "pooled_width",
-    "cell_rows", "programs", "blocks", "bands", "parts", "planes", "images", "chunks",
-    "window_rows", "window_columns",
+    "channels", "first_image", "first_class", "classes", "height", "width", "pooled_height",
+    "pooled_width", "cell_rows", "programs", "blocks", "bands", "parts", "images", "chunks",
+    "window_rows", "window_columns", "split",
 )  # fmt: skip
+
+
+# --- what is known when a kernel is compiled ------------------------------------------------------
+
+
+class Reading(NamedTuple):
+    """How features are read."""
+
+    pooled: bool  # from two pooled maps, or else from logits and labels
+    ignored: int  # which label of those is ignored, as sanitised_label takes it
+    centred: bool = False  # with p less its approximate mean in the place of y: see load_pair
+
+
+# --- what is known when it runs -------------------------------------------------------------------
+
+
+class Plane(NamedTuple):
+    """One channel of one image."""
+
+    pointer: Any
+    row_stride: Any
+    column_stride: Any
+
+
+class Features(NamedTuple):
+    """What one class of one image is read from."""
+
+    first: Any  # Plane of residuals, or of logits
+    second: Any  # Plane of labels: pooled ones of the class, or the image's own
+    center: Any  # about the mean of p, where the reading is centred
+    channel: Any
+    channels: Any
+
+
+# --- planes ---------------------------------------------------------------------------------------
 
 
 @triton.jit
 def plane_of(pointer, strides, image, channel):
-    """(pointer, row stride, column stride) of a channel; label maps have the channel stride 0."""
+    """The plane of a channel; label maps have the channel stride 0."""
     channel = tl.full((), 0, tl.int64) + channel  # which may be a constant
-    return pointer + image * strides[0] + channel * strides[1], strides[2], strides[3]
+    pointer += image * strides[0] + channel * strides[1]
+    return Plane(pointer=pointer, row_stride=strides[2], column_stride=strides[3])
+
+
+@triton.jit
+def features_of(first_ptr, second_ptr, first_strides, second_strides, plane, channels, center):
+    """The features of a plane, counted through all classes of all images."""
+    channel = (plane % channels).to(tl.int32)
+    image = plane // channels
+    return Features(
+        first=plane_of(first_ptr, first_strides, image, channel),
+        second=plane_of(second_ptr, second_strides, image, channel),
+        center=center,
+        channel=channel,
+        channels=channels,
+    )
 
 
 @triton.jit
@@ -36,8 +87,12 @@ def pointer_to(plane, row, column, SHIFT: tl.constexpr = 0):
 
     The shift is added to the pointer, so that it becomes a constant of the load instruction.
     """
+    down = row.to(tl.int64) * plane.row_stride
     return (
-        plane[0] + row.to(tl.int64) * plane[1] + column.to(tl.int64) * plane[2] + SHIFT * plane[2]
+        plane.pointer
+        + down
+        + column.to(tl.int64) * plane.column_stride
+        + (SHIFT * plane.column_stride)
     )
 
 
@@ -122,45 +177,45 @@ def miss_of(u, positive):
 
 
 @triton.jit
-def load_features(
-    first, second, row, column, mask, channel, channels, dtype: tl.constexpr,
-    IGNORED: tl.constexpr, POOLED: tl.constexpr, SHIFT: tl.constexpr = 0,
-):  # fmt: skip
+def load_features(features, row, column, mask, READING: tl.constexpr, SHIFT: tl.constexpr = 0):
     """(residual, label) of pixels or pooling cells SHIFT columns beside, 0 where masked out."""
-    if POOLED:
+    first, second = features.first, features.second
+    dtype: tl.constexpr = tl.float64 if first.pointer.dtype.element_ty == tl.float64 else tl.float32
+    if READING.pooled:
         residual = load(pointer_to(first, row, column, SHIFT), mask)
         y = load(pointer_to(second, row, column, SHIFT), mask).to(dtype)
     else:
-        label = load_label(second, row, column, mask, channels, IGNORED, SHIFT)
+        label = load_label(second, row, column, mask, features.channels, READING.ignored, SHIFT)
         u = load_scaled(first, row, column, mask, dtype, SHIFT)
-        residual, _ = residual_of(u, label, channel)
-        y = tl.where(label == channel, 1.0, 0.0).to(dtype)
+        residual, _ = residual_of(u, label, features.channel)
+        y = tl.where(label == features.channel, 1.0, 0.0).to(dtype)
     return residual, y
 
 
 @triton.jit
-def load_pair(
-    first, second, center, row, column, mask, channel, channels, dtype: tl.constexpr,
-    CENTRED: tl.constexpr, IGNORED: tl.constexpr, POOLED: tl.constexpr, SHIFT: tl.constexpr = 0,
-):  # fmt: skip
-    """(residual, label), or CENTRED (residual, p - center): what the moments are taken of.
+def load_pair(features, row, column, mask, READING: tl.constexpr, SHIFT: tl.constexpr = 0):
+    """(residual, label), or centred (residual, p - center): what the moments are taken of.
 
     Sums in float32 need the second form: with the residual and p apart no digits are lost where p
     is nearly y, and about the centre none where p is nearly constant.
     """
-    if POOLED:
-        e, y = load_features(
-            first, second, row, column, mask, channel, channels, dtype, IGNORED, POOLED, SHIFT
-        )
+    if READING.pooled:
+        e, y = load_features(features, row, column, mask, READING, SHIFT)
     else:
-        label = load_label(second, row, column, mask, channels, IGNORED, SHIFT)
+        first = features.first
+        dtype: tl.constexpr = (
+            tl.float64 if first.pointer.dtype.element_ty == tl.float64 else tl.float32
+        )
+        label = load_label(
+            features.second, row, column, mask, features.channels, READING.ignored, SHIFT
+        )
         u = load_scaled(first, row, column, mask, dtype, SHIFT)
         u = tl.where(label >= 0, u, float("-inf"))  # p = 0
-        positive = label == channel
+        positive = label == features.channel
         e = consistent_residual(u, positive)
         y = tl.where(positive, 1.0, 0.0).to(dtype)
-    if CENTRED:
-        y = (y + e) - center
+    if READING.centred:
+        y = (y + e) - features.center
         if mask is not None:
             y = tl.where(mask, y, 0.0)
     return e, y

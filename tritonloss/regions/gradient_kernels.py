@@ -17,6 +17,8 @@ import triton.language as tl
 
 from .features import (
     SIZES,
+    Plane,
+    features_of,
     load_features,
     load_label,
     load_pair,
@@ -30,15 +32,31 @@ from .features import (
 
 
 @triton.jit
+def _out_plane(out_ptr, rest_ptr, strides, split, plane, features, READING: tl.constexpr):
+    """The plane that a gradient goes to; those of maps stand in two rooms, one after another."""
+    if READING.pooled:
+        is_rest = plane >= split
+        pointer = tl.where(is_rest, rest_ptr, out_ptr)
+        pointer += (plane - tl.where(is_rest, split, 0)) * strides[1]
+        out = Plane(pointer=pointer, row_stride=strides[2], column_stride=strides[3])
+    else:
+        out = plane_of(out_ptr, strides, plane // features.channels, features.channel)
+    return out
+
+
+@triton.jit
 def _store_gradient(
-    out, value, first, second, row, column, mask, entropy_scale, channel, channels,
-    dtype: tl.constexpr, IGNORED: tl.constexpr, POOLED: tl.constexpr,
+    out, value, features, row, column, mask, entropy_scale, READING: tl.constexpr,
 ):  # fmt: skip
     """The gradient to pooled probabilities as it is; the one to full probabilities made logits'."""
-    if not POOLED:
-        label = load_label(second, row, column, mask, channels, IGNORED)
+    if not READING.pooled:
+        first = features.first
+        dtype: tl.constexpr = (
+            tl.float64 if first.pointer.dtype.element_ty == tl.float64 else tl.float32
+        )
+        label = load_label(features.second, row, column, mask, features.channels, READING.ignored)
         u = load_scaled(first, row, column, mask, dtype)
-        value = logit_gradient(u, label, channel, value, entropy_scale)
+        value = logit_gradient(u, label, features.channel, value, entropy_scale)
     tl.store(pointer_to(out, row, column), value, mask=mask)
 
 
@@ -54,9 +72,7 @@ def _border_class(place, size, regions, REGION: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def _rmi_taps_kernel(
     grad_loss_ptr,  # []
-    residual_weights_ptr,  # [N * C, R^2, R^2] float64
-    label_weights_ptr,  # [N * C, R^2, R^2] float64
-    constants_ptr,  # [N * C, R^2] float64
+    weights_ptr,  # [N * C, 2 R^2 + 1, R^2] float64: for residuals, for labels, and constants
     taps_ptr,  # [N * C, (2R - 1)^2, 2 (2R - 1)^2 + 1]: per border class, taps and constant
     images,
     rmi_weight,
@@ -73,6 +89,7 @@ def _rmi_taps_kernel(
     tap = tl.arange(0, triton.next_power_of_2(TAPS))
     dy = tap // SPAN - (REGION - 1)
     dx = tap % SPAN - (REGION - 1)
+    weights = weights_ptr + plane * ((2 * AREA + 1) * AREA)
 
     residual_tap = tl.zeros(tap.shape, tl.float64)
     label_tap = tl.zeros(tap.shape, tl.float64)
@@ -84,12 +101,12 @@ def _rmi_taps_kernel(
         exists = exists & (b >= column_class - (REGION - 1)) & (b <= column_class)
         limit = tl.where(exists, REGION, 0)
         mask = (tap < TAPS) & (a + dy >= 0) & (a + dy < limit) & (b + dx >= 0) & (b + dx < REGION)
-        weight = (plane * AREA + place) * AREA + (a + dy) * REGION + b + dx
-        residual_tap += tl.load(residual_weights_ptr + weight, mask=mask, other=0.0)
-        label_tap += tl.load(label_weights_ptr + weight, mask=mask, other=0.0)
+        weight = weights + place * AREA + (a + dy) * REGION + b + dx
+        residual_tap += tl.load(weight, mask=mask, other=0.0)
+        label_tap += tl.load(weight + AREA * AREA, mask=mask, other=0.0)
         alone = tl.arange(0, 1)
         constant += tl.load(
-            constants_ptr + plane * AREA + place + alone, mask=alone < limit, other=0.0
+            weights + 2 * AREA * AREA + place + alone, mask=alone < limit, other=0.0
         )
 
     scale = tl.load(grad_loss_ptr).to(tl.float64) / images
@@ -107,29 +124,29 @@ def _rmi_interior_kernel(
     first_ptr,  # residuals [N, C, h, w], or logits
     second_ptr,  # labels [N, C, h, w], or target [N, h, w]
     taps_ptr,  # as in _rmi_taps_kernel
-    out_ptr,  # gradient to pooled probabilities [N, C, h, w], or to the logits
+    out_ptr,  # gradient to the pooled probabilities of the first planes, or to the logits
+    rest_ptr,  # that of the planes from `split` on
     first_strides,
     second_strides,
     out_strides,
     channels,
     height,
     width,
+    split,
     REGION: tl.constexpr,
     LANES: tl.constexpr,
     ROWS: tl.constexpr,
-    IGNORED: tl.constexpr,
-    POOLED: tl.constexpr,
+    READING: tl.constexpr,
 ):
     """Pixels whose regions all exist: each row read feeds 2R - 1 unfinished rows in registers."""
     dtype: tl.constexpr = statistics_ptr.dtype.element_ty
     SPAN: tl.constexpr = 2 * REGION - 1
     TAPS: tl.constexpr = SPAN * SPAN
     plane = tl.program_id(0).to(tl.int64)
-    channel = (plane % channels).to(tl.int32)
-    image = plane // channels
-    first = plane_of(first_ptr, first_strides, image, channel)
-    second = plane_of(second_ptr, second_strides, image, channel)
-    out = plane_of(out_ptr, out_strides, image, channel)
+    features = features_of(
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
+    )
+    out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
     column = REGION - 1 + tl.program_id(2) * LANES + tl.arange(0, LANES)
     interior = column < width - REGION + 1
     place = tl.minimum(column, width - REGION)  # for all loads: none needs a mask
@@ -152,10 +169,7 @@ def _rmi_interior_kernel(
     for i in tl.range(0, rows + 2 * (REGION - 1)):
         row = first_row + i - (REGION - 1)
         for s in tl.static_range(SPAN):
-            e, y = load_features(
-                first, second, row, place, None, channel, channels, dtype, IGNORED, POOLED,
-                s - (REGION - 1),
-            )  # fmt: skip
+            e, y = load_features(features, row, place, None, READING, s - (REGION - 1))
             fed = ()
             for q in tl.static_range(SPAN):
                 fed = fed + (
@@ -166,10 +180,7 @@ def _rmi_interior_kernel(
             pending = fed
         done = row - (REGION - 1)
         mask = interior & (column < tl.where(i >= 2 * (REGION - 1), width, 0))
-        _store_gradient(
-            out, pending[0], first, second, done, column, mask, entropy_scale, channel, channels,
-            dtype, IGNORED, POOLED,
-        )  # fmt: skip
+        _store_gradient(out, pending[0], features, done, column, mask, entropy_scale, READING)
         rest = ()
         for q in tl.static_range(1, SPAN):
             rest = rest + (pending[q],)
@@ -184,28 +195,27 @@ def _rmi_border_kernel(
     second_ptr,
     taps_ptr,
     out_ptr,
+    rest_ptr,
     first_strides,
     second_strides,
     out_strides,
     channels,
     height,
     width,
+    split,
     REGION: tl.constexpr,
     LANES: tl.constexpr,
-    IGNORED: tl.constexpr,
-    POOLED: tl.constexpr,
+    READING: tl.constexpr,
 ):
     """Pixels of the frame: first its full rows, then what its columns have besides."""
-    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
     SPAN: tl.constexpr = 2 * REGION - 1
     TAPS: tl.constexpr = SPAN * SPAN
     BAND: tl.constexpr = 2 * (REGION - 1)
     plane = tl.program_id(0).to(tl.int64)
-    channel = (plane % channels).to(tl.int32)
-    image = plane // channels
-    first = plane_of(first_ptr, first_strides, image, channel)
-    second = plane_of(second_ptr, second_strides, image, channel)
-    out = plane_of(out_ptr, out_strides, image, channel)
+    features = features_of(
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
+    )
+    out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
 
     pixel = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -226,24 +236,10 @@ def _rmi_border_kernel(
         other_column = column + (q % SPAN - (REGION - 1))
         inside = mask & (other_row >= 0) & (other_row < height)
         inside = inside & (other_column >= 0) & (other_column < width)
-        e, y = load_features(
-            first,
-            second,
-            other_row,
-            other_column,
-            inside,
-            channel,
-            channels,
-            dtype,
-            IGNORED,
-            POOLED,
-        )
+        e, y = load_features(features, other_row, other_column, inside, READING)
         value += tl.load(table + q, mask=mask, other=0.0) * e
         value += tl.load(table + TAPS + q, mask=mask, other=0.0) * y
-    _store_gradient(
-        out, value, first, second, row, column, mask, entropy_scale, channel, channels, dtype,
-        IGNORED, POOLED,
-    )  # fmt: skip
+    _store_gradient(out, value, features, row, column, mask, entropy_scale, READING)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -252,25 +248,25 @@ def _rmi_direct_gradient_kernel(
     statistics_ptr,  # [1]: bce_weight / V
     first_ptr,  # as in _rmi_interior_kernel
     second_ptr,
-    kept_ptr,  # [N, window_rows, window_columns]
-    residual_weights_ptr,  # [N * C, R^2, R^2] float64
-    label_weights_ptr,  # [N * C, R^2, R^2] float64
-    constants_ptr,  # [N * C, R^2] float64
+    kept_ptr,  # [N, window_rows, window_columns], if DROP
+    weights_ptr,  # [N * C, 2 R^2 + 1, R^2] float64: for residuals, for labels, and constants
     out_ptr,
+    rest_ptr,
     first_strides,
     second_strides,
     out_strides,
     channels,
     height,
     width,
+    split,
     blocks,
     images,
     rmi_weight,
     REGION: tl.constexpr,
     LANES: tl.constexpr,
     CELL: tl.constexpr,
-    IGNORED: tl.constexpr,
-    POOLED: tl.constexpr,
+    DROP: tl.constexpr,
+    READING: tl.constexpr,
 ):
     """Every region of every pixel, where regions are left out one by one or maps are small.
 
@@ -279,14 +275,15 @@ def _rmi_direct_gradient_kernel(
     dtype: tl.constexpr = statistics_ptr.dtype.element_ty
     AREA: tl.constexpr = REGION * REGION
     plane = (tl.program_id(0) // blocks).to(tl.int64)
-    channel = (plane % channels).to(tl.int32)
     image = plane // channels
-    first = plane_of(first_ptr, first_strides, image, channel)
-    second = plane_of(second_ptr, second_strides, image, channel)
-    out = plane_of(out_ptr, out_strides, image, channel)
+    features = features_of(
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
+    )
+    out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
     window_rows = height - REGION + 1
     window_columns = width - REGION + 1
+    weights = weights_ptr + plane * ((2 * AREA + 1) * AREA)
 
     pixel = tl.program_id(0) % blocks * LANES + tl.arange(0, LANES)
     mask = pixel < height * width
@@ -297,22 +294,21 @@ def _rmi_direct_gradient_kernel(
         top = row - own // REGION
         left = column - own % REGION
         exists = mask & (top >= 0) & (top < window_rows) & (left >= 0) & (left < window_columns)
-        offset = (image * window_rows + top) * window_columns + left
-        exists = exists & (tl.load(kept_ptr + offset, mask=exists, other=0) != 0)
+        if DROP:
+            offset = (image * window_rows + top) * window_columns + left
+            exists = exists & (tl.load(kept_ptr + offset, mask=exists, other=0) != 0)
         term = tl.zeros((LANES,), tl.float64)
-        term += tl.load(constants_ptr + plane * AREA + own) * CELL
+        term += tl.load(weights + 2 * AREA * AREA + own) * CELL
         for other in tl.range(0, AREA):
             e, y = load_pair(
-                first, second, 0.0, top + other // REGION, left + other % REGION, exists, channel,
-                channels, dtype, False, IGNORED, POOLED,
-            )  # fmt: skip
-            weight = (plane * AREA + own) * AREA + other
-            term += tl.load(residual_weights_ptr + weight) * e.to(tl.float64)
-            term += tl.load(label_weights_ptr + weight) * y.to(tl.float64)
+                features, top + other // REGION, left + other % REGION, exists, READING
+            )
+            weight = weights + own * AREA + other
+            term += tl.load(weight) * e.to(tl.float64)
+            term += tl.load(weight + AREA * AREA) * y.to(tl.float64)
         value += tl.where(exists, term, 0.0)
     scale = tl.load(grad_loss_ptr).to(tl.float64) / images
     scale = scale * rmi_weight / (CELL * CELL)
     _store_gradient(
-        out, (value * scale).to(dtype), first, second, row, column, mask, entropy_scale, channel,
-        channels, dtype, IGNORED, POOLED,
-    )  # fmt: skip
+        out, (value * scale).to(dtype), features, row, column, mask, entropy_scale, READING
+    )

@@ -1,4 +1,4 @@
-"""Kernels of region mutual information between the moments and the loss: one matrix per program.
+"""The kernel of region mutual information from the moments to the loss: one matrix per program.
 
 Per (image, class), with P = Y + E the predictions and everything centred and over n (or 1):
 
@@ -14,7 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._engine.sums import Sums, comes_last, leave, total
 from .features import SIZES
+
+# --- device functions -----------------------------------------------------------------------------
 
 
 @triton.jit
@@ -44,23 +47,55 @@ def _load_moments(moments_ptr, rows, columns, mask, chunks, SIDE: tl.constexpr):
     return values
 
 
+@triton.jit
+def _store_loss(
+    loss_ptr, statistics_ptr, partials_ptr, parts, mutual, bce_weight, bce_smooth,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Stores the loss, and what the gradient of the cross entropy is multiplied by."""
+    lane = tl.arange(0, BLOCK)
+    entropy = tl.zeros((BLOCK,), tl.float64)
+    valid = tl.zeros((BLOCK,), tl.float64)
+    for start in tl.range(0, parts, BLOCK):
+        mask = start + lane < parts
+        entropy += tl.load(partials_ptr + start + lane, mask=mask, other=0.0)
+        valid += tl.load(partials_ptr + parts + start + lane, mask=mask, other=0.0)
+    count = tl.sum(valid)
+    entropy_scale = bce_weight / tl.maximum(count + bce_smooth, 1.0)
+    loss = entropy_scale * tl.sum(entropy) + mutual
+    tl.store(loss_ptr, tl.where(count > 0, loss, 0.0))
+    tl.store(statistics_ptr, entropy_scale)
+
+
+# --- kernel ---------------------------------------------------------------------------------------
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _rmi_head_kernel(
     moments_ptr,  # [N * C, chunks, 2 d + 1, 2 d + 1] float64
     center_ptr,  # [N * C], if CENTRED: then p - center takes the place of y in the moments
-    information_ptr,  # [N * C] float64
+    partials_ptr,  # [2, parts]: sums of the cross entropy and of the valid pixels
     info_ptr,  # [N * C] int32
-    residual_weights_ptr,  # [N * C, d, d] float64: K1 / (d n)
-    label_weights_ptr,  # [N * C, d, d] float64: K2 / (d n)
-    constants_ptr,  # [N * C, d] float64: what centring takes away
+    weights_ptr,  # [N * C, 2 d + 1, d] float64: K1 / (d n), K2 / (d n), what centring takes away
+    loss_ptr,  # []
+    statistics_ptr,  # [1]: bce_weight / (V + bce_smooth)
+    scratch_ptr,
+    tickets_ptr,
+    programs,
     chunks,
+    parts,
+    images,
     epsilon,
+    bce_weight,
+    rmi_weight,
+    bce_smooth,
     REGION: tl.constexpr,
     CELL: tl.constexpr,
     MEAN: tl.constexpr,
     CENTRED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """CELL: by how much the pooled maps are to be divided."""
+    """CELL: by how much the pooled maps are to be divided. BLOCK parts are added up at a time."""
     AREA: tl.constexpr = REGION * REGION
     SIDE: tl.constexpr = 2 * AREA + 1
     WIDTH: tl.constexpr = triton.next_power_of_2(AREA)
@@ -130,50 +165,21 @@ def _rmi_head_kernel(
 
     information = tl.sum(tl.log(pivots), 1)[:, None] * (0.5 / (one * AREA))
     information = tl.where(info == 0, information, float("nan"))
+    sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs, rows=1)
+    leave(sums, 0, tl.sum(tl.where(count > 0, information, 0.0)))
+
     works = (info == 0) & (count > 0)
     residual_weights = tl.where(works & inside, product * (scale / AREA), 0.0)
     label_weights = tl.where(works & inside, (product - tl.trans(right)) * (scale / AREA), 0.0)
     constants = residual_weights * (e_row / regions) + label_weights * (y_row / regions)
-
-    tl.store(information_ptr + matrix + scalar, tl.where(count > 0, information, 0.0))
     tl.store(info_ptr + matrix + scalar, tl.where(count > 0, info, 0))
-    block = matrix * (AREA * AREA) + rows * AREA + columns
-    tl.store(residual_weights_ptr + block, residual_weights, mask=inside)
-    tl.store(label_weights_ptr + block, label_weights, mask=inside)
-    tl.store(constants_ptr + matrix * AREA + index, -tl.sum(constants, 1), mask=index < AREA)
+    weights = weights_ptr + matrix * (AREA * SIDE)
+    tl.store(weights + rows * AREA + columns, residual_weights, mask=inside)
+    tl.store(weights + (rows + AREA) * AREA + columns, label_weights, mask=inside)
+    tl.store(weights + 2 * AREA * AREA + index, -tl.sum(constants, 1), mask=index < AREA)
 
-
-@triton.jit(do_not_specialize=SIZES)
-def _rmi_finish_kernel(
-    partials_ptr,  # [2, programs]: sums of the cross entropy and of the valid pixels
-    information_ptr,  # [planes] float64
-    loss_ptr,  # []
-    statistics_ptr,  # [1]: bce_weight / (V + bce_smooth)
-    programs,
-    planes,
-    images,
-    bce_weight,
-    rmi_weight,
-    bce_smooth,
-    BLOCK: tl.constexpr,
-):
-    """Adds the partial sums in float64, in an order that never changes, and forms the loss."""
-    lane = tl.arange(0, BLOCK)
-    entropy = tl.zeros((BLOCK,), tl.float64)
-    valid = tl.zeros((BLOCK,), tl.float64)
-    information = tl.zeros((BLOCK,), tl.float64)
-    for start in tl.range(0, programs, BLOCK):
-        mask = start + lane < programs
-        entropy += tl.load(partials_ptr + start + lane, mask=mask, other=0.0)
-        valid += tl.load(partials_ptr + programs + start + lane, mask=mask, other=0.0)
-    for start in tl.range(0, planes, BLOCK):
-        information += tl.load(
-            information_ptr + start + lane, mask=start + lane < planes, other=0.0
+    if comes_last(sums):
+        mutual = rmi_weight * total(sums, 0) / images
+        _store_loss(
+            loss_ptr, statistics_ptr, partials_ptr, parts, mutual, bce_weight, bce_smooth, BLOCK
         )
-    count = tl.sum(valid) + tl.zeros((1,), tl.float64)
-    entropy_scale = bce_weight / tl.maximum(count + bce_smooth, 1.0)
-    mutual = rmi_weight * tl.sum(information) / images
-    loss = entropy_scale * tl.sum(entropy) + mutual
-    place = tl.arange(0, 1)
-    tl.store(loss_ptr + place, tl.where(count > 0, loss, 0.0))
-    tl.store(statistics_ptr + place, entropy_scale)

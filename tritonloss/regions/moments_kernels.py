@@ -17,17 +17,56 @@ Result: per (image, class) a symmetric matrix of side 2 R^2 + 1, float64: e, y, 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .features import SIZES, load_features, load_label, load_pair, plane_of
+from .features import (
+    SIZES,
+    features_of,
+    load_features,
+    load_label,
+    load_pair,
+    plane_of,
+    pointer_to,
+)
+
+
+class Lag(NamedTuple):
+    """Two features at a fixed distance: the newer lies dy rows below the older, dx beside it."""
+
+    older_is_y: Any
+    newer_is_y: Any
+    is_plain: Any  # no product: the sum of the older alone
+    dy: Any
+    dx: Any
+
+
+class Rows(NamedTuple):
+    """Both features of some rows, or of some columns of a row: tuples of blocks [LANES]."""
+
+    e: Any
+    y: Any
+
+
+class LagSums(NamedTuple):
+    """Sums of products by lag, tuples of blocks [LANES], and the plain sums, blocks."""
+
+    e_e: Any
+    y_y: Any
+    y_e: Any  # older first
+    e_y: Any
+    e: Any
+    y: Any
+
 
 # --- device functions -----------------------------------------------------------------------------
 
 
 @triton.jit
 def _lag(index, REGION: tl.constexpr):
-    """(older is y, newer is y, is a plain sum, dy, dx) of a lag; the newer is dy rows below."""
+    """The lag of an index: see the list above."""
     SPAN: tl.constexpr = 2 * REGION - 1
     HALF: tl.constexpr = REGION + (REGION - 1) * SPAN
     OWN: tl.constexpr = 2 * HALF
@@ -45,7 +84,7 @@ def _lag(index, REGION: tl.constexpr):
     newer = ((index >= HALF) & (index < OWN)) | ((index >= OWN) & after)
     dy = tl.where(plain, 0, tl.where(index < OWN, half_row, cross_row))
     dx = tl.where(plain, 0, tl.where(index < OWN, half_column, cross_column))
-    return older, newer, plain, dy, dx
+    return Lag(older_is_y=older, newer_is_y=newer, is_plain=plain, dy=dy, dx=dx)
 
 
 @triton.jit
@@ -56,23 +95,100 @@ def _frame_place(f, size, regions, REGION: tl.constexpr):
 
 
 @triton.jit
-def _product(
-    first, second, center, row, column, dy, dx, mask, older_is_y, newer_is_y, plain, channel,
-    channels, dtype: tl.constexpr, CENTRED: tl.constexpr, IGNORED: tl.constexpr,
-    POOLED: tl.constexpr,
-):  # fmt: skip
+def _product(features, lag, row, column, mask, READING: tl.constexpr):
     """Older times newer feature in float64, or the older alone for a plain sum."""
-    e, y = load_pair(
-        first, second, center, row, column, mask, channel, channels, dtype, CENTRED, IGNORED,
-        POOLED,
-    )  # fmt: skip
-    older = tl.where(older_is_y, y, e).to(tl.float64)
-    e, y = load_pair(
-        first, second, center, row + dy, column + dx, mask, channel, channels, dtype, CENTRED,
-        IGNORED, POOLED,
-    )  # fmt: skip
-    newer = tl.where(newer_is_y, y, e).to(tl.float64)
-    return tl.where(mask, older * tl.where(plain, 1.0, newer), 0.0)
+    e, y = load_pair(features, row, column, mask, READING)
+    older = tl.where(lag.older_is_y, y, e).to(tl.float64)
+    e, y = load_pair(features, row + lag.dy, column + lag.dx, mask, READING)
+    newer = tl.where(lag.newer_is_y, y, e).to(tl.float64)
+    return tl.where(mask, older * tl.where(lag.is_plain, 1.0, newer), 0.0)
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, LANES: tl.constexpr, dtype: tl.constexpr):
+    """COUNT blocks of zeros."""
+    blocks = ()
+    for _k in tl.static_range(COUNT):
+        blocks = blocks + (tl.zeros((LANES,), dtype),)
+    return blocks
+
+
+@triton.jit
+def _no_sums(
+    REGION: tl.constexpr, LANES: tl.constexpr, OWN: tl.constexpr, CROSS: tl.constexpr,
+    total: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Sums of nothing. Those of labels, which are whole numbers, are exact in any dtype."""
+    SPAN: tl.constexpr = 2 * REGION - 1
+    HALF: tl.constexpr = REGION + (REGION - 1) * SPAN if OWN else 0
+    return LagSums(
+        e_e=_zeros(HALF, LANES, total),
+        y_y=_zeros(HALF, LANES, dtype),
+        y_e=_zeros(REGION * SPAN if CROSS else 0, LANES, total),
+        e_y=_zeros((REGION - 1) * SPAN if CROSS else 0, LANES, total),
+        e=tl.zeros((LANES,), total),
+        y=tl.zeros((LANES,), dtype),
+    )
+
+
+@triton.jit
+def _with_row(
+    sums, rows, new, REGION: tl.constexpr, OWN: tl.constexpr, CROSS: tl.constexpr,
+    total: tl.constexpr,
+):  # fmt: skip
+    """The sums with the products of the core's rows, newest first, with all columns of the newest.
+
+    The newest row is both the older and the newer of its own lags: of those half are enough.
+    """
+    SPAN: tl.constexpr = 2 * REGION - 1
+    HALF: tl.constexpr = REGION + (REGION - 1) * SPAN if OWN else 0
+    e_e = ()
+    y_y = ()
+    y_e = ()
+    e_y = ()
+    for q in tl.static_range(HALF):
+        e_e = e_e + (
+            sums.e_e[q]
+            + rows.e[0 if q < REGION else 1 + (q - REGION) // SPAN]
+            * new.e[(REGION - 1 + q) if q < REGION else (q - REGION) % SPAN],
+        )
+    for q in tl.static_range(HALF):
+        y_y = y_y + (
+            sums.y_y[q]
+            + rows.y[0 if q < REGION else 1 + (q - REGION) // SPAN]
+            * new.y[(REGION - 1 + q) if q < REGION else (q - REGION) % SPAN],
+        )
+    if CROSS:
+        for q in tl.static_range(REGION * SPAN):
+            y_e = y_e + (sums.y_e[q] + rows.y[q // SPAN].to(total) * new.e[q % SPAN],)
+        for q in tl.static_range((REGION - 1) * SPAN):
+            e_y = e_y + (sums.e_y[q] + rows.e[1 + q // SPAN] * new.y[q % SPAN].to(total),)
+    return LagSums(e_e=e_e, y_y=y_y, y_e=y_e, e_y=e_y, e=sums.e + rows.e[0], y=sums.y + rows.y[0])
+
+
+@triton.jit
+def _store_sums(pointer, sums, REGION: tl.constexpr, OWN: tl.constexpr, CROSS: tl.constexpr):
+    """Stores all sums in the order of their lags; a store for each would compile for minutes."""
+    SPAN: tl.constexpr = 2 * REGION - 1
+    HALF: tl.constexpr = REGION + (REGION - 1) * SPAN
+    LAGS: tl.constexpr = 2 * HALF + SPAN * SPAN + 2
+    WIDTH: tl.constexpr = triton.next_power_of_2(LAGS)
+    lag = tl.arange(0, WIDTH)
+    values = tl.zeros((WIDTH,), tl.float64)
+    START: tl.constexpr = 0 if OWN else 2 * HALF
+    in_order = sums.e_e + sums.y_y + sums.y_e + sums.e_y
+    for q in tl.static_range((2 * HALF if OWN else 0) + (SPAN * SPAN if CROSS else 0)):
+        values = tl.where(lag == START + q, tl.sum(in_order[q].to(tl.float64)), values)
+    plain_e = tl.sum(sums.e.to(tl.float64))
+    plain_y = tl.sum(sums.y.to(tl.float64))
+    values = tl.where(lag == LAGS - 2, plain_e, values)
+    values = tl.where(lag == LAGS - 1, plain_y, values)
+    mine = lag < LAGS
+    if not OWN:
+        mine = (lag >= 2 * HALF) & (lag < LAGS)
+    elif not CROSS:
+        mine = lag < 2 * HALF
+    tl.store(pointer + lag, values, mask=mine)
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -88,21 +204,17 @@ def _rmi_center_kernel(
     channels,
     height,
     width,
-    IGNORED: tl.constexpr,
-    POOLED: tl.constexpr,
+    READING: tl.constexpr,
 ):
     """The mean of p over 32 x 32 places: near the mean of all, and exact if p is constant."""
-    dtype: tl.constexpr = center_ptr.dtype.element_ty
     plane = tl.program_id(0).to(tl.int64)
-    channel = (plane % channels).to(tl.int32)
-    first = plane_of(first_ptr, first_strides, plane // channels, channel)
-    second = plane_of(second_ptr, second_strides, plane // channels, channel)
+    features = features_of(
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
+    )
     place = tl.arange(0, 1024)
     row = place // 32 * height // 32
     column = place % 32 * width // 32
-    e, y = load_features(
-        first, second, row, column, None, channel, channels, dtype, IGNORED, POOLED
-    )
+    e, y = load_features(features, row, column, None, READING)
     tl.store(center_ptr + plane, tl.sum(y + e) / 1024)
 
 
@@ -123,28 +235,23 @@ def _rmi_lags_kernel(
     ROWS: tl.constexpr,
     OWN: tl.constexpr,
     CROSS: tl.constexpr,
-    CENTRED: tl.constexpr,
-    IGNORED: tl.constexpr,
-    POOLED: tl.constexpr,
+    READING: tl.constexpr,
 ):
     """Lag sums over the core of ROWS rows: one column per lane, the older R - 1 rows in registers.
 
     OWN are the lags of e with e and of y with y, CROSS those of y with e; large regions take one
-    pass for each. The products are float32, their sums float64, or if CENTRED float32 for ROWS
+    pass for each. The products are float32, their sums float64, or if centred float32 for ROWS
     rows.
     """
     dtype: tl.constexpr = tl.float64 if first_ptr.dtype.element_ty == tl.float64 else tl.float32
-    total: tl.constexpr = dtype if CENTRED else tl.float64
+    total: tl.constexpr = dtype if READING.centred else tl.float64
     SPAN: tl.constexpr = 2 * REGION - 1
-    HALF: tl.constexpr = REGION + (REGION - 1) * SPAN
-    LAGS: tl.constexpr = 2 * HALF + SPAN * SPAN + 2
-    N_OWN: tl.constexpr = HALF if OWN else 0
-    N_CROSS: tl.constexpr = SPAN * SPAN if CROSS else 0
+    LAGS: tl.constexpr = 2 * (REGION + (REGION - 1) * SPAN) + SPAN * SPAN + 2
     plane = tl.program_id(0).to(tl.int64)
-    channel = (plane % channels).to(tl.int32)
-    first = plane_of(first_ptr, first_strides, plane // channels, channel)
-    second = plane_of(second_ptr, second_strides, plane // channels, channel)
-    center = tl.load(center_ptr + plane) if CENTRED else 0.0
+    center = tl.load(center_ptr + plane) if READING.centred else 0.0
+    features = features_of(
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, center
+    )
     column = REGION - 1 + tl.program_id(2) * LANES + tl.arange(0, LANES)
     first_row = REGION - 1 + tl.program_id(1) * ROWS
     core = column < width - REGION + 1
@@ -156,87 +263,32 @@ def _rmi_lags_kernel(
     older_y = ()
     for k in tl.static_range(REGION - 1):
         mask = core & (column < tl.where(first_row - 1 - k < height, width, 0))
-        e, y = load_pair(
-            first, second, center, first_row - 1 - k, column, mask, channel, channels, dtype,
-            CENTRED, IGNORED, POOLED,
-        )  # fmt: skip
+        e, y = load_pair(features, first_row - 1 - k, column, mask, READING)
         older_e = older_e + (e.to(total),)
         older_y = older_y + (y,)
-    sums = ()
-    for _q in tl.static_range(N_OWN):
-        sums = sums + (tl.zeros((LANES,), total),)
-    for _q in tl.static_range(N_OWN):
-        sums = sums + (tl.zeros((LANES,), dtype),)  # labels are whole numbers: exact anyway
-    for _q in tl.static_range(N_CROSS):
-        sums = sums + (tl.zeros((LANES,), total),)
-    sums = sums + (tl.zeros((LANES,), total), tl.zeros((LANES,), dtype))
+    sums = _no_sums(REGION, LANES, OWN, CROSS, total, dtype)
 
     for i in tl.range(0, tl.minimum(ROWS, height - REGION + 1 - first_row)):
         new_e = ()
         new_y = ()
         for s in tl.static_range(SPAN):
-            e, y = load_pair(
-                first, second, center, first_row + i, place, None, channel, channels, dtype,
-                CENTRED, IGNORED, POOLED, s - (REGION - 1),
-            )  # fmt: skip
+            e, y = load_pair(features, first_row + i, place, None, READING, s - (REGION - 1))
             new_e = new_e + (e.to(total),)
             new_y = new_y + (y,)
         e_rows = (tl.where(core, new_e[REGION - 1], 0.0),) + older_e
         y_rows = (tl.where(core, new_y[REGION - 1], 0.0),) + older_y
-        new_sums = ()
-        for q in tl.static_range(N_OWN):
-            new_sums = new_sums + (
-                sums[q]
-                + e_rows[0 if q < REGION else 1 + (q - REGION) // SPAN]
-                * new_e[(REGION - 1 + q) if q < REGION else (q - REGION) % SPAN],
-            )
-        for q in tl.static_range(N_OWN):
-            new_sums = new_sums + (
-                sums[N_OWN + q]
-                + y_rows[0 if q < REGION else 1 + (q - REGION) // SPAN]
-                * new_y[(REGION - 1 + q) if q < REGION else (q - REGION) % SPAN],
-            )
-        if CROSS:
-            for q in tl.static_range(REGION * SPAN):
-                new_sums = new_sums + (
-                    sums[2 * N_OWN + q] + y_rows[q // SPAN].to(total) * new_e[q % SPAN],
-                )
-            for q in tl.static_range((REGION - 1) * SPAN):
-                new_sums = new_sums + (
-                    sums[2 * N_OWN + REGION * SPAN + q]
-                    + e_rows[1 + q // SPAN] * new_y[q % SPAN].to(total),
-                )
-        sums = new_sums + (
-            sums[2 * N_OWN + N_CROSS] + e_rows[0],
-            sums[2 * N_OWN + N_CROSS + 1] + y_rows[0],
+        sums = _with_row(
+            sums, Rows(e=e_rows, y=y_rows), Rows(e=new_e, y=new_y), REGION, OWN, CROSS, total
         )
-        kept_e = ()
-        kept_y = ()
+        older_e = ()
+        older_y = ()
         for k in tl.static_range(REGION - 1):
-            kept_e = kept_e + (e_rows[k],)
-            kept_y = kept_y + (y_rows[k],)
-        older_e = kept_e
-        older_y = kept_y
+            older_e = older_e + (e_rows[k],)
+            older_y = older_y + (y_rows[k],)
 
-    # One store of all sums: a store for each would take minutes to compile.
-    WIDTH: tl.constexpr = triton.next_power_of_2(LAGS)
-    START: tl.constexpr = 0 if OWN else 2 * HALF
-    lag = tl.arange(0, WIDTH)
-    values = tl.zeros((WIDTH,), tl.float64)
-    for q in tl.static_range(2 * N_OWN + N_CROSS):
-        values = tl.where(lag == START + q, tl.sum(sums[q].to(tl.float64)), values)
-    plain_e = tl.sum(sums[2 * N_OWN + N_CROSS].to(tl.float64))
-    plain_y = tl.sum(sums[2 * N_OWN + N_CROSS + 1].to(tl.float64))
-    values = tl.where(lag == LAGS - 2, plain_e, values)
-    values = tl.where(lag == LAGS - 1, plain_y, values)
-    mine = lag < LAGS
-    if not OWN:
-        mine = (lag >= 2 * HALF) & (lag < LAGS)
-    elif not CROSS:
-        mine = lag < 2 * HALF
     part = tl.program_id(1) + bands * tl.program_id(2)
     parts = bands * tl.num_programs(2)
-    tl.store(lags_ptr + (plane * parts + part) * LAGS + lag, values, mask=mine)
+    _store_sums(lags_ptr + (plane * parts + part) * LAGS, sums, REGION, OWN, CROSS)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -254,16 +306,13 @@ def _rmi_frame_kernel(
     parts,
     REGION: tl.constexpr,
     BLOCK: tl.constexpr,
-    CENTRED: tl.constexpr,
-    IGNORED: tl.constexpr,
-    POOLED: tl.constexpr,
+    READING: tl.constexpr,
 ):
     """One lag: the core's sum and, for each pair of pixels at that lag, its part of the frame.
 
     A pair's regions keep the pair inside a window of the map; the sums over rows, over columns and
     over corners of the frame that lie inside it are added.
     """
-    dtype: tl.constexpr = tl.float64 if first_ptr.dtype.element_ty == tl.float64 else tl.float32
     SPAN: tl.constexpr = 2 * REGION - 1
     LAGS: tl.constexpr = 2 * (REGION + (REGION - 1) * SPAN) + SPAN * SPAN + 2
     AREA: tl.constexpr = REGION * REGION
@@ -271,11 +320,11 @@ def _rmi_frame_kernel(
     FRAME: tl.constexpr = triton.next_power_of_2(2 * REGION - 1)
     PLACES: tl.constexpr = triton.next_power_of_2(REGION)
     plane = tl.program_id(0).to(tl.int64)
-    channel = (plane % channels).to(tl.int32)
-    first = plane_of(first_ptr, first_strides, plane // channels, channel)
-    second = plane_of(second_ptr, second_strides, plane // channels, channel)
-    center = tl.load(center_ptr + plane) if CENTRED else 0.0
-    older_is_y, newer_is_y, plain, dy, dx = _lag(tl.program_id(1), REGION)
+    center = tl.load(center_ptr + plane) if READING.centred else 0.0
+    features = features_of(
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, center
+    )
+    lag = _lag(tl.program_id(1), REGION)
     region_rows = height - REGION + 1
     region_columns = width - REGION + 1
 
@@ -292,29 +341,26 @@ def _rmi_frame_kernel(
     frame = tl.arange(0, FRAME)
     frame_row, is_row = _frame_place(frame, height, region_rows, REGION)
     frame_column, is_column = _frame_place(frame, width, region_columns, REGION)
-    is_row = is_row & (frame_row - dy >= 0)
-    is_column = is_column & (frame_column + dx >= 0) & (frame_column + dx < width)
-    older_row = frame_row - dy
+    is_row = is_row & (frame_row - lag.dy >= 0)
+    is_column = is_column & (frame_column + lag.dx >= 0) & (frame_column + lag.dx < width)
+    older_row = frame_row - lag.dy
     rows = tl.zeros((FRAME, BLOCK), tl.float64)
     for start in tl.range(REGION - 1, region_columns, BLOCK):
         column = (start + lane)[None, :]
         rows += _product(
-            first, second, center, older_row[:, None], column, dy, dx,
-            is_row[:, None] & (column < region_columns), older_is_y, newer_is_y, plain, channel,
-            channels, dtype, CENTRED, IGNORED, POOLED,
+            features, lag, older_row[:, None], column,
+            is_row[:, None] & (column < region_columns), READING,
         )  # fmt: skip
     columns = tl.zeros((BLOCK, FRAME), tl.float64)
     for start in tl.range(REGION - 1, region_rows, BLOCK):
         row = (start + lane)[:, None]
         columns += _product(
-            first, second, center, row - dy, frame_column[None, :], dy, dx,
-            is_column[None, :] & (row < region_rows), older_is_y, newer_is_y, plain, channel,
-            channels, dtype, CENTRED, IGNORED, POOLED,
+            features, lag, row - lag.dy, frame_column[None, :],
+            is_column[None, :] & (row < region_rows), READING,
         )  # fmt: skip
     corners = _product(
-        first, second, center, older_row[:, None], frame_column[None, :], dy, dx,
-        is_row[:, None] & is_column[None, :], older_is_y, newer_is_y, plain, channel, channels,
-        dtype, CENTRED, IGNORED, POOLED,
+        features, lag, older_row[:, None], frame_column[None, :],
+        is_row[:, None] & is_column[None, :], READING,
     )  # fmt: skip
 
     # Which frame rows and columns the regions reach with the older pixel at (a, b).
@@ -332,11 +378,12 @@ def _rmi_frame_kernel(
     a = place[:, None]
     b = place[None, :]
     one = (a < REGION) & (b < REGION)
-    other = one & (a + dy < REGION) & (b + dx >= 0) & (b + dx < REGION)
-    older = tl.where(older_is_y, AREA, 0) + a * REGION + b
-    newer = tl.where(newer_is_y, AREA, 0) + (a + dy) * REGION + b + dx
-    newer = tl.where(plain, 2 * AREA, newer)
-    mask = (one & (a < tl.where(plain, REGION, 0))) | (other & (a < tl.where(plain, 0, REGION)))
+    other = one & (a + lag.dy < REGION) & (b + lag.dx >= 0) & (b + lag.dx < REGION)
+    older = tl.where(lag.older_is_y, AREA, 0) + a * REGION + b
+    newer = tl.where(lag.newer_is_y, AREA, 0) + (a + lag.dy) * REGION + b + lag.dx
+    newer = tl.where(lag.is_plain, 2 * AREA, newer)
+    mask = one & (a < tl.where(lag.is_plain, REGION, 0))
+    mask = mask | (other & (a < tl.where(lag.is_plain, 0, REGION)))
     out = moments_ptr + plane * SIDE * SIDE
     tl.store(out + older * SIDE + newer, value, mask=mask)
     tl.store(out + newer * SIDE + older, value, mask=mask)
@@ -367,7 +414,7 @@ def _rmi_regions_kernel(
     for i in tl.static_range(REGION):
         for j in tl.static_range(REGION):
             if POOLED:
-                pointer = target[0] + (row + i).to(tl.int64) * target[1] + (column + j) * target[2]
+                pointer = pointer_to(target, row + i, column + j)
                 kept = kept & (tl.load(pointer, mask=mask, other=0) == 0)
             else:
                 label = load_label(target, row + i, column + j, mask, channels, IGNORED)
@@ -380,7 +427,7 @@ def _rmi_regions_kernel(
 def _rmi_direct_moments_kernel(
     first_ptr,  # as in _rmi_lags_kernel
     second_ptr,
-    kept_ptr,  # [N, window_rows, window_columns]
+    kept_ptr,  # [N, window_rows, window_columns], if DROP
     moments_ptr,  # [N * C, chunks, 2 R^2 + 1, 2 R^2 + 1] float64
     first_strides,
     second_strides,
@@ -390,19 +437,18 @@ def _rmi_direct_moments_kernel(
     window_columns,
     REGION: tl.constexpr,
     BLOCK: tl.constexpr,
-    IGNORED: tl.constexpr,
-    POOLED: tl.constexpr,
+    DROP: tl.constexpr,
+    READING: tl.constexpr,
 ):
     """One row of the moments, over every chunks-th block of regions."""
-    dtype: tl.constexpr = tl.float64 if first_ptr.dtype.element_ty == tl.float64 else tl.float32
     AREA: tl.constexpr = REGION * REGION
     SIDE: tl.constexpr = 2 * AREA + 1
     WIDTH: tl.constexpr = triton.next_power_of_2(SIDE)
     plane = tl.program_id(0).to(tl.int64)
-    channel = (plane % channels).to(tl.int32)
     image = plane // channels
-    first = plane_of(first_ptr, first_strides, image, channel)
-    second = plane_of(second_ptr, second_strides, image, channel)
+    features = features_of(
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
+    )
     own = tl.program_id(1)
     other = tl.arange(0, WIDTH)[None, :]
     own_place = own % AREA
@@ -412,19 +458,19 @@ def _rmi_direct_moments_kernel(
     count = window_rows * window_columns
     for start in tl.range(tl.program_id(2) * BLOCK, count, chunks * BLOCK):
         region = (start + tl.arange(0, BLOCK))[:, None]
-        kept = tl.load(kept_ptr + image * count + region, mask=region < count, other=0) != 0
+        kept = region < count
+        if DROP:
+            kept = tl.load(kept_ptr + image * count + region, mask=kept, other=0) != 0
         row = region // window_columns
         column = region % window_columns
         e, y = load_pair(
-            first, second, 0.0, row + own_place // REGION, column + own_place % REGION, kept,
-            channel, channels, dtype, False, IGNORED, POOLED,
-        )  # fmt: skip
+            features, row + own_place // REGION, column + own_place % REGION, kept, READING
+        )
         left = tl.where(own < AREA, e, tl.where(own < 2 * AREA, y, 1.0)).to(tl.float64)
         inside = kept & (other < SIDE)
         e, y = load_pair(
-            first, second, 0.0, row + other_place // REGION, column + other_place % REGION, inside,
-            channel, channels, dtype, False, IGNORED, POOLED,
-        )  # fmt: skip
+            features, row + other_place // REGION, column + other_place % REGION, inside, READING
+        )
         right = tl.where(other < AREA, e, tl.where(other < 2 * AREA, y, 1.0)).to(tl.float64)
         sums += tl.where(inside, left * right, 0.0)
     out = moments_ptr + ((plane * chunks + tl.program_id(2)) * SIDE + own) * SIDE

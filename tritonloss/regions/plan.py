@@ -1,10 +1,14 @@
-"""What the passes of region mutual information share: options, maps, launch configurations."""
+"""The plan of a call: what it computes, on maps of which sizes and in which arithmetic.
+
+Plan, forward, backward: a pass asks for its launches by ``of_kind``, which makes the plan and then
+the launches for logits and labels of one kind, once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -12,13 +16,17 @@ import triton
 from kernels_reference.region_mutual_information import pooled_size
 
 from .._core.configurations import Configuration, launch_configuration
+from .._core.prepared_launch import kind, prepared
 from .._engine.planes import compute_dtype
 from .._engine.strip_launch import ignored_class
+from .features import Reading
 
 # See is_small.
 _FEW_REGIONS = 32 * 32
 _FEW_PIXELS = 128 * 128
 _few_regions = _FEW_REGIONS
+
+_T = TypeVar("_T")
 
 
 class Options(NamedTuple):
@@ -34,6 +42,7 @@ class Options(NamedTuple):
     ignore_index: int | None
     precision: str | None
     bce_smooth: float = 0.0
+    small: bool = False  # float64 from the logits to their gradient: see is_small
 
     @property
     def pools(self) -> bool:
@@ -55,92 +64,115 @@ class Options(NamedTuple):
         """By how much the pooled maps are to be divided: they hold sums for "avg"."""
         return self.pool_size**2 if self.pools and self.pooling == "avg" else 1
 
+    @property
+    def drops(self) -> bool:
+        """Whether regions that touch an invalid pixel are left out."""
+        return self.ignore == "drop"
 
-class Maps(NamedTuple):
-    """What the regions are taken from: pooled maps, or the logits and the labels themselves."""
 
-    first: torch.Tensor
-    second: torch.Tensor
-    ignored: int
-    pooled: bool
+class Plan(NamedTuple):
+    """What follows from the options, and from dtypes and sizes of logits and labels."""
+
+    options: Options
+    images: int
+    classes: int
+    height: int
+    width: int
+    rows: int  # of the maps that regions are taken from
+    columns: int
+    has_maps: bool  # those maps are in memory; else they are the logits and the labels themselves
+    is_direct: bool  # the moments take every product of every region: no lag sums
+    arithmetic: torch.dtype  # of probabilities, maps and gradients on their way to the logits
+    ignored: int  # the ignore label as the kernels take it
 
     @property
-    def height(self) -> int:
-        return self.first.size(2)
+    def planes(self) -> int:
+        return self.images * self.classes
 
     @property
-    def width(self) -> int:
-        return self.first.size(3)
+    def map_shape(self) -> tuple[int, int, int, int]:
+        return self.images, self.classes, self.rows, self.columns
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """The launch arguments of a kernel that reads them as features."""
-        return {
-            "first_ptr": self.first,
-            "second_ptr": self.second,
-            "first_strides": strides(self.first),
-            "second_strides": strides(self.second),
-            "channels": self.first.size(1),
-            "IGNORED": self.ignored,
-            "POOLED": self.pooled,
-            "enable_fp_fusion": True,
-        }
+    def mark_shape(self) -> tuple[int, int, int]:
+        """Of marks on the maps that all classes share."""
+        return self.images, self.rows, self.columns
 
+    @property
+    def region_rows(self) -> int:
+        """How many regions there are, one below the other."""
+        return self.rows - self.options.region_size + 1
 
-class Part(NamedTuple):
-    """Some of the images (axis 0) or of the classes (axis 1)."""
+    @property
+    def region_columns(self) -> int:
+        """How many regions there are side by side."""
+        return self.columns - self.options.region_size + 1
 
-    axis: int
-    start: int
-    length: int
+    @property
+    def kept_shape(self) -> tuple[int, ...]:
+        """Of marks on the regions, where some are left out."""
+        return (self.images, self.region_rows, self.region_columns) if self.options.drops else (0,)
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.narrow(self.axis, self.start, self.length)
+    @property
+    def side(self) -> int:
+        """Side of a matrix of moments: residuals, labels, and a constant 1."""
+        return 2 * self.options.region_size**2 + 1
+
+    @property
+    def weights_shape(self) -> tuple[int, int, int, int]:
+        return self.images, self.classes, self.side, self.options.region_size**2
+
+    @property
+    def reading(self) -> Reading:
+        """How the kernels read features."""
+        return Reading(self.has_maps, -1 if self.has_maps else self.ignored)
 
 
 class Saved(NamedTuple):
     """What the forward pass leaves for the backward pass."""
 
     statistics: torch.Tensor  # [1]: bce_weight / V
-    residual: torch.Tensor  # [N, C, h, w], or empty: not pooled
+    residual: torch.Tensor  # [N, C, h, w], or empty: the regions are taken from the logits
     labels: torch.Tensor  # [N, C, h, w] float16, or empty
     kept: torch.Tensor  # [N, regions down, regions across] uint8, or empty: all
-    residual_weights: torch.Tensor  # [N, C, d, d] float64
-    label_weights: torch.Tensor  # [N, C, d, d] float64
-    constants: torch.Tensor  # [N, C, d] float64
-
-    def of(self, part: Part) -> Saved:
-        """The same of a part; of `kept` all classes of an image have the same."""
-        kept = part.of(self.kept) if part.axis == 0 and self.kept.numel() else self.kept
-        others = (part.of(tensor) for tensor in self[4:])
-        return Saved(self.statistics, part.of(self.residual), part.of(self.labels), kept, *others)
+    weights: torch.Tensor  # [N, C, 2 d + 1, d] float64: for residuals, for labels, and constants
 
 
-def strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Strides of batch, channel, row and column; label maps have the channel stride 0."""
-    stride = tensor.stride()
-    return stride if tensor.dim() == 4 else (stride[0], 0, stride[1], stride[2])
-
-
-def maps_of(
+def of_kind(
+    part: str,
     options: Options,
     logits: torch.Tensor,
     target: torch.Tensor,
-    residual: torch.Tensor,
-    labels: torch.Tensor,
-) -> Maps:
-    if residual.numel():
-        return Maps(residual, labels, -1, True)
-    return Maps(logits, target, ignored(options, logits, target), False)
+    prepare: Callable[[Plan], _T],
+) -> _T:
+    """What ``prepare`` makes of the plan, once for logits and labels of their kind."""
+    key = (part, options, kind(logits), kind(target))
+    return prepared(key, lambda: prepare(plan_of(options, logits, target)))
 
 
-def ignored(options: Options, logits: torch.Tensor, target: torch.Tensor) -> int:
-    """The ignore label as the kernels take it."""
-    return ignored_class(options.ignore_index, logits.size(1), target.dtype)
+def plan_of(options: Options, logits: torch.Tensor, target: torch.Tensor) -> Plan:
+    """The plan for such logits and labels."""
+    images, classes, height, width = logits.shape
+    rows, columns = pooled_size(height, width, options.pooling, options.pool_size)
+    small = options.small
+    least = 2 * options.region_size - 1
+    return Plan(
+        options=options,
+        images=images,
+        classes=classes,
+        height=height,
+        width=width,
+        rows=rows,
+        columns=columns,
+        has_maps=options.pools or small,
+        is_direct=options.drops or small or min(rows, columns) < least,
+        arithmetic=torch.float64 if small else compute_dtype(logits.dtype),
+        ignored=ignored_class(options.ignore_index, classes, target.dtype),
+    )
 
 
 def is_small(options: Options, height: int, width: int) -> bool:
-    """Whether an image of this size is float64 from its logits to their gradient.
+    """Whether an image of this size is to be float64 from its logits to their gradient.
 
     Of few regions the covariance of the predictions is singular but for epsilon: its inverse makes
     of float32's rounding errors up to 1 / epsilon of their size, and the gradient is what is left
@@ -163,56 +195,46 @@ def kernels_of_large_images() -> Iterator[None]:
         _few_regions = _FEW_REGIONS
 
 
-def has_maps(options: Options, height: int, width: int) -> bool:
-    """Whether the regions are taken from maps in memory; a small image has them in any case."""
-    return options.pools or is_small(options, height, width)
+# --- launch arguments -----------------------------------------------------------------------------
 
 
-def is_direct(options: Options, height: int, width: int) -> bool:
-    """Whether the moments take every product of every region: no lag sums."""
-    if options.ignore == "drop" or is_small(options, height, width):
-        return True
-    pooled = pooled_size(height, width, options.pooling, options.pool_size)
-    return min(pooled) < 2 * options.region_size - 1
+def strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides of batch, channel, row and column; label maps have the channel stride 0."""
+    stride = tensor.stride()
+    return stride if tensor.dim() == 4 else (stride[0], 0, stride[1], stride[2])
 
 
-def arithmetic_dtype(options: Options, logits: torch.Tensor) -> torch.dtype:
-    """The dtype of probabilities, pooled maps and gradients on their way to the logits."""
-    if is_small(options, *logits.shape[2:]):
-        return torch.float64
-    return compute_dtype(logits.dtype)
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The same of a contiguous map that is not made yet; what classes share has the stride 0."""
+    height, width = shape[-2:]
+    channels = shape[1] if len(shape) == 4 else 0
+    return max(channels, 1) * height * width, height * width if channels else 0, width, 1
 
 
-def sums_in_double(options: Options, logits: torch.Tensor) -> bool:
-    """Whether lag sums are float64: where the GPU is slow at that (1/64), they are float32.
+def feature_arguments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
+    """Launch arguments of a kernel that reads features, but for the maps themselves."""
+    of_maps = contiguous_strides(plan.map_shape)
+    return {
+        "first_strides": of_maps if plan.has_maps else strides(logits),
+        "second_strides": of_maps if plan.has_maps else strides(target),
+        "channels": plan.classes,
+        "READING": plan.reading,
+        "enable_fp_fusion": True,
+    }
 
-    The data-centre GPUs of NVIDIA (8.0, 9.0, 10.0) and of AMD (gfx9) are fast.
-    """
-    if options.precision is not None or logits.device.type != "cuda":
-        return options.precision != "float32"
-    if torch.version.hip is not None:
-        return "gfx9" in torch.cuda.get_device_properties(logits.device).gcnArchName
-    return torch.cuda.get_device_capability(logits.device) in ((8, 0), (9, 0), (10, 0))
 
-
-def launch_of(
-    operator: str,
-    logits: torch.Tensor,
-    arithmetic: torch.dtype,
-    window: int,
-    *,
-    num_warps: int = 4,
-    **sizes: int,
+def configuration_of(
+    operator: str, plan: Plan, logits: torch.Tensor, window: int, **heuristic: int
 ) -> Configuration:
     """The launch configuration of an operator, tuned or else as given."""
     return launch_configuration(
         operator,
         device=logits.device,
-        dtype=logits.dtype if arithmetic == torch.float32 else arithmetic,
-        classes=logits.size(1),
+        dtype=logits.dtype if plan.arithmetic == torch.float32 else plan.arithmetic,
+        classes=plan.classes,
         window=window,
         layout="contiguous" if logits.is_contiguous() else "strided",
-        heuristic={**sizes, "num_warps": num_warps},
+        heuristic={"num_warps": 4, **heuristic},
     )
 
 
@@ -225,29 +247,24 @@ def cells_and_warps(pool_size: int) -> tuple[int, int]:
     return max(warps * 128 // triton.next_power_of_2(pool_size), 1), warps
 
 
-def cells_of(
-    operator: str, options: Options, logits: torch.Tensor, arithmetic: torch.dtype
-) -> dict[str, Any]:
+def cell_arguments(operator: str, plan: Plan, logits: torch.Tensor) -> dict[str, Any]:
     """Launch arguments of a kernel whose tiles are pooling cells."""
-    size = options.side
-    side = triton.next_power_of_2(size)
+    size = plan.options.side
     cells, warps = cells_and_warps(size)
-    if arithmetic == torch.float64:
+    if plan.arithmetic == torch.float64:
         cells = max(cells // 2, 1)  # twice as many would spill
-    launch = launch_of(operator, logits, arithmetic, size, CELLS=cells, num_warps=warps)
     return {
-        "cell_rows": triton.cdiv(logits.size(2) + size // 2, size),
+        "cell_rows": triton.cdiv(plan.height + size // 2, size),
         "SIZE": size,
-        "SIDE": side,
-        "MAXIMUM": options.pools and options.pooling == "max",
-        **launch,
+        "SIDE": triton.next_power_of_2(size),
+        "MAXIMUM": plan.options.pools and plan.options.pooling == "max",
+        **configuration_of(operator, plan, logits, size, CELLS=cells, num_warps=warps),
         "enable_fp_fusion": True,
     }
 
 
-def cell_grid(logits: torch.Tensor, cells: dict[str, Any]) -> tuple[int, int, int]:
+def cell_grid(images: int, classes: int, width: int, cells: dict[str, Any]) -> tuple[int, int, int]:
     """(rows of cells, blocks of cells, shares of the classes): few programs share the classes."""
-    batch, channels, _, width = logits.shape
     blocks = triton.cdiv(triton.cdiv(width + cells["SIZE"] // 2, cells["SIZE"]), cells["CELLS"])
-    rows = batch * cells["cell_rows"]
-    return rows, blocks, min(channels, max(1, 4096 // (rows * blocks)))
+    rows = images * cells["cell_rows"]
+    return rows, blocks, min(classes, max(1, 4096 // (rows * blocks)))

@@ -7,6 +7,8 @@ neither probabilities nor one-hot labels reach memory at full resolution.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -29,6 +31,16 @@ from .features import (
 FACTORS = tl.constexpr(64)
 # Beyond it sigmoids are 0 and 1, and logits need not be told from infinite ones.
 LARGE = tl.constexpr(1e38)
+
+
+class Corner(NamedTuple):
+    """One of the four pixels that a cell is interpolated from."""
+
+    row: Any
+    column: Any
+    share: Any
+    is_valid: Any
+
 
 # --- device functions -----------------------------------------------------------------------------
 
@@ -260,7 +272,8 @@ def _rmi_sample_kernel(
         column = tl.minimum(left + k % 2, width - 1)
         label = load_label(target, row, column, mask, channels, IGNORED)
         touched = touched | (mask & (label < 0) & (share > 0))
-        corners = corners + ((row, column, share, label >= 0),)
+        corner = Corner(row=row, column=column, share=share, is_valid=label >= 0)
+        corners = corners + (corner,)
     if DROP:
         whole = touched_ptr + image * pooled_height * pooled_width
         tl.store(whole + offset, touched.to(tl.uint8), mask=mask)
@@ -271,13 +284,15 @@ def _rmi_sample_kernel(
         p = tl.zeros((LANES,), dtype)
         rest = tl.zeros((LANES,), dtype)  # 1 - p
         for k in tl.static_range(4):
-            u = load_scaled(logits, corners[k][0], corners[k][1], mask, dtype)
-            u = tl.where(corners[k][3], u, float("-inf"))  # p = 0
+            corner = corners[k]
+            u = load_scaled(logits, corner.row, corner.column, mask, dtype)
+            u = tl.where(corner.is_valid, u, float("-inf"))  # p = 0
             larger, smaller = sigmoid_pair(u)
             # Selected: where it has no share, a pixel that is NaN does no harm.
-            share = corners[k][2]
-            p += tl.where(share > 0, tl.where(u >= 0, larger, smaller) * share, 0.0)
-            rest += tl.where(share > 0, tl.where(u >= 0, smaller, larger) * share, 0.0)
+            p_share = tl.where(u >= 0, larger, smaller) * corner.share
+            rest_share = tl.where(u >= 0, smaller, larger) * corner.share
+            p += tl.where(corner.share > 0, p_share, 0.0)
+            rest += tl.where(corner.share > 0, rest_share, 0.0)
         larger, smaller = complements(tl.minimum(p, rest))
         wrong = tl.where((rest <= p) != positive, larger, smaller)
         plane = (image * channels + channel) * pooled_height * pooled_width
@@ -292,14 +307,15 @@ def _rmi_sample_kernel(
 def _rmi_expand_kernel(
     grad_loss_ptr,  # []
     statistics_ptr,  # [1]: bce_weight / V
-    logits_ptr,  # [N, C, H, W], of the classes from first_class on
+    logits_ptr,  # [N, C, H, W]
     target_ptr,  # [N, H, W]
-    grad_pooled_ptr,  # [N, C, h, w]: gradient to the probability of each pixel of the cell
+    grad_pooled_ptr,  # [some images, or classes, h, w]: gradient to each pixel's probability
     grad_logits_ptr,  # [N, C, H, W]
     logits_strides,
     target_strides,
     grad_logits_strides,
-    channels,
+    channels,  # how many classes from first_class on, of `classes` in all
+    first_image,
     first_class,
     classes,
     height,
@@ -316,7 +332,7 @@ def _rmi_expand_kernel(
     """Spreads a cell's gradient over its pixels, or gives it to the first of the largest."""
     dtype: tl.constexpr = statistics_ptr.dtype.element_ty
     image, cell_row, cell, column, inside = _cell_program(cell_rows, SIZE, SIDE, CELLS)
-    target = plane_of(target_ptr, target_strides, image, 0)
+    target = plane_of(target_ptr, target_strides, first_image + image, 0)
     stored = cell < tl.where(cell_row < pooled_height, pooled_width, 0)
     offset = cell_row.to(tl.int64) * pooled_width + cell
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
@@ -327,8 +343,9 @@ def _rmi_expand_kernel(
         labels = labels + (load_label(target, row, column, mask, classes, IGNORED),)
 
     for channel in tl.range(tl.program_id(2), channels, tl.num_programs(2)):
-        logits = plane_of(logits_ptr, logits_strides, image, channel)
-        grad_logits = plane_of(grad_logits_ptr, grad_logits_strides, image, channel)
+        own = first_class + channel
+        logits = plane_of(logits_ptr, logits_strides, first_image + image, own)
+        grad_logits = plane_of(grad_logits_ptr, grad_logits_strides, first_image + image, own)
         plane = (image * channels + channel) * pooled_height * pooled_width
         gradient = tl.load(grad_pooled_ptr + plane + offset, mask=stored, other=0.0)[:, None]
         first = tl.full((CELLS, 1), 0, tl.int32)
@@ -354,7 +371,7 @@ def _rmi_expand_kernel(
                 place = tl.arange(0, SIDE)[None, :] + j * SIDE
                 share = tl.where(place == first, gradient, 0.0)
             u = load_scaled(logits, row, column, mask, dtype)
-            value = logit_gradient(u, labels[j], first_class + channel, share, entropy_scale)
+            value = logit_gradient(u, labels[j], own, share, entropy_scale)
             store_logit_gradient(pointer_to(grad_logits, row, column), value, mask)
 
 
@@ -362,14 +379,15 @@ def _rmi_expand_kernel(
 def _rmi_sample_backward_kernel(
     grad_loss_ptr,  # []
     statistics_ptr,  # [1]: bce_weight / V
-    logits_ptr,  # [N, C, H, W], of the classes from first_class on
+    logits_ptr,  # [N, C, H, W]
     target_ptr,  # [N, H, W]
-    grad_pooled_ptr,  # [N, C, h, w]: gradient to the interpolated probabilities
+    grad_pooled_ptr,  # [some images, or classes, h, w]: gradient to interpolated probabilities
     grad_logits_ptr,  # [N, C, H, W]
     logits_strides,
     target_strides,
     grad_logits_strides,
-    channels,
+    channels,  # how many classes from first_class on, of `classes` in all
+    first_image,
     first_class,
     classes,
     height,
@@ -385,7 +403,7 @@ def _rmi_sample_backward_kernel(
     row = tl.program_id(0) % height
     column = tl.program_id(1) * LANES + tl.arange(0, LANES)
     mask = column < width
-    target = plane_of(target_ptr, target_strides, image, 0)
+    target = plane_of(target_ptr, target_strides, first_image + image, 0)
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
 
     cell_row, down = _hat(row, height, pooled_height)
@@ -396,10 +414,11 @@ def _rmi_sample_backward_kernel(
     label = load_label(target, row, column, mask, classes, IGNORED)
 
     for channel in tl.range(0, channels):
-        logits = plane_of(logits_ptr, logits_strides, image, channel)
-        grad_logits = plane_of(grad_logits_ptr, grad_logits_strides, image, channel)
+        own = first_class + channel
+        logits = plane_of(logits_ptr, logits_strides, first_image + image, own)
+        grad_logits = plane_of(grad_logits_ptr, grad_logits_strides, first_image + image, own)
         plane = (image * channels + channel) * pooled_height * pooled_width
         gradient = tl.load(grad_pooled_ptr + plane + offset, mask=mask & (share > 0), other=0.0)
         u = load_scaled(logits, row, column, mask, dtype)
-        value = logit_gradient(u, label, first_class + channel, gradient * share, entropy_scale)
+        value = logit_gradient(u, label, own, gradient * share, entropy_scale)
         store_logit_gradient(pointer_to(grad_logits, row, column), value, mask)

@@ -36,15 +36,7 @@ from .._core.tuning_inputs import random_labels, random_map
 from .._engine.planes import compute_dtype
 from .backward import backward_pass
 from .forward import forward_pass
-from .plan import (
-    Options,
-    Saved,
-    arithmetic_dtype,
-    cells_and_warps,
-    has_maps,
-    is_direct,
-    kernels_of_large_images,
-)
+from .plan import Options, Saved, cells_and_warps, is_small, plan_of
 
 __all__ = ["RMILoss", "rmi_loss", "tuning_cases"]
 
@@ -68,9 +60,7 @@ class Results(NamedTuple):
     residual: torch.Tensor
     labels: torch.Tensor
     kept: torch.Tensor
-    residual_weights: torch.Tensor
-    label_weights: torch.Tensor
-    constants: torch.Tensor
+    weights: torch.Tensor
 
 
 def _forward(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Results:
@@ -84,37 +74,26 @@ def _backward(
     residual: torch.Tensor,
     labels: torch.Tensor,
     kept: torch.Tensor,
-    residual_weights: torch.Tensor,
-    label_weights: torch.Tensor,
-    constants: torch.Tensor,
+    weights: torch.Tensor,
     logits: torch.Tensor,
     target: torch.Tensor,
     options: Options,
 ) -> torch.Tensor:
-    saved = Saved(statistics, residual, labels, kept, residual_weights, label_weights, constants)
+    saved = Saved(statistics, residual, labels, kept, weights)
     return backward_pass(options, grad_loss, logits, target, saved)
 
 
 def _empty_results(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Results:
-    batch, channels, height, width = logits.shape
-    dtype = arithmetic_dtype(options, logits)
-    area = options.region_size**2
-    pooled = pooled_size(height, width, options.pooling, options.pool_size)
-    map_shape = (batch, channels, *pooled) if has_maps(options, height, width) else (0,)
-    kept_shape: tuple[int, ...] = (0,)
-    if is_direct(options, height, width):
-        kept_shape = (batch, *(size - options.region_size + 1 for size in pooled))
-    planes = (batch, channels)
+    plan = plan_of(options, logits, target)
+    map_shape = plan.map_shape if plan.has_maps else (0,)
     return Results(
         loss=logits.new_empty((), dtype=compute_dtype(logits.dtype)),
-        info=logits.new_empty(planes, dtype=torch.int32),
-        statistics=logits.new_empty(1, dtype=dtype),
-        residual=logits.new_empty(map_shape, dtype=dtype),
+        info=logits.new_empty((plan.images, plan.classes), dtype=torch.int32),
+        statistics=logits.new_empty(1, dtype=plan.arithmetic),
+        residual=logits.new_empty(map_shape, dtype=plan.arithmetic),
         labels=logits.new_empty(map_shape, dtype=torch.float16),
-        kept=logits.new_empty(kept_shape, dtype=torch.uint8),
-        residual_weights=logits.new_empty((*planes, area, area), dtype=torch.float64),
-        label_weights=logits.new_empty((*planes, area, area), dtype=torch.float64),
-        constants=logits.new_empty((*planes, area), dtype=torch.float64),
+        kept=logits.new_empty(plan.kept_shape, dtype=torch.uint8),
+        weights=logits.new_empty(plan.weights_shape, dtype=torch.float64),
     )
 
 
@@ -228,7 +207,9 @@ def rmi_loss(
         None if ignore_index is None else int(ignore_index), precision, float(bce_smooth),
     )  # fmt: skip
     if logits.size(0) == 0 or not serves_triton(logits):
-        return rmi_loss_reference(logits, target, **options._asdict(), return_info=return_info)
+        given = {name: value for name, value in options._asdict().items() if name != "small"}
+        return rmi_loss_reference(logits, target, **given, return_info=return_info)
+    options = options._replace(small=is_small(options, logits.size(2), logits.size(3)))
     loss, info = RMI(logits, target, options=options)
     return (loss, info) if return_info else loss
 
@@ -413,8 +394,7 @@ def _tuning_pass(
     target = random_labels(shape, device)
 
     def forward(options: Options) -> tuple[torch.Tensor, Saved]:
-        with kernels_of_large_images():  # small ones take none of the operators' entries
-            loss, _, saved = forward_pass(options, logits, target)
+        loss, _, saved = forward_pass(options, logits, target)
         return loss, saved
 
     def backward(options: Options, loss: torch.Tensor, saved: Saved) -> torch.Tensor:
