@@ -12,48 +12,30 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import tritonloss
 from tests.oracle import segmentation_case
-from tritonloss import linalg
+from tritonloss._core.example import Example
+from tritonloss._tools.examples import examples
 from tritonloss.functional import (
-    binary_cross_entropy,
     cross_entropy,
-    focal_loss,
-    margin_calibrated_loss,
-    rmi_loss,
     ssim,
-    ssim_loss,
-    structural_similarity_loss,
 )
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("small_programs")]
 
 _, TARGET = segmentation_case((1, 3, 4, 6), seed=1)
-OFFSET = torch.tensor([0.1, 0.5, 0.3])
-MATRIX = torch.eye(2) + 0.1
 
 
-def matrix(x: Tensor) -> Tensor:
-    """A positive definite matrix from three channels of four numbers each."""
-    half = x[0, :, :2, :2]
-    return half @ half.mT + torch.eye(2)
+def total_of(example: Example) -> Callable[[Tensor], Tensor]:
+    """A number that all differentiable results of an example enter, as a function of its map."""
+
+    def total(x: Tensor) -> Tensor:
+        floating = [result for result in example(x, TARGET) if result.is_floating_point()]
+        return torch.stack([result.square().sum() for result in floating]).sum()
+
+    return total
 
 
-LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
-    "statistics": lambda x: tritonloss.gaussian_statistics(x)[1].sum(),
-    "structural_similarity": lambda x: structural_similarity_loss(x, TARGET),
-    "ssim_loss": lambda x: ssim_loss(x, TARGET, window_size=3),
-    "ssim": lambda x: ssim(x, 0.5 * x.flip(-1), window_size=3),
-    "rmi": lambda x: rmi_loss(x, TARGET, region_size=1, pool_size=2),
-    "cross_entropy": lambda x: cross_entropy(x, TARGET),
-    "binary_cross_entropy": lambda x: binary_cross_entropy(x, TARGET),
-    "focal": lambda x: focal_loss(x, TARGET, reduction="none").square().sum(),
-    "margin_calibrated": lambda x: margin_calibrated_loss(x, TARGET, (OFFSET, OFFSET)),
-    "cholesky_ex": lambda x: linalg.cholesky_ex(matrix(x))[0].square().sum(),
-    "logdet": lambda x: linalg.logdet(matrix(x)).sum(),
-    "solve": lambda x: linalg.solve(matrix(x), x[0, :, 2:, 2:4]).square().sum(),
-    "inv": lambda x: linalg.inv(matrix(x)).square().sum(),
-}
-
-
+# One example of every operator, by the operator's name.
+LOSSES = {e.operator.name: total_of(e) for e in reversed(examples())}
 # What is made of several launches for every slice takes long in the interpreter.
 QUICK = [
     name for name in LOSSES if name not in ("structural_similarity", "ssim_loss", "ssim", "rmi")

@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,86 +19,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tritonloss
 from tests.oracle import as_layout, segmentation_case
 from tritonloss._core import backend, configurations
+from tritonloss._core.example import Example, logits_and_target
+from tritonloss._tools.examples import examples
+from tritonloss._tools.tuning_cases import tuning_cases
 from tritonloss.functional import (
-    binary_cross_entropy,
-    cross_entropy,
-    focal_loss,
-    margin_calibrated_loss,
     rmi_loss,
-    ssim,
     ssim_loss,
     structural_similarity_loss,
 )
 
 
-def statistics_loss(x: Tensor, _: Tensor) -> Tensor:
-    mean, variance = tritonloss.gaussian_statistics(x)
-    return mean.square().mean() + variance.mean()
+class Loss:
+    """An example as a loss: one number that all of its differentiable results enter."""
+
+    def __init__(self, example: Example) -> None:
+        self.example = example
+        self.__name__ = example.name
+
+    def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
+        # To softmax losses one class is no question at all.
+        scores = logits if logits.size(1) > 1 else torch.cat((logits, -logits), 1)
+        floating = [r for r in self.example(scores, target) if r.is_floating_point()]
+        if len(floating) == 1 and floating[0].dim() == 0:
+            return floating[0]
+        return torch.stack([result.square().mean() for result in floating]).sum()
 
 
-def recomputed_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return structural_similarity_loss(logits, target)
-
-
-def stored_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return structural_similarity_loss(logits, target)
-
-
-def sigmoid_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return ssim_loss(logits, target, window_size=3)
-
-
-def image_loss(x: Tensor, _: Tensor) -> Tensor:
-    return ssim(x, x.detach().flip(-1), window_size=3)
-
-
-def region_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return rmi_loss(logits, target, region_size=1, pool_size=2)
-
-
-def two_classes(logits: Tensor) -> Tensor:
-    """For losses to which one class is no question at all."""
-    return logits if logits.size(1) > 1 else torch.cat((logits, -logits), 1)
-
-
-def softmax_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return cross_entropy(two_classes(logits), target, label_smoothing=0.1)
-
-
-def one_vs_rest_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return binary_cross_entropy(logits, target)
-
-
-def focal_map_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return focal_loss(two_classes(logits), target, reduction="none").mean()
-
-
-def margin_loss(logits: Tensor, target: Tensor) -> Tensor:
-    scores = two_classes(logits)
-    offset = scores.new_full((scores.size(1),), 0.5, dtype=torch.float32)
-    return margin_calibrated_loss(scores, target, (offset, offset))
-
-
-PIXELWISE = (softmax_loss, one_vs_rest_loss, focal_map_loss, margin_loss)
-LOSSES = (
-    statistics_loss,
-    recomputed_loss,
-    stored_loss,
-    sigmoid_loss,
-    image_loss,
-    region_loss,
-    *PIXELWISE,
-)
-Loss = Callable[[Tensor, Tensor], Tensor]
+LOSSES = {example.name: Loss(example) for example in examples()}
+# Those that walk over pixels, which alone have tables of classes.
+PIXELWISE = [loss for loss in LOSSES.values() if "own_table" in loss.example.operator.inputs]
 
 
 @contextmanager
 def served_by_kernels(loss: Loss) -> Iterator[None]:
-    schedule = "stored" if loss is stored_loss else "recompute"
-    with (
-        tritonloss.use_backend("triton"),
-        configurations.forced("structural_similarity_forward", {"schedule": schedule}),
-    ):
+    with tritonloss.use_backend("triton"):
         yield
 
 
@@ -109,9 +63,9 @@ def value_and_gradient(loss: Loss, logits: Tensor, target: Tensor) -> tuple[Tens
     return value.detach(), torch.autograd.grad(value, leaf)[0]
 
 
-@pytest.fixture(params=LOSSES, ids=lambda loss: loss.__name__)
+@pytest.fixture(params=LOSSES)
 def loss(request: pytest.FixtureRequest) -> Loss:
-    return request.param
+    return LOSSES[request.param]
 
 
 def test_compile_without_a_graph_break(loss: Loss, device: torch.device) -> None:
@@ -146,12 +100,16 @@ class Recorded(TorchDispatchMode):
 
 
 def test_opcheck(loss: Loss, device: torch.device) -> None:
+    """The custom operators are sound, and the tuner knows what configurations they ask for."""
     logits, target = segmentation_case((1, 2, 3, 4), device=device)
+    configurations.forget()
     with served_by_kernels(loss), Recorded() as recorded:
         leaf = logits.requires_grad_()
         loss(leaf, target).backward()
     names = [func.name() for func, _, _ in recorded.calls]
     assert any(name.endswith("forward") for name in names), names
+    asked = {signature[0] for signature in configurations._resolved}
+    assert asked <= {case.operator for case in tuning_cases()}
     with served_by_kernels(loss):
         for func, arguments, options in recorded.calls:
             if func.name().endswith("forward"):
@@ -159,7 +117,7 @@ def test_opcheck(loss: Loss, device: torch.device) -> None:
             tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
             # The stored schedule's backward writes over an output of the forward, as it must to use
             # one buffer; a compiled graph never asks for it, so it need not be traceable.
-            if loss is not stored_loss:
+            if "stored" not in loss.__name__:
                 tests.append("test_aot_dispatch_dynamic")
             torch.library.opcheck(func, arguments, options, test_utils=tests)
 
@@ -209,7 +167,7 @@ def train_on_one_rank(rank: int, directory: str, device: str) -> None:
     store = torch.distributed.FileStore(os.path.join(directory, "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     gradients = {}
-    for loss in LOSSES:
+    for loss in LOSSES.values():
         torch.manual_seed(0)
         network = Network(loss).to(device)
         _, target = segmentation_case((1, 1, 3, 4), seed=rank, device=device)
@@ -283,8 +241,8 @@ def test_same_bits_in_every_shipped_configuration(
 
 @pytest.mark.parametrize("layout", ["channels_last", "sliced", "transposed"])
 def test_no_hidden_copy(loss: Loss, layout: str, device: torch.device) -> None:
-    if loss is image_loss:
-        pytest.skip("makes its second image itself")
+    if loss.example.arguments is not logits_and_target:
+        pytest.skip("makes some of its arguments itself")
     logits, target = segmentation_case((1, 2, 8, 12), device=device)
     logits, target = as_layout(logits, layout), as_layout(target, layout)
     with torch.profiler.profile(record_shapes=True) as profile:
@@ -349,8 +307,8 @@ def test_extra_memory_of_a_training_step(device: torch.device) -> None:
     """The gradient, two pooled maps where there are such, and a little on top."""
     logits, target = segmentation_case((2, 19, 512, 1024), device=device)
     for loss, most in (
-        (recomputed_loss, 1.01),
-        (stored_loss, 1.01),
+        (LOSSES["structural_similarity_loss"], 1.01),
+        (LOSSES["structural_similarity_loss, stored"], 1.01),
         (rmi_loss, 1 + 2 / 16 + 0.01),
         (functools.partial(rmi_loss, pooling=None), 1.05),
     ):
@@ -376,7 +334,7 @@ def test_extra_memory_of_a_pixelwise_step(loss: Loss, layout: str, device: torch
     before = torch.cuda.memory_allocated()
     value_and_gradient(loss, logits, target)
     extra = torch.cuda.max_memory_allocated() - before
-    per_pixel = 16 if loss is focal_map_loss else 8
+    per_pixel = 16 if loss.example.options.get("reduction") == "none" else 8
     assert extra <= logits.nbytes + per_pixel * target.numel() + 2**21
 
 

@@ -18,14 +18,14 @@ class LossModule(nn.Module):
     name to ``check_options``. A tensor becomes a buffer, everything else an attribute.
     """
 
-    _function: ClassVar[Callable[..., torch.Tensor]]
+    _function: ClassVar[Callable[..., Any]]
     _check: ClassVar[Callable[..., Any]]
     _options: ClassVar[tuple[inspect.Parameter, ...]]
 
     def __init_subclass__(
         cls,
         *,
-        function: Callable[..., torch.Tensor] | None = None,
+        function: Callable[..., Any] | None = None,
         check: Callable[..., Any] | None = None,
         **rest: Any,
     ) -> None:
@@ -44,8 +44,8 @@ class LossModule(nn.Module):
         for option in self._options:
             self._keep(option, bound.arguments[option.name])
 
-    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Logits [N, C, H, W], target [N, H, W] -> scalar, or [N, H, W]."""
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> Any:
+        """What the function returns: a scalar, or [N, H, W] of logits [N, C, H, W]."""
         options = {option.name: self._kept(option) for option in self._options}
         return self._function(logits, target, **options)
 

@@ -26,6 +26,7 @@ from kernels_reference import linalg as reference
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import Configuration, TuningCase
+from .._core.example import Example
 from .._core.operator import Operator
 from . import launchers
 
@@ -297,3 +298,21 @@ def tuning_cases() -> list[TuningCase]:
         for operator, run in runs
         if order != 9 or launchers.in_lanes(operator, order)  # in tiles the bucket of 16 is its own
     ]
+
+
+def _products(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """x^T x + 1 of the first columns: positive definite, whatever the logits."""
+    half = logits[..., :4]
+    return (half.mT @ half + torch.eye(4).to(half),)
+
+
+def _product_and_rows(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (*_products(logits, target), logits[..., :4].mT)
+
+
+EXAMPLES = (
+    Example("linalg.cholesky_ex", cholesky_ex, CHOLESKY, arguments=_products),
+    Example("linalg.logdet", logdet, LOGDET, arguments=_products),
+    Example("linalg.solve", solve, SOLVE, arguments=_product_and_rows),
+    Example("linalg.inv", inv, INVERSE, arguments=_products),
+)

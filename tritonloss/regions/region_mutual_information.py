@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import triton
-from torch import nn
 
 from kernels_reference.region_mutual_information import pooled_size
 from kernels_reference.region_mutual_information import rmi_loss as rmi_loss_reference
@@ -31,12 +31,21 @@ from kernels_reference.region_mutual_information import rmi_loss as rmi_loss_ref
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import Configuration, Launch, Shape, TuningCase
+from .._core.example import Example
+from .._core.loss_module import LossModule
 from .._core.operator import Operator
 from .._core.tuning_inputs import random_labels, random_map
 from .._engine.planes import compute_dtype
 from .backward import backward_pass
 from .forward import forward_pass
-from .plan import Options, Saved, cells_and_warps, is_small, plan_of
+from .plan import (
+    Options,
+    Saved,
+    cells_and_warps,
+    is_small,
+    kernels_of_large_images,
+    plan_of,
+)
 
 __all__ = ["RMILoss", "rmi_loss", "tuning_cases"]
 
@@ -259,7 +268,7 @@ def _check_region_fits(
 # --- module ---------------------------------------------------------------------------------------
 
 
-class RMILoss(nn.Module):
+class RMILoss(LossModule, function=rmi_loss, check=_check_options):
     """Region mutual information loss as a module: :func:`tritonloss.functional.rmi_loss`.
 
     Args: the keyword arguments of the function, with the same defaults.
@@ -270,38 +279,6 @@ class RMILoss(nn.Module):
         >>> criterion(torch.randn(2, 19, 32, 64), torch.randint(0, 19, (2, 32, 64))).shape
         torch.Size([])
     """
-
-    def __init__(
-        self,
-        *,
-        region_size: int = 3,
-        pooling: str | None = "avg",
-        pool_size: int = 4,
-        moments: str = "mean",
-        epsilon: float | None = None,
-        bce_weight: float = 0.5,
-        ignore: str = "zero",
-        ignore_index: int | None = checks.IGNORE_INDEX,
-        precision: str | None = None,
-        bce_smooth: float = 0.0,
-        return_info: bool = False,
-    ) -> None:
-        super().__init__()
-        _check_options(
-            region_size, pooling, pool_size, moments, epsilon, bce_weight, ignore, ignore_index,
-            precision, bce_smooth, return_info,
-        )  # fmt: skip
-        self.region_size = region_size
-        self.pooling = pooling
-        self.pool_size = pool_size
-        self.moments = moments
-        self.epsilon = epsilon
-        self.bce_weight = bce_weight
-        self.ignore = ignore
-        self.ignore_index = ignore_index
-        self.precision = precision
-        self.bce_smooth = bce_smooth
-        self.return_info = return_info
 
     @classmethod
     def released(cls, *, ignore_index: int | None = checks.IGNORE_INDEX) -> RMILoss:
@@ -318,35 +295,13 @@ class RMILoss(nn.Module):
             bce_smooth=1.0,
         )
 
-    def forward(
-        self, logits: torch.Tensor, target: torch.Tensor
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Logits [N, C, H, W], target [N, H, W] -> scalar, or (scalar, info [N, C])."""
-        return rmi_loss(
-            logits,
-            target,
-            region_size=self.region_size,
-            pooling=self.pooling,
-            pool_size=self.pool_size,
-            moments=self.moments,
-            epsilon=self.epsilon,
-            bce_weight=self.bce_weight,
-            ignore=self.ignore,
-            ignore_index=self.ignore_index,
-            precision=self.precision,
-            bce_smooth=self.bce_smooth,
-            return_info=self.return_info,
-        )
 
-    def extra_repr(self) -> str:
-        """The options, for printing."""
-        return (
-            f"region_size={self.region_size}, pooling={self.pooling!r}, "
-            f"pool_size={self.pool_size}, moments={self.moments!r}, epsilon={self.epsilon}, "
-            f"bce_weight={self.bce_weight}, ignore={self.ignore!r}, "
-            f"ignore_index={self.ignore_index}, precision={self.precision!r}, "
-            f"bce_smooth={self.bce_smooth}, return_info={self.return_info}"
-        )
+EXAMPLES = tuple(
+    Example(
+        f"rmi_loss, {name}", rmi_loss, RMI, {"region_size": 2, "pool_size": 2}, RMILoss, way=way
+    )
+    for name, way in (("small images", nullcontext), ("large images", kernels_of_large_images))
+)
 
 
 # --- tuning ---------------------------------------------------------------------------------------

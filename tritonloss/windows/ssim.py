@@ -198,8 +198,8 @@ def _two_images(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tenso
 
 
 EXAMPLES = (
-    Example("ssim", ssim, SSIM, {"window_size": 5}, arguments=_two_images),
+    Example("ssim", ssim, SSIM, {"window_size": 3}, arguments=_two_images),
     Example(
-        "ssim, map", ssim, SSIM, {"window_size": 5, "reduction": "none"}, arguments=_two_images
+        "ssim, map", ssim, SSIM, {"window_size": 3, "reduction": "none"}, arguments=_two_images
     ),
 )

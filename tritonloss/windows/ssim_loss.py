@@ -171,7 +171,7 @@ EXAMPLES = tuple(
         f"ssim_loss, {form}",
         ssim_loss,
         SSIM_LOSS,
-        {"form": form, "window_size": 5},
+        {"form": form, "window_size": 3},
         SSIMLoss,
     )
     for form in FORMS
