@@ -32,9 +32,9 @@ from perf.report.report import Report
 from tritonloss._core.progress import Progress
 
 QUICK_S = 70.0  # when a quick report begins nothing more; what runs then still ends
-# When a report without a GPU begins no more cases of the reference, and none under torch.compile,
-# which may take a minute.
-CPU_ROWS_S, CPU_COMPILE_S = 150.0, 180.0
+# When a report without a GPU waits no more for the interpreter, begins no more cases of the
+# reference, and none under torch.compile, which may take a minute.
+PARITY_S, CPU_ROWS_S, CPU_COMPILE_S = 200.0, 150.0, 180.0
 KEPT_TRAINING = RESULTS / "training"
 
 
@@ -76,7 +76,7 @@ def _run(making: Making, started: float) -> None:
         with _allowed(making, choice.budget_s):
             parts.measure(making, parts.CASES, cases)
     # The interpreter is one process; beside it there are cores to spare.
-    with parts.interpreting(making, parity):
+    with parts.interpreting(making, parity, started + PARITY_S):
         parts.count_memory(making)
         if choice.quick:
             making.report.notes.append("A quick report leaves out host time and torch.compile.")

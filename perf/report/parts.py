@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import triton
 
@@ -131,16 +132,20 @@ def measure_host(making: Making) -> None:
 
 
 def parity_work(making: Making) -> list[tuple[str, int]]:
-    """The cases that the interpreter is to check."""
+    """The cases that the interpreter is to check: every operation's first one, and so on."""
     quick = making.choice.quick
-    return [(op.name, index) for op in making.chosen for index in interpreted.cases(op, quick)]
+    asked = [[(op.name, i) for i in interpreted.cases(op, quick)] for op in making.chosen]
+    return [pair for turn in zip_longest(*asked) for pair in turn if pair is not None]
 
 
 @contextmanager
-def interpreting(making: Making, work: Sequence[tuple[str, int]]) -> Iterator[None]:
+def interpreting(
+    making: Making, work: Sequence[tuple[str, int]], end: float = math.inf
+) -> Iterator[None]:
     """Check the kernels in the interpreter, which is one process, beside all that is done inside.
 
-    It is waited for at the end, until the report's own end; an exception stops it.
+    It is waited for until ``end`` or the report's own, times of the monotonic clock; an exception
+    stops it.
     """
     if not work:
         yield
@@ -150,8 +155,9 @@ def interpreting(making: Making, work: Sequence[tuple[str, int]]) -> Iterator[No
     beside.start()
     try:
         yield
-        while beside.is_alive() and making.on_time:
-            beside.join(timeout=min(0.2, max(0.0, making.end - time.monotonic())))
+        end = min(end, making.end)
+        while beside.is_alive() and time.monotonic() < end:
+            beside.join(timeout=0.2)
     finally:
         if beside.is_alive():
             interpreter.stop()

@@ -53,6 +53,18 @@ def test_a_quick_report_begins_nothing_after_its_time() -> None:
     assert f"1 {parts.CASES}, 1 {parts.PARITY}" in note
 
 
+def test_the_interpreter_is_waited_for_until_a_time() -> None:
+    made = making(chosen=operations())
+    work = parts.parity_work(made)
+    assert [name for name, _ in work[: len(made.chosen)]] == [op.name for op in made.chosen]
+    made.plan(parts.PARITY, len(work))
+    with parts.interpreting(made, work, end=time.monotonic() + 0.1):
+        pass
+    made.finish(interrupted=False)
+    assert 0 < made.report.parity_left_out <= len(work)
+    assert parts.PARITY in made.report.notes[0]
+
+
 def test_memory_is_counted_for_every_number_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in a quick report: without a computation the size of a map costs nothing."""
 

@@ -147,6 +147,19 @@ class Coefficients(NamedTuple):
 
 
 @triton.jit
+def _coefficient_planes(pointer, strides, stride, program, STRIP: tl.constexpr):
+    """The planes of all coefficients; ``stride`` is from map to map, in grains."""
+    GRAIN: tl.constexpr = STRIP.grain
+    step = stride.to(tl.int64) * GRAIN
+    return Coefficients(
+        constant_x=plane_of(pointer, strides, program, STRIP),
+        slope_both=plane_of(pointer + step, strides, program, STRIP),
+        slope_d=plane_of(pointer + 2 * step, strides, program, STRIP),
+        constant_y=plane_of(pointer + 3 * step, strides, program, STRIP),
+    )
+
+
+@triton.jit
 def _of_all_channels(program, first_channel):
     """The program of a group of planes, its channel counted from the image's first."""
     return Program(
@@ -217,7 +230,6 @@ def _ssim_coefficients_kernel(
     SIZE: tl.constexpr = WINDOW.size
     COLUMNS: tl.constexpr = STRIP.columns
     UNROLL: tl.constexpr = STRIP.unroll
-    GRAIN: tl.constexpr = STRIP.grain
     dtype: tl.constexpr = coefficients_ptr.dtype.element_ty
     group = strip_program(channels, tiles_x, tiles_y, STRIP)
     pair = Pair(
@@ -233,12 +245,8 @@ def _ssim_coefficients_kernel(
         grad_plane = plane_of(grad_ptr, grad_strides, group, STRIP)
     else:
         upstream = tl.load(grad_ptr).to(dtype) * tl.load(scale_ptr)
-    step = coefficient_stride.to(tl.int64) * GRAIN
-    planes = Coefficients(
-        constant_x=plane_of(coefficients_ptr, coefficient_strides, group, STRIP),
-        slope_both=plane_of(coefficients_ptr + step, coefficient_strides, group, STRIP),
-        slope_d=plane_of(coefficients_ptr + 2 * step, coefficient_strides, group, STRIP),
-        constant_y=plane_of(coefficients_ptr + 3 * step, coefficient_strides, group, STRIP),
+    planes = _coefficient_planes(
+        coefficients_ptr, coefficient_strides, coefficient_stride, group, STRIP
     )
 
     history = empty_history(pair, WINDOW, STRIP)
@@ -283,7 +291,7 @@ def _adjoint_rows(
     planes, row, width, window, WINDOW: tl.constexpr, SHIFT: tl.constexpr, STRIP: tl.constexpr,
     MAPS: tl.constexpr,
 ):  # fmt: skip
-    """For each of the MAPS planes the adjoint of the window along one row: a tuple of tuples."""
+    """The adjoint of the window along one row, of the first MAPS planes: a tuple of tuples."""
     SIZE: tl.constexpr = WINDOW.size
     WEIGHTS: tl.constexpr = WINDOW.weights
     COLUMNS: tl.constexpr = STRIP.columns
@@ -365,7 +373,6 @@ def _ssim_backward_kernel(
     SIZE: tl.constexpr = WINDOW.size
     WEIGHTS: tl.constexpr = WINDOW.weights
     COLUMNS: tl.constexpr = STRIP.columns
-    GRAIN: tl.constexpr = STRIP.grain
     UNROLL: tl.constexpr = STRIP.unroll
     MAPS: tl.constexpr = 4 if BOTH else 3
     dtype: tl.constexpr = coefficients_ptr.dtype.element_ty
@@ -381,11 +388,9 @@ def _ssim_backward_kernel(
     program = _of_all_channels(group, first_channel)
     grad_x_plane = plane_of(grad_x_ptr, grad_x_strides, group, STRIP)
     grad_y_plane = plane_of(grad_y_ptr, grad_y_strides, group, STRIP)
-    step = coefficient_stride.to(tl.int64) * GRAIN
-    planes = ()
-    for m in tl.static_range(MAPS):
-        plane = plane_of(coefficients_ptr + m * step, coefficient_strides, group, STRIP)
-        planes = planes + (plane,)
+    planes = _coefficient_planes(
+        coefficients_ptr, coefficient_strides, coefficient_stride, group, STRIP
+    )
 
     none_yet = repeated(zeros(planes[0], STRIP), (SIZE - 1) * COLUMNS)
     history = repeated(none_yet, MAPS)
