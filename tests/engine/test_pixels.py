@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -150,3 +151,14 @@ def test_several_losses_in_one_read(
     alone = [both_passes((term,), logits, target, reduction, upstream) for term in terms]
     torch.testing.assert_close(loss, torch.stack([value for value, _ in alone]).sum(0))
     torch.testing.assert_close(gradient, torch.stack([slopes for _, slopes in alone]).sum(0))
+
+
+def test_contributing_shows_the_loss_that_is_run() -> None:
+    guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = guide.split("```python\n")[1].split("```")[0]
+    own = Path(__file__).read_text(encoding="utf-8")
+
+    def lines(text: str) -> list[str]:
+        return [line.split("  #")[0] for line in text.splitlines() if line]
+
+    assert "\n".join(lines(shown)) in "\n".join(lines(own))
