@@ -2,16 +2,12 @@
 
 import math
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels_reference.base import working_dtype
+
 _PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype the arithmetic is done in: float32, or float64 for float64 input."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def gaussian_window(window_size: int, sigma: float) -> tuple[float, ...]:

@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels_reference.gaussian_window import working_dtype
-from kernels_reference.labels import one_hot, valid_pixels
-from kernels_reference.pixelwise import reduced
+from kernels_reference.base import one_hot, reduced, sanitised, valid_pixels
 
 _LN_2 = 0.6931471805599453
 
@@ -23,7 +21,7 @@ def margin_calibrated_loss(
     """Sum over classes of a penalty on the margin, Eq. 16-18 ("paper") or Eq. 9 ("margin")."""
     classes = logits.size(1)
     valid = valid_pixels(target, classes, ignore_index)
-    scores = torch.where(valid, logits.to(working_dtype(logits.dtype)), 0)
+    scores = sanitised(logits, valid)
     own = one_hot(target, classes)
     own_offset, other_offset = (o.detach().to(scores.dtype).view(1, -1, 1, 1) for o in offsets)
 

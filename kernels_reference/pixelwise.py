@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels_reference.gaussian_window import working_dtype
-from kernels_reference.labels import one_hot, valid_pixels
+from kernels_reference.base import one_hot, reduced, sanitised, valid_pixels
 
 
 def cross_entropy(
@@ -20,7 +19,7 @@ def cross_entropy(
     """(1 - s) w_t (-log p_t) + (s / C) sum_k w_k (-log p_k); the mean divides by the sum of w_t."""
     classes = logits.size(1)
     valid = valid_pixels(target, classes, ignore_index)
-    negative_log_p = -_sanitised(logits, valid).log_softmax(1)
+    negative_log_p = -sanitised(logits, valid).log_softmax(1)
     w = _per_class(weight, negative_log_p)
 
     # Selected: a probability of 0 elsewhere must not turn into 0 * inf.
@@ -45,7 +44,7 @@ def binary_cross_entropy(
     classes = logits.size(1)
     valid = valid_pixels(target, classes, ignore_index)
     own = one_hot(target, classes)
-    z = _sanitised(logits, valid)
+    z = sanitised(logits, valid)
     w = _per_class(pos_weight, z)
     loss = torch.where(own, -w * F.logsigmoid(z), -F.logsigmoid(-z)).sum(1)
     valid = valid.squeeze(1)
@@ -66,7 +65,7 @@ def focal_loss(
     classes = logits.size(1)
     valid = valid_pixels(target, classes, ignore_index)
     own = one_hot(target, classes)
-    log_p = torch.where(own, _sanitised(logits, valid).log_softmax(1), 0).sum(1)
+    log_p = torch.where(own, sanitised(logits, valid).log_softmax(1), 0).sum(1)
     a = torch.where(own, _per_class(alpha, log_p), 0).sum(1)
 
     # Where p is 0 the loss is -a log p: (1 - p)^gamma has no part in its derivative.
@@ -78,25 +77,6 @@ def focal_loss(
         modulation = modulation.detach()
     valid = valid.squeeze(1)
     return reduced(-a * modulation * log_p, valid, valid, reduction)
-
-
-def reduced(loss: Tensor, valid: Tensor, weight: Tensor, reduction: str) -> Tensor:
-    """Mean (over the sum of weights), sum or map of a loss per pixel; 0 where it is not valid.
-
-    Weights that sum to 0 have no mean: NaN, as torch has it.
-    """
-    loss = torch.where(valid, loss, 0)
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    divisor = torch.where(valid.any(), weight.sum(), 1)
-    return torch.where(divisor == 0, torch.nan, loss.sum() / divisor)
-
-
-def _sanitised(logits: Tensor, valid: Tensor) -> Tensor:
-    """Logits to compute with, 0 at ignored pixels: no gradient passes through their infinities."""
-    return torch.where(valid, logits.to(working_dtype(logits.dtype)), 0)
 
 
 def _per_class(weight: Tensor | None, like: Tensor) -> Tensor:

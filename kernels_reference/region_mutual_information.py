@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels_reference.gaussian_window import working_dtype
-from kernels_reference.labels import one_hot, valid_pixels
+from kernels_reference.base import one_hot, sanitised, valid_pixels
 
 
 def rmi_loss(
@@ -35,7 +34,7 @@ def rmi_loss(
     """
     valid = valid_pixels(target, logits.size(1), ignore_index)
     positive = valid & one_hot(target, logits.size(1))
-    z = torch.where(valid, logits.to(working_dtype(logits.dtype)), 0)
+    z = sanitised(logits, valid)
     cross_entropy = torch.where(valid, -F.logsigmoid(torch.where(positive, z, -z)), 0)
     mean_cross_entropy = cross_entropy.sum() / (valid.sum() + bce_smooth).clamp(min=1)
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels_reference.gaussian_window import gaussian_statistics, working_dtype
-from kernels_reference.labels import one_hot, valid_pixels
+from kernels_reference.base import one_hot, sanitised, valid_pixels, working_dtype
+from kernels_reference.gaussian_window import gaussian_statistics
 
 
 def ssim_loss(
@@ -22,7 +22,7 @@ def ssim_loss(
     classes = logits.size(1)
     valid = valid_pixels(target, classes, ignore_index)
     # Selected before and after the sigmoid: no gradient passes through an ignored infinity.
-    z = torch.where(valid, logits.to(working_dtype(logits.dtype)), 0)
+    z = sanitised(logits, valid)
     p = torch.where(valid, z.sigmoid(), 0)
     y = (valid & one_hot(target, classes)).to(z.dtype)
 

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels_reference.base import one_hot, sanitised, valid_pixels
 from kernels_reference.gaussian_window import (
     crop,
     gaussian_window,
     shift_and_variance,
-    working_dtype,
 )
-from kernels_reference.labels import one_hot, valid_pixels
 
 
 def structural_similarity_loss(
@@ -36,7 +35,7 @@ def structural_similarity_loss(
     """
     valid = valid_pixels(target, logits.size(1), ignore_index)
     positive = one_hot(target, logits.size(1))
-    z = torch.where(valid, logits.to(working_dtype(logits.dtype)), 0)
+    z = sanitised(logits, valid)
     cross_entropy = torch.where(valid, -F.logsigmoid(torch.where(positive, z, -z)), 0)
     mean_cross_entropy = cross_entropy.sum() / valid.sum().clamp(min=1)
 
@@ -81,7 +80,7 @@ def structural_difference(
     Padding "valid" leaves out the pixels whose window leaves the image.
     """
     valid = valid_pixels(target, logits.size(1), ignore_index)
-    z = torch.where(valid, logits.to(working_dtype(logits.dtype)), 0)
+    z = sanitised(logits, valid)
     p = torch.where(valid, z.sigmoid(), 0)
     y = (valid & one_hot(target, logits.size(1))).to(z.dtype)
     if window_size == 1:

@@ -1,10 +1,15 @@
-"""Integer labels as masks.
+"""What all references share: the arithmetic's dtype, labels as masks, reductions.
 
 A map of one channel is a binary one: its labels are 0 and 1, and 1 is what belongs to the channel.
 """
 
 import torch
 from torch import Tensor
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype the arithmetic is done in: float32, or float64 for float64 input."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def valid_pixels(target: Tensor, classes: int, ignore_index: int | None) -> Tensor:
@@ -31,3 +36,22 @@ def one_hot(target: Tensor, classes: int) -> Tensor:
 def _widened(target: Tensor) -> Tensor:
     # A narrow label compared with a wide number would wrap: 300 is 44 in uint8.
     return target.to(torch.int64).unsqueeze(1)
+
+
+def sanitised(logits: Tensor, valid: Tensor) -> Tensor:
+    """Logits to compute with, 0 at ignored pixels: no gradient passes through their infinities."""
+    return torch.where(valid, logits.to(working_dtype(logits.dtype)), 0)
+
+
+def reduced(loss: Tensor, valid: Tensor, weight: Tensor, reduction: str) -> Tensor:
+    """Mean (over the sum of weights), sum or map of a loss per pixel; 0 where it is not valid.
+
+    Weights that sum to 0 have no mean: NaN, as torch has it.
+    """
+    loss = torch.where(valid, loss, 0)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    divisor = torch.where(valid.any(), weight.sum(), 1)
+    return torch.where(divisor == 0, torch.nan, loss.sum() / divisor)
