@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--part",
         choices=("short", "rest"),
-        help="of every test as many cases as show each value of each of its parameters once, or "
+        help="at least one case of every test, and all together each value of each parameter; or "
         "only the others",
     )
 
