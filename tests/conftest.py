@@ -18,6 +18,10 @@ if not HAS_GPU:
     assert "triton" not in sys.modules
     os.environ["TRITON_INTERPRET"] = "1"
 
+    from tritonloss._tools.interpreter import patch_language_once
+
+    patch_language_once()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

@@ -1,13 +1,15 @@
-"""Whether Triton's interpreter can run kernels in this process: tried out on the smallest one."""
+"""Triton's interpreter: whether it can run kernels in this process, and how it runs them faster."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 
 @triton.jit
@@ -40,3 +42,37 @@ def interpreter_problem() -> str | None:
 def _version(text: str) -> tuple[int, ...]:
     """Major and minor."""
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+
+
+def patch_language_once() -> None:
+    """Make Triton's interpreter twice as fast, in this process.
+
+    For every call of a device function it replaces all of triton.language by what computes on
+    arrays, though the kernel around it has done so already. Here that is done once per kernel and
+    module.
+    """
+    patched: set[int] | None = None  # modules, while a kernel runs
+    patch_lang: Any = interpreter._patch_lang
+    run: Any = interpreter.GridExecutor.__call__
+
+    def patch_lang_once(function: Any) -> Any:
+        module = id(function.__globals__)
+        if patched is not None:
+            if module in patched:
+                return None
+            patched.add(module)
+        return patch_lang(function)
+
+    def run_kernel(self: Any, *arguments: Any, **named: Any) -> Any:
+        nonlocal patched
+        around, patched = patched, set()
+        try:
+            # What the kernel's own module is given is taken back in the end: it comes first, whole.
+            return run(self, *arguments, **named)
+        finally:
+            patched = around
+
+    if patch_lang.__name__ != patch_lang_once.__name__:
+        module: Any = interpreter
+        module._patch_lang = patch_lang_once
+        module.GridExecutor.__call__ = run_kernel
