@@ -50,11 +50,12 @@ def backward_pass(
     steps = of_kind("rmi backward", options, logits, target, prepare)
     with device_guard(logits):
         if not steps.plan.has_maps:
-            steps.gradient.run(grad_loss, logits, target, saved, (grad_logits, grad_logits))
+            out = _Places(grad_logits, grad_logits)
+            steps.gradient.run(grad_loss, logits, target, saved, out)
             return grad_logits
-        rooms = steps.rooms.made(steps.plan, grad_logits)
-        steps.gradient.run(grad_loss, saved.residual, saved.labels, saved, rooms)
-        for expand, room in zip(steps.expand, rooms, strict=True):
+        out = steps.rooms.made(steps.plan, grad_logits)
+        steps.gradient.run(grad_loss, saved.residual, saved.labels, saved, out)
+        for expand, room in zip(steps.expand, out, strict=True):
             if expand is not None:
                 expand(
                     grad_loss_ptr=grad_loss,
@@ -114,6 +115,13 @@ class _Share(NamedTuple):
         return self.images * self.classes
 
 
+class _Places(NamedTuple):
+    """Where a gradient goes: that of the waiting planes, and that of the last."""
+
+    waiting: torch.Tensor
+    last: torch.Tensor
+
+
 class _Rooms(NamedTuple):
     """Where the gradient to the pooled maps stands until it is worked off.
 
@@ -126,16 +134,16 @@ class _Rooms(NamedTuple):
     start: int  # where the room of the waiting starts in the gradient to the logits
     size: int  # and how many of its elements it takes
 
-    def made(self, plan: Plan, grad_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(room of the waiting, room of the last)."""
+    def made(self, plan: Plan, grad_logits: torch.Tensor) -> _Places:
+        """The rooms themselves; one for both if nothing waits."""
         shape = (self.last.planes, plan.rows, plan.columns)
         last = grad_logits.new_empty(shape, dtype=plan.arithmetic)
         if self.size == 0:
-            return last, last
+            return _Places(last, last)
         waiting = grad_logits.as_strided((self.size,), (1,), self.start)
         if waiting.dtype != plan.arithmetic:
             waiting = waiting.view(plan.arithmetic)
-        return waiting, last
+        return _Places(waiting, last)
 
 
 def _rooms(plan: Plan, grad_logits: torch.Tensor) -> _Rooms:
@@ -180,7 +188,7 @@ class _LagGradient(NamedTuple):
         first: torch.Tensor,
         second: torch.Tensor,
         saved: Saved,
-        out: tuple[torch.Tensor, torch.Tensor],
+        out: _Places,
     ) -> None:
         taps = saved.statistics.new_empty(self.taps_shape)
         self.taps(grad_loss_ptr=grad_loss, weights_ptr=saved.weights, taps_ptr=taps)
@@ -192,8 +200,8 @@ class _LagGradient(NamedTuple):
                     first_ptr=first,
                     second_ptr=second,
                     taps_ptr=taps,
-                    out_ptr=out[0],
-                    rest_ptr=out[1],
+                    out_ptr=out.waiting,
+                    rest_ptr=out.last,
                 )
 
 
@@ -240,7 +248,7 @@ class _DirectGradient(NamedTuple):
         first: torch.Tensor,
         second: torch.Tensor,
         saved: Saved,
-        out: tuple[torch.Tensor, torch.Tensor],
+        out: _Places,
     ) -> None:
         self.launch(
             grad_loss_ptr=grad_loss,
@@ -249,8 +257,8 @@ class _DirectGradient(NamedTuple):
             second_ptr=second,
             kept_ptr=saved.kept,
             weights_ptr=saved.weights,
-            out_ptr=out[0],
-            rest_ptr=out[1],
+            out_ptr=out.waiting,
+            rest_ptr=out.last,
         )
 
 
