@@ -9,14 +9,16 @@ from .pixel_walk import (
     factors_of,
     far_offsets,
     finish,
+    first_map,
     fold,
+    given_to,
     load_pixels,
     look_up,
+    of_each,
     run_of_pixels,
     view_of,
     write_gradients,
 )
-from .pixels import Given
 from .sums import Sums, comes_last, leave, total
 
 # Kernel arguments that a kernel is compiled for once, whatever their value.
@@ -58,7 +60,7 @@ def _pixelwise_forward_kernel(
     run = run_of_pixels(pixels, width, tiles, TILE)
     pixel = load_pixels(target_ptr, target_strides, run, IGNORED, BINARY, TILE)
     view = view_of(logits_ptr, logits_strides, run, TILE)
-    given = _given(own_ptrs, other_ptrs, numbers, COUNT)
+    given = of_each(given_to, (own_ptrs, other_ptrs, numbers), TERMS, TILE)
 
     states = fold(view, pixel, given, full, TERMS, TILE)
 
@@ -69,8 +71,7 @@ def _pixelwise_forward_kernel(
     in_all = tl.zeros_like(own)
     for k in tl.static_range(COUNT):
         value, weight, saved = finish(states[k], own, pixel, given[k], TERMS, k, TILE)
-        for i in tl.static_range(TERMS.maps[k]):
-            tl.store(map_ptrs[_first_map(TERMS, k) + i] + position, saved[i], mask=pixel.inside)
+        _store_maps(map_ptrs, position, saved, pixel, TERMS, k)
         value = tl.where(valid, value, 0.0)
         if REDUCTION == "none":
             in_all += shares[k] * value
@@ -86,22 +87,11 @@ def _pixelwise_forward_kernel(
 
 
 @triton.jit
-def _given(own_ptrs, other_ptrs, numbers, COUNT: tl.constexpr):
-    given = ()
-    for k in tl.static_range(COUNT):
-        given = given + (
-            Given(own_table=own_ptrs[k], other_table=other_ptrs[k], numbers=numbers[k]),
-        )
-    return given
-
-
-@triton.jit
-def _first_map(TERMS: tl.constexpr, K: tl.constexpr):
-    """The place of a loss's maps among those of all."""
-    first: tl.constexpr = 0
-    for k in tl.static_range(K):
-        first += TERMS.maps[k]
-    return first
+def _store_maps(map_ptrs, position, saved, pixel, TERMS: tl.constexpr, K: tl.constexpr):
+    """Store what a loss leaves to the backward pass."""
+    COUNT: tl.constexpr = TERMS.maps[K]
+    for i in tl.static_range(COUNT):
+        tl.store(map_ptrs[first_map(TERMS, K) + i] + position, saved[i], mask=pixel.inside)
 
 
 @triton.jit
@@ -153,7 +143,7 @@ def _pixelwise_backward_kernel(
     pixel = load_pixels(target_ptr, target_strides, run, IGNORED, BINARY, TILE)
     view = view_of(logits_ptr, logits_strides, run, TILE)
     grad_view = view_of(grad_ptr, grad_strides, run, TILE)
-    given = _given(own_ptrs, other_ptrs, numbers, COUNT)
+    given = of_each(given_to, (own_ptrs, other_ptrs, numbers), TERMS, TILE)
 
     position = run.image * pixels * TILE.grain + run.first + run.local
     if REDUCED:
@@ -163,13 +153,12 @@ def _pixelwise_backward_kernel(
         upstream_ptr += run.image * upstream_strides[0]
         upstream = tl.load(upstream_ptr + offsets, mask=pixel.inside, other=0.0).to(dtype)
 
-    factors = ()
+    scales = ()
     for k in tl.static_range(COUNT):
-        saved = ()
-        for i in tl.static_range(TERMS.maps[k]):
-            map_ptr = map_ptrs[_first_map(TERMS, k) + i]
-            saved = saved + (tl.load(map_ptr + position, mask=pixel.inside, other=0),)
         scale = upstream * (tl.load(scale_ptr + k) if REDUCED else shares[k])
-        scale = tl.where(pixel.label >= 0, scale, 0.0)
-        factors = factors + (factors_of(scale, saved, view, pixel, given[k], TERMS, k, TILE),)
+        scales = scales + (tl.where(pixel.label >= 0, scale, 0.0),)
+    maps = ()
+    for i in tl.static_range(len(map_ptrs)):
+        maps = maps + (tl.load(map_ptrs[i] + position, mask=pixel.inside, other=0),)
+    factors = of_each(factors_of, (scales, maps, view, pixel, given), TERMS, TILE)
     write_gradients(factors, (view, grad_view), pixel, given, full, TERMS, TILE)

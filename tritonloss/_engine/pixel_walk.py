@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .math import sanitised_label
-from .pixels import Block, Pixel, for_classes, nearest_class
+from .pixels import Block, Given, Pixel, for_classes, nearest_class
 
 
 class Terms(NamedTuple):
@@ -194,19 +194,17 @@ def fold(view, pixel, given, full, TERMS: tl.constexpr, TILE: tl.constexpr):
     enough.
     """
     COUNT: tl.constexpr = (TILE.classes + TILE.lanes - 1) // TILE.lanes
-    states = ()
-    for k in tl.static_range(len(TERMS.start)):
-        states = states + (_start(TERMS, k, TILE),)
+    states = of_each(_start, (), TERMS, TILE)
     if COUNT <= TILE.unroll:
         block = _load_block(view, 0, pixel.inside, COUNT, TILE.classes, TILE)
-        states = _add_to_all(states, block, pixel, given, TERMS, TILE)
-        states = _join_all(states, TERMS, TILE)
-        states = _add_again_to_all(states, block, pixel, given, TERMS, TILE)
+        states = of_each(_add, (states, block, pixel, given), TERMS, TILE)
+        states = of_each(_join, (states,), TERMS, TILE)
+        states = of_each(_add_again, (states, block, pixel, given), TERMS, TILE)
     else:
-        states = _fold_blocks(states, view, pixel, given, full, _add_to_all, TERMS, TILE)
+        states = _fold_blocks(states, view, pixel, given, full, _add, TERMS, TILE)
         if TERMS.passes == 2:
-            states = _join_all(states, TERMS, TILE)
-            states = _fold_blocks(states, view, pixel, given, full, _add_again_to_all, TERMS, TILE)
+            states = of_each(_join, (states,), TERMS, TILE)
+            states = _fold_blocks(states, view, pixel, given, full, _add_again, TERMS, TILE)
     return states
 
 
@@ -214,7 +212,7 @@ def fold(view, pixel, given, full, TERMS: tl.constexpr, TILE: tl.constexpr):
 def _fold_blocks(
     states, view, pixel, given, full, ADD: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr
 ):
-    """The states after ADD(states, block, ...) of all blocks in turn."""
+    """The states after ADD of all blocks in turn."""
     STEP: tl.constexpr = TILE.unroll * TILE.lanes
     FULL: tl.constexpr = (TILE.classes - 1) // STEP * STEP
     LEFT: tl.constexpr = TILE.classes - FULL  # at least one, at most a whole block
@@ -224,11 +222,11 @@ def _fold_blocks(
         for start in tl.range(0, full, STEP):
             here = View(pointer=pointer, offsets=view.offsets, stride=view.stride)
             block = _load_block(here, start, pixel.inside, TILE.unroll, STEP, TILE)
-            states = ADD(states, block, pixel, given, TERMS, TILE)
+            states = of_each(ADD, (states, block, pixel, given), TERMS, TILE)
             pointer += STEP * view.stride
     here = View(pointer=pointer, offsets=view.offsets, stride=view.stride)
     block = _load_block(here, FULL, pixel.inside, COUNT, LEFT, TILE)
-    return ADD(states, block, pixel, given, TERMS, TILE)
+    return of_each(ADD, (states, block, pixel, given), TERMS, TILE)
 
 
 @triton.jit
@@ -274,60 +272,72 @@ def _write_block(factors, block, grad_view, pixel, given, TERMS: tl.constexpr, T
 
 
 @triton.jit
-def _start(TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+def of_each(FUNCTION: tl.constexpr, arguments, TERMS: tl.constexpr, TILE: tl.constexpr):
+    """(FUNCTION(arguments, TERMS, 0, TILE), FUNCTION(arguments, TERMS, 1, TILE), ...).
+
+    Written out: elements of a tuple that grows lose their names under Triton 3.6.
+    """
+    COUNT: tl.constexpr = len(TERMS.start)
+    tl.static_assert(COUNT <= 4, "at most four losses share a read of the logits")
+    if COUNT == 1:
+        results = (FUNCTION(arguments, TERMS, 0, TILE),)
+    elif COUNT == 2:
+        results = (FUNCTION(arguments, TERMS, 0, TILE), FUNCTION(arguments, TERMS, 1, TILE))
+    elif COUNT == 3:
+        results = (
+            FUNCTION(arguments, TERMS, 0, TILE),
+            FUNCTION(arguments, TERMS, 1, TILE),
+            FUNCTION(arguments, TERMS, 2, TILE),
+        )
+    else:
+        results = (
+            FUNCTION(arguments, TERMS, 0, TILE),
+            FUNCTION(arguments, TERMS, 1, TILE),
+            FUNCTION(arguments, TERMS, 2, TILE),
+            FUNCTION(arguments, TERMS, 3, TILE),
+        )
+    return results
+
+
+@triton.jit
+def given_to(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+    """What a loss was given."""
+    own_ptrs, other_ptrs, numbers = arguments
+    return Given(own_table=own_ptrs[K], other_table=other_ptrs[K], numbers=numbers[K])
+
+
+@triton.jit
+def _start(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
     OPTIONS: tl.constexpr = TERMS.options[K]
     return TERMS.start[K](OPTIONS, TILE)
 
 
 @triton.jit
-def _add(state, block, pixel, given, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+def _add(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
     OPTIONS: tl.constexpr = TERMS.options[K]
-    return TERMS.add[K](state, block, pixel, given, OPTIONS, TILE)
+    states, block, pixel, given = arguments
+    return TERMS.add[K](states[K], block, pixel, given[K], OPTIONS, TILE)
 
 
 @triton.jit
-def _add_to_all(states, block, pixel, given, TERMS: tl.constexpr, TILE: tl.constexpr):
-    added = ()
-    for k in tl.static_range(len(TERMS.add)):
-        added = added + (_add(states[k], block, pixel, given[k], TERMS, k, TILE),)
-    return added
-
-
-@triton.jit
-def _join(state, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+def _join(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
     OPTIONS: tl.constexpr = TERMS.options[K]
+    (states,) = arguments
     if TERMS.twice[K]:
-        joined = TERMS.join[K](state, OPTIONS, TILE)
+        joined = TERMS.join[K](states[K], OPTIONS, TILE)
     else:
-        joined = state
+        joined = states[K]
     return joined
 
 
 @triton.jit
-def _join_all(states, TERMS: tl.constexpr, TILE: tl.constexpr):
-    joined = ()
-    for k in tl.static_range(len(TERMS.join)):
-        joined = joined + (_join(states[k], TERMS, k, TILE),)
-    return joined
-
-
-@triton.jit
-def _add_again(
-    state, block, pixel, given, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr
-):
+def _add_again(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
     OPTIONS: tl.constexpr = TERMS.options[K]
+    states, block, pixel, given = arguments
     if TERMS.twice[K]:
-        added = TERMS.add_again[K](state, block, pixel, given, OPTIONS, TILE)
+        added = TERMS.add_again[K](states[K], block, pixel, given[K], OPTIONS, TILE)
     else:
-        added = state
-    return added
-
-
-@triton.jit
-def _add_again_to_all(states, block, pixel, given, TERMS: tl.constexpr, TILE: tl.constexpr):
-    added = ()
-    for k in tl.static_range(len(TERMS.join)):
-        added = added + (_add_again(states[k], block, pixel, given[k], TERMS, k, TILE),)
+        added = states[K]
     return added
 
 
@@ -339,16 +349,28 @@ def finish(state, own, pixel, given, TERMS: tl.constexpr, K: tl.constexpr, TILE:
 
 
 @triton.jit
-def factors_of(
-    scale, saved, view, pixel, given, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr
-):
+def factors_of(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
     """What the slopes of a loss share."""
     OPTIONS: tl.constexpr = TERMS.options[K]
+    scales, maps, view, pixel, given = arguments
+    COUNT: tl.constexpr = TERMS.maps[K]
+    saved = ()
+    for i in tl.static_range(COUNT):
+        saved = saved + (maps[first_map(TERMS, K) + i],)
     classes = TERMS.lookups[K](saved, pixel, TILE)
     looked_up = ()
     for j in tl.static_range(len(classes)):
         looked_up = looked_up + (look_up(view, classes[j], TILE),)
-    return TERMS.factors[K](scale, saved, looked_up, pixel, given, OPTIONS, TILE)
+    return TERMS.factors[K](scales[K], saved, looked_up, pixel, given[K], OPTIONS, TILE)
+
+
+@triton.jit
+def first_map(TERMS: tl.constexpr, K: tl.constexpr):
+    """The place of a loss's maps among those of all."""
+    first: tl.constexpr = 0
+    for k in tl.static_range(K):
+        first += TERMS.maps[k]
+    return first
 
 
 @triton.jit
