@@ -349,6 +349,7 @@ class _Head(NamedTuple):
 def _head(plan: Plan, chunks: int, parts: int, centred: bool) -> _Head:
     options = plan.options
     warps = {1: 1, 5: 4}.get(options.region_size, 2)
+    in_double = plan.arithmetic == torch.float64
     arguments = {
         "programs": plan.planes,
         "chunks": chunks,
@@ -362,7 +363,8 @@ def _head(plan: Plan, chunks: int, parts: int, centred: bool) -> _Head:
         "CELL": options.cell,
         "MEAN": options.moments == "mean",
         "CENTRED": centred,
-        "BLOCK": 512 * warps,
+        # More in float64, or ptxas stops at 96 registers and spills two.
+        "BLOCK": (1024 if in_double and warps == 2 else 512) * warps,
         "num_warps": warps,
         "enable_fp_fusion": True,
     }

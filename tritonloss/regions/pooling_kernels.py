@@ -7,8 +7,6 @@ neither probabilities nor one-hot labels reach memory at full resolution.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -31,16 +29,6 @@ from .features import (
 FACTORS = tl.constexpr(64)
 # Beyond it sigmoids are 0 and 1, and logits need not be told from infinite ones.
 LARGE = tl.constexpr(1e38)
-
-
-class Corner(NamedTuple):
-    """One of the four pixels that a cell is interpolated from."""
-
-    row: Any
-    column: Any
-    share: Any
-    is_valid: Any
-
 
 # --- device functions -----------------------------------------------------------------------------
 
@@ -264,7 +252,10 @@ def _rmi_sample_kernel(
     nearest_column = tl.minimum((cell.to(tl.float32) * column_step).to(tl.int32), width - 1)
     nearest = load_label(target, nearest_row, nearest_column, mask, channels, IGNORED)
 
-    corners = ()
+    rows = ()
+    columns = ()
+    shares = ()
+    are_valid = ()
     touched = mask & (nearest < 0)
     for k in tl.static_range(4):
         share = (down if k >= 2 else 1.0 - down) * (right if k % 2 == 1 else 1.0 - right)
@@ -272,8 +263,10 @@ def _rmi_sample_kernel(
         column = tl.minimum(left + k % 2, width - 1)
         label = load_label(target, row, column, mask, channels, IGNORED)
         touched = touched | (mask & (label < 0) & (share > 0))
-        corner = Corner(row=row, column=column, share=share, is_valid=label >= 0)
-        corners = corners + (corner,)
+        rows = rows + (row,)
+        columns = columns + (column,)
+        shares = shares + (share,)
+        are_valid = are_valid + (label >= 0,)
     if DROP:
         whole = touched_ptr + image * pooled_height * pooled_width
         tl.store(whole + offset, touched.to(tl.uint8), mask=mask)
@@ -284,15 +277,13 @@ def _rmi_sample_kernel(
         p = tl.zeros((LANES,), dtype)
         rest = tl.zeros((LANES,), dtype)  # 1 - p
         for k in tl.static_range(4):
-            corner = corners[k]
-            u = load_scaled(logits, corner.row, corner.column, mask, dtype)
-            u = tl.where(corner.is_valid, u, float("-inf"))  # p = 0
+            u = load_scaled(logits, rows[k], columns[k], mask, dtype)
+            u = tl.where(are_valid[k], u, float("-inf"))  # p = 0
             larger, smaller = sigmoid_pair(u)
             # Selected: where it has no share, a pixel that is NaN does no harm.
-            p_share = tl.where(u >= 0, larger, smaller) * corner.share
-            rest_share = tl.where(u >= 0, smaller, larger) * corner.share
-            p += tl.where(corner.share > 0, p_share, 0.0)
-            rest += tl.where(corner.share > 0, rest_share, 0.0)
+            share = shares[k]
+            p += tl.where(share > 0, tl.where(u >= 0, larger, smaller) * share, 0.0)
+            rest += tl.where(share > 0, tl.where(u >= 0, smaller, larger) * share, 0.0)
         larger, smaller = complements(tl.minimum(p, rest))
         wrong = tl.where((rest <= p) != positive, larger, smaller)
         plane = (image * channels + channel) * pooled_height * pooled_width
@@ -413,12 +404,13 @@ def _rmi_sample_backward_kernel(
     offset = cell_row * pooled_width + cell
     label = load_label(target, row, column, mask, classes, IGNORED)
 
-    for channel in tl.range(0, channels):
-        own = first_class + channel
-        logits = plane_of(logits_ptr, logits_strides, first_image + image, own)
-        grad_logits = plane_of(grad_logits_ptr, grad_logits_strides, first_image + image, own)
-        plane = (image * channels + channel) * pooled_height * pooled_width
+    first_plane = image * channels - first_class
+    image += first_image
+    for channel in tl.range(first_class, first_class + channels):
+        logits = plane_of(logits_ptr, logits_strides, image, channel)
+        grad_logits = plane_of(grad_logits_ptr, grad_logits_strides, image, channel)
+        plane = (first_plane + channel) * pooled_height * pooled_width
         gradient = tl.load(grad_pooled_ptr + plane + offset, mask=mask & (share > 0), other=0.0)
         u = load_scaled(logits, row, column, mask, dtype)
-        value = logit_gradient(u, label, own, gradient * share, entropy_scale)
+        value = logit_gradient(u, label, channel, gradient * share, entropy_scale)
         store_logit_gradient(pointer_to(grad_logits, row, column), value, mask)
