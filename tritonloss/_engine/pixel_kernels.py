@@ -9,7 +9,6 @@ from .pixel_walk import (
     factors_of,
     far_offsets,
     finish,
-    first_map,
     fold,
     given_to,
     load_pixels,
@@ -89,9 +88,10 @@ def _pixelwise_forward_kernel(
 @triton.jit
 def _store_maps(map_ptrs, position, saved, pixel, TERMS: tl.constexpr, K: tl.constexpr):
     """Store what a loss leaves to the backward pass."""
+    FIRST: tl.constexpr = TERMS.first_map[K]
     COUNT: tl.constexpr = TERMS.maps[K]
     for i in tl.static_range(COUNT):
-        tl.store(map_ptrs[first_map(TERMS, K) + i] + position, saved[i], mask=pixel.inside)
+        tl.store(map_ptrs[FIRST + i] + position, saved[i], mask=pixel.inside)
 
 
 @triton.jit

@@ -227,6 +227,7 @@ def _numbers(terms: tuple[Term, ...]) -> dict[str, Any]:
 
 def _terms(terms: tuple[Term, ...], dtype: torch.dtype, save: bool) -> Terms:
     records = [term.loss.record for term in terms]
+    counts = tuple(len(term.loss.saved(dtype)) if save else 0 for term in terms)
     # Where there is no second pass its functions are not called.
     fields = {
         name: tuple(getattr(record, name) or record.add for record in records)
@@ -237,7 +238,8 @@ def _terms(terms: tuple[Term, ...], dtype: torch.dtype, save: bool) -> Terms:
         twice=tuple(record.join is not None for record in records),
         passes=2 if any(record.join is not None for record in records) else 1,
         options=tuple(term.options for term in terms),
-        maps=tuple(len(term.loss.saved(dtype)) if save else 0 for term in terms),
+        maps=counts,
+        first_map=tuple(sum(counts[:k]) for k in range(len(terms))),
     )
 
 

@@ -30,6 +30,7 @@ class Terms(NamedTuple):
     passes: Any  # 2 if any of them does, else 1; this one is a number
     options: Any  # the losses' own
     maps: Any  # how many maps each leaves to the backward pass
+    first_map: Any  # and the place of its first among those of all
 
 
 class Run(NamedTuple):
@@ -353,24 +354,16 @@ def factors_of(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constex
     """What the slopes of a loss share."""
     OPTIONS: tl.constexpr = TERMS.options[K]
     scales, maps, view, pixel, given = arguments
+    FIRST: tl.constexpr = TERMS.first_map[K]
     COUNT: tl.constexpr = TERMS.maps[K]
     saved = ()
     for i in tl.static_range(COUNT):
-        saved = saved + (maps[first_map(TERMS, K) + i],)
+        saved = saved + (maps[FIRST + i],)
     classes = TERMS.lookups[K](saved, pixel, TILE)
     looked_up = ()
     for j in tl.static_range(len(classes)):
         looked_up = looked_up + (look_up(view, classes[j], TILE),)
     return TERMS.factors[K](scales[K], saved, looked_up, pixel, given[K], OPTIONS, TILE)
-
-
-@triton.jit
-def first_map(TERMS: tl.constexpr, K: tl.constexpr):
-    """The place of a loss's maps among those of all."""
-    first: tl.constexpr = 0
-    for k in tl.static_range(K):
-        first += TERMS.maps[k]
-    return first
 
 
 @triton.jit
