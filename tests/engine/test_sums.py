@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from tritonloss._core.backend import device_guard
-from tritonloss._engine.sums import Sums, comes_last, leave, sums_over, tickets, total
+from tritonloss._engine.sums import Sums, comes_last, leave, sizes, sums_over, tickets, total
 
 
 @triton.jit(do_not_specialize=["count", "programs"])
@@ -47,3 +47,10 @@ def test_streams_have_tickets_of_their_own() -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
         second = tickets(10, device)
     assert first.data_ptr() != second.data_ptr()
+
+
+def test_levels() -> None:
+    """Elements and groups of a level are those that the level below leaves."""
+    assert sizes(1) == (1, 1) and sizes(256) == (256, 1)
+    assert sizes(257) == (257 + 2, 2 + 1)
+    assert sizes(256**2 + 1) == (256**2 + 1 + 257 + 2, 257 + 2 + 1)

@@ -109,6 +109,10 @@ def launch_forward(
     """The sum of the losses, and what their backward pass needs if ``save``."""
     losses = [term.loss for term in terms]
     loss, kept = allocated(losses, logits, walk.reduction, save)
+    if logits.numel() == 0:  # no program runs, and so none comes last
+        loss.zero_()
+        kept.scale.zero_()
+        return loss, kept
     own, other = _tables(terms, logits)
 
     def prepare() -> tuple[PreparedLaunch, int]:

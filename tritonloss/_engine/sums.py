@@ -125,10 +125,10 @@ def sums_over(programs: int, rows: int, device: torch.device) -> dict[str, Any]:
 
 
 def sizes(programs: int) -> tuple[int, int]:
-    """(elements, groups) of all levels together."""
-    elements = groups = 0
-    level = programs
-    while level > 1 or groups == 0:
+    """(elements, groups) of all levels together, for one program or more."""
+    elements, level = programs, -(-programs // _GROUP.value)
+    groups = level
+    while level > 1:
         elements += level
         level = -(-level // _GROUP.value)
         groups += level

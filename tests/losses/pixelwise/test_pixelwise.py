@@ -25,7 +25,6 @@ from tests.losses.pixelwise.cases import (
 )
 from tests.oracle import LAYOUTS, as_layout, segmentation_case
 from tritonloss._core import checks
-from tritonloss._engine import pixel_launch
 from tritonloss.functional import binary_cross_entropy, cross_entropy
 
 pytestmark = pytest.mark.parity
@@ -144,17 +143,6 @@ def test_every_shape(loss: Loss, shape: tuple[int, ...], device: torch.device) -
     logits, target = segmentation_case(shape, device=device, ignore_index=None)
     for layout in ("contiguous", "channels_last"):
         check(loss, as_layout(logits, layout), target)
-
-
-@pytest.mark.parametrize("programs", [3, 4, 9])
-def test_partial_sums_in_two_stages(
-    programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logits, target = segmentation_case((1, 2, programs, 64), device=device)
-    expected = kernel_gradient(cross_entropy, logits, target)
-    monkeypatch.setattr(pixel_launch, "_GROUP", 4)
-    found = kernel_gradient(cross_entropy, logits, target)
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5)], ids=str)
