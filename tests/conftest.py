@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--part",
         choices=("short", "rest"),
-        help="at least one case of every test, and all together each value of each parameter; or "
+        help="of every test as many cases as show each value of each of its parameters once, or "
         "only the others",
     )
 

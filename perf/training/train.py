@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,9 +26,8 @@ from torch.nn import functional
 from perf import text
 from perf.training.photographs import CLASSES, VOID, Photograph, photographs
 from tritonloss import MarginOffsets, count_labels, margin_offsets
-from tritonloss._core.loss_module import LossModule
 from tritonloss._core.progress import Progress
-from tritonloss._tools.examples import examples
+from tritonloss.functional import margin_calibrated_loss, rmi_loss, structural_similarity_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -57,6 +55,35 @@ class Settings:
 QUICK = Settings(seeds=(0,), steps=10, batch=4, crop=64)
 
 
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """The usual baseline: softmax and the logarithm, mean over valid pixels."""
+    return functional.cross_entropy(logits, target.long(), ignore_index=VOID)
+
+
+def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """One sigmoid per class, summed over classes, mean over valid pixels: SSL's other half alone.
+
+    It tells apart what the sigmoid does and what the structural term adds.
+    """
+    valid = target != VOID
+    label = torch.where(valid, target, 0).long()
+    one_hot = functional.one_hot(label, logits.shape[1]).movedim(-1, 1).to(logits)
+    loss = functional.binary_cross_entropy_with_logits(logits, one_hot, reduction="none").sum(1)
+    return torch.where(valid, loss, 0).sum() / valid.sum().clamp(min=1)
+
+
+def structural_similarity(logits: Tensor, target: Tensor) -> Tensor:
+    """SSL with all of its defaults."""
+    return structural_similarity_loss(logits, target, ignore_index=VOID)
+
+
+def region_mutual_information(logits: Tensor, target: Tensor) -> Tensor:
+    """RMI with all of its defaults."""
+    loss = rmi_loss(logits, target, ignore_index=VOID)
+    assert isinstance(loss, Tensor)  # a pair only with return_info
+    return loss
+
+
 @functools.cache
 def _offsets() -> MarginOffsets:
     """Margin offsets from the labels of the training parts, as for any data set."""
@@ -64,14 +91,9 @@ def _offsets() -> MarginOffsets:
     return margin_offsets(count_labels(labels, len(CLASSES), ignore_index=VOID))
 
 
-def _with_defaults(module: type[LossModule]) -> Loss:
-    """A loss with all of its defaults."""
-
-    def loss(logits: Tensor, target: Tensor) -> Tensor:
-        given = (_offsets(),) if "offsets" in inspect.signature(module).parameters else ()
-        return module(*given, ignore_index=VOID)(logits, target)
-
-    return loss
+def margin_calibration(logits: Tensor, target: Tensor) -> Tensor:
+    """The margin-calibrated log-loss with all of its defaults."""
+    return margin_calibrated_loss(logits, target, _offsets(), ignore_index=VOID)
 
 
 BASELINE = "cross entropy"
@@ -79,11 +101,13 @@ _AGAINST = f"against {BASELINE}"
 _TIMING = """
 Seconds are medians over the steps after the first fifth, on this machine's CPU: they time the
 reference and not the kernels. The loss's share counts its forward and backward pass."""
-# Of every module that an example shows, by its function's name in words.
-LOSSES: Mapping[str, Loss] = {
-    example.function.__name__.replace("_", " "): _with_defaults(example.module)
-    for example in examples()
-    if example.module is not None
+# name -> (channels of the logits, loss)
+LOSSES: Mapping[str, tuple[int, Loss]] = {
+    BASELINE: (len(CLASSES), cross_entropy),
+    "binary cross entropy": (len(CLASSES), binary_cross_entropy),
+    "structural similarity": (len(CLASSES), structural_similarity),
+    "region mutual information": (len(CLASSES), region_mutual_information),
+    "margin calibration": (len(CLASSES), margin_calibration),
 }
 
 
@@ -162,13 +186,14 @@ def train(
 
     The steps of the warm-up are left out of the seconds.
     """
+    channels, loss = LOSSES[name]
     torch.manual_seed(seed)
-    network = Network(len(CLASSES), settings.width)
+    network = Network(channels, settings.width)
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     seconds = []
     for step, (images, labels) in enumerate(batches(scenes, settings, seed)):
-        current = LOSSES[BASELINE if step < settings.warm_up else name]
+        current = cross_entropy if step < settings.warm_up else loss
         seconds.append(_step(network, optimizer, current, images, labels))
         schedule.step()
     return network, pandas.DataFrame(seconds[settings.warm_up :], columns=["step", "loss"])
