@@ -81,21 +81,3 @@ class PreparedLaunch:
             self._template = [self._arguments.get(name) for name in names]
             self._places = [names.index(name) for name in tensors]
             self._compiled[aligned] = compiled
-
-
-def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """``kernel[grid](**arguments)``, prepared when it comes with such arguments for the first time.
-
-    Everything but the tensors must be hashable.
-    """
-    tensors = {}
-    others = {}
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value
-        else:
-            others[name] = value
-    dtypes = tuple([tensor.dtype for tensor in tensors.values()])
-    device = next(iter(tensors.values())).device
-    key = (id(kernel), grid, tuple(tensors), dtypes, device, tuple(others.items()))
-    prepared(key, lambda: PreparedLaunch(kernel, grid, others))(**tensors)
