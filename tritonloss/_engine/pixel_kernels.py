@@ -61,9 +61,15 @@ def _pixelwise_forward_kernel(
     view = view_of(logits_ptr, logits_strides, run, TILE)
     given = of_each(given_to, (own_ptrs, other_ptrs, numbers), TERMS, TILE)
 
-    states = fold(view, pixel, given, full, TERMS, TILE)
+    # Between two passes every register counts, and this way a pointer less is alive; after a single
+    # one what it brings is in the cache.
+    if TERMS.passes == 2:
+        own = look_up(view, pixel.own, TILE)
+        states = fold(view, pixel, given, full, TERMS, TILE)
+    else:
+        states = fold(view, pixel, given, full, TERMS, TILE)
+        own = look_up(view, pixel.own, TILE)
 
-    own = look_up(view, pixel.own, TILE)
     valid = pixel.label >= 0
     position = run.image * pixels * TILE.grain + run.first + run.local
     sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs, rows=2 * COUNT + 1)
