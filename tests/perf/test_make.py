@@ -133,7 +133,7 @@ def test_interrupted_compilers_stop_at_once() -> None:
         "    try:\n"
         "        with compilers(2) as pool:\n"
         "            pool.submit(time.sleep, 0).result()\n"
-        "            futures = [pool.submit(time.sleep, 100) for _ in range(4)]\n"
+        "            futures = [pool.submit(time.sleep, 1000) for _ in range(4)]\n"
         "            signal.raise_signal(signal.SIGINT)\n"
         "            futures[0].result()\n"
         "    except KeyboardInterrupt:\n"
@@ -141,7 +141,7 @@ def test_interrupted_compilers_stop_at_once() -> None:
         "            process.join(20)\n"
         "        assert not multiprocessing.active_children()\n"
         "        print('stopped')\n"
-        "    assert time.monotonic() - began < 90\n"
+        "    assert time.monotonic() - began < 500\n"
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "interrupted.py"
