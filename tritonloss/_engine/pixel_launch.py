@@ -68,7 +68,7 @@ class Results(NamedTuple):
     """What the operator of a single loss returns."""
 
     loss: torch.Tensor  # [], or [N, H, W]
-    scale: torch.Tensor  # [1]
+    scale: torch.Tensor  # [1], or [0] for a map
     first: torch.Tensor  # the maps for the backward pass, [N, H, W], or [0] where there is none
     second: torch.Tensor
 
@@ -76,7 +76,7 @@ class Results(NamedTuple):
 class Kept(NamedTuple):
     """What a forward launch leaves to the backward one."""
 
-    scale: torch.Tensor  # [terms]: what the gradient of a pixel's value is multiplied by
+    scale: torch.Tensor  # [terms], what the gradient of a value is multiplied by; [0] for a map
     maps: tuple[torch.Tensor, ...]  # [N, H, W] each
 
 
@@ -94,7 +94,9 @@ def allocated(
     device, dtype = logits.device, compute_dtype(logits.dtype)
     pixels = (logits.size(0), logits.size(2), logits.size(3))
     loss = torch.empty(pixels if reduction == "none" else (), dtype=dtype, device=device)
-    scale = torch.empty(len(losses), dtype=dtype, device=device)
+    # A map needs no scale, and what nobody fills is not there.
+    scales = 0 if reduction == "none" else len(losses)
+    scale = torch.empty(scales, dtype=dtype, device=device)
     dtypes = [dtype for loss in losses for dtype in loss.saved(logits.dtype)] if save else []
     maps = [torch.empty(pixels, dtype=dtype, device=device) for dtype in dtypes]
     return loss, Kept(scale, tuple(maps))

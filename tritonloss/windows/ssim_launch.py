@@ -90,13 +90,13 @@ class Results(NamedTuple):
     """What a forward pass returns."""
 
     result: torch.Tensor  # the mean [], or the map
-    scale: torch.Tensor  # []
+    scale: torch.Tensor  # [], or [0] for a map
 
 
 def empty_results(x: torch.Tensor, options: Options) -> Results:
     """The tensors that a forward pass fills."""
     dtype = compute_dtype(x.dtype)
-    scale = torch.empty((), dtype=dtype, device=x.device)
+    scale = torch.empty(0 if options.mapped else (), dtype=dtype, device=x.device)
     shape = _out_shape(x, options) if options.mapped else ()
     return Results(torch.empty(shape, dtype=dtype, device=x.device), scale)
 

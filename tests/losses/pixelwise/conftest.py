@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from tests.losses.pixelwise.cases import LOSSES, Loss, named
+from tests.losses.pixelwise.margins import VARIANTS
 from tritonloss._core import configurations
 
 
@@ -18,7 +19,7 @@ def small_runs(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("shipped_sizes"):
         size = {}
     with ExitStack() as stack:
-        for name in ("cross_entropy", "binary_cross_entropy", "focal"):
+        for name in ("cross_entropy", "binary_cross_entropy", "focal", "margin_calibrated"):
             for half in ("forward", "backward"):
                 stack.enter_context(configurations.forced(f"{name}_{half}", size))
         yield
@@ -26,4 +27,9 @@ def small_runs(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(params=LOSSES, ids=named)
 def loss(request: pytest.FixtureRequest) -> Loss:
+    return request.param
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
     return request.param

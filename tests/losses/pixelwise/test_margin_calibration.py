@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +13,13 @@ from torch import Tensor
 
 import tritonloss
 from tests.engine.test_offsets import far_apart
-from tests.oracle import LAYOUTS, as_layout, check_three_way, segmentation_case
+from tests.losses.pixelwise.margins import check, kernel_gradient, offsets_for
+from tests.oracle import LAYOUTS, as_layout, segmentation_case
 from tritonloss import MarginOffsets
 from tritonloss._core import checks, configurations
 from tritonloss.functional import margin_calibrated_loss
 
 pytestmark = pytest.mark.parity
-
-VARIANTS = ("paper", "released", "margin")
-
-
-@pytest.fixture(autouse=True)
-def small_runs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Programs of 64 pixels and blocks of 4 classes, unless a test wants what ships."""
-    size = {"PIXELS": 64, "CLASS_LANES": 4, "UNROLL": 4, "num_warps": 1}
-    if request.node.get_closest_marker("shipped_sizes"):
-        size = {}
-    with ExitStack() as stack:
-        for half in ("forward", "backward"):
-            stack.enter_context(configurations.forced(f"margin_calibrated_{half}", size))
-        yield
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-def offsets_for(classes: int, device: torch.device | str = "cpu") -> MarginOffsets:
-    """Offsets large enough to matter, of which one is 0."""
-    other = torch.linspace(0.1, 3.0, classes, device=device)
-    own = torch.linspace(2.0, 0.0, classes, device=device)
-    return MarginOffsets(own, other)
-
-
-def check(logits: Tensor, target: Tensor, **options: Any) -> None:
-    options.setdefault("offsets", offsets_for(logits.size(1), logits.device))
-    check_three_way(partial(margin_calibrated_loss, target=target, **options), logits)
-
-
-def kernel_gradient(logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Value, and gradient of its sum."""
-    options.setdefault("offsets", offsets_for(logits.size(1), logits.device))
-    leaf = logits.detach().requires_grad_()
-    with tritonloss.use_backend("triton"):
-        value = margin_calibrated_loss(leaf, target, **options)
-    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

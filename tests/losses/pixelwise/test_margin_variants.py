@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,46 +13,12 @@ from torch.nn import functional as F
 
 import kernels_reference
 import tritonloss
+from tests.losses.pixelwise.margins import kernel_gradient, offsets_for
 from tests.oracle import segmentation_case
 from tritonloss import MarginOffsets
-from tritonloss._core import configurations
 from tritonloss.functional import margin_calibrated_loss
-from tritonloss.pixelwise.margin_calibration import VARIANTS
 
 pytestmark = pytest.mark.parity
-
-
-@pytest.fixture(autouse=True)
-def small_runs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Programs of 64 pixels and blocks of 4 classes, unless a test wants what ships."""
-    size = {"PIXELS": 64, "CLASS_LANES": 4, "UNROLL": 4, "num_warps": 1}
-    if request.node.get_closest_marker("shipped_sizes"):
-        size = {}
-    with ExitStack() as stack:
-        for half in ("forward", "backward"):
-            stack.enter_context(configurations.forced(f"margin_calibrated_{half}", size))
-        yield
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-def offsets_for(classes: int, device: torch.device | str = "cpu") -> MarginOffsets:
-    """Offsets large enough to matter, of which one is 0."""
-    other = torch.linspace(0.1, 3.0, classes, device=device)
-    own = torch.linspace(2.0, 0.0, classes, device=device)
-    return MarginOffsets(own, other)
-
-
-def kernel_gradient(logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Value, and gradient of its sum."""
-    options.setdefault("offsets", offsets_for(logits.size(1), logits.device))
-    leaf = logits.detach().requires_grad_()
-    with tritonloss.use_backend("triton"):
-        value = margin_calibrated_loss(leaf, target, **options)
-    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
 
 
 def test_value_and_gradient_of_the_specification(device: torch.device) -> None:
@@ -154,7 +117,7 @@ def test_wrong_winner_with_the_offsets_of_forty_million_pixels(
 
 def test_the_readme_shows_a_loss_that_lowers_a_wrong_winner() -> None:
     """Its lines as they are, with 19 classes of 200 000 pixels each."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     (lines,) = re.findall(r"```python\n(# label_loader.*?)```", readme, flags=re.DOTALL)
     names = {"tritonloss": tritonloss, "label_loader": torch.arange(19).repeat(200_000)}
     exec(lines, names)
