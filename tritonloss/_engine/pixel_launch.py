@@ -94,8 +94,7 @@ def allocated(
     device, dtype = logits.device, compute_dtype(logits.dtype)
     pixels = (logits.size(0), logits.size(2), logits.size(3))
     loss = torch.empty(pixels if reduction == "none" else (), dtype=dtype, device=device)
-    # A map needs no scale, and what nobody fills is not there.
-    scales = 0 if reduction == "none" else len(losses)
+    scales = 0 if reduction == "none" else len(losses)  # what nobody fills is not there
     scale = torch.empty(scales, dtype=dtype, device=device)
     dtypes = [dtype for loss in losses for dtype in loss.saved(logits.dtype)] if save else []
     maps = [torch.empty(pixels, dtype=dtype, device=device) for dtype in dtypes]
