@@ -18,9 +18,9 @@ if not HAS_GPU:
     assert "triton" not in sys.modules
     os.environ["TRITON_INTERPRET"] = "1"
 
-    from tritonloss._tools.interpreter import patch_language_once
+    from tritonloss._tools.interpreter import hasten_interpreter
 
-    patch_language_once()
+    hasten_interpreter()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -24,7 +24,7 @@ from tests.oracle import LAYOUTS, as_layout, segmentation_case
 from tritonloss import linalg
 from tritonloss._core import backend, checks
 from tritonloss._core.configurations import forced
-from tritonloss._tools.interpreter import patch_language_once
+from tritonloss._tools.interpreter import hasten_interpreter
 from tritonloss.functional import (
     binary_cross_entropy,
     cross_entropy,
@@ -266,7 +266,7 @@ def main(name: str) -> None:
     device = torch.device("cpu" if backend.INTERPRETED else "cuda")
     with ExitStack() as stack:
         if backend.INTERPRETED:
-            patch_language_once()
+            hasten_interpreter()
             stack.enter_context(bounds_checked())
         for half in ("forward", "backward", "stored", "coefficients"):
             for window in ("gaussian_statistics", "structural_similarity", "ssim"):

@@ -21,7 +21,7 @@ import torch
 from perf.measuring.parity import Gate
 from perf.operations.contract import Case, Operation, operations, scheduled
 from tritonloss._core.configurations import forced
-from tritonloss._tools.interpreter import patch_language_once
+from tritonloss._tools.interpreter import hasten_interpreter
 
 _WINDOW = 7
 _KINDS = 4
@@ -112,7 +112,7 @@ def _small_launches(operation: Operation) -> Iterator[None]:
 
 def main(work: Sequence[tuple[str, int]]) -> int:
     """Print one line per case, given by its operation's name and its index."""
-    patch_language_once()
+    hasten_interpreter()
     for name, index in work:
         operation = operations([name])[0]
         print(json.dumps(asdict(judge(operation, operation.cases[index].tiny()))), flush=True)

@@ -129,7 +129,8 @@ def test_interrupted_compilers_stop_at_once() -> None:
         "import multiprocessing, signal, time\n"
         "from perf.compiling.compile_only import compilers\n"
         "if __name__ == '__main__':\n"
-        "    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it\n"
+        # A job in the background ignores interrupts, and so do its children.
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "    began = time.monotonic()\n"
         "    try:\n"
         "        with compilers(2) as pool:\n"

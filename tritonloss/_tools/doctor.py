@@ -26,7 +26,7 @@ from .._core import configurations
 from .._core.backend import INTERPRETED, Backend, serves_triton, use_backend
 from .._core.example import Example
 from .examples import examples
-from .interpreter import interpreter_problem, patch_language_once
+from .interpreter import hasten_interpreter, interpreter_problem
 
 Say = Callable[[str], None]
 
@@ -72,7 +72,7 @@ def interpreted_self_test(say: Say) -> int:
     if problem is not None:
         say(f"  {problem}")
         return CANNOT_INTERPRET
-    patch_language_once()
+    hasten_interpreter()
     return self_test(torch.device("cpu"), say)
 
 
