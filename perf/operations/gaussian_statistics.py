@@ -16,6 +16,7 @@ from perf.operations.contract import (
     KernelNotes,
     Operation,
     random_map,
+    strip_loops,
     strip_outputs,
     variations,
 )
@@ -112,8 +113,8 @@ OPERATIONS = (
         cases=CASES,
         shipped=SHIPPED,
         kernels={
-            "_gaussian_statistics_forward_kernel": KernelNotes(strip_outputs, ("rows",)),
-            "_gaussian_statistics_backward_kernel": KernelNotes(strip_outputs, ("rows",)),
+            "_gaussian_statistics_forward_kernel": KernelNotes(strip_outputs, strip_loops()),
+            "_gaussian_statistics_backward_kernel": KernelNotes(strip_outputs, strip_loops()),
         },
         operators=("gaussian_statistics_forward", "gaussian_statistics_backward"),
         goals=GOALS,

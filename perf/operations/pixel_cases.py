@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,10 @@ from perf.operations.contract import (
     Case,
     CodeGoal,
     Floor,
+    Given,
     Goal,
     KernelNotes,
+    LoopNotes,
     random_labels,
     random_map,
     variations,
@@ -46,14 +48,27 @@ def floor(case: Case) -> Floor:
     return Floor(forward=logits + labels, backward=2 * logits + labels)
 
 
-def outputs(constants: Mapping[str, Any]) -> float:
-    """Values of pixels and classes that a thread completes in one round over a block of classes."""
-    return float(
-        constants["TILE.pixels"]
-        * constants["TILE.lanes"]
-        * constants["TILE.unroll"]
-        / constants["THREADS"]
+def outputs(given: Given) -> float:
+    """A thread's share of a tile's pixels and classes."""
+    return float(given["TILE.pixels"] * given["TILE.classes"] / given["THREADS"])
+
+
+def class_loop(name: str, within: str) -> LoopNotes:
+    """A loop over blocks of classes, all but the last one."""
+    return LoopNotes(
+        name,
+        within,
+        rounds=_blocks,
+        share=lambda given: _blocks(given) * _block(given) / given["TILE.classes"],
     )
+
+
+def _block(given: Given) -> float:
+    return float(given["TILE.unroll"] * given["TILE.lanes"])
+
+
+def _blocks(given: Given) -> float:
+    return (given["TILE.classes"] - 1) // _block(given)
 
 
 _SHAPES = ("cityscapes", "ade20k", "coco-stuff")
@@ -130,5 +145,14 @@ def code_goals(
 SOFTMAX_CODE = ((7.2, 10.0), (9.0, 12.4))
 SIGMOID_CODE = ((12.4, 12.8), (13.7, 15.5))
 
-_CLASSES = KernelNotes(outputs, ("classes",))
-KERNELS = {"_pixelwise_forward_kernel": _CLASSES, "_pixelwise_backward_kernel": _CLASSES}
+_BACKWARD = KernelNotes(outputs, (class_loop("classes", "write_gradients"),))
+KERNELS = {
+    "_pixelwise_forward_kernel": KernelNotes(outputs, (class_loop("classes", "_fold_blocks"),)),
+    "_pixelwise_backward_kernel": _BACKWARD,
+}
+TWO_PASSES = {
+    "_pixelwise_forward_kernel": KernelNotes(
+        outputs, (class_loop("top two", "_fold_blocks"), class_loop("penalties", "_fold_blocks"))
+    ),
+    "_pixelwise_backward_kernel": _BACKWARD,
+}

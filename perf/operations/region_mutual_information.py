@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,13 +12,13 @@ from perf.operations.contract import (
     CodeGoal,
     Floor,
     Goal,
-    KernelNotes,
     Operation,
     Shape,
     random_labels,
     random_map,
     variations,
 )
+from perf.operations.region_loops import KERNELS
 from tritonloss import functional
 from tritonloss.regions.backward import backward_pass
 from tritonloss.regions.forward import forward_pass
@@ -59,17 +56,6 @@ def floor(case: Case) -> Floor:
     logits = case.shape.elements * case.torch_dtype.itemsize
     labels = case.shape.pixels * getattr(torch, str(case.labels)).itemsize
     return Floor(forward=logits + labels, backward=2 * logits + labels)
-
-
-def columns_per_thread(constants: Mapping[str, Any]) -> float:
-    """Pixels that a thread completes in one iteration of the loop over rows."""
-    return float(constants["LANES"] / constants["THREADS"])
-
-
-def pixels_per_thread(constants: Mapping[str, Any]) -> float:
-    """Full-resolution pixels of one class that a thread pools in one iteration."""
-    pixels = constants["CELLS"] * constants["SIZE"] * constants["SIZE"]
-    return float(pixels / constants["THREADS"])
 
 
 BASE = Case(
@@ -206,8 +192,6 @@ GOALS: tuple[Goal | CodeGoal, ...] = (
     ),
 )
 
-_ROWS = KernelNotes(columns_per_thread, ("rows",))
-_CLASSES = KernelNotes(pixels_per_thread, ("classes",))
 OPERATIONS = (
     Operation(
         name="rmi_loss",
@@ -218,13 +202,7 @@ OPERATIONS = (
         floor=floor,
         cases=CASES,
         shipped=SHIPPED,
-        kernels={
-            "_rmi_lags_kernel": _ROWS,
-            "_rmi_interior_kernel": _ROWS,
-            "_rmi_pool_kernel": _CLASSES,
-            "_rmi_expand_kernel": _CLASSES,
-            "_rmi_sample_backward_kernel": KernelNotes(columns_per_thread, ("classes",)),
-        },
+        kernels=KERNELS,
         operators=(),
         goals=GOALS,
     ),

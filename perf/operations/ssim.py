@@ -18,6 +18,7 @@ from perf.operations.contract import (
     Shape,
     random_labels,
     random_map,
+    strip_loops,
     strip_outputs,
     variations,
 )
@@ -135,10 +136,11 @@ def _goals(name: str, case: Case) -> tuple[Goal, ...]:
     )
 
 
+_STRIP = KernelNotes(strip_outputs, strip_loops())
 _KERNELS = {
-    "_ssim_forward_kernel": KernelNotes(strip_outputs, ("rows",)),
-    "_ssim_coefficients_kernel": KernelNotes(strip_outputs, ("rows",)),
-    "_ssim_backward_kernel": KernelNotes(strip_outputs, ("rows",)),
+    "_ssim_forward_kernel": _STRIP,
+    "_ssim_coefficients_kernel": _STRIP,
+    "_ssim_backward_kernel": _STRIP,
 }
 _OPERATORS = ("ssim_forward", "ssim_coefficients", "ssim_backward")
 OPERATIONS = (

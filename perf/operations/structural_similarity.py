@@ -14,10 +14,14 @@ from perf.operations.contract import (
     Floor,
     Goal,
     KernelNotes,
+    LoopNotes,
     Operation,
     random_labels,
     random_map,
+    strip_loop,
+    strip_loops,
     strip_outputs,
+    strip_rows,
     variations,
 )
 from tritonloss import functional
@@ -144,7 +148,24 @@ GOALS: tuple[Goal | CodeGoal, ...] = (
     ),
 )
 
-_STRIP = KernelNotes(strip_outputs, ("class absent", "class present"))
+_VALID_ROWS = LoopNotes(
+    "valid pixels",
+    "_valid_in_strip",
+    lambda given: given["STRIP.rows"] / given["channels"],  # the programs of one class
+)
+
+
+def _strips(direction: str) -> KernelNotes:
+    loops = strip_loops(
+        LoopNotes("look", "_class_in_strip", strip_rows),
+        strip_loop("class present", f"_{direction}_strip.i", "class present"),
+        strip_loop("class absent", f"_{direction}_strip.i", "class absent"),
+        _VALID_ROWS,
+    )
+    return KernelNotes(strip_outputs, loops)
+
+
+_STORED = LoopNotes("rows", ".i", lambda given: given["STRIP.rows"])
 OPERATIONS = (
     Operation(
         name="structural_similarity_loss",
@@ -156,8 +177,9 @@ OPERATIONS = (
         cases=CASES,
         shipped=SHIPPED,
         kernels={
-            "_structural_similarity_forward_kernel": _STRIP,
-            "_structural_similarity_backward_kernel": _STRIP,
+            "_structural_similarity_forward_kernel": _strips("forward"),
+            "_structural_similarity_backward_kernel": _strips("backward"),
+            "_structural_similarity_stored_kernel": KernelNotes(strip_outputs, (_STORED,)),
         },
         operators=(
             "structural_similarity_forward",

@@ -62,7 +62,16 @@ def amd_usage(assembly: str) -> tuple[int, int]:
 
 def cuobjdump(option: str, path: Path) -> str:
     """What the program that comes with Triton prints about a file."""
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return _printed("cuobjdump", option, path)
+
+
+def nvdisasm(option: str, path: Path) -> str:
+    """What this one prints, which comes with Triton too."""
+    return _printed("nvdisasm", option, path)
+
+
+def _printed(name: str, option: str, path: Path) -> str:
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run(
         [program, option, path], check=True, capture_output=True, text=True
     ).stdout
