@@ -298,7 +298,7 @@ def analysis(record: Launch) -> tuple[MachineCode, float | None]:
     if stored.get("version") != _analysis_version():
         assembly = record.compiled.asm
         if "cubin" in assembly:
-            code = machine_code.read_cubin(assembly["cubin"])
+            code = machine_code.read_cubin(assembly["cubin"], assembly["ptx"])
         else:
             code = machine_code.parse_amdgcn(assembly["amdgcn"])
         stored |= {"version": _analysis_version(), "code": asdict(code)}
@@ -309,9 +309,9 @@ def analysis(record: Launch) -> tuple[MachineCode, float | None]:
 
 def _loop(place: Sequence[Any], **numbers: Any) -> Loop:
     """A loop out of JSON, which knows lists only."""
-    function, variable, lines = place
+    function, variable, lines, last = place
     where = tuple((file, number) for file, number in lines)
-    return Loop(place=Place(function, variable, where), **numbers)
+    return Loop(place=Place(function, variable, where, last), **numbers)
 
 
 @cache

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from perf.compiling.source_loops import Line, Place, around, place_of
+from perf.compiling.source_loops import Lines, Place, around, places_of, told_apart
 
 _MOVES = ("LDG", "STG", "LDS", "STS", "LD", "ST")
 _AMD_MOVES = re.compile(r"(global|buffer|flat|ds)_(load|store|read|write)")
@@ -16,14 +16,14 @@ _AMD_MOVES = re.compile(r"(global|buffer|flat|ds)_(load|store|read|write)")
 class Instruction:
     """One instruction; `jump` is the index of the instruction a branch goes to.
 
-    `lines` are the source line that it was made of and those of the calls around it, the innermost
-    first.
+    `lines` are those of the source that it may have been made of; not every compiler says of which
+    of several calls.
     """
 
     opcode: str
     jump: int | None = None
     falls_through: bool = True
-    lines: tuple[Line, ...] = ()
+    lines: tuple[Lines, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def _loops(
     program: Sequence[Instruction], blocks: Sequence[range], bodies: Mapping[int, set[int]]
 ) -> tuple[Loop, ...]:
     found: dict[int, Loop] = {}
+    places: dict[int, tuple[Place, ...]] = {}
     for header, body in sorted(bodies.items(), key=lambda item: len(item[1])):
         within = [other for other in bodies if other != header and other in body]
         own = body.difference(*(bodies[other] for other in within))
@@ -102,14 +103,17 @@ def _loops(
             instructions=len(code),
             moves=sum(_moves(instruction.opcode) for instruction in code),
             around=None if nearest is None else blocks[nearest].start,
-            place=place_of(
-                [instruction.lines for instruction in code],
-                [found[other].place for other in within],
-            ),
         )
+        places[header] = places_of(
+            [instruction.lines for instruction in code],
+            [place for other in within for place in places[other]],
+        )
+    headers = sorted(found)
+    for header, place in zip(headers, told_apart([places[h] for h in headers]), strict=True):
+        found[header] = replace(found[header], place=place)
     return tuple(
-        replace(loop, beside=_beside(program, blocks, loop.place, found, bodies))
-        for _, loop in sorted(found.items())
+        replace(found[header], beside=_beside(program, blocks, found[header].place, found, bodies))
+        for header in headers
     )
 
 
@@ -120,14 +124,22 @@ def _beside(
     found: Mapping[int, Loop],
     bodies: Mapping[int, set[int]],
 ) -> int:
-    """Loads and stores of a loop of the source outside of what was made of it."""
-    inside = set().union(*(bodies[header] for header in found if found[header].place == place))
-    return sum(
-        _moves(program[index].opcode) and place in around(program[index].lines)
-        for block, span in enumerate(blocks)
-        if block not in inside
-        for index in span
-    )
+    """Loads and stores of a loop of the source outside of what was made of it.
+
+    Those of several calls, of which one is as likely as the other, are shared out.
+    """
+    count = 0.0
+    for block, span in enumerate(blocks):
+        inside = {found[header].place for header, body in bodies.items() if block in body}
+        for index in span:
+            if not _moves(program[index].opcode):
+                continue
+            lines = program[index].lines
+            known = {other for line in lines for other in around(line)}
+            made = any(not place.is_within(other) for other in inside & known)
+            if place in known and not made:
+                count += 1 / len(lines)
+    return round(count)
 
 
 def _moves(opcode: str) -> bool:

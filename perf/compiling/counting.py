@@ -109,16 +109,19 @@ def counts(read: Reading | None, code: MachineCode) -> Counts:
         return Counts()
     known = {loop.start: _notes_of(read.loops, loop, code.loops) for loop in code.loops}
     starts = {loop.start: loop for loop in code.loops}
+    outer = {loop.around for loop in code.loops}
     executed: dict[str, float] = {}
     cases: dict[str, str | None] = {}
     unaccounted = []
     for group in _by_place(code.loops):
+        # Versions without the loops within it are for there being no rounds of those.
+        group = [loop for loop in group if loop.start in outer] or group
         notes = known[group[0].start]
         if notes is None:
             unaccounted.append(group[0].place.function or "unknown source")
             continue
         name, case, around = notes.name, notes.when, group[0].around
-        outer = None if around is None else known[around]
+        parent = None if around is None else known[around]
         while case is None and around is not None:
             case = getattr(known[around], "when", None)
             around = starts[around].around
@@ -126,7 +129,7 @@ def counts(read: Reading | None, code: MachineCode) -> Counts:
         cases[name] = case
         executed[name] = (
             executed.get(name, 0.0)
-            + _instructions(group, notes, outer.rounds if outer else 1.0) / read.outputs
+            + _instructions(group, notes, parent.rounds if parent else 1.0) / read.outputs
         )
     once = code.once / read.outputs
     totals = {
@@ -165,7 +168,7 @@ def _by_place(loops: Sequence[Loop]) -> list[list[Loop]]:
 def _notes_of(
     known: Sequence[LoopReading], loop: Loop, all_loops: Sequence[Loop]
 ) -> LoopReading | None:
-    function, variable, lines = loop.place
+    function, variable, lines, _ = loop.place
     fits = (f"{function}.{variable}", function, f".{variable}")
     within = next((notes.within for notes in known if notes.within in fits), None)
     mine = [notes for notes in known if notes.within == within]

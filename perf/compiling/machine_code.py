@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perf.compiling.control_flow import Flow, Instruction, Loop, flow
-from perf.compiling.source_loops import Line
+from perf.compiling.source_loops import Line, Lines
 from tritonloss._tools.resources import Resources, amd_usage, cuobjdump, nvdisasm, nvidia_usage
 
 
@@ -32,20 +32,23 @@ class MachineCode:
         return Resources(self.registers, self.spill_bytes, shared_bytes)
 
 
-def read_cubin(cubin: bytes) -> MachineCode:
+def read_cubin(cubin: bytes, ptx: str) -> MachineCode:
     """Analyse a kernel compiled for an NVIDIA GPU."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = cuobjdump("--dump-resource-usage", path)
-        return parse_sass(cuobjdump("-sass", path), usage, nvdisasm("-gi", path))
+        return parse_sass(cuobjdump("-sass", path), usage, nvdisasm("-gi", path), ptx)
 
 
-def parse_sass(listing: str, resources: str, annotated: str = "") -> MachineCode:
-    """Analyse what cuobjdump prints about one kernel, and nvdisasm about its source lines."""
+def parse_sass(listing: str, resources: str, annotated: str = "", ptx: str = "") -> MachineCode:
+    """Analyse what cuobjdump prints about one kernel, and nvdisasm about its source lines.
+
+    PTX says of which calls a line may be, where nvdisasm does not.
+    """
     lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", listing, re.MULTILINE)
     index = {int(address, 16): position for position, (address, _) in enumerate(lines)}
-    sources = _sass_lines(annotated)
+    sources = _sass_lines(annotated, _ptx_lines(ptx))
     program = [
         _sass_instruction(text, index, sources.get(int(address, 16), ())) for address, text in lines
     ]
@@ -56,19 +59,16 @@ def parse_amdgcn(assembly: str) -> MachineCode:
     """Analyse the assembly text that Triton keeps of a kernel compiled for an AMD GPU."""
     text = assembly.split("\n.Lfunc_end")[0]
     labels: dict[str, int] = {}
-    found: list[tuple[str, tuple[Line, ...]]] = []
-    files = {
-        name: f"{folder}/{name}" for folder, name in re.findall(r'\.file\s+\d+ "(.*)" "(.*)"', text)
-    }
-    source: tuple[Line, ...] = ()
+    found: list[tuple[str, Lines]] = []
+    files = _files(text)
+    source: Lines = ()
     for line in text.splitlines():
         code, _, comment = line.partition(";")
         code = code.strip()
         if label := re.match(r"(\.LBB\w+):", code):
             labels[label[1]] = len(found)
         elif code.startswith(".loc"):
-            places = re.findall(r"([\w.-]+):(\d+):\d+", comment)
-            source = tuple((files.get(name, name), int(number)) for name, number in places)
+            source = _lines_of(comment, files)
         elif re.match(r"(s|v|ds|global|buffer|flat|scratch)_\w+", code):
             found.append((code, source))
     program = [_gcn_instruction(code, labels, source) for code, source in found]
@@ -79,24 +79,51 @@ def _machine_code(usage: tuple[int, int], found: Flow) -> MachineCode:
     return MachineCode(*usage, found.instructions, found.once, found.loops)
 
 
-def _sass_lines(annotated: str) -> dict[int, tuple[Line, ...]]:
+def _files(assembly: str) -> dict[str, str]:
+    """The paths of the source files that an assembly text names, by the files' names."""
+    parts = re.findall(r'^\s*\.file\s+\d+ "(.*?)"(?: "(.*?)")?', assembly, re.MULTILINE)
+    paths = [f"{folder}/{name}" if name else folder for folder, name in parts]
+    return {path.rpartition("/")[2]: path for path in paths}
+
+
+def _lines_of(comment: str, files: Mapping[str, str]) -> Lines:
+    """The lines that LLVM writes behind a .loc."""
+    places = re.findall(r"([\w.-]+):(\d+):\d+", comment)
+    return tuple((files.get(name, name), int(number)) for name, number in places)
+
+
+def _ptx_lines(ptx: str) -> dict[Line, tuple[Lines, ...]]:
+    """Of each line of the source those of all calls in which it was inlined."""
+    files = _files(ptx)
+    found: dict[Line, dict[Lines, None]] = {}
+    for comment in re.findall(r"^\s*\.loc\s.*?//(.*)", ptx, re.MULTILINE):
+        if lines := _lines_of(comment, files):
+            found.setdefault(lines[0], {})[lines] = None
+    return {line: tuple(known) for line, known in found.items()}
+
+
+def _sass_lines(
+    annotated: str, called: Mapping[Line, tuple[Lines, ...]]
+) -> dict[int, tuple[Lines, ...]]:
     """Of each instruction, by its address, the lines that nvdisasm writes above it.
 
     The innermost first; that which is inlined nowhere is the last. They hold until others come.
     """
-    found: dict[int, tuple[Line, ...]] = {}
-    source: tuple[Line, ...] = ()
+    found: dict[int, tuple[Lines, ...]] = {}
+    told = "inlined at" in annotated
+    source: Lines = ()
     complete = True
     for line in annotated.splitlines():
         if place := re.search(r'//## File "(.*?)", line (\d+)( inlined at)?', line):
             source = (*(() if complete else source), (place[1], int(place[2])))
             complete = not place[3]
         elif address := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+[^.\s]", line):
-            found[int(address[1], 16)] = source
+            known = () if told or not source else called.get(source[0], ())
+            found[int(address[1], 16)] = known or ((source,) if source else ())
     return found
 
 
-def _sass_instruction(text: str, index: Mapping[int, int], lines: tuple[Line, ...]) -> Instruction:
+def _sass_instruction(text: str, index: Mapping[int, int], lines: tuple[Lines, ...]) -> Instruction:
     predicate, opcode, operands = re.findall(r"^(@!?U?P\w+\s+)?(\S+)\s*(.*)", text)[0]
     # A branch may also be conditional on a predicate among its operands: BRA.U UP0, 0x900.
     always = not predicate and not re.search(r"\bU?P\d", operands)
@@ -107,7 +134,8 @@ def _sass_instruction(text: str, index: Mapping[int, int], lines: tuple[Line, ..
     return Instruction(opcode, jump, not (ends and always), lines)
 
 
-def _gcn_instruction(code: str, labels: Mapping[str, int], lines: tuple[Line, ...]) -> Instruction:
+def _gcn_instruction(code: str, labels: Mapping[str, int], lines: Lines) -> Instruction:
     opcode, _, operands = code.partition(" ")
     jump = labels.get(operands.strip()) if "branch" in opcode else None
-    return Instruction(opcode, jump, opcode not in ("s_branch", "s_endpgm"), lines)
+    ends = opcode in ("s_branch", "s_endpgm")
+    return Instruction(opcode, jump, not ends, (lines,) if lines else ())

@@ -320,6 +320,12 @@ def variations(base: Case, *changes: Mapping[str, Any]) -> tuple[Case, ...]:
     return tuple(cases)
 
 
+def rarely(base: Case, *changes: Mapping[str, Any]) -> tuple[Case, ...]:
+    """variations without the base, for the full compile-only table alone."""
+    only = replace(base, everywhere=False, against_compile=False, rare=True)
+    return variations(only, *changes)[1:]
+
+
 def random_map(case: Case, device: torch.device, seed: int = 0) -> Tensor:
     """Values as a network gives them: noise of standard deviation 2, in the case's layout."""
     values = torch.empty(case.shape.size, dtype=case.torch_dtype, device=device)

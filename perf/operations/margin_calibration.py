@@ -21,7 +21,7 @@ from perf.operations.contract import (
     random_map,
     variations,
 )
-from perf.operations.pixel_cases import TWO_PASSES
+from perf.operations.pixel_cases import TWO_PASSES, WIDE
 from tritonloss import MarginOffsets, functional
 from tritonloss.pixelwise.margin_calibration import MARGIN_CALIBRATED, Options
 
@@ -149,7 +149,7 @@ OPERATIONS = (
         launch=launch,
         floor=floor,
         cases=CASES,
-        shipped=SHIPPED,
+        shipped=(*SHIPPED, *WIDE),
         kernels=TWO_PASSES,
         operators=("margin_calibrated_forward", "margin_calibrated_backward"),
         goals=GOALS,

@@ -20,6 +20,7 @@ from perf.operations.contract import (
     LoopNotes,
     random_labels,
     random_map,
+    rarely,
     variations,
 )
 from tritonloss._core.operator import Operator
@@ -85,6 +86,7 @@ CASES = variations(
 BINARY = replace(BASE, shape=SHAPES["binary"], against_compile=False)
 
 _ONCE = {"everywhere": False, "against_compile": False}
+_WIDE: tuple[dict[str, Any], ...] = ({"labels": "int64"}, {"dtype": "float64"})
 SHIPPED = variations(
     replace(BASE, everywhere=True, against_compile=False),
     {"layout": "channels_last"},
@@ -99,12 +101,26 @@ AROUND = variations(
     replace(SHIPPED[0], everywhere=False),
     {"dtype": "float16"},
     {"layout": "strided"},
-    {"labels": "int64"},
     {"options": {"reduction": "none"}},
     {"shape": replace(SHAPES["ade20k"], name="thousand", classes=1000)},  # more than a uint8 holds
     {"options": {"label_smoothing": 0.1}},
     {"options": {"label_smoothing": 0.1}, "layout": "channels_last"},
 )[1:]
+# What takes more registers, for every loss. In float64, for which nothing is tuned, it may spill.
+WIDE = (
+    *variations(replace(SHIPPED[0], everywhere=False), {"labels": "int64"}, {"dtype": "float64"})[
+        1:
+    ],
+    *rarely(
+        SHIPPED[0],
+        *({"shape": SHAPES["cityscapes"], **wide} for wide in _WIDE),
+        *({"layout": "channels_last", **wide} for wide in _WIDE),
+        *({"shape": SHAPES["cityscapes"], "layout": "channels_last", **wide} for wide in _WIDE),
+        {"dtype": "float64", "labels": "int64"},
+        {"dtype": "bfloat16", "labels": "int64"},
+        *({"labels": labels} for labels in ("int16", "int32")),
+    ),
+)
 
 
 def bandwidth_goals(words: str, float32: float, bfloat16: float) -> tuple[Goal, ...]:

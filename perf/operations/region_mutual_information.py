@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from perf.operations.contract import (
     Shape,
     random_labels,
     random_map,
+    rarely,
     variations,
 )
 from perf.operations.region_loops import KERNELS
@@ -130,6 +133,45 @@ SHIPPED = variations(
         )
     ),
     {"shape": _SMALL, "dtype": "bfloat16", "everywhere": False},
+    {"dtype": "float64", "everywhere": False},
+    # What takes most registers without pooling.
+    {"labels": "int64", "options": {"pooling": None}, "everywhere": False},
+    {
+        "labels": "int64",
+        "options": {"pooling": None, "region_size": 4, "precision": "float32"},
+        "everywhere": False,
+    },
+)
+_REGIONS = (1, 2, 3, 4, 5)
+_UNPOOLED: dict[str, Any] = {"pooling": None}
+RARE = rarely(
+    SHIPPED[0],
+    *(
+        {"labels": "int64", "options": {**_UNPOOLED, "region_size": region}}
+        for region in (1, 2, 4, 5)
+    ),
+    *(
+        {"labels": labels, "options": {**_UNPOOLED, "region_size": region}}
+        for labels in ("int16", "int32")
+        for region in (3, 5)
+    ),
+    *(
+        {
+            "labels": "int64",
+            "options": {**_UNPOOLED, "region_size": region, "precision": "float32"},
+        }
+        for region in (1, 2, 3, 5)
+    ),
+    *({"options": {"region_size": region, "precision": "float32"}} for region in (1, 2, 4)),
+    *({"labels": "int64", "options": {"region_size": region}} for region in (1, 2, 4, 5)),
+    *({"dtype": "float64", "options": {"region_size": region}} for region in (1, 2, 4, 5)),
+    *({"dtype": "float64", "options": {**_UNPOOLED, "region_size": region}} for region in _REGIONS),
+    *({"labels": "int64", "options": {"pool_size": size}} for size in (2, 3, 8)),
+    {"labels": "int64", "options": {"pooling": "max"}},
+    {"labels": "int64", "options": {"pooling": "nearest"}},
+    {"labels": "int64", "options": {**_UNPOOLED, "region_size": 5, "ignore": "drop"}},
+    {"labels": "int64", "layout": "channels_last", "options": _UNPOOLED},
+    {"labels": "int64", "dtype": "bfloat16", "options": _UNPOOLED},
 )
 
 
@@ -201,7 +243,7 @@ OPERATIONS = (
         launch=launch,
         floor=floor,
         cases=CASES,
-        shipped=SHIPPED,
+        shipped=(*SHIPPED, *RARE),
         kernels=KERNELS,
         operators=(),
         goals=GOALS,

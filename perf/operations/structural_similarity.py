@@ -18,6 +18,7 @@ from perf.operations.contract import (
     Operation,
     random_labels,
     random_map,
+    rarely,
     strip_loop,
     strip_loops,
     strip_outputs,
@@ -109,6 +110,18 @@ SHIPPED = variations(
         for window in (7, 11)
     ),
     {"options": {"window_size": 11}, "dtype": "bfloat16", "everywhere": False},
+    {"dtype": "float64", "everywhere": False},
+)
+_WINDOWS = (5, 7, 9, 11, 15)
+RARE = rarely(
+    SHIPPED[0],
+    *({"labels": "int64", "options": {"window_size": window}} for window in _WINDOWS),
+    *({"dtype": "float64", "options": {"window_size": window}} for window in _WINDOWS),
+    *(
+        {"labels": "int64", "schedule": "recompute", "options": {"window_size": window}}
+        for window in (7, 11)
+    ),
+    *({"labels": labels} for labels in ("int16", "int32")),
 )
 
 
@@ -175,7 +188,7 @@ OPERATIONS = (
         launch=launch,
         floor=floor,
         cases=CASES,
-        shipped=SHIPPED,
+        shipped=(*SHIPPED, *RARE),
         kernels={
             "_structural_similarity_forward_kernel": _strips("forward"),
             "_structural_similarity_backward_kernel": _strips("backward"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 import pytest
@@ -121,44 +122,106 @@ def _line(text: str) -> int:
     return next(number for number, line in enumerate(lines, 1) if text in line)
 
 
+FILE = f"/some/tritonloss/where/{KERNELS}"  # wherever it was compiled
+
+
+def _strip(caller: str) -> tuple[tuple[tuple[str, int], ...], Place]:
+    """(a line of the loop over a strip's rows, that loop), called at such a line."""
+    text = (source_loops.PACKAGE.parent / KERNELS).read_text()
+    source = ast.parse(text)
+    function = next(n for n in source.body if getattr(n, "name", "") == "_forward_strip")
+    loop = next(n for n in ast.walk(function) if isinstance(n, ast.For))
+    call = FILE, _line(caller)
+    assert loop.end_lineno is not None
+    place = Place("_forward_strip", "i", (call, (FILE, loop.lineno)), loop.end_lineno)
+    return ((FILE, loop.lineno + 1), call), place
+
+
+PRESENT = "_forward_strip(maps, stored, program, SAMPLING, WINDOW, STRIP, STORED, True)"
+ABSENT = PRESENT.replace("True", "False")
+
+
 def test_instructions_know_the_loop_of_the_source_by_their_lines() -> None:
-    """Wherever the copy of the package is that they were compiled from."""
-    file = f"/some/tritonloss/where/{KERNELS}"
-    call, other = (file, _line("found = _forward_strip(")), (file, 7)
-    loop = _line("for i in tl.range(0, rows, loop_unroll_factor=UNROLL)")
-    inside = [((file, loop + number), call) for number in (0, 1, 2)]
-    place = source_loops.place_of([*inside, (other,), ()])
-    assert place == Place("_forward_strip", "i", (call, (file, loop)))
-    assert source_loops.place_of([*inside, (other,), (other,), (other,)]) == Place()
-    assert source_loops.place_of(inside, outside=[place]) == Place()
-    assert source_loops.place_of([(("/elsewhere/of.py", 3),)]) == Place()
+    lines, place = _strip(PRESENT)
+    inside, other = (lines,), (((FILE, 7),),)
+    assert source_loops.places_of([inside, inside, inside, other, ()]) == (place,)
+    assert source_loops.places_of([inside, other, other]) == ()
+    assert source_loops.places_of([inside], outside=[place]) == ()
+    assert source_loops.places_of([((("/elsewhere/of.py", 3),),)]) == ()
+
+
+def test_calls_are_told_apart_by_what_one_of_them_does_and_by_their_order() -> None:
+    (present_line, present), (absent_line, absent) = _strip(PRESENT), _strip(ABSENT)
+    either, one = (present_line, absent_line), (present_line,)
+    assert source_loops.places_of([either, either]) == (present, absent)
+    assert source_loops.places_of([either, one]) == (present,)
+    both = present, absent
+    assert source_loops.told_apart([both, both, both, both]) == [present, present, absent, absent]
+    assert source_loops.told_apart([(present,), both]) == [present, absent]
+    assert source_loops.told_apart([(absent,), both, (), both]) == [
+        absent, present, Place(), present,
+    ]  # fmt: skip
+
+
+def test_a_loop_lies_within_that_around_it_and_around_its_call() -> None:
+    outer = Place("rows", "i", (("file", 10),), 30)
+    assert Place("rows", "j", (("file", 12),), 20).is_within(outer)
+    assert Place("taps", "k", (("file", 15), ("other", 3)), 5).is_within(outer)
+    for other in (
+        outer,
+        Place("rows", "j", (("file", 31),), 40),
+        Place("taps", "k", (("file", 40), ("other", 3)), 5),
+    ):
+        assert not other.is_within(outer) and not outer.is_within(other)
 
 
 def test_lines_are_read_from_both_disassemblers() -> None:
-    file = f"/some/where/{KERNELS}"
-    call, loop = _line("found = _forward_strip("), _line("for i in tl.range(0, rows, loop_un")
-    place = Place("_forward_strip", "i", ((file, call), (file, loop)))
+    ((_, loop), (_, call)), place = _strip(PRESENT)
     annotated = (
-        f'//## File "{file}", line {loop} inlined at "{file}", line {call}\n'
-        f'//## File "{file}", line {call}\n'
+        f'//## File "{FILE}", line {loop} inlined at "{FILE}", line {call}\n'
+        f'//## File "{FILE}", line {call}\n'
         "        /*0010*/                   LDG.E R0, desc[UR4][R2] ;\n"
         "        /*0020*/                   BRA.U UP0, 0x50 ;\n"
         "        /*0030*/                   FMUL R0, R1, R2 ;\n"
-        f'//## File "{file}", line 3\n'
-        f'//## File "{file}", line 4\n'
+        f'//## File "{FILE}", line 3\n'
+        f'//## File "{FILE}", line 4\n'
         "        /*0040*/              @!P0 BRA 0x10 ;\n"
         "        /*0010*/ \t.byte\t0xff\n"
     )
     code = parse_sass(SASS, "REG:40 STACK:16", annotated)
     assert [found.place for found in code.loops] == [place]
-    folder, _, name = file.rpartition("/")
+
+    # Older compilers leave it to the comments of PTX where a line was inlined.
+    folder, _, name = FILE.rpartition("/")
+    older = annotated.replace(f' inlined at "{FILE}", line {call}', "", 1)
+    older = older.replace(f'//## File "{FILE}", line {call}\n', "", 1)
+    comment = f"{name}:{loop}:9 @[ {name}:{call}:17 ]"
+    ptx = f'\t.file\t1 "{FILE}"\n\t.loc\t1 {loop} 9 // {comment}\n'
+    code = parse_sass(SASS, "REG:40 STACK:16", older, ptx)
+    assert [found.place for found in code.loops] == [place]
+
     assembly = (
         f'kernel:\n\t.file\t1 "{folder}" "{name}"\n.LBB0_1:\n'
-        f"\t.loc\t1 {loop} 9 ; {name}:{loop}:9 @[ {name}:{call}:17 ]\n"
+        f"\t.loc\t1 {loop} 9 ; {comment}\n"
         "\tv_add_f32 v0, v1, v2\n\ts_cbranch_scc1 .LBB0_1\n\ts_endpgm\n.Lfunc_end0:\n"
         "    .private_segment_fixed_size: 0\n    .vgpr_count: 1\n    .vgpr_spill_count: 0\n"
     )
     assert [found.place for found in parse_amdgcn(assembly).loops] == [place]
+
+
+def test_what_is_left_of_an_unrolled_loop_lies_beside_it() -> None:
+    lines, place = _strip(PRESENT)
+    load = Instruction("LDG.E", lines=(lines,))
+    program = [
+        load,
+        load,
+        Instruction("BRA", jump=0, lines=(lines,)),
+        load,  # the last round, in no loop
+        Instruction("LDC", lines=(lines,)),
+        Instruction("LDG.E", lines=(((FILE, 7),),)),
+        Instruction("EXIT", falls_through=False),
+    ]
+    assert flow(program).loops == (Loop(0, 3, moves=2, beside=1, place=place),)
 
 
 def _machine_code(*loops: Loop, once: int = 100) -> MachineCode:
