@@ -38,20 +38,31 @@ def read_cubin(cubin: bytes, ptx: str) -> MachineCode:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = cuobjdump("--dump-resource-usage", path)
-        return parse_sass(cuobjdump("-sass", path), usage, nvdisasm("-gi", path), ptx)
+        return parse_sass(nvdisasm(["-gi", "-c"], path), usage, ptx)
 
 
-def parse_sass(listing: str, resources: str, annotated: str = "", ptx: str = "") -> MachineCode:
-    """Analyse what cuobjdump prints about one kernel, and nvdisasm about its source lines.
+def parse_sass(listing: str, resources: str, ptx: str = "") -> MachineCode:
+    """Analyse what nvdisasm prints about one kernel with its source lines, and cuobjdump.
 
-    PTX says of which calls a line may be, where nvdisasm does not.
+    Above an instruction stand the lines that it was made of, the innermost first; that which is
+    inlined nowhere is the last. They hold until others come. Where nvdisasm does not say what is
+    inlined where, PTX says of which calls a line may be.
     """
-    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", listing, re.MULTILINE)
-    index = {int(address, 16): position for position, (address, _) in enumerate(lines)}
-    sources = _sass_lines(annotated, _ptx_lines(ptx))
-    program = [
-        _sass_instruction(text, index, sources.get(int(address, 16), ())) for address, text in lines
-    ]
+    labels: dict[str, int] = {}
+    found: list[tuple[str, tuple[Lines, ...]]] = []
+    called = {} if "inlined at" in listing else _ptx_lines(ptx)
+    lines: Lines = ()
+    complete = True
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label[1]] = len(found)
+        elif place := re.search(r'//## File "(.*?)", line (\d+)( inlined at)?', line):
+            lines = (*(() if complete else lines), (place[1], int(place[2])))
+            complete = not place[3]
+        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            known = called.get(lines[0], ()) if lines else ()
+            found.append((code[1], known or ((lines,) if lines else ())))
+    program = [_sass_instruction(text, labels, lines) for text, lines in found]
     return _machine_code(nvidia_usage(resources), flow(program))
 
 
@@ -102,34 +113,15 @@ def _ptx_lines(ptx: str) -> dict[Line, tuple[Lines, ...]]:
     return {line: tuple(known) for line, known in found.items()}
 
 
-def _sass_lines(
-    annotated: str, called: Mapping[Line, tuple[Lines, ...]]
-) -> dict[int, tuple[Lines, ...]]:
-    """Of each instruction, by its address, the lines that nvdisasm writes above it.
-
-    The innermost first; that which is inlined nowhere is the last. They hold until others come.
-    """
-    found: dict[int, tuple[Lines, ...]] = {}
-    told = "inlined at" in annotated
-    source: Lines = ()
-    complete = True
-    for line in annotated.splitlines():
-        if place := re.search(r'//## File "(.*?)", line (\d+)( inlined at)?', line):
-            source = (*(() if complete else source), (place[1], int(place[2])))
-            complete = not place[3]
-        elif address := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+[^.\s]", line):
-            known = () if told or not source else called.get(source[0], ())
-            found[int(address[1], 16)] = known or ((source,) if source else ())
-    return found
-
-
-def _sass_instruction(text: str, index: Mapping[int, int], lines: tuple[Lines, ...]) -> Instruction:
+def _sass_instruction(
+    text: str, labels: Mapping[str, int], lines: tuple[Lines, ...]
+) -> Instruction:
     predicate, opcode, operands = re.findall(r"^(@!?U?P\w+\s+)?(\S+)\s*(.*)", text)[0]
     # A branch may also be conditional on a predicate among its operands: BRA.U UP0, 0x900.
     always = not predicate and not re.search(r"\bU?P\d", operands)
     jump = None
-    if opcode.startswith("BRA") and (address := re.search(r"0x([0-9a-f]+)", operands)):
-        jump = index.get(int(address[1], 16))
+    if opcode.startswith("BRA") and (label := re.search(r"`\((\.L\w+)\)", operands)):
+        jump = labels.get(label[1])
     ends = opcode.split(".")[0] in ("BRA", "EXIT", "RET", "BRX", "JMP")
     return Instruction(opcode, jump, not (ends and always), lines)
 

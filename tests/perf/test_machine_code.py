@@ -70,16 +70,20 @@ def test_what_the_last_program_does_is_nobodys() -> None:
 
 
 SASS = """
-        code for sm_90
-        /*0000*/                   LDC R1, c[0x0][0x28] ;      /* 0x00000a00ff017b82 */
-                                                               /* 0x000fe20000000800 */
-        /*0010*/                   LDG.E R0, desc[UR4][R2] ;   /* 0x000fe20000000800 */
-        /*0020*/                   BRA.U UP0, 0x50 ;           /* 0x000fe20000000800 */
-        /*0030*/                   FMUL R0, R1, R2 ;           /* 0x000fe20000000800 */
-        /*0040*/              @!P0 BRA 0x10 ;                  /* 0x000fe20000000800 */
-        /*0050*/                   EXIT ;                      /* 0x000fe20000000800 */
-        /*0060*/                   BRA 0x60;                   /* 0x000fe20000000800 */
-        /*0070*/                   NOP;                        /* 0x000fe20000000800 */
+        .type           kernel,@function
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   LDG.E R0, desc[UR4][R2] ;
+        /*0020*/                   BRA.U UP0, `(.L_x_1) ;
+        /*0030*/                   FMUL R0, R1, R2 ;
+        /*0040*/              @!P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0050*/                   EXIT ;
+.L_x_2:
+        /*0060*/                   BRA `(.L_x_2);
+        /*0070*/                   NOP;
+.L_x_3:
 """
 
 
@@ -177,27 +181,20 @@ def test_a_loop_lies_within_that_around_it_and_around_its_call() -> None:
 
 def test_lines_are_read_from_both_disassemblers() -> None:
     ((_, loop), (_, call)), place = _strip(PRESENT)
-    annotated = (
-        f'//## File "{FILE}", line {loop} inlined at "{FILE}", line {call}\n'
-        f'//## File "{FILE}", line {call}\n'
-        "        /*0010*/                   LDG.E R0, desc[UR4][R2] ;\n"
-        "        /*0020*/                   BRA.U UP0, 0x50 ;\n"
-        "        /*0030*/                   FMUL R0, R1, R2 ;\n"
-        f'//## File "{FILE}", line 3\n'
-        f'//## File "{FILE}", line 4\n'
-        "        /*0040*/              @!P0 BRA 0x10 ;\n"
-        "        /*0010*/ \t.byte\t0xff\n"
+    inlined = f' inlined at "{FILE}", line {call}\n//## File "{FILE}", line {call}'
+    annotated = SASS.replace(
+        ".L_x_0:",
+        f'//## File "{FILE}", line 3\n//## File "{FILE}", line {loop}{inlined}\n.L_x_0:',
     )
-    code = parse_sass(SASS, "REG:40 STACK:16", annotated)
+    annotated = annotated.replace(".L_x_1:", f'//## File "{FILE}", line 4\n.L_x_1:')
+    code = parse_sass(annotated, "REG:40 STACK:16")
     assert [found.place for found in code.loops] == [place]
 
     # Older compilers leave it to the comments of PTX where a line was inlined.
     folder, _, name = FILE.rpartition("/")
-    older = annotated.replace(f' inlined at "{FILE}", line {call}', "", 1)
-    older = older.replace(f'//## File "{FILE}", line {call}\n', "", 1)
     comment = f"{name}:{loop}:9 @[ {name}:{call}:17 ]"
     ptx = f'\t.file\t1 "{FILE}"\n\t.loc\t1 {loop} 9 // {comment}\n'
-    code = parse_sass(SASS, "REG:40 STACK:16", older, ptx)
+    code = parse_sass(annotated.replace(inlined, ""), "REG:40 STACK:16", ptx)
     assert [found.place for found in code.loops] == [place]
 
     assembly = (
