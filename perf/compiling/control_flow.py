@@ -67,7 +67,11 @@ def flow(program: Sequence[Instruction]) -> Flow:
     an instruction that every path to the jump has passed closes a loop.
     """
     blocks, following, dominators = _flow(program)
-    bodies = _bodies(following, dominators)
+    bodies = {
+        header: body
+        for header, body in _bodies(following, dominators).items()
+        if not _goes_through_lanes(program, blocks, header, body)
+    }
     last = {header for header, body in bodies.items() if _takes_tickets(program, blocks, body)}
 
     def counted(some: set[int]) -> int:
@@ -145,6 +149,17 @@ def _beside(
 def _moves(opcode: str) -> bool:
     """Whether an instruction loads or stores, in global or shared memory."""
     return opcode.split(".")[0] in _MOVES or bool(_AMD_MOVES.match(opcode))
+
+
+def _goes_through_lanes(
+    program: Sequence[Instruction], blocks: Sequence[range], header: int, body: set[int]
+) -> bool:
+    """Whether this is no loop of the source: it does for one lane after another what AMD's GPUs
+    can only do for one value at a time. That is the same for all lanes, and once is enough.
+    """
+    first = program[blocks[header].start]
+    last = program[blocks[max(body)].stop - 1]
+    return "_readfirstlane_" in first.opcode and last.opcode == "s_cbranch_execnz"
 
 
 def _takes_tickets(program: Sequence[Instruction], blocks: Sequence[range], body: set[int]) -> bool:

@@ -54,6 +54,18 @@ def test_rare_code_behind_the_end_is_no_loop() -> None:
     assert flow(program).loops == ()
 
 
+def test_going_through_lanes_is_no_loop_of_the_source() -> None:
+    program = [
+        Instruction("v_add_f32"),
+        Instruction("v_readfirstlane_b32"),
+        Instruction("s_cbranch_execz", jump=4),
+        Instruction("buffer_store_dwordx4"),
+        Instruction("s_cbranch_execnz", jump=1),
+        Instruction("s_endpgm", falls_through=False),
+    ]
+    assert flow(program) == Flow(6, 6, ())
+
+
 def test_what_the_last_program_does_is_nobodys() -> None:
     step = Instruction("FADD")
     program = [
