@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 from perf.compiling.source_loops import Lines, Place, around, places_of, told_apart
 
+# What takes them (engine's sums), or nobody can tell; other loops may wait for other programs.
+_TICKETS = ("comes_last", "_add_up", "")
 _MOVES = ("LDG", "STG", "LDS", "STS", "LD", "ST")
 _AMD_MOVES = re.compile(r"(global|buffer|flat|ds)_(load|store|read|write)")
 
@@ -72,7 +74,12 @@ def flow(program: Sequence[Instruction]) -> Flow:
         for header, body in _bodies(following, dominators).items()
         if not _goes_through_lanes(program, blocks, header, body)
     }
-    last = {header for header, body in bodies.items() if _takes_tickets(program, blocks, body)}
+    found = _loops(program, blocks, bodies)
+    last = {
+        header
+        for header, body in bodies.items()
+        if found[header].place.function in _TICKETS and _is_atomic(program, blocks, body)
+    }
 
     def counted(some: set[int]) -> int:
         return sum(program[place].opcode != "NOP" for block in some for place in blocks[block])
@@ -82,18 +89,18 @@ def flow(program: Sequence[Instruction]) -> Flow:
         for block in range(len(blocks))
         if not last or (dominators[block] and not last & dominators[block])
     }
-    shared = {header: body for header, body in bodies.items() if header in everyones}
     in_loops = set().union(*bodies.values())
     return Flow(
         instructions=counted(everyones),
         once=counted(everyones - in_loops),
-        loops=_loops(program, blocks, shared),
+        loops=tuple(loop for header, loop in sorted(found.items()) if header in everyones),
     )
 
 
 def _loops(
     program: Sequence[Instruction], blocks: Sequence[range], bodies: Mapping[int, set[int]]
-) -> tuple[Loop, ...]:
+) -> dict[int, Loop]:
+    """The loops by their headers' blocks."""
     found: dict[int, Loop] = {}
     places: dict[int, tuple[Place, ...]] = {}
     for header, body in sorted(bodies.items(), key=lambda item: len(item[1])):
@@ -115,10 +122,10 @@ def _loops(
     headers = sorted(found)
     for header, place in zip(headers, told_apart([places[h] for h in headers]), strict=True):
         found[header] = replace(found[header], place=place)
-    return tuple(
-        replace(found[header], beside=_beside(program, blocks, found[header].place, found, bodies))
-        for header in headers
-    )
+    return {
+        header: replace(loop, beside=_beside(program, blocks, loop.place, found, bodies))
+        for header, loop in found.items()
+    }
 
 
 def _beside(
@@ -162,7 +169,7 @@ def _goes_through_lanes(
     return "_readfirstlane_" in first.opcode and last.opcode == "s_cbranch_execnz"
 
 
-def _takes_tickets(program: Sequence[Instruction], blocks: Sequence[range], body: set[int]) -> bool:
+def _is_atomic(program: Sequence[Instruction], blocks: Sequence[range], body: set[int]) -> bool:
     opcodes = [program[place].opcode for block in body for place in blocks[block]]
     return any(opcode.startswith("ATOM") or "_atomic_" in opcode for opcode in opcodes)
 

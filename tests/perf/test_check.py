@@ -11,6 +11,7 @@ import pytest
 
 from perf.compiling import baseline, check
 from perf.compiling.baseline import Baseline, Kept
+from perf.compiling.compile_only import jobs
 from perf.compiling.counting import Counts, LoopFacts
 from perf.compiling.facts import KernelFacts
 from perf.compiling.targets import TARGETS
@@ -109,6 +110,31 @@ def test_check_of_a_part_leaves_the_rest_of_the_baseline_alone() -> None:
     before = Baseline(dict.fromkeys(places, Kept(1, 0, 0, 1)), {mine[:2]: "x", others[0][:2]: "y"})
     rest = before.without(part)
     assert set(rest.kernels) == set(others) and rest.made_of == {others[0][:2]: "y"}
+
+
+def test_rare_cases_are_in_the_full_table_only() -> None:
+    for operation in operations():
+        rare = {n for n, case in enumerate(operation.shipped) if case.rare}
+        mine = [operation]
+        short = {(index, target) for _, index, target in jobs(mine, short=True)}
+        assert not rare & {index for index, _ in short}
+        assert {(n, "sm_90") for n in range(len(operation.shipped)) if n not in rare} <= short
+        full = {(index, target) for _, index, target in jobs(mine)}
+        assert full == {(n, t) for n in range(len(operation.shipped)) for t in TARGETS}
+
+
+def test_every_loss_is_compiled_for_wide_labels_and_in_float64() -> None:
+    for operation in operations():
+        assert any(case.dtype == "float64" for case in operation.shipped), operation.name
+        if any(case.labels for case in operation.shipped):
+            labels = {case.labels for case in operation.shipped}
+            assert labels == {"uint8", "int16", "int32", "int64"}, operation.name
+    shipped = operations(["rmi_loss"])[0].shipped
+    unpooled = [case for case in shipped if "pooling=None" in case.text]
+    for region in (1, 2, 3, 4, 5):
+        mine = [case for case in unpooled if case.options["region_size"] == region]
+        assert {"uint8", "int64"} <= {case.labels for case in mine}
+        assert {"float32", "float64"} <= {case.dtype for case in mine}
 
 
 def test_a_case_is_made_of_what_its_machine_code_depends_on() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,6 +80,11 @@ def test_what_the_last_program_does_is_nobodys() -> None:
         Instruction("EXIT", falls_through=False),
     ]
     assert flow(program) == Flow(1, 1, ())
+    # a loop that waits for other programs is everyone's
+    lines, place = _strip(PRESENT)
+    waiting = [replace(instruction, lines=(lines,)) for instruction in (program[1], program[4])]
+    waiting[1] = replace(waiting[1], jump=0)
+    assert flow([*waiting, program[-1]]).loops == (Loop(0, 2, place=place),)
 
 
 SASS = """
