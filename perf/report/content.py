@@ -224,7 +224,7 @@ def _spills(facts: Sequence[KernelFacts]) -> str:
         if fact.double and fact.spill_bytes
     ]
     if not spilling:
-        return "Nothing spills registers."
+        return "In float64, for which nothing is tuned and which may, nothing spills registers."
     return f"In float64, for which nothing is tuned, these spill registers: {'; '.join(spilling)}."
 
 
