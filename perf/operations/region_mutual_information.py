@@ -135,7 +135,7 @@ SHIPPED = variations(
     {"shape": _SMALL, "dtype": "bfloat16", "everywhere": False},
     {"dtype": "float64", "everywhere": False},
     # What takes most registers without pooling.
-    {"labels": "int64", "options": {"pooling": None}, "everywhere": False},
+    {"labels": "int64", "options": {"pooling": None}},
     {
         "labels": "int64",
         "options": {"pooling": None, "region_size": 4, "precision": "float32"},
