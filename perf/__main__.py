@@ -20,6 +20,7 @@ COMMANDS = {
         "compiling.check",
         "every kernel's machine code and every loss's launches against the baseline",
     ),
+    "code-table": ("report.code_table", "write the table of machine code into the README"),
     "host-time": (
         "measuring.host_time",
         "the host's time and the launches of every loss, on a stand-in for the driver",

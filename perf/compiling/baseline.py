@@ -12,40 +12,53 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from perf.compiling.counting import TOTAL
 from perf.compiling.facts import KernelFacts, made_of, numbered
 
 FOLDER = Path(__file__).parents[1] / "baseline"
+WHOLE = "instructions of the whole kernel"
 _MADE_OF = "made of"
 _ABOUT = (
     "target > operation: case > kernel > [registers, spill bytes, shared bytes, instructions, "
-    "[instructions per output of each main loop, null where code does not tell]]; 'made of' is a "
-    "hash of the device code, the launches and the Triton of a case; written by python -m perf "
-    "check --update"
+    "{instructions executed per output: in all, by name of a case where the kernel tells cases "
+    "apart, then once and in each loop}]; 'made of' is a hash of the device code, the launches and "
+    "the Triton of a case; written by python -m perf check --update"
 )
 
 Place = tuple[str, str, str]  # target, operation and case, kernel
 CasePlace = tuple[str, str]  # target, operation and case
-Numbers = tuple[float, ...]
+Numbers = Mapping[str, float]
 
 
 class Kept(NamedTuple):
-    """What is kept of one kernel; `instructions` is None where an older file did not keep them."""
+    """What is kept of one kernel.
+
+    `counts` are its `Counts.numbers`. An older file has `loops` instead, instructions per output of
+    some of the loops, and perhaps no `instructions`.
+    """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
     instructions: int | None
+    counts: Mapping[str, float] = MappingProxyType({})
     loops: tuple[float | None, ...] = ()
 
     @property
     def numbers(self) -> Numbers:
-        """What is compared: instructions of each loop, or of the whole where loops do not tell."""
-        loops = tuple(count for count in self.loops if count is not None)
-        if loops and len(loops) == len(self.loops):
-            return (*self[:3], *loops)
-        return (*self[:3], self.instructions or 0)
+        """What is compared, by its name."""
+        numbers: dict[str, float] = {
+            "registers": self.registers,
+            "spill bytes": self.spill_bytes,
+            "shared bytes": self.shared_bytes,
+        }
+        if self.instructions is not None:
+            numbers[WHOLE] = self.instructions
+        totals = {name: count for name, count in self.counts.items() if name.startswith(TOTAL)}
+        return numbers | totals
 
 
 @dataclass
@@ -98,9 +111,8 @@ def of_facts(facts: Iterable[KernelFacts]) -> Baseline:
 
 
 def _kept(fact: KernelFacts) -> Kept:
-    counts = [loop.per_output for loop in fact.loops]
-    loops = tuple(None if count is None else round(count, 3) for count in counts)
-    return Kept(fact.registers, fact.spill_bytes, fact.shared_bytes, fact.instructions, loops)
+    code = fact.registers, fact.spill_bytes, fact.shared_bytes, fact.instructions
+    return Kept(*code, fact.counts.numbers)
 
 
 def path_of(version: str, folder: Path = FOLDER) -> Path:
@@ -128,11 +140,13 @@ def read(path: Path) -> Baseline:
 
 def _parsed(value: Sequence[Any]) -> Kept:
     registers, spilled, shared, *others = value
+    if isinstance(others[-1], dict):
+        return Kept(registers, spilled, shared, others[0], others[-1])
     if isinstance(others[-1], list):
-        return Kept(registers, spilled, shared, others[0], tuple(others[-1]))
+        return Kept(registers, spilled, shared, others[0], loops=tuple(others[-1]))
     if len(others) == 1 and isinstance(others[0], int):
         return Kept(registers, spilled, shared, others[0])
-    return Kept(registers, spilled, shared, None, tuple(others))  # older: loops only
+    return Kept(registers, spilled, shared, None, loops=tuple(others))
 
 
 def _printed(kept: Kept) -> str:
@@ -140,7 +154,8 @@ def _printed(kept: Kept) -> str:
     if kept.instructions is None:
         numbers += kept.loops
     else:
-        numbers += [kept.instructions, list(kept.loops)] if kept.loops else [kept.instructions]
+        read = dict(kept.counts) or list(kept.loops)
+        numbers += [kept.instructions, read] if read else [kept.instructions]
     return json.dumps(numbers)
 
 

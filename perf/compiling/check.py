@@ -20,8 +20,9 @@ from pathlib import Path
 import triton
 
 from perf.compiling import baseline
-from perf.compiling.baseline import Baseline, Numbers, Place
+from perf.compiling.baseline import WHOLE, Baseline, Numbers, Place
 from perf.compiling.compile_only import Job, compiled, compilers, in_order, jobs, recognised
+from perf.compiling.counting import TOTAL
 from perf.compiling.facts import MAIN_TARGET, KernelFacts
 from perf.compiling.targets import TARGETS
 from perf.measuring import launches
@@ -29,7 +30,6 @@ from perf.operations.contract import operations
 from tritonloss._core.progress import Progress
 
 ALLOWED = 0.05
-COLUMNS = ("registers", "spill_bytes", "shared_bytes", "instructions")
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,14 @@ def compare(before: Mapping[Place, Numbers], now: Mapping[Place, Numbers]) -> Co
 
 def _changes(before: Numbers, now: Numbers) -> list[tuple[str, float]]:
     """(what has changed, by which share) of one kernel."""
-    # Loops that the compiler has merged or split can only be compared all together.
-    if len(before) != len(now):
-        before, now = (*before[:3], sum(before[3:])), (*now[:3], sum(now[3:]))
+    names = [name for name in before if name in now]
+    # Where it is known what is executed it does not matter how much there is.
+    if any(name.startswith(TOTAL) for name in names):
+        names.remove(WHOLE)
     found = []
-    for index, (old, new) in enumerate(zip(before, now, strict=True)):
+    for name in names:
+        old, new = before[name], now[name]
         if new != old:
-            name = COLUMNS[min(index, 3)].replace("_", " ")
             share = (new - old) / old if old else float("inf")
             percent = f"{share:+.0%}" if old else "from nothing"
             found.append((f"{name} {old:g} -> {new:g} ({percent})", share))

@@ -30,22 +30,22 @@ import torch
 import triton
 from triton.runtime.cache import get_cache_manager
 
-from perf.compiling import control_flow, machine_code
+from perf.compiling import control_flow, counting, machine_code, source_loops
 from perf.compiling.baseline import Baseline, Kept
+from perf.compiling.control_flow import Loop
+from perf.compiling.counting import Reading, counts, from_numbers, reading
 from perf.compiling.facts import (
     MAIN_TARGET,
     KernelFacts,
-    LoopFacts,
-    loop_names,
     made_of,
     numbered,
     once_per_target,
-    outputs_per_round,
     pivoted,
 )
 from perf.compiling.machine_code import MachineCode
+from perf.compiling.source_loops import Place
 from perf.compiling.targets import TARGETS, Target
-from perf.operations.contract import Case, KernelNotes, Operation, operations, scheduled
+from perf.operations.contract import Case, Operation, operations, scheduled
 from perf.text import plain
 from tritonloss._core.progress import Progress
 from tritonloss._core.source_hash import source_hash
@@ -63,15 +63,15 @@ def jobs(
     targets: Sequence[str] | None = None,
     short: bool = False,
 ) -> list[Job]:
-    """What there is to compile. The short list has everything for one target, and for the others
-    only the cases marked `everywhere`.
+    """What there is to compile. The short list has what is not rare for one target, and for the
+    others only the cases marked `everywhere`.
     """
     listed = [
         (operation.name, index, target, case.options.get("window_size", 0))
         for operation in (operations() if chosen is None else chosen)
         for index, case in enumerate(operation.shipped)
         for target in targets or TARGETS
-        if not short or target == MAIN_TARGET or case.everywhere
+        if not short or case.everywhere or (target == MAIN_TARGET and not case.rare)
     ]
     listed.sort(key=lambda job: -job[3])  # large windows take longest: they come first
     return [job[:3] for job in listed]
@@ -186,10 +186,8 @@ def recognise_case(
         return []
     facts = []
     for name, record in zip(names, records, strict=True):
-        kept, notes = kernels[name], operation.kernels.get(record.kernel)
-        outputs = outputs_per_round(notes, target, record)
-        named = zip(loop_names(notes, len(kept.loops)), kept.loops, strict=True)
-        loops = tuple(_loop_again(loop, count, outputs) for loop, count in named)
+        kept = kernels[name]
+        read = _reading(operation, case, target, record)
         facts.append(
             replace(
                 _without_code(operation, case, target, record),
@@ -198,19 +196,11 @@ def recognise_case(
                 shared_bytes=kept.shared_bytes,
                 occupancy=target.occupancy(kept.registers, kept.shared_bytes, record.num_warps),
                 instructions=kept.instructions or 0,
-                loops=loops,
+                counts=from_numbers(kept.counts, read),
                 committed=True,
             )
         )
     return facts
-
-
-def _loop_again(name: str, per_output: float | None, outputs: float | None) -> LoopFacts:
-    """A loop of the baseline, whose rounded number stands for a whole number of instructions."""
-    if per_output is None or outputs is None:
-        return LoopFacts(name, None, per_output)
-    instructions = round(per_output * outputs)
-    return LoopFacts(name, instructions, instructions / outputs)
 
 
 def compile_case(operation_name: str, index: int, target_name: str) -> list[KernelFacts]:
@@ -243,17 +233,23 @@ def _launched(
         except Exception as caught:
             error = f"{type(caught).__name__}: {' ... '.join(_ends(str(caught)))}"
     # A launcher may launch a kernel many times; the first time it was compiled.
-    kernels = {launch_digest(operation, target, record): record for record in reversed(launches)}
+    kernels = {
+        launch_digest(operation, case, target, record): record for record in reversed(launches)
+    }
     return [*kernels.values()][::-1], error
 
 
-def launch_digest(operation: Operation, target: Target, record: Launch) -> str:
+def launch_digest(operation: Operation, case: Case, target: Target, record: Launch) -> str:
     """A hash of all that a launch's machine code, and how it is read, depends on."""
-    notes = operation.kernels.get(record.kernel)
     sources = [source_hash(name.removeprefix("tritonloss.")) for name in record.modules]
-    reading = [_analysis_version(), outputs_per_round(notes, target, record), notes and notes.loops]
-    made = [triton.__version__, target.name, record.signature, sources, reading]
+    read = [_analysis_version(), _reading(operation, case, target, record)]
+    made = [triton.__version__, target.name, record.signature, sources, read]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
+
+
+def _reading(operation: Operation, case: Case, target: Target, record: Launch) -> Reading | None:
+    notes = operation.kernels.get(record.kernel)
+    return reading(notes, target, record, case.shape.elements)
 
 
 def _ends(message: str) -> list[str]:
@@ -271,7 +267,8 @@ def _without_code(operation: Operation, case: Case, target: Target, record: Laun
         kernel=record.kernel,
         configuration=record.configuration,
         constants={k: v for k, v in record.constants.items() if isinstance(v, (int, str))},
-        digest=launch_digest(operation, target, record),
+        digest=launch_digest(operation, case, target, record),
+        double=case.dtype == "float64",
     )
 
 
@@ -285,22 +282,8 @@ def _facts(operation: Operation, case: Case, target: Target, record: Launch) -> 
         shared_bytes=shared,
         occupancy=target.occupancy(code.registers, shared, record.num_warps),
         instructions=code.instructions,
-        loops=loop_facts(operation.kernels.get(record.kernel), code, target, record),
+        counts=counts(_reading(operation, case, target, record), code),
         compile_seconds=seconds,
-    )
-
-
-def loop_facts(
-    notes: KernelNotes | None, code: MachineCode, target: Target, record: Launch
-) -> tuple[LoopFacts, ...]:
-    """The kernel's big loops, the smallest first; none where nobody has said what they complete."""
-    outputs = outputs_per_round(notes, target, record)
-    if outputs is None:
-        return ()
-    big = code.big_loops(record.constants.get("STRIP.unroll", 1))
-    return tuple(
-        LoopFacts(name, loop.instructions, None if loop.nests else loop.instructions / outputs)
-        for name, loop in zip(loop_names(notes, len(big)), big, strict=True)
     )
 
 
@@ -315,19 +298,26 @@ def analysis(record: Launch) -> tuple[MachineCode, float | None]:
     if stored.get("version") != _analysis_version():
         assembly = record.compiled.asm
         if "cubin" in assembly:
-            code = machine_code.read_cubin(assembly["cubin"])
+            code = machine_code.read_cubin(assembly["cubin"], assembly["ptx"])
         else:
             code = machine_code.parse_amdgcn(assembly["amdgcn"])
         stored |= {"version": _analysis_version(), "code": asdict(code)}
         manager.put(json.dumps(stored), name, binary=False)
-    loops = tuple(control_flow.Loop(**loop) for loop in stored["code"].pop("loops"))
+    loops = tuple(_loop(**loop) for loop in stored["code"].pop("loops"))
     return MachineCode(**stored["code"], loops=loops), stored["seconds"]
+
+
+def _loop(place: Sequence[Any], **numbers: Any) -> Loop:
+    """A loop out of JSON, which knows lists only."""
+    function, variable, lines, last = place
+    where = tuple((file, number) for file, number in lines)
+    return Loop(place=Place(function, variable, where, last), **numbers)
 
 
 @cache
 def _analysis_version() -> str:
     """A hash of the code that reads machine code; its comments do not count."""
-    files = (machine_code.__file__, control_flow.__file__)
+    files = (machine_code.__file__, control_flow.__file__, source_loops.__file__, counting.__file__)
     lines = "\n".join(Path(str(file)).read_text() for file in files).splitlines()
     code = "\n".join(re.sub(r"\s*#.*", "", line) for line in lines)
     return hashlib.sha256(code.encode()).hexdigest()

@@ -2,69 +2,174 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from perf.compiling.source_loops import Lines, Place, around, places_of, told_apart
+
+# What takes them (engine's sums), or nobody can tell; other loops may wait for other programs.
+_TICKETS = ("comes_last", "_add_up", "")
+_MOVES = ("LDG", "STG", "LDS", "STS", "LD", "ST")
+_AMD_MOVES = re.compile(r"(global|buffer|flat|ds)_(load|store|read|write)")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction; `jump` is the index of the instruction a branch goes to."""
+    """One instruction; `jump` is the index of the instruction a branch goes to.
+
+    `lines` are those of the source that it may have been made of; not every compiler says of which
+    of several calls.
+    """
 
     opcode: str
     jump: int | None = None
     falls_through: bool = True
+    lines: tuple[Lines, ...] = ()
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop that lies in no other. `nests` if others lie in it, whose instructions count too.
+    """A loop.
 
-    `takes_tickets`: it has an atomic operation, with which programs find out who is the last one.
+    Attributes:
+        instructions: its own, not those of loops within it.
+        moves: those of them that load or store.
+        beside: loads and stores of the same loop of the source that lie in no loop that was made of
+            it: the last rounds, where the compiler has made one of several.
+        around: the start of the innermost loop that it lies in.
     """
 
     start: int
     instructions: int
-    nests: bool = False
-    takes_tickets: bool = False
+    moves: int = 0
+    beside: int = 0
+    around: int | None = None
+    place: Place = Place()
 
 
-def loops(program: Sequence[Instruction]) -> tuple[Loop, ...]:
-    """All outermost loops, in the order of their headers.
+@dataclass(frozen=True)
+class Flow:
+    """Instructions of a program that all programs of a launch may run.
+
+    Left out is what finishes the sums of all programs: the loop that takes tickets, and what is
+    reached through it only. No path leads to what is called: with such a loop, the division of
+    those sums.
+    """
+
+    instructions: int
+    once: int  # of them in no loop
+    loops: tuple[Loop, ...]  # in the order of their headers
+
+
+def flow(program: Sequence[Instruction]) -> Flow:
+    """The program's loops, and what lies in none.
 
     Compilers move rare code behind the end of a program and jump back from there. Only a jump to
     an instruction that every path to the jump has passed closes a loop.
     """
     blocks, following, dominators = _flow(program)
-    bodies = _bodies(following, dominators)
-    inner = {h for h in bodies if any(h in bodies[other] for other in bodies if other != h)}
-    return tuple(
-        Loop(
-            blocks[header].start,
-            sum(len(blocks[block]) for block in body),
-            bool(inner & body),
-            _takes_tickets(program, blocks, body),
+    bodies = {
+        header: body
+        for header, body in _bodies(following, dominators).items()
+        if not _goes_through_lanes(program, blocks, header, body)
+    }
+    found = _loops(program, blocks, bodies)
+    last = {
+        header
+        for header, body in bodies.items()
+        if found[header].place.function in _TICKETS and _is_atomic(program, blocks, body)
+    }
+
+    def counted(some: set[int]) -> int:
+        return sum(program[place].opcode != "NOP" for block in some for place in blocks[block])
+
+    everyones = {
+        block
+        for block in range(len(blocks))
+        if not last or (dominators[block] and not last & dominators[block])
+    }
+    in_loops = set().union(*bodies.values())
+    return Flow(
+        instructions=counted(everyones),
+        once=counted(everyones - in_loops),
+        loops=tuple(loop for header, loop in sorted(found.items()) if header in everyones),
+    )
+
+
+def _loops(
+    program: Sequence[Instruction], blocks: Sequence[range], bodies: Mapping[int, set[int]]
+) -> dict[int, Loop]:
+    """The loops by their headers' blocks."""
+    found: dict[int, Loop] = {}
+    places: dict[int, tuple[Place, ...]] = {}
+    for header, body in sorted(bodies.items(), key=lambda item: len(item[1])):
+        within = [other for other in bodies if other != header and other in body]
+        own = body.difference(*(bodies[other] for other in within))
+        outside = [other for other in bodies if other != header and header in bodies[other]]
+        nearest = min(outside, key=lambda other: len(bodies[other]), default=None)
+        code = [program[place] for block in sorted(own) for place in blocks[block]]
+        found[header] = Loop(
+            start=blocks[header].start,
+            instructions=len(code),
+            moves=sum(_moves(instruction.opcode) for instruction in code),
+            around=None if nearest is None else blocks[nearest].start,
         )
-        for header, body in sorted(bodies.items())
-        if header not in inner
-    )
+        places[header] = places_of(
+            [instruction.lines for instruction in code],
+            [place for other in within for place in places[other]],
+        )
+    headers = sorted(found)
+    for header, place in zip(headers, told_apart([places[h] for h in headers]), strict=True):
+        found[header] = replace(found[header], place=place)
+    return {
+        header: replace(loop, beside=_beside(program, blocks, loop.place, found, bodies))
+        for header, loop in found.items()
+    }
 
 
-def instructions_of_everyone(program: Sequence[Instruction]) -> int:
-    """How many instructions all programs may run: not those from the loop that takes tickets on.
+def _beside(
+    program: Sequence[Instruction],
+    blocks: Sequence[range],
+    place: Place,
+    found: Mapping[int, Loop],
+    bodies: Mapping[int, set[int]],
+) -> int:
+    """Loads and stores of a loop of the source outside of what was made of it.
 
-    No path leads to what is called: with such a loop, the division of the sums that it finishes.
+    Those of several calls, of which one is as likely as the other, are shared out.
     """
-    blocks, following, dominators = _flow(program)
-    bodies = _bodies(following, dominators)
-    headers = {h for h, body in bodies.items() if _takes_tickets(program, blocks, body)}
-    return sum(
-        sum(program[place].opcode != "NOP" for place in span)
-        for block, span in enumerate(blocks)
-        if not headers or (dominators[block] and not headers & dominators[block])
-    )
+    count = 0.0
+    for block, span in enumerate(blocks):
+        inside = {found[header].place for header, body in bodies.items() if block in body}
+        for index in span:
+            if not _moves(program[index].opcode):
+                continue
+            lines = program[index].lines
+            known = {other for line in lines for other in around(line)}
+            made = any(not place.is_within(other) for other in inside & known)
+            if place in known and not made:
+                count += 1 / len(lines)
+    return round(count)
 
 
-def _takes_tickets(program: Sequence[Instruction], blocks: Sequence[range], body: set[int]) -> bool:
+def _moves(opcode: str) -> bool:
+    """Whether an instruction loads or stores, in global or shared memory."""
+    return opcode.split(".")[0] in _MOVES or bool(_AMD_MOVES.match(opcode))
+
+
+def _goes_through_lanes(
+    program: Sequence[Instruction], blocks: Sequence[range], header: int, body: set[int]
+) -> bool:
+    """Whether this is no loop of the source: it does for one lane after another what AMD's GPUs
+    can only do for one value at a time. That is the same for all lanes, and once is enough.
+    """
+    first = program[blocks[header].start]
+    last = program[blocks[max(body)].stop - 1]
+    return "_readfirstlane_" in first.opcode and last.opcode == "s_cbranch_execnz"
+
+
+def _is_atomic(program: Sequence[Instruction], blocks: Sequence[range], body: set[int]) -> bool:
     opcodes = [program[place].opcode for block in body for place in blocks[block]]
     return any(opcode.startswith("ATOM") or "_atomic_" in opcode for opcode in opcodes)
 

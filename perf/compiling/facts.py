@@ -7,24 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perf.compiling.targets import TARGETS, Target
-from perf.operations.contract import KernelNotes
-from tritonloss._tools.launches import Launch
+from perf.compiling.counting import ONCE, Counts
+from perf.compiling.targets import TARGETS
 from tritonloss._tools.resources import Resources
 
 MAIN_TARGET = "sm_90"
-
-
-@dataclass(frozen=True)
-class LoopFacts:
-    """One big loop. `per_output` is what one thread executes per output; None if code cannot tell:
-    how often a loop within it runs is known at run time only. Such a loop's `instructions` are
-    None, too, where the baseline is all that is known of it.
-    """
-
-    name: str
-    instructions: int | None
-    per_output: float | None
 
 
 @dataclass(frozen=True)
@@ -42,32 +29,38 @@ class KernelFacts:
     shared_bytes: int = 0
     occupancy: float = 0.0
     instructions: int = 0
-    loops: tuple[LoopFacts, ...] = ()
+    counts: Counts = Counts()
     compile_seconds: float | None = None
     digest: str = ""  # of all that its machine code depends on
+    double: bool = False  # the case is of float64
     error: str | None = None  # why there are no facts
     committed: bool = False  # taken from the baseline, not compiled now
 
     @property
     def fault(self) -> str | None:
-        """Why this kernel must not ship; None if it may."""
-        taken = Resources(self.registers, self.spill_bytes, self.shared_bytes)
-        return self.error or taken.fault(TARGETS[self.target].shared_per_block)
+        """Why this kernel must not ship; None if it may. In float64 it may spill."""
+        spilled = 0 if self.double else self.spill_bytes
+        taken = Resources(self.registers, spilled, self.shared_bytes)
+        fault = self.error or taken.fault(TARGETS[self.target].shared_per_block)
+        if not fault and self.counts.unaccounted:
+            fault = f"nobody counts the loops of {', '.join(self.counts.unaccounted)}"
+        return fault
 
     @property
     def text(self) -> str:
-        """Registers, occupancy and instructions per output in one line."""
+        """Registers, occupancy and instructions per output in one line: the totals, their parts."""
         if self.error:
             return "FAULT: does not compile"
         if self.fault:
             return f"FAULT: {self.fault}"
-        counts = [
-            "nested loops" if loop.per_output is None else f"{loop.per_output:.1f}"
-            for loop in self.loops
-        ]
-        parts = [f"{self.registers} r", f"{self.occupancy:.0%}", " / ".join(counts)]
-        parts += [f"{self.shared_bytes} B shared"] if self.shared_bytes else []
-        return " ".join(part for part in parts if part)
+        totals = [f"{count:.1f}" for _, count in self.counts.totals]
+        parts = [f"{self.counts.once:.1f} {ONCE}"] if totals else []
+        parts += [f"{loop.executed:.1f} {loop.name}" for loop in self.counts.loops]
+        cells = [f"{self.registers} r", f"{self.occupancy:.0%}", " / ".join(totals)]
+        cells += [f"({', '.join(parts)})"] if self.counts.loops else []
+        cells += [f"{self.shared_bytes} B shared"] if self.shared_bytes else []
+        cells += [f"spills {self.spill_bytes} B"] if self.spill_bytes else []
+        return " ".join(cell for cell in cells if cell)
 
 
 def once_per_target(facts: Iterable[KernelFacts]) -> list[KernelFacts]:
@@ -94,22 +87,6 @@ def made_of(facts: Iterable[KernelFacts]) -> str:
     """A hash of all that the machine code of one case's kernels depends on."""
     digests = " ".join(fact.digest for fact in facts)
     return hashlib.sha256(digests.encode()).hexdigest()[:12]
-
-
-def outputs_per_round(notes: KernelNotes | None, target: Target, record: Launch) -> float | None:
-    """What a thread completes in one round of a big loop; None where nobody has said so."""
-    if notes is None:
-        return None
-    threads = record.num_warps * target.gpu.warp_size
-    return notes.outputs({**record.constants, "THREADS": threads})
-
-
-def loop_names(notes: KernelNotes | None, count: int) -> Sequence[str]:
-    """The names of so many big loops, the smallest first."""
-    if notes is not None and len(notes.loops) == count:
-        return notes.loops
-    # The compiler has merged or copied loops: no name would be right.
-    return [f"loop {number + 1} of {count}" for number in range(count)]
 
 
 def pivoted(facts: Sequence[KernelFacts]) -> tuple[list[str], list[list[str]]]:

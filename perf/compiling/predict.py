@@ -4,7 +4,7 @@ A kernel of P programs with B warps per scheduler resident is taken to need
 
     max(instructions / (issue rate x min(1, B / 2)), bytes / bandwidth) x ceil(P / SMs) / (P / SMs)
 
-with instructions per output counted in its machine code (the mean of its loops where it has one
+with instructions per output counted in its machine code (the mean of its totals where it has one
 for classes that are absent), bytes of its tensors read or written once, and rates from the GPU's
 data sheet. Only kernels that differ between the candidates count. Two warps keep a scheduler busy,
 since window code has two independent chains at least; the last factor is the idle time of
@@ -28,7 +28,8 @@ from functools import cache
 
 import torch
 
-from perf.compiling.compile_only import analysis, compilers, loop_facts
+from perf.compiling.compile_only import analysis, compilers
+from perf.compiling.counting import counts, reading
 from perf.compiling.facts import MAIN_TARGET
 from perf.compiling.targets import TARGETS, Target
 from perf.operations.contract import KernelNotes, operations
@@ -40,7 +41,7 @@ from tritonloss._tools.sieve import Place, compiled
 from tritonloss._tools.tuning_cases import own_cases, same_case, shape_of, sized, slices
 
 _WARPS_THAT_KEEP_BUSY = 2
-_UNCOUNTED = "not ranked, how often its inner loops run is known at run time only"
+_UNCOUNTED = "not ranked, nobody has said how often one of its loops runs"
 
 
 @dataclass(frozen=True)
@@ -155,33 +156,34 @@ def predict(place: Place, index: int, target_name: str) -> Prediction:
         case = same_case(*place)
         configuration = case.candidates[index]
         launches, trouble = compiled(case, configuration)
-        kernels = tuple(_kernel(record, target) for record in launches)
+        elements = math.prod(case.shape) if case.shape else None
+        kernels = tuple(_kernel(record, target, elements) for record in launches)
     faults = [f"{kernel.name} {kernel.fault}" for kernel in kernels if kernel.fault]
     if not launches and not trouble:
         trouble = "its inputs cannot be made without a device"
     return Prediction(configuration, kernels, trouble or (faults[0] if faults else None))
 
 
-def _kernel(record: Launch, target: Target) -> Kernel:
+def _kernel(record: Launch, target: Target, elements: int | None) -> Kernel:
     code, _ = analysis(record)
     shared = record.compiled.metadata.shared
     notes = _notes().get(record.kernel)
-    loops = [loop.per_output for loop in loop_facts(notes, code, target, record)]
-    per_output = None
-    if notes is None:
-        per_output = 0.0  # a helper: only its bytes count
-    elif loops and None not in loops:
-        per_output = sum(loop for loop in loops if loop is not None) / len(loops)
-    elif not code.loops and record.programs:
-        threads = record.programs * record.num_warps * target.gpu.warp_size
-        per_output = code.instructions * threads / record.largest_tensor
+    read = reading(notes, target, record, elements or record.largest_tensor)
+    counted = counts(read, code)
+    per_output, outputs = None, record.largest_tensor
+    if read is None:
+        per_output = 0.0  # only its bytes count
+    elif not counted.unaccounted:
+        per_output = sum(count for _, count in counted.totals) / len(counted.totals)
+        threads = record.num_warps * target.gpu.warp_size
+        outputs = round(read.outputs * threads * (record.programs or 1))
     return Kernel(
         record.kernel,
         code.registers,
         code.resources(shared).fault(target.shared_per_block),
         target.occupancy(code.registers, shared, record.num_warps),
         per_output,
-        record.largest_tensor,
+        outputs,
         record.tensor_bytes,
         record.programs,
         record.num_warps,

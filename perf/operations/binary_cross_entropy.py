@@ -18,6 +18,7 @@ from perf.operations.pixel_cases import (
     KERNELS,
     SHIPPED,
     SIGMOID_CODE,
+    WIDE,
     bandwidth_goals,
     code_goals,
     floor,
@@ -54,7 +55,7 @@ OPERATIONS = (
         launch=launch(BINARY_CROSS_ENTROPY, Options()),
         floor=floor,
         cases=(*CASES, BINARY),
-        shipped=(*SHIPPED, replace(BINARY, everywhere=False)),
+        shipped=(*SHIPPED, replace(BINARY, everywhere=False), *WIDE),
         kernels=KERNELS,
         operators=("binary_cross_entropy_forward", "binary_cross_entropy_backward"),
         goals=(

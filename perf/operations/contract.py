@@ -83,6 +83,7 @@ class Case:
     schedule: str | None = None  # forced on operations that have several
     against_compile: bool = False  # torch.compile takes long to compile: only where asked for
     everywhere: bool = False  # compiled for all targets in the short compile-only table too
+    rare: bool = False  # compiled in the full table only
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -146,7 +147,11 @@ class Goal:
 
 @dataclass(frozen=True)
 class CodeGoal:
-    """Instructions per output that a kernel's loop may take at most in one of the shipped cases."""
+    """Instructions per output that a kernel may take at most in one of the shipped cases.
+
+    `loop` is a loop's name, for those of it per output that it completes; or "total", or such as
+    "total, class present", for those of the whole kernel per output, as executed.
+    """
 
     text: str
     case: Case
@@ -156,17 +161,48 @@ class CodeGoal:
     target: str = "sm_90"
 
 
-@dataclass(frozen=True)
-class KernelNotes:
-    """How to read a kernel's machine code.
+# What is known of a launch: the kernel's constexprs and integers by their names, GRID.0 to GRID.2,
+# PROGRAMS, THREADS of a program, and ELEMENTS of the map that the operation is about.
+Given = Mapping[str, Any]
+Number = Callable[[Given], float]
 
-    `outputs` is what one thread completes in one iteration of a big loop, computed from the
-    kernel's constexprs and THREADS, the threads of a program. `loops` names the big loops from
-    the smallest to the largest; their order in memory is the compiler's business.
+
+def one(_: Given) -> float:
+    """1, whatever the launch."""
+    return 1.0
+
+
+@dataclass(frozen=True)
+class LoopNotes:
+    """A loop of a kernel's device code, and how often a program goes round it.
+
+    Attributes:
+        name: what it goes over. Loops of one name are counted together.
+        within: the function that it is written in and its variable ("function.variable", with
+            "while" for one that has none), or either: "function", ".variable". The first notes that
+            fit a loop are taken. Several with the same `within` are about as many loops in the
+            order of the source, that of the calls if it is one function's that is called several
+            times; one alone is about all of them.
+        rounds: of one program, all together, of the loop as it is written.
+        when: the only case in which it runs, like "class present"; None for always.
+        unroll: how many rounds the source asks to make one of.
+        share: of the kernel's outputs, those that it completes.
     """
 
-    outputs: Callable[[Mapping[str, Any]], float]
-    loops: tuple[str, ...] = ("main loop",)
+    name: str
+    within: str
+    rounds: Number
+    when: str | None = None
+    unroll: Number = one
+    share: Number = one
+
+
+@dataclass(frozen=True)
+class KernelNotes:
+    """How to read a kernel's machine code: the outputs of one thread, and all loops."""
+
+    outputs: Number
+    loops: tuple[LoopNotes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -182,7 +218,7 @@ class Operation:
         floor: bytes that a case has to move.
         cases: what the report measures, the most telling first.
         shipped: what the compile-only table compiles; one case for each way a kernel is built.
-        kernels: kernel name -> how to read its machine code; helpers may be left out.
+        kernels: kernel name -> how to read its machine code, for every kernel that is launched.
         operators: names of configurations, for forcing small launches in the interpreter.
         excused: elements of the first input's gradient where rounding may flip a decision, so
             that no kernel could agree with float64; None where there is no such thing.
@@ -237,15 +273,42 @@ def scheduled(operation: Operation, case: Case) -> Iterator[None]:
         yield
 
 
-def strip_outputs(constants: Mapping[str, Any]) -> float:
-    """Outputs of a strip kernel's thread in one iteration of its loop over rows.
+def strip_outputs(given: Given) -> float:
+    """Outputs of a strip kernel's thread, of a strip that lies within the map."""
+    lanes = given["STRIP.lanes"] / given["THREADS"]
+    return float(given["STRIP.columns"] * given["STRIP.rows"] * lanes)
 
-    The halo rows above and below the strip are read and complete nothing.
+
+def strip_rows(given: Given) -> float:
+    """Rows that a program reads: those of its strip and of the windows that begin above it."""
+    return float(given["STRIP.rows"] + given["WINDOW.size"] - 1)
+
+
+def _strip_unroll(given: Given) -> float:
+    return float(given["STRIP.unroll"])
+
+
+def strip_loops(*rows: LoopNotes) -> tuple[LoopNotes, ...]:
+    """A loop over the rows of a strip, or those given, and those over taps within it.
+
+    Where a lane has one column the taps of wide windows are not unrolled.
     """
-    lanes = constants["STRIP.lanes"] / constants["THREADS"]
-    rows = constants["STRIP.rows"]
-    share = rows / (rows + constants["WINDOW.size"] - 1)
-    return float(constants["STRIP.columns"] * constants["STRIP.unroll"] * lanes * share)
+    over_rows = rows or (strip_loop("rows", ".i"),)
+    return (
+        *over_rows,
+        LoopNotes("taps", ".distance", lambda g: strip_rows(g) * (g["WINDOW.size"] // 2)),
+        LoopNotes("taps", ".step", lambda g: strip_rows(g) * g["WINDOW.size"]),
+    )
+
+
+def strip_loop(name: str, within: str, when: str | None = None) -> LoopNotes:
+    """A loop over all rows that a program reads, unrolled as the strip says."""
+    return LoopNotes(name, within, strip_rows, when, unroll=_strip_unroll)
+
+
+def share_of_the_map(given: Given) -> float:
+    """A thread's share of the operation's map, whatever it works on itself: for helpers."""
+    return float(given["ELEMENTS"] / (given["PROGRAMS"] * given["THREADS"]))
 
 
 def variations(base: Case, *changes: Mapping[str, Any]) -> tuple[Case, ...]:
@@ -255,6 +318,12 @@ def variations(base: Case, *changes: Mapping[str, Any]) -> tuple[Case, ...]:
         options = {**base.options, **change.get("options", {})}
         cases.append(replace(base, **{**change, "options": options}))
     return tuple(cases)
+
+
+def rarely(base: Case, *changes: Mapping[str, Any]) -> tuple[Case, ...]:
+    """variations without the base, for the full compile-only table alone."""
+    only = replace(base, everywhere=False, against_compile=False, rare=True)
+    return variations(only, *changes)[1:]
 
 
 def random_map(case: Case, device: torch.device, seed: int = 0) -> Tensor:

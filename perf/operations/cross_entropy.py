@@ -18,6 +18,7 @@ from perf.operations.pixel_cases import (
     KERNELS,
     SHIPPED,
     SOFTMAX_CODE,
+    WIDE,
     bandwidth_goals,
     code_goals,
     floor,
@@ -71,7 +72,7 @@ OPERATIONS = (
         launch=launch(CROSS_ENTROPY, Options()),
         floor=floor,
         cases=CROSS_ENTROPY_CASES,
-        shipped=(*SHIPPED, *AROUND),
+        shipped=(*SHIPPED, *AROUND, *WIDE),
         kernels=KERNELS,
         operators=("cross_entropy_forward", "cross_entropy_backward"),
         goals=(

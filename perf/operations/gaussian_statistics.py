@@ -16,6 +16,8 @@ from perf.operations.contract import (
     KernelNotes,
     Operation,
     random_map,
+    rarely,
+    strip_loops,
     strip_outputs,
     variations,
 )
@@ -73,6 +75,11 @@ SHIPPED = variations(
     ),
     {"options": {"window_size": 11, "padding": "reflect"}, "everywhere": False},
     {"options": {"window_size": 11}, "dtype": "bfloat16", "everywhere": False},
+    {"dtype": "float64", "everywhere": False},
+)
+RARE = rarely(
+    SHIPPED[0],
+    *({"dtype": "float64", "options": {"window_size": window}} for window in (5, 7, 9, 11, 15)),
 )
 
 
@@ -110,10 +117,10 @@ OPERATIONS = (
         launch=launch,
         floor=floor,
         cases=CASES,
-        shipped=SHIPPED,
+        shipped=(*SHIPPED, *RARE),
         kernels={
-            "_gaussian_statistics_forward_kernel": KernelNotes(strip_outputs, ("rows",)),
-            "_gaussian_statistics_backward_kernel": KernelNotes(strip_outputs, ("rows",)),
+            "_gaussian_statistics_forward_kernel": KernelNotes(strip_outputs, strip_loops()),
+            "_gaussian_statistics_backward_kernel": KernelNotes(strip_outputs, strip_loops()),
         },
         operators=("gaussian_statistics_forward", "gaussian_statistics_backward"),
         goals=GOALS,

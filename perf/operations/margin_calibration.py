@@ -16,12 +16,12 @@ from perf.operations.contract import (
     CodeGoal,
     Floor,
     Goal,
-    KernelNotes,
     Operation,
     random_labels,
     random_map,
     variations,
 )
+from perf.operations.pixel_cases import TWO_PASSES, WIDE
 from tritonloss import MarginOffsets, functional
 from tritonloss.pixelwise.margin_calibration import MARGIN_CALIBRATED, Options
 
@@ -62,12 +62,6 @@ def floor(case: Case) -> Floor:
     logits = case.shape.elements * case.torch_dtype.itemsize
     labels = case.shape.pixels * getattr(torch, str(case.labels)).itemsize
     return Floor(forward=logits + labels, backward=2 * logits + labels)
-
-
-def outputs(constants: Any) -> float:
-    """Values of pixels and classes that a thread completes in one round over a block of classes."""
-    tile = [constants[f"TILE.{name}"] for name in ("pixels", "lanes", "unroll")]
-    return float(tile[0] * tile[1] * tile[2] / constants["THREADS"])
 
 
 BASE = Case(SHAPES["cityscapes"], labels="uint8", against_compile=True)
@@ -155,11 +149,8 @@ OPERATIONS = (
         launch=launch,
         floor=floor,
         cases=CASES,
-        shipped=SHIPPED,
-        kernels={
-            "_pixelwise_forward_kernel": KernelNotes(outputs, ("top two", "penalties")),
-            "_pixelwise_backward_kernel": KernelNotes(outputs, ("classes",)),
-        },
+        shipped=(*SHIPPED, *WIDE),
+        kernels=TWO_PASSES,
         operators=("margin_calibrated_forward", "margin_calibrated_backward"),
         goals=GOALS,
     ),

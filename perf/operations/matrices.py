@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from kernels_reference import linalg as reference
-from perf.operations.contract import Case, Floor, Goal, KernelNotes, Operation, Shape
+from perf.operations.contract import (
+    Case,
+    Floor,
+    Given,
+    Goal,
+    KernelNotes,
+    LoopNotes,
+    Operation,
+    Shape,
+)
 from tritonloss import linalg
 from tritonloss.linalg import launchers
 
@@ -65,6 +74,34 @@ def _reference_factor(matrices: Tensor) -> Tensor:
     return reference.cholesky_ex(matrices)[0]
 
 
+def _elements(given: Given) -> float:
+    """A thread's share of the elements of its program's matrices."""
+    return float(given["MATRICES"] * given["order"] ** 2 / given["THREADS"])
+
+
+def _elements_in_lanes(given: Given) -> float:
+    return float(given["LANES"] * given["ORDER"] ** 2 / given["THREADS"])
+
+
+def _order(given: Given) -> float:
+    return float(given["order"])
+
+
+_TILE = KernelNotes(
+    _elements, (LoopNotes("rows", ".k", _order), LoopNotes("rows back", ".step", _order))
+)
+KERNELS = {
+    "_cholesky_lanes_kernel": KernelNotes(_elements_in_lanes),
+    "_logdet_lanes_kernel": KernelNotes(_elements_in_lanes),
+    "_cholesky_tile_kernel": _TILE,
+    "_logdet_tile_kernel": _TILE,
+    "_solve_kernel": _TILE,
+    "_cholesky_backward_kernel": _TILE,
+    "_inverse_backward_kernel": _TILE,
+    "_solve_backward_kernel": KernelNotes(
+        _elements, (LoopNotes("columns", ".k", lambda given: given["columns"]),)
+    ),
+}
 CASES = tuple(Case(_matrices(order)) for order in _ORDERS)
 SHIPPED = tuple(
     Case(_matrices(order), dtype=dtype, everywhere=order in (9, 32))
@@ -90,7 +127,7 @@ OPERATIONS = (
         floor=floor,
         cases=CASES,
         shipped=SHIPPED,
-        kernels={"_cholesky_tile_kernel": KernelNotes(lambda constants: constants["MATRICES"])},
+        kernels=KERNELS,
         operators=(),
         goals=GOALS,
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +14,13 @@ from perf.operations.contract import (
     Case,
     CodeGoal,
     Floor,
+    Given,
     Goal,
     KernelNotes,
+    LoopNotes,
     random_labels,
     random_map,
+    rarely,
     variations,
 )
 from tritonloss._core.operator import Operator
@@ -46,14 +49,27 @@ def floor(case: Case) -> Floor:
     return Floor(forward=logits + labels, backward=2 * logits + labels)
 
 
-def outputs(constants: Mapping[str, Any]) -> float:
-    """Values of pixels and classes that a thread completes in one round over a block of classes."""
-    return float(
-        constants["TILE.pixels"]
-        * constants["TILE.lanes"]
-        * constants["TILE.unroll"]
-        / constants["THREADS"]
+def outputs(given: Given) -> float:
+    """A thread's share of a tile's pixels and classes."""
+    return float(given["TILE.pixels"] * given["TILE.classes"] / given["THREADS"])
+
+
+def class_loop(name: str, within: str) -> LoopNotes:
+    """A loop over blocks of classes, all but the last one."""
+    return LoopNotes(
+        name,
+        within,
+        rounds=_blocks,
+        share=lambda given: _blocks(given) * _block(given) / given["TILE.classes"],
     )
+
+
+def _block(given: Given) -> float:
+    return float(given["TILE.unroll"] * given["TILE.lanes"])
+
+
+def _blocks(given: Given) -> float:
+    return (given["TILE.classes"] - 1) // _block(given)
 
 
 _SHAPES = ("cityscapes", "ade20k", "coco-stuff")
@@ -70,6 +86,7 @@ CASES = variations(
 BINARY = replace(BASE, shape=SHAPES["binary"], against_compile=False)
 
 _ONCE = {"everywhere": False, "against_compile": False}
+_WIDE: tuple[dict[str, Any], ...] = ({"labels": "int64"}, {"dtype": "float64"})
 SHIPPED = variations(
     replace(BASE, everywhere=True, against_compile=False),
     {"layout": "channels_last"},
@@ -84,12 +101,26 @@ AROUND = variations(
     replace(SHIPPED[0], everywhere=False),
     {"dtype": "float16"},
     {"layout": "strided"},
-    {"labels": "int64"},
     {"options": {"reduction": "none"}},
     {"shape": replace(SHAPES["ade20k"], name="thousand", classes=1000)},  # more than a uint8 holds
     {"options": {"label_smoothing": 0.1}},
     {"options": {"label_smoothing": 0.1}, "layout": "channels_last"},
 )[1:]
+# What takes more registers, for every loss. In float64, for which nothing is tuned, it may spill.
+WIDE = (
+    *variations(replace(SHIPPED[0], everywhere=False), {"labels": "int64"}, {"dtype": "float64"})[
+        1:
+    ],
+    *rarely(
+        SHIPPED[0],
+        *({"shape": SHAPES["cityscapes"], **wide} for wide in _WIDE),
+        *({"layout": "channels_last", **wide} for wide in _WIDE),
+        *({"shape": SHAPES["cityscapes"], "layout": "channels_last", **wide} for wide in _WIDE),
+        {"dtype": "float64", "labels": "int64"},
+        {"dtype": "bfloat16", "labels": "int64"},
+        *({"labels": labels} for labels in ("int16", "int32")),
+    ),
+)
 
 
 def bandwidth_goals(words: str, float32: float, bfloat16: float) -> tuple[Goal, ...]:
@@ -130,5 +161,14 @@ def code_goals(
 SOFTMAX_CODE = ((7.2, 10.0), (9.0, 12.4))
 SIGMOID_CODE = ((12.4, 12.8), (13.7, 15.5))
 
-_CLASSES = KernelNotes(outputs, ("classes",))
-KERNELS = {"_pixelwise_forward_kernel": _CLASSES, "_pixelwise_backward_kernel": _CLASSES}
+_BACKWARD = KernelNotes(outputs, (class_loop("classes", "write_gradients"),))
+KERNELS = {
+    "_pixelwise_forward_kernel": KernelNotes(outputs, (class_loop("classes", "_fold_blocks"),)),
+    "_pixelwise_backward_kernel": _BACKWARD,
+}
+TWO_PASSES = {
+    "_pixelwise_forward_kernel": KernelNotes(
+        outputs, (class_loop("top two", "_fold_blocks"), class_loop("penalties", "_fold_blocks"))
+    ),
+    "_pixelwise_backward_kernel": _BACKWARD,
+}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,13 +14,14 @@ from perf.operations.contract import (
     CodeGoal,
     Floor,
     Goal,
-    KernelNotes,
     Operation,
     Shape,
     random_labels,
     random_map,
+    rarely,
     variations,
 )
+from perf.operations.region_loops import KERNELS
 from tritonloss import functional
 from tritonloss.regions.backward import backward_pass
 from tritonloss.regions.forward import forward_pass
@@ -59,17 +59,6 @@ def floor(case: Case) -> Floor:
     logits = case.shape.elements * case.torch_dtype.itemsize
     labels = case.shape.pixels * getattr(torch, str(case.labels)).itemsize
     return Floor(forward=logits + labels, backward=2 * logits + labels)
-
-
-def columns_per_thread(constants: Mapping[str, Any]) -> float:
-    """Pixels that a thread completes in one iteration of the loop over rows."""
-    return float(constants["LANES"] / constants["THREADS"])
-
-
-def pixels_per_thread(constants: Mapping[str, Any]) -> float:
-    """Full-resolution pixels of one class that a thread pools in one iteration."""
-    pixels = constants["CELLS"] * constants["SIZE"] * constants["SIZE"]
-    return float(pixels / constants["THREADS"])
 
 
 BASE = Case(
@@ -144,6 +133,45 @@ SHIPPED = variations(
         )
     ),
     {"shape": _SMALL, "dtype": "bfloat16", "everywhere": False},
+    {"dtype": "float64", "everywhere": False},
+    # What takes most registers without pooling.
+    {"labels": "int64", "options": {"pooling": None}},
+    {
+        "labels": "int64",
+        "options": {"pooling": None, "region_size": 4, "precision": "float32"},
+        "everywhere": False,
+    },
+)
+_REGIONS = (1, 2, 3, 4, 5)
+_UNPOOLED: dict[str, Any] = {"pooling": None}
+RARE = rarely(
+    SHIPPED[0],
+    *(
+        {"labels": "int64", "options": {**_UNPOOLED, "region_size": region}}
+        for region in (1, 2, 4, 5)
+    ),
+    *(
+        {"labels": labels, "options": {**_UNPOOLED, "region_size": region}}
+        for labels in ("int16", "int32")
+        for region in (3, 5)
+    ),
+    *(
+        {
+            "labels": "int64",
+            "options": {**_UNPOOLED, "region_size": region, "precision": "float32"},
+        }
+        for region in (1, 2, 3, 5)
+    ),
+    *({"options": {"region_size": region, "precision": "float32"}} for region in (1, 2, 4)),
+    *({"labels": "int64", "options": {"region_size": region}} for region in (1, 2, 4, 5)),
+    *({"dtype": "float64", "options": {"region_size": region}} for region in (1, 2, 4, 5)),
+    *({"dtype": "float64", "options": {**_UNPOOLED, "region_size": region}} for region in _REGIONS),
+    *({"labels": "int64", "options": {"pool_size": size}} for size in (2, 3, 8)),
+    {"labels": "int64", "options": {"pooling": "max"}},
+    {"labels": "int64", "options": {"pooling": "nearest"}},
+    {"labels": "int64", "options": {**_UNPOOLED, "region_size": 5, "ignore": "drop"}},
+    {"labels": "int64", "layout": "channels_last", "options": _UNPOOLED},
+    {"labels": "int64", "dtype": "bfloat16", "options": _UNPOOLED},
 )
 
 
@@ -206,8 +234,6 @@ GOALS: tuple[Goal | CodeGoal, ...] = (
     ),
 )
 
-_ROWS = KernelNotes(columns_per_thread, ("rows",))
-_CLASSES = KernelNotes(pixels_per_thread, ("classes",))
 OPERATIONS = (
     Operation(
         name="rmi_loss",
@@ -217,14 +243,8 @@ OPERATIONS = (
         launch=launch,
         floor=floor,
         cases=CASES,
-        shipped=SHIPPED,
-        kernels={
-            "_rmi_lags_kernel": _ROWS,
-            "_rmi_interior_kernel": _ROWS,
-            "_rmi_pool_kernel": _CLASSES,
-            "_rmi_expand_kernel": _CLASSES,
-            "_rmi_sample_backward_kernel": KernelNotes(columns_per_thread, ("classes",)),
-        },
+        shipped=(*SHIPPED, *RARE),
+        kernels=KERNELS,
         operators=(),
         goals=GOALS,
     ),

@@ -18,6 +18,8 @@ from perf.operations.contract import (
     Shape,
     random_labels,
     random_map,
+    rarely,
+    strip_loops,
     strip_outputs,
     variations,
 )
@@ -100,6 +102,7 @@ IMAGE_CASES = variations(
     {"dtype": "bfloat16", "against_compile": False},
 )
 
+_WINDOWS = (5, 7, 9, 11, 15)
 # One case for each way a kernel is built: every window, and what else changes the code.
 LOSS_SHIPPED = variations(
     Case(SHAPES["cityscapes"], labels="uint8", options={"window_size": 3}, everywhere=True),
@@ -111,6 +114,13 @@ LOSS_SHIPPED = variations(
     {"shape": SHAPES["voc"], "everywhere": False},
     {"options": {"form": "contrast_structure"}, "everywhere": False},
     {"options": {"window_size": 11}, "dtype": "bfloat16", "everywhere": False},
+    {"dtype": "float64", "everywhere": False},
+)
+LOSS_RARE = rarely(
+    LOSS_SHIPPED[0],
+    *({"labels": "int64", "options": {"window_size": window}} for window in _WINDOWS),
+    *({"dtype": "float64", "options": {"window_size": window}} for window in _WINDOWS),
+    *({"labels": labels} for labels in ("int16", "int32")),
 )
 IMAGE_SHIPPED = variations(
     Case(IMAGES, options={"window_size": 3}, everywhere=True),
@@ -123,6 +133,11 @@ IMAGE_SHIPPED = variations(
     {"options": {"reduction": "none"}, "everywhere": False},
     {"options": {"window_size": 11, "reduction": "none"}, "everywhere": False},
     {"options": {"window_size": 11, "padding": "reflect"}, "everywhere": False},
+    {"dtype": "float64", "everywhere": False},
+)
+IMAGE_RARE = rarely(
+    IMAGE_SHIPPED[0],
+    *({"dtype": "float64", "options": {"window_size": window}} for window in _WINDOWS),
 )
 
 
@@ -135,10 +150,11 @@ def _goals(name: str, case: Case) -> tuple[Goal, ...]:
     )
 
 
+_STRIP = KernelNotes(strip_outputs, strip_loops())
 _KERNELS = {
-    "_ssim_forward_kernel": KernelNotes(strip_outputs, ("rows",)),
-    "_ssim_coefficients_kernel": KernelNotes(strip_outputs, ("rows",)),
-    "_ssim_backward_kernel": KernelNotes(strip_outputs, ("rows",)),
+    "_ssim_forward_kernel": _STRIP,
+    "_ssim_coefficients_kernel": _STRIP,
+    "_ssim_backward_kernel": _STRIP,
 }
 _OPERATORS = ("ssim_forward", "ssim_coefficients", "ssim_backward")
 OPERATIONS = (
@@ -150,7 +166,7 @@ OPERATIONS = (
         launch=loss_launch,
         floor=loss_floor,
         cases=LOSS_CASES,
-        shipped=LOSS_SHIPPED,
+        shipped=(*LOSS_SHIPPED, *LOSS_RARE),
         kernels=_KERNELS,
         operators=_OPERATORS,
         goals=_goals("SSIM loss, window 11", LOSS_BASE),
@@ -163,7 +179,7 @@ OPERATIONS = (
         launch=image_launch,
         floor=image_floor,
         cases=IMAGE_CASES,
-        shipped=IMAGE_SHIPPED,
+        shipped=(*IMAGE_SHIPPED, *IMAGE_RARE),
         kernels=_KERNELS,
         operators=_OPERATORS,
         goals=_goals("SSIM of images, window 11", IMAGE_BASE),

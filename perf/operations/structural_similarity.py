@@ -14,10 +14,15 @@ from perf.operations.contract import (
     Floor,
     Goal,
     KernelNotes,
+    LoopNotes,
     Operation,
     random_labels,
     random_map,
+    rarely,
+    strip_loop,
+    strip_loops,
     strip_outputs,
+    strip_rows,
     variations,
 )
 from tritonloss import functional
@@ -105,6 +110,18 @@ SHIPPED = variations(
         for window in (7, 11)
     ),
     {"options": {"window_size": 11}, "dtype": "bfloat16", "everywhere": False},
+    {"dtype": "float64", "everywhere": False},
+)
+_WINDOWS = (5, 7, 9, 11, 15)
+RARE = rarely(
+    SHIPPED[0],
+    *({"labels": "int64", "options": {"window_size": window}} for window in _WINDOWS),
+    *({"dtype": "float64", "options": {"window_size": window}} for window in _WINDOWS),
+    *(
+        {"labels": "int64", "schedule": "recompute", "options": {"window_size": window}}
+        for window in (7, 11)
+    ),
+    *({"labels": labels} for labels in ("int16", "int32")),
 )
 
 
@@ -144,7 +161,24 @@ GOALS: tuple[Goal | CodeGoal, ...] = (
     ),
 )
 
-_STRIP = KernelNotes(strip_outputs, ("class absent", "class present"))
+_VALID_ROWS = LoopNotes(
+    "valid pixels",
+    "_valid_in_strip",
+    lambda given: given["STRIP.rows"] / given["channels"],  # the programs of one class
+)
+
+
+def _strips(direction: str) -> KernelNotes:
+    loops = strip_loops(
+        LoopNotes("look", "_class_in_strip", strip_rows),
+        strip_loop("class present", f"_{direction}_strip.i", "class present"),
+        strip_loop("class absent", f"_{direction}_strip.i", "class absent"),
+        _VALID_ROWS,
+    )
+    return KernelNotes(strip_outputs, loops)
+
+
+_STORED = LoopNotes("rows", ".i", lambda given: given["STRIP.rows"])
 OPERATIONS = (
     Operation(
         name="structural_similarity_loss",
@@ -154,10 +188,11 @@ OPERATIONS = (
         launch=launch,
         floor=floor,
         cases=CASES,
-        shipped=SHIPPED,
+        shipped=(*SHIPPED, *RARE),
         kernels={
-            "_structural_similarity_forward_kernel": _STRIP,
-            "_structural_similarity_backward_kernel": _STRIP,
+            "_structural_similarity_forward_kernel": _strips("forward"),
+            "_structural_similarity_backward_kernel": _strips("backward"),
+            "_structural_similarity_stored_kernel": KernelNotes(strip_outputs, (_STORED,)),
         },
         operators=(
             "structural_similarity_forward",

@@ -179,9 +179,8 @@ def _offline_plots(report: Report) -> list[Block]:
     }
     code: dict[str, dict[str, float]] = {}
     for fact in report.facts:
-        counts = [loop.per_output for loop in fact.loops]
-        if fact.target == MAIN_TARGET and counts and None not in counts:
-            most = max(count for count in counts if count is not None)
+        if fact.target == MAIN_TARGET and fact.counts.totals:
+            most = max(count for _, count in fact.counts.totals)
             code.setdefault(words(fact.kernel), {"instructions": most})
     return [
         Bars("Extra memory, counted", "x the input's size", memory),
@@ -207,12 +206,26 @@ def _code_blocks(facts: Sequence[KernelFacts]) -> list[Block]:
             f"measurement. {len(facts) - committed} kernels were compiled for this report; the "
             f"numbers of {committed} are the committed ones of perf/baseline, since device code, "
             "launch configuration and Triton are the same as there (--compile compiles all). "
-            "Each cell: registers, theoretical occupancy, and machine instructions of "
-            "the main loop per output (one number per big loop, the smallest first; a kernel may "
-            f"have one for classes that a tile does not contain). {gpus}."
+            "Each cell: registers, theoretical occupancy, and machine instructions per output as "
+            "executed: in all (two numbers where a kernel has other code for classes that a strip "
+            "does not contain) and, in brackets, of what runs once in a program and of every loop. "
+            f"Of branches all are counted. {gpus}."
         ),
+        Paragraph(_spills(facts)),
         Table(*pivoted(facts), folded=f"{len(facts)} kernels"),
     ]
+
+
+def _spills(facts: Sequence[KernelFacts]) -> str:
+    """What spills in float64, where that is allowed."""
+    spilling = [
+        f"{words(fact.kernel)} ({fact.op}: {fact.case}) {fact.spill_bytes} B on {fact.target}"
+        for fact in facts
+        if fact.double and fact.spill_bytes
+    ]
+    if not spilling:
+        return "In float64, for which nothing is tuned and which may, nothing spills registers."
+    return f"In float64, for which nothing is tuned, these spill registers: {'; '.join(spilling)}."
 
 
 def _training_blocks(report: Report) -> list[Block]:

@@ -55,11 +55,11 @@ def _measured(operation: Operation, goal: Goal, rows: Sequence[Row]) -> Finding:
 def _counted(operation: Operation, goal: CodeGoal, facts: Sequence[KernelFacts]) -> Finding:
     asked = (operation.name, goal.case.text, goal.kernel, goal.target)
     counts = [
-        loop.per_output
+        count
         for fact in facts
         if (fact.op, fact.case, fact.kernel, fact.target) == asked
-        for loop in fact.loops
-        if loop.name == goal.loop
+        for name, count in fact.counts.named
+        if name == goal.loop
     ]
     value = counts[0] if counts else None
     wanted = f"≤ {goal.at_most:g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from perf.compiling.counting import TOTAL
 from perf.compiling.facts import MAIN_TARGET, KernelFacts
 from perf.measuring import host_time
 from perf.measuring.counted import CountedMemory
@@ -114,12 +115,10 @@ def _instruction_lines(op: str, facts: Sequence[KernelFacts]) -> Lines:
     lines: dict[str, dict[float, float]] = {}
     for fact in facts:
         if fact.op == op and fact.target == MAIN_TARGET and _is_plain(fact):
-            for loop in fact.loops:
-                name = words(fact.kernel)
-                name = name if len(fact.loops) == 1 else f"{name}, {loop.name}"
-                if loop.per_output is not None:
-                    window = float(fact.constants["WINDOW.size"])
-                    lines.setdefault(name, {}).setdefault(window, loop.per_output)
+            window = float(fact.constants["WINDOW.size"])
+            for total, count in fact.counts.totals:
+                name = f"{words(fact.kernel)}{total.removeprefix(TOTAL)}"
+                lines.setdefault(name, {}).setdefault(window, count)
     if len({place for points in lines.values() for place in points}) < 2:
         lines = {}  # one window is no line; the table has its numbers
     return Lines(

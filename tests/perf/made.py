@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from perf.compiling.facts import KernelFacts, LoopFacts
+from perf.compiling.counting import Counts, LoopFacts
+from perf.compiling.facts import KernelFacts
 from perf.measuring import rows
 from perf.measuring.counted import CountedMemory
 from perf.measuring.interpreted import Parity
@@ -57,12 +58,16 @@ def machine(device: torch.device = CPU) -> Machine:
     )  # fmt: skip
 
 
+def counted(rows: float, once: float = 2.0) -> Counts:
+    return Counts(once, (LoopFacts("rows", rows, rows),), (("total", rows + once),))
+
+
 def fact(**values: Any) -> KernelFacts:
     common: dict[str, Any] = {
         "op": "gaussian_statistics", "case": "cityscapes float32 contiguous window_size=3",
         "target": "sm_90", "kernel": "_gaussian_statistics_forward_kernel",
         "configuration": "COLUMNS=4", "constants": {"WINDOW.size": 3}, "registers": 40,
-        "occupancy": 0.5, "instructions": 300, "loops": (LoopFacts("rows", 200, 25.0),),
+        "occupancy": 0.5, "instructions": 300, "counts": counted(25.0),
     }  # fmt: skip
     return KernelFacts(**{**common, **values})
 

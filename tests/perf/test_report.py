@@ -90,6 +90,15 @@ def test_rows_that_cannot_be_trusted_colour_the_figure() -> None:
     assert content.page(offline_report(parity=[])).cards[3].good is False
 
 
+def test_spills_in_float64_are_listed_and_no_fault() -> None:
+    spilling = fact(spill_bytes=88, double=True, case="ade20k float64 contiguous")
+    made = content.page(offline_report(facts=[fact(), spilling]))
+    page = html.page(offline_report(facts=[fact(), spilling]))
+    assert made.cards[3].good is True and "0 of 2 compiled kernels spill or fail" in page
+    assert "ade20k float64 contiguous) 88 B on sm_90" in page and "nothing spills" not in page
+    assert "nothing spills registers" in html.page(offline_report())
+
+
 def test_a_page_is_readable_on_paper_and_in_the_dark() -> None:
     page = html.page(offline_report())
     assert "@media screen and (prefers-color-scheme: dark)" in page and "@media print" in page

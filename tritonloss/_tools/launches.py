@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,8 @@ _CONFIGURATION = ("columns", "lanes", "rows", "unroll")
 class Launch:
     """One `kernel[grid](...)`: the kernel's name, its constexprs, and what compiling gave.
 
-    A constexpr that is a named tuple stands under NAME.field for each of its fields. What is
+    A constexpr that is a named tuple stands under NAME.field for each of its fields. ``numbers``
+    are the integers among the other arguments, and GRID.0 to GRID.2, where they are known. What is
     launched with the same ``signature``, by code that is the same in all ``modules``, is the same
     machine code.
     """
@@ -33,6 +34,7 @@ class Launch:
     num_warps: int
     compiled: Any = None
     compile_seconds: float | None = None  # None: it came out of Triton's cache
+    numbers: Mapping[str, int] = field(default_factory=dict)
     programs: int | None = None  # None: the grid is a function
     tensor_bytes: int = 0  # of all tensors that it is given, each once
     largest_tensor: int = 0  # elements of the largest one
@@ -73,6 +75,7 @@ def recorded(mode: Literal["run", "compile", "skip"]) -> Iterator[list[Launch]]:
             Launch(
                 kernel=self.__name__,
                 constants=_constants(self, args, kwargs),
+                numbers=_numbers(self, args, kwargs, grid),
                 num_warps=kwargs.get("num_warps", 4),
                 compiled=compiled,
                 compile_seconds=seconds[0] if seconds else None,
@@ -167,9 +170,24 @@ def _tensors(values: tuple[Any, ...]) -> list[torch.Tensor]:
     return list(tensors.values())
 
 
-def _constants(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _numbers(
+    kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Any
+) -> dict[str, int]:
+    values = _values(kernel, args, kwargs)
+    names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
+    axes = () if callable(grid) else (*grid, 1, 1)[:3]
+    return {name: values[name] for name in names if type(values.get(name)) is int} | {
+        f"GRID.{axis}": programs for axis, programs in enumerate(axes)
+    }
+
+
+def _values(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     names = [parameter.name for parameter in kernel.params]
-    values = dict(zip(names, args, strict=False)) | kwargs
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _constants(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    values = _values(kernel, args, kwargs)
     constants: dict[str, Any] = {}
     for parameter in kernel.params:
         if parameter.is_constexpr and parameter.name in values:

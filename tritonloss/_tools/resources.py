@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,18 @@ def amd_usage(assembly: str) -> tuple[int, int]:
 
 def cuobjdump(option: str, path: Path) -> str:
     """What the program that comes with Triton prints about a file."""
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return _printed("cuobjdump", [option], path)
+
+
+def nvdisasm(options: Sequence[str], path: Path) -> str:
+    """What this one prints, which comes with Triton too."""
+    return _printed("nvdisasm", options, path)
+
+
+def _printed(name: str, options: Sequence[str], path: Path) -> str:
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run(
-        [program, option, path], check=True, capture_output=True, text=True
+        [program, *options, path], check=True, capture_output=True, text=True
     ).stdout
 
 
