@@ -68,8 +68,8 @@ class Results(NamedTuple):
 
     loss: torch.Tensor  # [], or [N, H, W]
     scale: torch.Tensor  # [1], or [0] for a map
-    first: torch.Tensor  # the maps for the backward pass, [N, H, W], or [0] where there is none
-    second: torch.Tensor
+    first: torch.Tensor | None  # the maps for the backward pass, [N, H, W]
+    second: torch.Tensor | None
 
 
 class Kept(NamedTuple):
@@ -86,19 +86,32 @@ class Walk(NamedTuple):
     reduction: str
 
 
-def allocated(
-    losses: Sequence[Loss], logits: torch.Tensor, reduction: str, save: bool
-) -> tuple[torch.Tensor, Kept]:
+class Made(NamedTuple):
+    """What a forward launch fills: shapes and dtypes."""
+
+    loss: tuple[int, ...]
+    scale: int
+    pixels: tuple[int, ...]
+    dtype: torch.dtype  # of loss and scale
+    maps: tuple[torch.dtype, ...]
+
+
+def made(losses: Sequence[Loss], logits: torch.Tensor, reduction: str, save: bool) -> Made:
     """The tensors that a forward launch fills."""
-    device, dtype = logits.device, compute_dtype(logits.dtype)
-    pixels = (logits.size(0), logits.size(2), logits.size(3))
-    loss = torch.empty(pixels if reduction == "none" else (), dtype=dtype, device=device)
+    images, _, height, width = logits.shape
+    pixels = (images, height, width)
+    dtypes = tuple(dtype for loss in losses for dtype in loss.saved(logits)) if save else ()
     # A map needs no scale, and what nobody fills is not there.
-    scales = 0 if reduction == "none" else len(losses)
-    scale = torch.empty(scales, dtype=dtype, device=device)
-    dtypes = [dtype for loss in losses for dtype in loss.saved(logits)] if save else []
-    maps = [torch.empty(pixels, dtype=dtype, device=device) for dtype in dtypes]
-    return loss, Kept(scale, tuple(maps))
+    shape, scales = (pixels, 0) if reduction == "none" else ((), len(losses))
+    return Made(shape, scales, pixels, compute_dtype(logits.dtype), dtypes)
+
+
+def allocated(made: Made, logits: torch.Tensor) -> tuple[torch.Tensor, Kept]:
+    """The tensors, on the device of ``logits``."""
+    loss = logits.new_empty(made.loss, dtype=made.dtype)
+    scale = logits.new_empty(made.scale, dtype=made.dtype)
+    maps = tuple([logits.new_empty(made.pixels, dtype=dtype) for dtype in made.maps])
+    return loss, Kept(scale, maps)
 
 
 # --- launchers ------------------------------------------------------------------------------------
@@ -109,30 +122,31 @@ def launch_forward(
 ) -> tuple[torch.Tensor, Kept]:
     """The sum of the losses, and what their backward pass needs if ``save``."""
     losses = [term.loss for term in terms]
-    loss, kept = allocated(losses, logits, walk.reduction, save)
     if logits.numel() == 0:  # no program runs, and so none comes last
-        loss.zero_()
-        kept.scale.zero_()
-        return loss, kept
-    own, other = _tables(terms, logits)
+        loss, kept = allocated(made(losses, logits, walk.reduction, save), logits)
+        return loss.zero_(), kept._replace(scale=kept.scale.zero_())
 
-    def prepare() -> tuple[PreparedLaunch, int]:
-        grid, launch = _launch(losses, "forward", logits, target)
+    def prepare() -> tuple[PreparedLaunch, int, Made]:
+        grid, arguments = _launch(losses, "forward", logits, target)
         constants = {
             **_numbers(terms),
-            "logits_strides": _strides(logits, launch["TILE"]),
-            "target_strides": _strides(target, launch["TILE"]),
+            "logits_strides": _strides(logits, arguments["TILE"]),
+            "target_strides": _strides(target, arguments["TILE"]),
             "programs": grid[0],
             "TERMS": _terms(terms, logits, save),
             "REDUCTION": walk.reduction,
             **_labels(losses, logits, target, walk.ignore_index),
-            **launch,
+            **arguments,
         }
-        aligned = launch["TILE"].grain > 1
-        return PreparedLaunch(_pixelwise_forward_kernel, grid, constants, aligned), grid[0]
+        # Of whole grains the maps are aligned, and so is all that is allocated here.
+        aligned = arguments["TILE"].grain > 1
+        launch = PreparedLaunch(_pixelwise_forward_kernel, grid, constants, aligned)
+        return launch, grid[0], made(losses, logits, walk.reduction, save)
 
     key = (_key(terms), kind(logits), kind(target), walk, save)
-    launch, programs = prepared(key, prepare)
+    launch, programs, filled = prepared(key, prepare)
+    loss, kept = allocated(filled, logits)
+    own, other = _tables(terms, logits)
     rows = 2 * len(terms) + 1 if walk.reduction != "none" else 0
     with device_guard(logits):
         sums = sums_over(programs, rows, logits.device)
@@ -178,10 +192,12 @@ def launch_backward(
             **_labels(losses, logits, target, walk.ignore_index),
             **launch,
         }
-        aligned = launch["TILE"].grain > 1
+        aligned = launch["TILE"].grain > 1 and (reduced or is_aligned(upstream))
         return PreparedLaunch(_pixelwise_backward_kernel, grid, constants, aligned)
 
-    key = (_key(terms), kind(logits), kind(target), kind(upstream), kind(grad_logits), walk)
+    # The gradient's layout follows from that of the logits.
+    upstream_kind = kind(upstream) if walk.reduction == "none" else None
+    key = (_key(terms), kind(logits), kind(target), upstream_kind, walk)
     launch = prepared(key, prepare)
     with device_guard(logits):
         launch(
@@ -222,7 +238,11 @@ def _tables(
 
 
 def _table(table: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
-    return logits if table is None else table.contiguous()
+    if table is None:
+        return logits
+    if table.is_contiguous() and is_aligned(table):
+        return table
+    return table.clone(memory_format=torch.contiguous_format)
 
 
 def _numbers(terms: tuple[Term, ...]) -> dict[str, Any]:
@@ -267,8 +287,7 @@ def pixelwise_operator(
     """
 
     def results(value: torch.Tensor, kept: Kept) -> Results:
-        maps = [*kept.maps, *(kept.scale.new_empty(0) for _ in range(2 - len(kept.maps)))]
-        return Results(value, kept.scale, *maps)
+        return Results(value, kept.scale, *kept.maps, *(None,) * (2 - len(kept.maps)))
 
     def forward(
         logits: torch.Tensor,
@@ -285,8 +304,8 @@ def pixelwise_operator(
     def backward(
         grad_loss: torch.Tensor,
         scale: torch.Tensor,
-        first: torch.Tensor,
-        second: torch.Tensor,
+        first: Any,
+        second: Any,
         logits: torch.Tensor,
         target: torch.Tensor,
         own_table: torch.Tensor | None,
@@ -301,7 +320,7 @@ def pixelwise_operator(
     def allocate(
         logits: torch.Tensor, options: Any, save: bool, **_: torch.Tensor | None
     ) -> Results:
-        return results(*allocated([loss], logits, options.reduction, save))
+        return results(*allocated(made([loss], logits, options.reduction, save), logits))
 
     return Operator(
         loss.name,
@@ -382,7 +401,9 @@ def _launch(
         "width": logits.size(3),
         "tiles": tiles,
         "full": (classes - 1) // step * step,
-        "TILE": Tile(pixels, lanes, unroll, grain, flat, classes, double, _bundle(logits)),
+        "TILE": Tile(
+            pixels, lanes, unroll, grain, flat, classes, double, *_bundles(logits, lanes, unroll)
+        ),
         "num_warps": warps,
         "enable_fp_fusion": True,
     }
@@ -402,15 +423,17 @@ def _classes_in_lanes(logits: torch.Tensor) -> bool:
     return logits.size(1) > 1 and logits.stride(1) == 1 and logits.stride(3) != 1
 
 
-def _bundle(logits: torch.Tensor) -> int:
-    """Classes of a bundle.
+def _bundles(logits: torch.Tensor, lanes: int, unroll: int) -> tuple[int, int]:
+    """(classes of a bundle, slots of any block that are in one bundle).
 
-    Going forward every bundle takes two instructions; going back all of its classes are read once
-    more, which costs less where lanes share them.
+    There are at most 32 bundles of 256 classes. Going forward every bundle takes two instructions;
+    going back all of its classes are read once more, which costs less where lanes share them.
     """
-    if _classes_in_lanes(logits):
-        return _LAST_BUNDLE
-    return 8 if logits.size(1) > 64 else 4
+    classes = logits.size(1)
+    bundle = _LAST_BUNDLE if _classes_in_lanes(logits) else 8 if classes > 64 else 4
+    slots = bundle // lanes
+    aligned = unroll * lanes >= classes or unroll % slots == 0 or slots % unroll == 0
+    return bundle, slots if aligned else 1
 
 
 def _is_flat(

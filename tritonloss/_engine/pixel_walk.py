@@ -184,16 +184,16 @@ def look_up(view, index, TILE: tl.constexpr):
 
 
 @triton.jit
-def largest_of_bundle(view, first, inside, TILE: tl.constexpr):
-    """Each pixel's largest logit of ``Tile.bundle`` classes, [pixels]; anything where no pixel is.
+def largest_of_bundle(view, number, inside, TILE: tl.constexpr):
+    """Each pixel's largest logit of a bundle, [pixels]; anything where no pixel is.
 
-    Whatever the first class has become, it leads to no foreign memory: the last bundle is moved to
-    where its classes are the last ones.
+    Whatever the number has become, it leads to no foreign memory. The last bundle begins early
+    enough to be a whole one, if there are so many classes.
     """
     dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
     LANES: tl.constexpr = TILE.lanes
     COUNT: tl.constexpr = TILE.bundle if TILE.bundle < TILE.classes else TILE.classes
-    first = tl.minimum(tl.maximum(first, 0), TILE.classes - COUNT)
+    first = tl.minimum(tl.maximum(number, 0) * TILE.bundle, TILE.classes - COUNT)
     # [pixels], or [pixels, lanes]
     pointers = view.pointer + view.offsets + for_classes(first, TILE).to(tl.int64) * view.stride
     if LANES == 1:

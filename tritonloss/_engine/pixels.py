@@ -35,6 +35,7 @@ class Tile(NamedTuple):
     classes: int
     double: bool  # the arithmetic is in float64
     bundle: int  # classes of a bundle, at least as many as lanes; the same in both passes
+    slots: int  # neighbouring slots of any block that are in one bundle
 
 
 class Pixel(NamedTuple):
@@ -87,8 +88,8 @@ class Record(NamedTuple):
         lookups: (saved, pixel, TILE) -> the classes, a tuple of [pixels], whose logits ``factors``
             gets as ``looked_up``; 0 where a class is less than 0, as it has to be where no pixel
             is.
-        bundles: (saved, pixel, TILE) -> the first classes of bundles, a tuple of [pixels], whose
-            largest logits ``factors`` gets as well, before those of ``lookups``.
+        bundles: (saved, pixel, TILE) -> the numbers of bundles, a tuple of [pixels], whose largest
+            logits ``factors`` gets as well, before those of ``lookups``.
         join: (state, OPTIONS, TILE) -> the state before a second pass over the classes, or None if
             the loss has one pass only.
         add_again: like ``add``, in the second pass.

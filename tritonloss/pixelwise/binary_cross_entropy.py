@@ -211,7 +211,7 @@ def binary_cross_entropy(
         return binary_cross_entropy_reference(
             logits, target, pos_weight=pos_weight, ignore_index=ignore_index, reduction=reduction
         )
-    pos_weight = None if pos_weight is None else pos_weight.detach()  # it gets no gradient
+    pos_weight = None if pos_weight is None else checks.without_gradient(pos_weight)
     options = Options(checks.plain_label(ignore_index), reduction)
     return BINARY_CROSS_ENTROPY(logits, target, pos_weight, None, options=options)[0]
 

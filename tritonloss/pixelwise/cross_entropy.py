@@ -232,7 +232,7 @@ def cross_entropy(
             ignore_index=ignore_index,
             reduction=reduction,
         )
-    weight = None if weight is None else weight.detach()  # it gets no gradient
+    weight = None if weight is None else checks.without_gradient(weight)
     options = Options(float(label_smoothing), checks.plain_label(ignore_index), reduction)
     return CROSS_ENTROPY(logits, target, weight, None, options=options)[0]
 

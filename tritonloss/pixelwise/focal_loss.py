@@ -228,7 +228,7 @@ def focal_loss(
             ignore_index=ignore_index,
             reduction=reduction,
         )
-    alpha = None if alpha is None else alpha.detach()  # it gets no gradient
+    alpha = None if alpha is None else checks.without_gradient(alpha)
     ignored = checks.plain_label(ignore_index)
     options = Options(float(gamma), bool(detach_weight), ignored, reduction)
     return FOCAL(logits, target, alpha, None, options=options)[0]

@@ -192,9 +192,9 @@ def margin_calibrated_loss(
             ignore_index=ignore_index,
             reduction=reduction,
         )
-    # The offsets get no gradient.
+    own, other = checks.without_gradient(own), checks.without_gradient(other)
     options = Options(variant, checks.plain_label(ignore_index), reduction)
-    return MARGIN_CALIBRATED(logits, target, own.detach(), other.detach(), options=options)[0]
+    return MARGIN_CALIBRATED(logits, target, own, other, options=options)[0]
 
 
 def _check_options(

@@ -2,10 +2,10 @@
 
 The backward pass needs the largest logit and log2 of the sum of 2^((z - largest) log2 e): their sum
 alone, the log-sum-exp, would lose the digits of every probability where all logits are large. Up to
-256 classes four bytes per pixel hold both. Eight bits say among which few classes, a bundle, the
-backward pass finds the largest logit again: the first of them. The logarithm, from 0 to log2 C,
-takes the other 24 in fixed point, which moves no probability by more than 2e-7 of itself. Of more
-classes the two numbers are saved as they are, and so for float64.
+256 classes four bytes per pixel hold both. Five bits are the number of the bundle in which the
+backward pass finds the largest logit again. The logarithm, from 0 to log2 C, takes the other 27 in
+fixed point, as many digits as it has in float32. Of more classes the two numbers are saved as they
+are, and so for float64.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ from .._engine.planes import compute_dtype
 _LOWEST = tl.constexpr(-3.0e38)
 _NO_CLASS = tl.constexpr(1 << 30)
 _PACKED_CLASSES = tl.constexpr(256)
-_ONE = tl.constexpr(2.0**21)  # of the fixed point
-_NAN = tl.constexpr((1 << 24) - 1)
+_ONE = tl.constexpr(2.0**24)  # of the fixed point
+_MOST = tl.constexpr(2.0**27 - 8)  # float32 has no number between it and 2^27
+_NAN = tl.constexpr((1 << 27) - 1)
+_BUNDLES = tl.constexpr(32)
 
 
 def softmax_saves(logits: torch.Tensor) -> tuple[torch.dtype, ...]:
@@ -49,7 +51,7 @@ class SoftmaxState(NamedTuple):
     """The statistics so far."""
 
     largest: Any
-    bundle: Any  # the first class of the one that the largest is in
+    bundle: Any  # a class of the one that the largest is in
     total: Any  # sum of 2^((z - largest) log2 e)
 
 
@@ -82,7 +84,7 @@ def softmax_start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def softmax_add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
     """The statistics with a block of classes, relative to the largest logit so far."""
-    SLOTS: tl.constexpr = TILE.bundle // TILE.lanes
+    SLOTS: tl.constexpr = TILE.slots
     logits = block.logits
     largest = state.largest
     bundle = state.bundle
@@ -118,10 +120,12 @@ def softmax_saved(state, statistics, TILE: tl.constexpr):
     else:
         is_largest = state.largest == for_classes(statistics.largest, TILE)
         bundle = smallest_of_lanes(tl.where(is_largest, state.bundle, _NO_CLASS), TILE)
-        # One class alone has a logarithm of 0: whatever is not at least that is not a number.
-        fixed = tl.minimum(statistics.log_sum * _ONE + 0.5, _NAN - 1.0)
-        fixed = tl.where(statistics.log_sum >= 0, fixed, _NAN).to(tl.int32)
-        saved = ((fixed << 8) | (bundle & 0xFF),)
+        # The largest alone has a logarithm of 0: whatever is not at least that is no number.
+        is_number = statistics.log_sum >= 0
+        fixed = tl.minimum(statistics.log_sum * _ONE + 0.5, _MOST)
+        fixed = tl.where(is_number, tl.where(is_number, fixed, 0.0).to(tl.int32), _NAN)
+        number = (bundle // TILE.bundle) & (_BUNDLES - 1)
+        saved = ((fixed << 5) | number,)
     return saved
 
 
@@ -132,7 +136,7 @@ def softmax_bundles(saved, pixel, TILE: tl.constexpr):
         bundles = ()
     else:
         (word,) = saved
-        bundles = (word & 0xFF,)
+        bundles = (word & (_BUNDLES - 1),)
     return bundles
 
 
@@ -147,7 +151,7 @@ def softmax_again(saved, looked_up, TILE: tl.constexpr):
     else:
         (word,) = saved
         largest = looked_up[0]
-        fixed = (word >> 8) & _NAN
+        fixed = (word >> 5) & _NAN
         log_sum = tl.where(fixed == _NAN, float("nan"), fixed.to(dtype) * (1 / _ONE))
     return SoftmaxStatistics(largest=largest, log_sum=log_sum)
 
