@@ -72,7 +72,7 @@ def install() -> None:
     driver.set_active(active)
 
 
-def adopt(guard: Callable[[torch.device], Any] = lambda device: torch.cuda.device(0)) -> None:
+def adopt(guard: Callable[[int], Any] = lambda device: torch.cuda.device(0)) -> None:
     """Let the losses take CPU tensors for the GPU's, whose labels and offsets nobody looks at.
 
     ``guard`` is what makes a device the current one around a launch.

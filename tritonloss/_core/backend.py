@@ -19,7 +19,7 @@ INTERPRETED: bool = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The devices that the kernels run on, each with what makes one current: Triton launches there.
 # ROCm devices call themselves cuda.
-GUARDS: dict[str, Callable[[torch.device], AbstractContextManager[object]]] = {
+GUARDS: dict[str, Callable[[int], AbstractContextManager[object]]] = {
     "cuda": torch.cuda.device,
     "xpu": torch.xpu.device,
 }
@@ -100,5 +100,5 @@ def device_guard(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """
     guard = GUARDS.get(tensor.device.type)
     if guard is not None:
-        return guard(tensor.device)
+        return guard(tensor.get_device())  # its number: PyTorch takes longer for a torch.device
     return _interpreter if INTERPRETED else nullcontext()

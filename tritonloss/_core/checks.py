@@ -19,6 +19,7 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _ALL_INTEGERS = (*_INTEGERS, torch.uint16, torch.uint32, torch.uint64)
 _MAX_WINDOW = 31
+_LOGITS = "must be a float16, bfloat16, float32 or float64 tensor of shape (N, C, H, W)"
 
 
 class _Default(enum.IntEnum):
@@ -58,9 +59,7 @@ def check_dense(tensor: torch.Tensor, name: str) -> None:
 
 def check_logits(logits: torch.Tensor, name: str = "logits") -> None:
     """``logits`` must be floating-point [N, C, H, W] with a class."""
-    accepted = (
-        f"{name} must be a float16, bfloat16, float32 or float64 tensor of shape (N, C, H, W)"
-    )
+    accepted = f"{name} {_LOGITS}"
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"{accepted}; got {_type(logits)}")
     check_dense(logits, name)
@@ -72,19 +71,23 @@ def check_logits(logits: torch.Tensor, name: str = "logits") -> None:
 
 def check_target(logits: torch.Tensor, target: torch.Tensor) -> None:
     """``target`` must hold integers [N, H, W] that match ``logits``, on the same device."""
-    expected = (logits.shape[0], *logits.shape[2:])
-    accepted = (
-        f"target must hold integer labels of shape {expected} "
-        f"to match logits of shape {tuple(logits.shape)}"
-    )
+    images, _, height, width = logits.shape
+    expected = (images, height, width)
     if not isinstance(target, torch.Tensor):
-        raise TypeError(f"{accepted}; got {_type(target)}")
+        raise TypeError(f"{_labels_accepted(logits)}; got {_type(target)}")
     check_dense(target, "target")
     if target.dtype not in _INTEGERS:
-        raise TypeError(f"{accepted}; got {described(target)}")
+        raise TypeError(f"{_labels_accepted(logits)}; got {described(target)}")
     if tuple(target.shape) != expected:
-        raise ValueError(f"{accepted}; got {described(target)}")
+        raise ValueError(f"{_labels_accepted(logits)}; got {described(target)}")
     _check_device(logits, "logits", target, "target")
+
+
+def _labels_accepted(logits: torch.Tensor) -> str:
+    return (
+        f"target must hold integer labels of shape {(logits.shape[0], *logits.shape[2:])} "
+        f"to match logits of shape {tuple(logits.shape)}"
+    )
 
 
 def check_ignore_index(ignore_index: int | None, classes: int | None = None) -> None:
@@ -165,6 +168,11 @@ def check_offsets(offsets: torch.Tensor, name: str) -> None:
         )
 
 
+def without_gradient(table: torch.Tensor) -> torch.Tensor:
+    """A tensor that gets no gradient, whatever the caller does with it."""
+    return table.detach() if table.requires_grad else table
+
+
 def labels_of(logits: torch.Tensor) -> int:
     """How many labels there are where each class is one against the rest: two with one class."""
     return 2 if logits.shape[1] == 1 else logits.shape[1]
@@ -212,14 +220,16 @@ def check_classes(logits: torch.Tensor, high: int | None = None) -> None:
     With one the loss would always be 0, which is a trap: masks of one channel are for the losses of
     each class against the rest.
     """
+    classes = logits.shape[1]
+    if classes >= 2 and (high is None or classes <= high):
+        return
     accepted = f"logits must have {'at least 2' if high is None else f'from 2 to {high}'} classes"
-    if logits.shape[1] < 2:
+    if classes < 2:
         raise ValueError(
             f"{accepted}, which this loss compares; for a binary mask (one channel, labels 0 and "
             f"1) use binary_cross_entropy; got {described(logits)}"
         )
-    if high is not None and logits.shape[1] > high:
-        raise ValueError(f"{accepted}; got {described(logits)}")
+    raise ValueError(f"{accepted}; got {described(logits)}")
 
 
 def check_class_weights(
@@ -235,19 +245,21 @@ def check_class_weights(
     Without ``logits`` there may be any number of classes. ``or_number`` names what else the
     argument may be, for the message: a number that the caller has looked at.
     """
-    # A tuple: with a symbolic size by itself in the text each number of classes would be compiled.
-    shape = "(C,)" if logits is None else (logits.shape[1],)
-    or_none = " or None" if optional else ""
-    accepted = f"{name} must be {or_number}a floating-point tensor of shape {shape}{or_none}"
     if optional and weight is None:
         return
+
+    def accepted() -> str:
+        shape = "(C,)" if logits is None else (logits.shape[1],)
+        or_none = " or None" if optional else ""
+        return f"{name} must be {or_number}a floating-point tensor of shape {shape}{or_none}"
+
     if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"{accepted}; got {_type(weight)}")
+        raise TypeError(f"{accepted()}; got {_type(weight)}")
     check_dense(weight, name)
     if weight.dtype not in _FLOATING:
-        raise TypeError(f"{accepted}; got {described(weight)}")
+        raise TypeError(f"{accepted()}; got {described(weight)}")
     if weight.dim() != 1 or (logits is not None and weight.shape[0] != logits.shape[1]):
-        raise ValueError(f"{accepted}; got {described(weight)}")
+        raise ValueError(f"{accepted()}; got {described(weight)}")
     if logits is not None:
         _check_device(logits, "logits", weight, name)
 
@@ -297,14 +309,13 @@ def check_option(
     name: str, value: str | None, choices: Sequence[str], *, or_none: bool = False
 ) -> None:
     """``value`` must be one of ``choices``, or None where that is one too."""
+    if (value is None and or_none) or (isinstance(value, str) and value in choices):
+        return
     accepted = f"{name} must be one of {', '.join(repr(choice) for choice in choices)}"
     accepted += " or None" if or_none else ""
-    if value is None and or_none:
-        return
     if not isinstance(value, str):
         raise TypeError(f"{accepted}; got {_value(value)}")
-    if value not in choices:
-        raise ValueError(f"{accepted}; got {value!r}")
+    raise ValueError(f"{accepted}; got {value!r}")
 
 
 def check_flag(name: str, value: bool) -> None:
@@ -324,26 +335,30 @@ def check_positive(name: str, value: int) -> None:
 
 def check_pair(name: str, pair: object) -> tuple[torch.Tensor, torch.Tensor]:
     """``pair`` must be two tensors."""
+    if isinstance(pair, (tuple, list)) and len(pair) == 2:
+        own, other = pair
+        if isinstance(own, torch.Tensor) and isinstance(other, torch.Tensor):
+            return own, other
     accepted = f"{name} must be a pair of tensors (own, other)"
     if not isinstance(pair, (tuple, list)):
         raise TypeError(f"{accepted}; got {_type(pair)}")
     if len(pair) != 2:
         raise ValueError(f"{accepted}; got {len(pair)} elements")
-    for part in pair:
-        if not isinstance(part, torch.Tensor):
-            raise TypeError(f"{accepted}; got {_type(part)}")
-    return pair[0], pair[1]
+    wrong = next(part for part in pair if not isinstance(part, torch.Tensor))
+    raise TypeError(f"{accepted}; got {_type(wrong)}")
 
 
 def check_range(name: str, value: float, low: float, high: float, *, interval: str = "[]") -> None:
     """``value`` must be a number from ``low`` to ``high``; a round bracket leaves that end out."""
+    is_number = isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool)
+    above = is_number and (value > low if interval[0] == "(" else value >= low)
+    below = is_number and (value < high if interval[1] == ")" else value <= high)
+    if above and below:
+        return
     accepted = f"{name} must be a number in {interval[0]}{low}, {high}{interval[1]}"
-    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+    if not is_number:
         raise TypeError(f"{accepted}; got {_value(value)}")
-    above = value > low if interval[0] == "(" else value >= low
-    below = value < high if interval[1] == ")" else value <= high
-    if not (above and below):
-        raise ValueError(f"{accepted}; got {value}")
+    raise ValueError(f"{accepted}; got {value}")
 
 
 def _holds_data(tensor: torch.Tensor) -> bool:

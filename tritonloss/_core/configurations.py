@@ -106,9 +106,9 @@ def launch_configuration(
     return heuristic if tuned is None else dict(tuned)
 
 
-def state() -> tuple[int, str | None]:
-    """What decides on configurations beside the question: while it is the same, so are answers."""
-    return _generation, os.environ.get("TRITONLOSS_TUNING")
+def state() -> int:
+    """While it is the same, so are the answers; TRITONLOSS_TUNING is looked at once for each."""
+    return _generation
 
 
 @contextmanager

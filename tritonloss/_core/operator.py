@@ -33,7 +33,8 @@ class Operator:
 
     Args:
         name: of the custom operators, and of the operator in messages.
-        forward: the launcher of the forward pass.
+        forward: the launcher of the forward pass. A result that is not there is None; where there
+            has to be a tensor it is an empty one.
         backward: the launcher of the backward pass.
         allocate: like ``forward``; only dtype and shape of the results count.
         results: a NamedTuple of the tensors that ``forward`` returns.
@@ -84,6 +85,7 @@ class Operator:
         self.wants = tuple(n for n in names if n.startswith(_WANTS))
         self._grad_positions = [self.results.index(n.removeprefix(_GRAD)) for n in self.grads]
         self._want_positions = [self.inputs.index(n.removeprefix(_WANTS)) for n in self.wants]
+        self._given: tuple[str, ...] = (*self.grads, *self.saved, *self.wants)
         self._saved_positions = [known.index(n) for n in (*self.saved, *self.reused)]
         strangers = set(names) - {*self.grads, *self.saved, *self.wants, "options"}
         if strangers:
@@ -98,21 +100,26 @@ class Operator:
 
     def __call__(self, *tensors: Tensor | None, options: Any = ()) -> tuple[Tensor, ...]:
         """The results that a caller gets."""
-        save = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (tensors[i] for i in self._positions)
-        )
+        save = torch.is_grad_enabled() and self._is_differentiated(tensors)
         if is_transformed():
             results = _apply(self.transformed_function, self, True, options, *tensors)
         elif torch.compiler.is_compiling():
             results = self.forward(*tensors, *((save,) if self._saves else ()), *options)
         else:
-            results = self.function.apply(self, save, options, *tensors)
-        found: tuple[Tensor, ...] = results[: self.returned]
-        return found
+            found: tuple[Tensor, ...] = self.function.apply(self, save, options, *tensors)
+            return found
+        return tuple(results[: self.returned])
+
+    def _is_differentiated(self, tensors: Sequence[Tensor | None]) -> bool:
+        for position in self._positions:
+            tensor = tensors[position]
+            if tensor is not None and tensor.requires_grad:
+                return True
+        return False
 
     def run_forward(
         self, tensors: Sequence[Tensor | None], options: Any, save: bool
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Any, ...]:
         """All results, from the launcher or, where it would not see data, the custom operator."""
         if not _holds_data(tensors):
             return tuple(self.forward(*tensors, *((save,) if self._saves else ()), *options))
@@ -129,15 +136,15 @@ class Operator:
     ) -> tuple[Tensor, ...]:
         """The gradients, from the launcher or the custom operator in the same way."""
         count = len(self.saved)
-        saved, reused = saved[:count], saved[count:]
-        if not _holds_data((*grads, *saved)):
-            return self._tupled(self.backward(*grads, *saved, *wants, *options))
-        names = (*self.grads, *self.saved, *self.wants)
-        given = dict(zip(names, (*grads, *saved, *wants), strict=True))
-        given |= self._extras(options)
+        tensors = (*grads, *saved[:count])
+        if not _holds_data(tensors):
+            return self._tupled(self.backward(*tensors, *wants, *options))
+        given = dict(zip(self._given, (*tensors, *wants), strict=True))
+        if self.options is not None:
+            given["options"] = options
         found = None
         if reuse and self._reuse is not None:
-            found = self._reuse(**given, **dict(zip(self.reused, reused, strict=True)))
+            found = self._reuse(**given, **dict(zip(self.reused, saved[count:], strict=True)))
         return self._tupled(self._backward(**given) if found is None else found)
 
     def both_passes(self, *tensors: Tensor | None, options: Any = ()) -> tuple[Tensor, ...]:
@@ -161,10 +168,11 @@ class Operator:
         Results of which one is used and the other not are of one shape: its zeros take no memory.
         """
         wanted = [grads[position] for position in self._grad_positions]
-        first = next((grad for grad in wanted if grad is not None), None)
-        if first is None:
-            return None
-        return [first.new_zeros(()).expand_as(first) if grad is None else grad for grad in wanted]
+        there = [grad for grad in wanted if grad is not None]
+        if len(there) in (0, len(wanted)):
+            return there or None
+        zeros = there[0].new_zeros(()).expand_as(there[0])
+        return [zeros if grad is None else grad for grad in wanted]
 
     def placed(
         self, gradients: Sequence[Tensor], needed: Sequence[bool]
@@ -181,7 +189,7 @@ class Operator:
         return [needed[position] for position in self._want_positions]
 
     def not_differentiable(self, results: Sequence[Tensor]) -> list[Tensor]:
-        """The results that no gradient comes back from."""
+        """Of the first results those that no gradient comes back from."""
         return [r for i, r in enumerate(results) if i not in self._grad_positions]
 
     def _extras(self, options: Any, save: bool | None = None) -> dict[str, Any]:
@@ -203,10 +211,10 @@ class Operator:
         made = self.options or tuple
 
         def forward(*arguments: Any) -> tuple[Tensor, ...]:
-            return tuple(self._forward(**forward_arguments(arguments)))
+            return _filled(self._forward(**forward_arguments(arguments)))
 
         def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-            return tuple(allocate(**forward_arguments(arguments)))
+            return _filled(allocate(**forward_arguments(arguments)))
 
         def backward(*arguments: Any) -> Any:
             return self._returned(self._backward(**backward_arguments(arguments)))
@@ -221,9 +229,8 @@ class Operator:
             return given | self._extras(made(*rest), bool(self._saves and arguments[count]))
 
         def backward_arguments(arguments: tuple[Any, ...]) -> dict[str, Any]:
-            names = (*self.grads, *self.saved, *self.wants)
-            given = dict(zip(names, arguments, strict=False))
-            return given | self._extras(made(*arguments[len(names) :]))
+            given = dict(zip(self._given, arguments, strict=False))
+            return given | self._extras(made(*arguments[len(self._given) :]))
 
         save = {"save": bool} if self._saves else {}
         _sign(forward, tensors | save | fields, _several(len(self.results)))
@@ -241,7 +248,7 @@ class Operator:
         first_option = count + self._saves
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            _keep(ctx, self, inputs[:count], output, options(*inputs[first_option:]))
+            _keep(ctx, self, inputs[:count], output, options(*inputs[first_option:]), output)
 
         def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             return (*_gradients_of(ctx, grads, 0), *(None,) * extras)
@@ -293,9 +300,12 @@ def _holds_data(tensors: Sequence[Tensor | None]) -> bool:
     """
     if torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return all(
-        t is None or (type(t) in _PLAIN and not _is_batched(t) and not t.is_neg()) for t in tensors
-    )
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or tensor.is_neg() or _is_batched(tensor):
+            return False
+    return True
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -312,8 +322,9 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operator: Operator, save: bool, options: Any, *tensors: Any) -> Any:
         results = operator.run_forward(tensors, options, save)
-        _keep(ctx, operator, tensors, results, options, save)
-        return results
+        returned = results[: operator.returned]
+        _keep(ctx, operator, tensors, results, options, returned, save)
+        return returned
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -331,12 +342,12 @@ class _TransformedForward(_Forward):
     def forward(  # type: ignore[override]
         operator: Operator, save: bool, options: Any, *tensors: Any
     ) -> Any:
-        return operator.run_forward(tensors, options, save)
+        return _filled(operator.run_forward(tensors, options, save))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         operator, save, options, *tensors = inputs
-        _keep(ctx, operator, tensors, output, options, save)
+        _keep(ctx, operator, tensors, output, options, output, save)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
@@ -380,11 +391,17 @@ def _keep(
     tensors: Sequence[Tensor | None],
     results: Sequence[Tensor],
     options: Any,
+    outputs: Sequence[Tensor],
     save: bool = True,
 ) -> None:
-    """What the backward pass needs. Nothing is made for results that nobody used."""
+    """What the backward pass needs. Nothing is made for results that nobody used.
+
+    ``outputs`` are the results that autograd hears of: each costs the host time.
+    """
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*operator.not_differentiable(results))
+    others = operator.not_differentiable(outputs)
+    if others:
+        ctx.mark_non_differentiable(*others)
     ctx.operator, ctx.options, ctx.is_first = operator, options, True
     if save:
         ctx.save_for_backward(*operator.of_saved(tensors, results))
@@ -453,6 +470,12 @@ def _sign(function: Any, arguments: dict[str, Any], returned: Any) -> None:
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(n, kind, annotation=t) for n, t in arguments.items()]
     function.__signature__ = inspect.Signature(parameters, return_annotation=returned)
+
+
+def _filled(results: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The results with an empty tensor in every place where there is none."""
+    there = next(result for result in results if result is not None)
+    return tuple(there.new_empty(0) if result is None else result for result in results)
 
 
 def _several(count: int) -> Any:

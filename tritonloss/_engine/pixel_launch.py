@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,10 +9,9 @@ import torch
 import triton
 
 from .._core.backend import device_guard, warp_size
-from .._core.configurations import Configuration, Launch, Shape, TuningCase, launch_configuration
+from .._core.configurations import Configuration, launch_configuration
 from .._core.operator import Operator
-from .._core.prepared_launch import PreparedLaunch, kind, prepared
-from .._core.tuning_inputs import random_labels, random_map
+from .._core.prepared_launch import PreparedLaunch, is_aligned, kind, prepared
 from .pixel_kernels import _pixelwise_backward_kernel, _pixelwise_forward_kernel
 from .pixel_walk import Terms
 from .pixels import Record, Tile
@@ -22,6 +19,8 @@ from .planes import compute_dtype, ignored_class
 from .sums import sums_over
 
 REDUCTIONS = ("mean", "sum", "none")
+# Classes of a bundle in channels_last.
+_LAST_BUNDLE = 64
 
 
 class Loss(NamedTuple):
@@ -30,7 +29,7 @@ class Loss(NamedTuple):
     Attributes:
         name: of its operator; configurations are kept under it.
         record: its device functions.
-        saved: of logits of a dtype, the dtypes of the maps for the backward pass.
+        saved: of logits, the dtypes of the maps for the backward pass.
         unroll: classes of a lane in one block of the forward pass, where there are so many.
         held: up to so many classes of a lane stay in registers, to be gone through twice.
         binary: whether one class is allowed, with labels 0 and 1.
@@ -38,7 +37,7 @@ class Loss(NamedTuple):
 
     name: str
     record: Record
-    saved: Callable[[torch.dtype], tuple[torch.dtype, ...]]
+    saved: Callable[[torch.Tensor], tuple[torch.dtype, ...]]
     unroll: int = 8
     held: int = 0
     binary: bool = False
@@ -69,8 +68,8 @@ class Results(NamedTuple):
 
     loss: torch.Tensor  # [], or [N, H, W]
     scale: torch.Tensor  # [1], or [0] for a map
-    first: torch.Tensor  # the maps for the backward pass, [N, H, W], or [0] where there is none
-    second: torch.Tensor
+    first: torch.Tensor | None  # the maps for the backward pass, [N, H, W]
+    second: torch.Tensor | None
 
 
 class Kept(NamedTuple):
@@ -87,18 +86,32 @@ class Walk(NamedTuple):
     reduction: str
 
 
-def allocated(
-    losses: Sequence[Loss], logits: torch.Tensor, reduction: str, save: bool
-) -> tuple[torch.Tensor, Kept]:
+class Made(NamedTuple):
+    """What a forward launch fills: shapes and dtypes."""
+
+    loss: tuple[int, ...]
+    scale: int
+    pixels: tuple[int, ...]
+    dtype: torch.dtype  # of loss and scale
+    maps: tuple[torch.dtype, ...]
+
+
+def made(losses: Sequence[Loss], logits: torch.Tensor, reduction: str, save: bool) -> Made:
     """The tensors that a forward launch fills."""
-    device, dtype = logits.device, compute_dtype(logits.dtype)
-    pixels = (logits.size(0), logits.size(2), logits.size(3))
-    loss = torch.empty(pixels if reduction == "none" else (), dtype=dtype, device=device)
-    scales = 0 if reduction == "none" else len(losses)  # what nobody fills is not there
-    scale = torch.empty(scales, dtype=dtype, device=device)
-    dtypes = [dtype for loss in losses for dtype in loss.saved(logits.dtype)] if save else []
-    maps = [torch.empty(pixels, dtype=dtype, device=device) for dtype in dtypes]
-    return loss, Kept(scale, tuple(maps))
+    images, _, height, width = logits.shape
+    pixels = (images, height, width)
+    dtypes = tuple(dtype for loss in losses for dtype in loss.saved(logits)) if save else ()
+    # A map needs no scale, and what nobody fills is not there.
+    shape, scales = (pixels, 0) if reduction == "none" else ((), len(losses))
+    return Made(shape, scales, pixels, compute_dtype(logits.dtype), dtypes)
+
+
+def allocated(made: Made, logits: torch.Tensor) -> tuple[torch.Tensor, Kept]:
+    """The tensors, on the device of ``logits``."""
+    loss = logits.new_empty(made.loss, dtype=made.dtype)
+    scale = logits.new_empty(made.scale, dtype=made.dtype)
+    maps = tuple([logits.new_empty(made.pixels, dtype=dtype) for dtype in made.maps])
+    return loss, Kept(scale, maps)
 
 
 # --- launchers ------------------------------------------------------------------------------------
@@ -109,29 +122,31 @@ def launch_forward(
 ) -> tuple[torch.Tensor, Kept]:
     """The sum of the losses, and what their backward pass needs if ``save``."""
     losses = [term.loss for term in terms]
-    loss, kept = allocated(losses, logits, walk.reduction, save)
     if logits.numel() == 0:  # no program runs, and so none comes last
-        loss.zero_()
-        kept.scale.zero_()
-        return loss, kept
-    own, other = _tables(terms, logits)
+        loss, kept = allocated(made(losses, logits, walk.reduction, save), logits)
+        return loss.zero_(), kept._replace(scale=kept.scale.zero_())
 
-    def prepare() -> tuple[PreparedLaunch, int]:
-        grid, launch = _launch(losses, "forward", logits, target)
+    def prepare() -> tuple[PreparedLaunch, int, Made]:
+        grid, arguments = _launch(losses, "forward", logits, target)
         constants = {
             **_numbers(terms),
-            "logits_strides": _strides(logits, launch["TILE"]),
-            "target_strides": _strides(target, launch["TILE"]),
+            "logits_strides": _strides(logits, arguments["TILE"]),
+            "target_strides": _strides(target, arguments["TILE"]),
             "programs": grid[0],
-            "TERMS": _terms(terms, logits.dtype, save),
+            "TERMS": _terms(terms, logits, save),
             "REDUCTION": walk.reduction,
             **_labels(losses, logits, target, walk.ignore_index),
-            **launch,
+            **arguments,
         }
-        return PreparedLaunch(_pixelwise_forward_kernel, grid, constants), grid[0]
+        # Of whole grains the maps are aligned, and so is all that is allocated here.
+        aligned = arguments["TILE"].grain > 1
+        launch = PreparedLaunch(_pixelwise_forward_kernel, grid, constants, aligned)
+        return launch, grid[0], made(losses, logits, walk.reduction, save)
 
     key = (_key(terms), kind(logits), kind(target), walk, save)
-    launch, programs = prepared(key, prepare)
+    launch, programs, filled = prepared(key, prepare)
+    loss, kept = allocated(filled, logits)
+    own, other = _tables(terms, logits)
     rows = 2 * len(terms) + 1 if walk.reduction != "none" else 0
     with device_guard(logits):
         sums = sums_over(programs, rows, logits.device)
@@ -172,14 +187,17 @@ def launch_backward(
             "logits_strides": _strides(logits, launch["TILE"]),
             "target_strides": _strides(target, launch["TILE"]),
             "grad_strides": _strides(grad_logits, launch["TILE"]),
-            "TERMS": _terms(terms, logits.dtype, save=True),
+            "TERMS": _terms(terms, logits, save=True),
             "REDUCED": reduced,
             **_labels(losses, logits, target, walk.ignore_index),
             **launch,
         }
-        return PreparedLaunch(_pixelwise_backward_kernel, grid, constants)
+        aligned = launch["TILE"].grain > 1 and (reduced or is_aligned(upstream))
+        return PreparedLaunch(_pixelwise_backward_kernel, grid, constants, aligned)
 
-    key = (_key(terms), kind(logits), kind(target), kind(upstream), kind(grad_logits), walk)
+    # The gradient's layout follows from that of the logits.
+    upstream_kind = kind(upstream) if walk.reduction == "none" else None
+    key = (_key(terms), kind(logits), kind(target), upstream_kind, walk)
     launch = prepared(key, prepare)
     with device_guard(logits):
         launch(
@@ -220,7 +238,11 @@ def _tables(
 
 
 def _table(table: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
-    return logits if table is None else table.contiguous()
+    if table is None:
+        return logits
+    if table.is_contiguous() and is_aligned(table):
+        return table
+    return table.clone(memory_format=torch.contiguous_format)
 
 
 def _numbers(terms: tuple[Term, ...]) -> dict[str, Any]:
@@ -230,9 +252,9 @@ def _numbers(terms: tuple[Term, ...]) -> dict[str, Any]:
     }
 
 
-def _terms(terms: tuple[Term, ...], dtype: torch.dtype, save: bool) -> Terms:
+def _terms(terms: tuple[Term, ...], logits: torch.Tensor, save: bool) -> Terms:
     records = [term.loss.record for term in terms]
-    counts = tuple(len(term.loss.saved(dtype)) if save else 0 for term in terms)
+    counts = tuple(len(term.loss.saved(logits)) if save else 0 for term in terms)
     # Where there is no second pass its functions are not called.
     fields = {
         name: tuple(getattr(record, name) or record.add for record in records)
@@ -265,8 +287,7 @@ def pixelwise_operator(
     """
 
     def results(value: torch.Tensor, kept: Kept) -> Results:
-        maps = [*kept.maps, *(kept.scale.new_empty(0) for _ in range(2 - len(kept.maps)))]
-        return Results(value, kept.scale, *maps)
+        return Results(value, kept.scale, *kept.maps, *(None,) * (2 - len(kept.maps)))
 
     def forward(
         logits: torch.Tensor,
@@ -283,8 +304,8 @@ def pixelwise_operator(
     def backward(
         grad_loss: torch.Tensor,
         scale: torch.Tensor,
-        first: torch.Tensor,
-        second: torch.Tensor,
+        first: Any,
+        second: Any,
         logits: torch.Tensor,
         target: torch.Tensor,
         own_table: torch.Tensor | None,
@@ -293,13 +314,13 @@ def pixelwise_operator(
     ) -> torch.Tensor:
         terms = (term(logits, own_table, other_table, options, True),)
         walk = Walk(options.ignore_index, options.reduction)
-        kept = Kept(scale, (first, second)[: len(loss.saved(logits.dtype))])
+        kept = Kept(scale, (first, second)[: len(loss.saved(logits))])
         return launch_backward(terms, grad_loss, kept, logits, target, walk)
 
     def allocate(
         logits: torch.Tensor, options: Any, save: bool, **_: torch.Tensor | None
     ) -> Results:
-        return results(*allocated([loss], logits, options.reduction, save))
+        return results(*allocated(made([loss], logits, options.reduction, save), logits))
 
     return Operator(
         loss.name,
@@ -338,74 +359,6 @@ def pixel_heuristic(losses: Sequence[Loss], direction: str, logits: torch.Tensor
     }
 
 
-def pixel_candidates(
-    loss: Loss, direction: str, dtype: torch.dtype, classes: int, layout: str
-) -> list[Configuration]:
-    """The heuristic and its neighbours, one setting changed at a time: what the tuner tries."""
-    like = random_map((1, classes, 2, 32), layout, dtype, torch.device("meta"))
-    heuristic = pixel_heuristic([loss], direction, like)
-    pixels, lanes = int(heuristic["PIXELS"]), int(heuristic["CLASS_LANES"])
-    unroll, warps = int(heuristic["UNROLL"]), int(heuristic["num_warps"])
-    changes: list[Configuration] = [{"PIXELS": pixels // 2}, {"PIXELS": pixels * 2}]
-    changes += [{"UNROLL": max(unroll // 2, 1)}, {"UNROLL": unroll * 2}]
-    changes += [{"PIXELS": pixels // 2, "num_warps": warps // 2}]
-    changes += [{"PIXELS": pixels * 2, "num_warps": warps * 2}]
-    if lanes > 1:
-        changes += [{"CLASS_LANES": lanes // 2, "PIXELS": pixels * 2}]
-        changes += [{"CLASS_LANES": lanes * 2, "PIXELS": pixels // 2}]
-    candidates = [heuristic, *({**heuristic, **change} for change in changes)]
-    return [c for i, c in enumerate(candidates) if c not in candidates[:i]]
-
-
-def pixel_cases(loss: Loss, operator: Operator, options: Any, tables: int = 0) -> list[TuningCase]:
-    """The tuning cases of a loss with these options, and so many tables."""
-    cases = []
-    layouts = ("contiguous", "channels_last")
-    for classes, layout in (*itertools.product((19, 150), layouts), (1, "contiguous")):
-        for dtype in (torch.float32, torch.bfloat16):
-            if classes == 1 and not loss.binary:
-                continue
-            sized = functools.partial(_tuning_pass, operator, options, tables, dtype)
-            stated = functools.partial(sized, (2, classes, 512, 512), layout)
-            for direction in ("forward", "backward"):
-                candidates = functools.partial(pixel_candidates, loss, direction, dtype)
-                cases.append(
-                    TuningCase(
-                        f"{loss.name}_{direction}",
-                        classes,
-                        1,
-                        dtype,
-                        layout,
-                        stated,
-                        candidates(classes, layout),
-                        sized=sized,
-                        sized_candidates=candidates,
-                    )  # fmt: skip
-                )
-    return cases
-
-
-def _tuning_pass(
-    operator: Operator,
-    options: Any,
-    tables: int,
-    dtype: torch.dtype,
-    shape: Shape,
-    layout: str,
-    device: torch.device,
-) -> Launch:
-    """Both passes for logits of a shape and layout."""
-    logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
-    target = random_labels(shape, device)
-    table = torch.full((shape[1],), 0.1, device=device)
-    given = (logits, target, *(table,) * tables, *(None,) * (2 - tables))
-
-    def both_passes() -> tuple[torch.Tensor, ...]:
-        return operator.both_passes(*given, options=options)
-
-    return both_passes
-
-
 def _launch(
     losses: Sequence[Loss],
     direction: str,
@@ -416,20 +369,22 @@ def _launch(
     """(grid, arguments) of a kernel that goes through all pixels of ``logits``."""
     name = losses[0].name if len(losses) == 1 else "weighted_sum"
     in_lanes = _classes_in_lanes(logits) and all(grad.stride(1) == 1 for grad in grads)
-    flat = _is_flat(in_lanes, logits, target, *grads)
+    is_contiguous = not in_lanes and _is_flat(False, logits, target, *grads)
     configuration = launch_configuration(
         f"{name}_{direction}",
         device=logits.device,
         dtype=logits.dtype,
         classes=logits.size(1),
         window=1,
-        layout="channels_last" if in_lanes else "contiguous" if flat else "strided",
+        layout="channels_last" if in_lanes else "contiguous" if is_contiguous else "strided",
         heuristic=pixel_heuristic(losses, direction, logits),
     )
     warps, lanes = int(configuration["num_warps"]), int(configuration["CLASS_LANES"])
-    pixels, lanes = int(configuration["PIXELS"]), lanes if in_lanes else 1
+    # A slot is in one bundle.
+    pixels, lanes = int(configuration["PIXELS"]), min(lanes, _LAST_BUNDLE) if in_lanes else 1
+    flat = is_contiguous if lanes == 1 else _is_flat(True, logits, target, *grads)
     grain = 1
-    if not in_lanes:
+    if lanes == 1:
         per_lane = max(pixels // (warps * warp_size()), 1)
         grain = _grain(per_lane, logits, target, *grads) if flat else 1
         # Without whole aligned grains a lane's neighbouring pixels would be moved one by one, each
@@ -439,13 +394,16 @@ def _launch(
     classes = logits.size(1)
     unroll = min(int(configuration["UNROLL"]), triton.cdiv(classes, lanes))
     step = unroll * lanes
+    double = logits.dtype == torch.float64
     tiles = triton.cdiv(size, pixels)
     return (logits.size(0) * tiles,), {
         "pixels": size // grain,
         "width": logits.size(3),
         "tiles": tiles,
         "full": (classes - 1) // step * step,
-        "TILE": Tile(pixels, lanes, unroll, grain, flat, classes, logits.dtype == torch.float64),
+        "TILE": Tile(
+            pixels, lanes, unroll, grain, flat, classes, double, *_bundles(logits, lanes, unroll)
+        ),
         "num_warps": warps,
         "enable_fp_fusion": True,
     }
@@ -465,6 +423,19 @@ def _classes_in_lanes(logits: torch.Tensor) -> bool:
     return logits.size(1) > 1 and logits.stride(1) == 1 and logits.stride(3) != 1
 
 
+def _bundles(logits: torch.Tensor, lanes: int, unroll: int) -> tuple[int, int]:
+    """(classes of a bundle, slots of any block that are in one bundle).
+
+    There are at most 32 bundles of 256 classes. Going forward every bundle takes two instructions;
+    going back all of its classes are read once more, which costs less where lanes share them.
+    """
+    classes = logits.size(1)
+    bundle = _LAST_BUNDLE if _classes_in_lanes(logits) else 8 if classes > 64 else 4
+    slots = bundle // lanes
+    aligned = unroll * lanes >= classes or unroll % slots == 0 or slots % unroll == 0
+    return bundle, slots if aligned else 1
+
+
 def _is_flat(
     in_lanes: bool, logits: torch.Tensor, target: torch.Tensor, *maps: torch.Tensor
 ) -> bool:
@@ -482,7 +453,7 @@ def _is_flat(
 
 def _grain(per_lane: int, *maps: torch.Tensor) -> int:
     """How many neighbouring pixels of flat maps can be moved at once: 1, or up to ``per_lane``."""
-    grain = min(per_lane, 4)
+    grain = min(per_lane, 4) if all(is_aligned(tensor) for tensor in maps) else 1
     while grain > 1:
         strides = [stride for tensor in maps for stride in tensor.stride()[:-2]]
         size = maps[0].size(2) * maps[0].size(3)

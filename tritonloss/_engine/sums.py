@@ -18,6 +18,7 @@ and in its launcher ``**sums_over(programs, 2, device)`` for the three arguments
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -124,6 +125,7 @@ def sums_over(programs: int, rows: int, device: torch.device) -> dict[str, Any]:
     }
 
 
+@functools.lru_cache(maxsize=4096)
 def sizes(programs: int) -> tuple[int, int]:
     """(elements, groups) of all levels together, for one program or more."""
     elements, level = programs, -(-programs // _GROUP.value)

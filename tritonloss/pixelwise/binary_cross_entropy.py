@@ -22,7 +22,8 @@ from .._core.configurations import TuningCase
 from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._engine.math import LOG2_E, log_one_plus, sigmoid_base2, softplus_base2
-from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixel_cases, pixelwise_operator
+from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixelwise_operator
+from .._engine.pixel_tuning import pixel_cases
 from .._engine.pixels import (
     Record,
     class_of,
@@ -114,7 +115,7 @@ def _slope(factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TIL
     return residual * tl.where(is_own, -factors.own_class, factors.other_class)
 
 
-def _saves_nothing(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+def _saves_nothing(logits: torch.Tensor) -> tuple[torch.dtype, ...]:
     return ()
 
 
@@ -210,7 +211,7 @@ def binary_cross_entropy(
         return binary_cross_entropy_reference(
             logits, target, pos_weight=pos_weight, ignore_index=ignore_index, reduction=reduction
         )
-    pos_weight = None if pos_weight is None else pos_weight.detach()  # it gets no gradient
+    pos_weight = None if pos_weight is None else checks.without_gradient(pos_weight)
     options = Options(checks.plain_label(ignore_index), reduction)
     return BINARY_CROSS_ENTROPY(logits, target, pos_weight, None, options=options)[0]
 

@@ -31,7 +31,8 @@ from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example
 from .._core.loss_module import LossModule
-from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixel_cases, pixelwise_operator
+from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixelwise_operator
+from .._engine.pixel_tuning import pixel_cases
 from .._engine.planes import compute_dtype
 from ..metrics.label_statistics import MarginOffsets
 from .margins import MARGINS, Compiled
@@ -50,9 +51,9 @@ class Options(NamedTuple):
 # --- operator -------------------------------------------------------------------------------------
 
 
-def _saves(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+def _saves(logits: torch.Tensor) -> tuple[torch.dtype, ...]:
     """The classes of the two largest scores in 16 bits each, and the sum of the derivatives."""
-    return torch.int32, compute_dtype(dtype)
+    return torch.int32, compute_dtype(logits.dtype)
 
 
 LOSS = Loss(
@@ -191,9 +192,9 @@ def margin_calibrated_loss(
             ignore_index=ignore_index,
             reduction=reduction,
         )
-    # The offsets get no gradient.
+    own, other = checks.without_gradient(own), checks.without_gradient(other)
     options = Options(variant, checks.plain_label(ignore_index), reduction)
-    return MARGIN_CALIBRATED(logits, target, own.detach(), other.detach(), options=options)[0]
+    return MARGIN_CALIBRATED(logits, target, own, other, options=options)[0]
 
 
 def _check_options(
