@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,12 +40,12 @@ def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     logits, target = tensors
     options = _DEFAULTS._replace(**case.options)
     options = options._replace(store=kernels.stores_differences(logits, options.window_size))
-    loss, statistics, stored = kernels.forward_pass(logits, target, options)
+    loss, statistics, stored, found = kernels.forward_pass(logits, target, options)
     gradient_arguments = (loss, statistics, logits, target)
     if stored.dim() == logits.dim():
         kernels.stored_pass(*gradient_arguments, stored, options.ignore_index)
     else:
-        kernels.backward_pass(*gradient_arguments, options)
+        kernels.backward_pass(*gradient_arguments, found, options)
 
 
 def floor(case: Case) -> Floor:
@@ -144,6 +148,18 @@ GOALS: tuple[Goal | CodeGoal, ...] = (
     ),
 )
 
+
+def _looked_at(constants: Mapping[str, Any]) -> float:
+    """Labels that a thread of the look completes in one round, of some rows at once.
+
+    Rows are looked at beyond the cell's own, half a window above and below.
+    """
+    rows, unroll = constants["STRIP.rows"], constants["STRIP.unroll"]
+    rounds = math.ceil((rows + 2 * constants["RADIUS"]) / unroll)
+    lanes = constants["STRIP.lanes"] / constants["THREADS"]
+    return float(constants["STRIP.columns"] * lanes * rows / rounds)
+
+
 _STRIP = KernelNotes(strip_outputs, ("class absent", "class present"))
 OPERATIONS = (
     Operation(
@@ -156,6 +172,7 @@ OPERATIONS = (
         cases=CASES,
         shipped=SHIPPED,
         kernels={
+            "_label_look_kernel": KernelNotes(_looked_at, ("rows",)),
             "_structural_similarity_forward_kernel": _STRIP,
             "_structural_similarity_backward_kernel": _STRIP,
         },

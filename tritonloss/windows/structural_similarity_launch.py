@@ -27,6 +27,7 @@ from .._engine.strip_launch import (
 from .._engine.strip_windows import window_of
 from .._engine.sums import sums_over
 from .structural_difference import Sampling
+from .structural_labels import empty_found, look_at_labels
 from .structural_similarity_kernels import (
     _structural_similarity_backward_kernel,
     _structural_similarity_forward_kernel,
@@ -55,6 +56,7 @@ class Results(NamedTuple):
     loss: torch.Tensor  # []
     statistics: torch.Tensor  # [2]
     stored: torch.Tensor  # e f [N, C, H, W], or [0] unless the options say "store"
+    found: torch.Tensor  # which classes occur where, see structural_labels.py
 
 
 @functools.lru_cache(maxsize=256)
@@ -108,8 +110,7 @@ def _window_arguments(
 def heuristic_of(operator: str, window_size: int, in_lanes: bool) -> Configuration:
     """The operator's own choice; ``in_lanes`` for maps whose lanes run over channels."""
     columns = 4 if 3 <= window_size <= 7 else 2 if window_size <= 11 else 1
-    unroll = 2 if window_size == 3 and not in_lanes else 1
-    configuration = strip_heuristic(columns, UNROLL=unroll)
+    configuration = strip_heuristic(columns, ROWS=64 if window_size <= 5 else 128)
     if operator == "structural_similarity_forward":
         configuration["schedule"] = "recompute" if window_size <= 5 else "stored"
     return configuration
@@ -139,7 +140,7 @@ def empty_results(logits: torch.Tensor, target: torch.Tensor, options: Options) 
     loss = torch.empty((), dtype=dtype, device=logits.device)
     statistics = torch.empty(2, dtype=dtype, device=logits.device)
     stored = torch.empty_like(logits) if options.store else logits.new_empty(0)
-    return Results(loss, statistics, stored)
+    return Results(loss, statistics, stored, empty_found(logits))
 
 
 # What the launches below are kept under, beside all that they depend on: a tensor that is made like
@@ -165,14 +166,18 @@ def forward_pass(logits: torch.Tensor, target: torch.Tensor, options: Options) -
         results.loss.zero_()
         results.statistics.zero_()
         return results
-    sums = sums_over(plan.programs, 4, logits.device)
+    radius, ignore_index = options.window_size // 2, options.ignore_index
     with device_guard(logits):
+        valid = look_at_labels(target, results.found, logits.size(1), radius, ignore_index)
+        sums = sums_over(plan.programs, 3, logits.device)
         plan.launch(
             logits_ptr=logits,
             target_ptr=target,
             loss_ptr=results.loss,
             statistics_ptr=results.statistics,
             stored_ptr=results.stored,
+            found_ptr=results.found,
+            valid_ptr=valid,
             scratch_ptr=sums["scratch_ptr"],
             tickets_ptr=sums["tickets_ptr"],
         )
@@ -184,8 +189,6 @@ def _forward_plan(
 ) -> _ForwardPlan:
     moved = (logits, target, stored) if options.store else (logits, target)
     configuration = _configuration("structural_similarity_forward", logits, options.window_size)
-    if options.store:
-        configuration["UNROLL"] = 1  # two rows at once and their stores need too many registers
     if options.padding == "valid":
         # Of four columns and the border that is left out 8 bytes would spill.
         configuration["COLUMNS"] = min(int(configuration["COLUMNS"]), 2)
@@ -220,6 +223,7 @@ def backward_pass(
     statistics: torch.Tensor,
     logits: torch.Tensor,
     target: torch.Tensor,
+    found: torch.Tensor,
     options: Options,
 ) -> torch.Tensor:
     """The gradient by recomputing e."""
@@ -234,6 +238,7 @@ def backward_pass(
             statistics_ptr=statistics,
             logits_ptr=logits,
             target_ptr=target,
+            found_ptr=found,
             grad_logits_ptr=grad_logits,
         )
     return grad_logits
