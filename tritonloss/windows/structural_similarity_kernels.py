@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .._engine.math import sigmoid_base2, softplus_base2
+from .._engine.math import negated, sigmoid_base2, softplus_base2
 from .._engine.strips import (
     SIZES,
     Row,
+    below,
     label_plane_of,
     load_values,
     plane_of,
@@ -51,19 +52,19 @@ def _forward_strip(
     STORED: tl.constexpr, PRESENT: tl.constexpr,
 ):  # fmt: skip
     """The sums of one strip."""
-    SIZE: tl.constexpr = WINDOW.size
+    RADIUS: tl.constexpr = WINDOW.size // 2
     COLUMNS: tl.constexpr = STRIP.columns
     UNROLL: tl.constexpr = STRIP.unroll
     zero = zeros(maps.logits, STRIP)
     entropy_sum, weighted_sum, hard_count = zero, zero, zero
     history = empty_history(maps, SAMPLING, WINDOW, STRIP, PRESENT)
-    rows = tl.minimum(STRIP.rows, maps.height - program.first_row) + (SIZE - 1)
-    for i in tl.range(0, rows, loop_unroll_factor=UNROLL):
+    rows = tl.minimum(STRIP.rows, maps.height - program.first_row)
+    for i in tl.range(-RADIUS, rows + RADIUS, loop_unroll_factor=UNROLL):
         differences, pixels, history = next_row(
             i, history, maps, program, SAMPLING, WINDOW, STRIP, PRESENT
         )
-        number = program.first_row + i - (SIZE - 1)
-        lowest_label = tl.where(i >= SIZE - 1, 0, ABOVE_ALL)
+        number = program.first_row + i - RADIUS
+        lowest_label = tl.where(i >= RADIUS, 0, ABOVE_ALL)
         kept = ()
         for v in tl.static_range(COLUMNS):
             label = pixels.label[v]
@@ -73,15 +74,15 @@ def _forward_strip(
                 differences[v], column, number, maps.height, maps.width, SAMPLING, WINDOW
             )
             u = pixels.scaled[v]
-            entropy = softplus_base2(tl.where(label == program.channel, -u, u))
+            entropy = softplus_base2(tl.where(label == program.channel, negated(u), u))
             weight = differences[v] if SAMPLING.reweight else zero + 1.0
             entropy_sum += tl.where(valid, entropy, 0.0)
             weighted_sum += tl.where(hard, weight * entropy, 0.0)
             hard_count += tl.where(hard, 1.0, 0.0)
             kept = kept + (tl.where(hard, weight, 0.0),)
         if STORED:
-            limit = tl.where(i >= SIZE - 1, maps.width, 0)
-            out_row = Row(number=number, chunk=program.chunk, limit=limit)
+            limit = tl.where(i >= RADIUS, maps.width, 0)
+            out_row = Row(number=i - RADIUS, chunk=program.chunk, limit=limit)
             store_columns(stored, out_row, kept, STRIP)
     return StripSums(
         entropy=tl.sum(entropy_sum),
@@ -120,15 +121,16 @@ def _structural_similarity_forward_kernel(
 ):
     """Reads logits and labels once, adds up the loss; writes e f if STORED."""
     program = strip_program(channels, tiles_x, tiles_y, STRIP)
+    first_row = program.first_row
     maps = Maps(
-        logits=plane_of(logits_ptr, logits_strides, program, STRIP),
-        target=label_plane_of(target_ptr, target_strides, program, STRIP),
+        logits=below(plane_of(logits_ptr, logits_strides, program, STRIP), first_row, STRIP),
+        target=below(label_plane_of(target_ptr, target_strides, program, STRIP), first_row, STRIP),
         classes=channels,
         height=height,
         width=width,
         window=window,
     )
-    stored = plane_of(stored_ptr, stored_strides, program, STRIP)
+    stored = below(plane_of(stored_ptr, stored_strides, program, STRIP), first_row, STRIP)
 
     present = True
     if not STRIP.channels_in_lanes:
@@ -167,7 +169,7 @@ def _residual(u, probability, belongs, PRESENT: tl.constexpr):
     """The residual p - y; for y = 1 as -sigmoid(-z), since p - 1 has no digits left near 1."""
     residual = probability
     if PRESENT:
-        residual = tl.where(belongs, -sigmoid_base2(-u), probability)
+        residual = tl.where(belongs, negated(sigmoid_base2(negated(u))), probability)
     return residual
 
 
@@ -177,16 +179,16 @@ def _backward_strip(
     PRESENT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one strip: (p - y) (a m + b e f)."""
-    SIZE: tl.constexpr = WINDOW.size
+    RADIUS: tl.constexpr = WINDOW.size // 2
     COLUMNS: tl.constexpr = STRIP.columns
     UNROLL: tl.constexpr = STRIP.unroll
     history = empty_history(maps, SAMPLING, WINDOW, STRIP, PRESENT)
-    rows = tl.minimum(STRIP.rows, maps.height - program.first_row) + (SIZE - 1)
-    for i in tl.range(0, rows, loop_unroll_factor=UNROLL):
+    rows = tl.minimum(STRIP.rows, maps.height - program.first_row)
+    for i in tl.range(-RADIUS, rows + RADIUS, loop_unroll_factor=UNROLL):
         differences, pixels, history = next_row(
             i, history, maps, program, SAMPLING, WINDOW, STRIP, PRESENT
         )
-        number = program.first_row + i - (SIZE - 1)
+        number = program.first_row + i - RADIUS
         gradient = ()
         for v in tl.static_range(COLUMNS):
             label = pixels.label[v]
@@ -201,8 +203,8 @@ def _backward_strip(
             belongs = label == program.channel
             residual = _residual(pixels.scaled[v], pixels.probability[v], belongs, PRESENT)
             gradient = gradient + ((scales.entropy + scales.weighted * weight) * residual,)
-        limit = tl.where(i >= SIZE - 1, maps.width, 0)
-        out_row = Row(number=number, chunk=program.chunk, limit=limit)
+        limit = tl.where(i >= RADIUS, maps.width, 0)
+        out_row = Row(number=i - RADIUS, chunk=program.chunk, limit=limit)
         store_columns(grad, out_row, gradient, STRIP)
 
 
@@ -239,15 +241,16 @@ def _structural_similarity_backward_kernel(
 ):
     """Reads logits and labels once more, recomputes e, writes the gradient once."""
     program = strip_program(channels, tiles_x, tiles_y, STRIP)
+    first_row = program.first_row
     maps = Maps(
-        logits=plane_of(logits_ptr, logits_strides, program, STRIP),
-        target=label_plane_of(target_ptr, target_strides, program, STRIP),
+        logits=below(plane_of(logits_ptr, logits_strides, program, STRIP), first_row, STRIP),
+        target=below(label_plane_of(target_ptr, target_strides, program, STRIP), first_row, STRIP),
         classes=channels,
         height=height,
         width=width,
         window=window,
     )
-    grad = plane_of(grad_logits_ptr, grad_logits_strides, program, STRIP)
+    grad = below(plane_of(grad_logits_ptr, grad_logits_strides, program, STRIP), first_row, STRIP)
     scales = _gradient_scales(grad_loss_ptr, statistics_ptr)
 
     present = True
@@ -281,19 +284,20 @@ def _structural_similarity_stored_kernel(
     """Turns the stored e f into the gradient in place: no window, three reads and a write."""
     COLUMNS: tl.constexpr = STRIP.columns
     program = strip_program(channels, tiles_x, tiles_y, STRIP)
+    first_row = program.first_row
     maps = Maps(
-        logits=plane_of(logits_ptr, logits_strides, program, STRIP),
-        target=label_plane_of(target_ptr, target_strides, program, STRIP),
+        logits=below(plane_of(logits_ptr, logits_strides, program, STRIP), first_row, STRIP),
+        target=below(label_plane_of(target_ptr, target_strides, program, STRIP), first_row, STRIP),
         classes=channels,
         height=height,
         width=width,
         window=1,
     )
-    stored = plane_of(stored_ptr, stored_strides, program, STRIP)
+    stored = below(plane_of(stored_ptr, stored_strides, program, STRIP), first_row, STRIP)
     scales = _gradient_scales(grad_loss_ptr, statistics_ptr)
 
-    for i in tl.range(0, tl.minimum(STRIP.rows, height - program.first_row)):
-        row = Row(number=program.first_row + i, chunk=program.chunk, limit=width)
+    for i in tl.range(0, tl.minimum(STRIP.rows, height - first_row)):
+        row = Row(number=i, chunk=program.chunk, limit=width)
         pixels = load_pixels(maps, row, IGNORED, STRIP, 0, COLUMNS, "zeros")
         weights = load_values(stored, row, STRIP, 0, COLUMNS, "zeros")
         gradient = ()

@@ -97,8 +97,9 @@ def _window_arguments(
         ignored=ignored_class(options.ignore_index, logits.size(1), target.dtype),
         threshold=threshold if options.hard_mining else -1.0,
         reweight=options.reweight,
-        # Mirrored columns beyond the image are no pixels of their own: looked up anew.
-        delayed=columns > 1 and padding in ("zeros", "valid"),
+        # Mirrored columns beyond the image are no pixels of their own: looked up anew. So is what
+        # would take too many registers: four columns of three rows.
+        delayed=columns > 1 and columns * (size // 2) < 12 and padding in ("zeros", "valid"),
     )
     return {
         "window": size,
