@@ -55,9 +55,9 @@ _AGAINST_TORCH = tuple(
 )
 
 
-_EXTRA = (BASE.shape.elements * 4 + 8 * BASE.shape.pixels) * 1.001 / 2**20
+_EXTRA = (BASE.shape.elements * 4 + 4 * BASE.shape.pixels) * 1.001 / 2**20
 _MEMORY = Goal(
-    "Cross entropy: extra MiB, the gradient and 8 bytes per pixel",
+    "Cross entropy: extra MiB, the gradient and 4 bytes per pixel",
     CASES[0],
     "peak_delta_MiB",
     at_most=_EXTRA,

@@ -37,7 +37,7 @@ def _run_kernel(first_ptr, inside_ptr, pixels, tiles, TILE: tl.constexpr):
 
 def test_images_of_2_to_the_31_pixels(device: torch.device) -> None:
     """Their number fits 32 bits in grains alone."""
-    tile = Tile(pixels=64, lanes=1, unroll=1, grain=4, flat=True, classes=1, double=False)
+    tile = Tile(64, 1, 1, grain=4, flat=True, classes=1, double=False, bundle=4)
     first = torch.empty(2, dtype=torch.int64, device=device)
     inside = torch.empty(2, 64, dtype=torch.int32, device=device)
     _run_kernel[(2,)](first, inside, 2**29, 2**25, tile)
@@ -89,7 +89,7 @@ def slope(factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE
     return tl.where(is_own, 0.0, 2 * factors.scale * tl.maximum(block.logits[SLOT], 0.0))
 
 
-SQUARES = Loss("squares", Record(start, add, finish, factors, slope, no_lookups), lambda dtype: ())
+SQUARES = Loss("squares", Record(start, add, finish, factors, slope, no_lookups), lambda logits: ())
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -33,51 +33,104 @@ def prepared(key: Hashable, prepare: Callable[[], _T]) -> _T:
 
 def kind(tensor: torch.Tensor) -> Hashable:
     """All that a launch depends on of a tensor, but its address."""
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device, is_aligned(tensor)
+
+
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether its address is a multiple of 16 bytes, as that of all that PyTorch allocates is."""
+    return tensor.data_ptr() % 16 == 0
 
 
 class PreparedLaunch:
     """``kernel[grid](**tensors, **arguments)`` for tensors of the same dtypes, and one device.
 
     Triton binds and specialises every argument at every launch, which takes the host far longer
-    than the launch. Here that is done once: all that a kernel is specialised for and that may still
-    change is whether an address is a multiple of 16 bytes.
+    than the launch. Here that is done once. And of the numbers that a kernel is given, alone or in
+    a tuple, it is compiled for their width alone: images of any size share what is compiled. What
+    is to be known of a number is said in the kernel, by a factor that is a constexpr. All that is
+    left are addresses: either all are multiples of 16 bytes, but for those of single elements, or
+    nothing is taken for granted.
 
     Args:
         kernel: the kernel.
         grid: its programs.
         arguments: all of the launch but the tensors.
+        aligned: False if the kernel has no use for addresses that are multiples of 16 bytes.
     """
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], aligned: bool = True
+    ) -> None:
         self._kernel = kernel
         self._grid = (*grid, 1, 1)[:3]
         self._arguments = arguments
-        self._compiled: dict[tuple[bool, ...], CompiledKernel] = {}
+        self._may_be_aligned = aligned
+        self._compiled: dict[bool, CompiledKernel] = {}
         self._template: list[Any] = []
         self._places: list[int] = []
 
     def __call__(self, **tensors: Pointers) -> None:
         """Launch. The tensors are the same ones by name, in the same order, at every call."""
-        pointers: list[torch.Tensor] = []
-        for given in tensors.values():
-            pointers += given if isinstance(given, tuple) else (given,)
-        aligned = tuple([tensor.data_ptr() % 16 == 0 for tensor in pointers])
+        aligned = self._may_be_aligned and _are_aligned(tensors)
         compiled = self._compiled.get(aligned)
         # Whoever records launches, or compiles only, has put something of their own in its place.
         if compiled is None or JITFunction.run is not _run:
-            self._first(aligned, tensors)
-            return
+            compiled = self._first(aligned, tensors)
+            if compiled is None:
+                return
         arguments = self._template.copy()
         for place, tensor in zip(self._places, tensors.values(), strict=True):
             arguments[place] = tensor
         compiled[self._grid](*arguments)
 
-    def _first(self, aligned: tuple[bool, ...], tensors: dict[str, Pointers]) -> None:
-        """Triton's own way, which returns what it has compiled (in the interpreter: nothing)."""
-        compiled = self._kernel[self._grid](**tensors, **self._arguments)
+    def _first(self, aligned: bool, tensors: dict[str, Pointers]) -> CompiledKernel | None:
+        """The kernel, compiled by Triton; None if there is nothing to launch, or all is done."""
+        if not isinstance(self._kernel, JITFunction):  # the interpreter's
+            self._kernel[self._grid](**tensors, **self._arguments)
+            return None
+        numbers = {p.name for p in self._kernel.params if not p.is_constexpr}
+        known = {k: _any(v) if k in numbers else v for k, v in self._arguments.items()}
+        pointers = tensors if aligned else {k: _anywhere(v) for k, v in tensors.items()}
+        compiled = self._kernel.run(grid=self._grid, warmup=True, **pointers, **known)
+        names = self._kernel.arg_names
+        self._template = [self._arguments.get(name) for name in names]
+        self._places = [names.index(name) for name in tensors]
         if isinstance(compiled, CompiledKernel) and JITFunction.run is _run:
-            names = self._kernel.arg_names
-            self._template = [self._arguments.get(name) for name in names]
-            self._places = [names.index(name) for name in tensors]
             self._compiled[aligned] = compiled
+        return compiled
+
+
+class Anywhere:
+    """A tensor as a kernel sees it that takes nothing of its address for granted."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.dtype = tensor.dtype
+
+    def data_ptr(self) -> int:
+        """An address that is a multiple of nothing."""
+        return 1
+
+
+def _are_aligned(tensors: dict[str, Pointers]) -> bool:
+    """Whether all addresses are multiples of 16 bytes but those of single elements."""
+    addresses = 0
+    for given in tensors.values():
+        for tensor in given if isinstance(given, tuple) else (given,):
+            if tensor.dim():
+                addresses |= tensor.data_ptr()
+    return addresses % 16 == 0
+
+
+def _anywhere(given: Pointers) -> Any:
+    return tuple(map(Anywhere, given)) if isinstance(given, tuple) else Anywhere(given)
+
+
+def _any(value: Any) -> Any:
+    """A value of the same kind for which Triton specialises no kernel."""
+    if isinstance(value, tuple):
+        parts = [_any(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if type(value) is not int:
+        return value
+    return 3 if -(2**31) <= value < 2**31 else 2**31 + 3

@@ -20,14 +20,8 @@ from .pixel_walk import (
 )
 from .sums import Sums, comes_last, leave, total
 
-# Kernel arguments that a kernel is compiled for once, whatever their value.
-_SIZES = (
-    "logits_strides", "target_strides", "grad_strides", "upstream_strides", "pixels", "width",
-    "tiles", "full", "programs",
-)  # fmt: skip
 
-
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit
 def _pixelwise_forward_kernel(
     logits_ptr,  # [N, C, H, W]
     target_ptr,  # [N, H, W]
@@ -116,7 +110,7 @@ def _store_loss(loss_ptr, scale_ptr, sums, shares, COUNT: tl.constexpr, REDUCTIO
     tl.store(loss_ptr, loss)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit
 def _pixelwise_backward_kernel(
     upstream_ptr,  # [], or [N, H, W] unless REDUCED
     scale_ptr,  # of every loss, if REDUCED

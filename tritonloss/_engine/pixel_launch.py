@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,10 +9,9 @@ import torch
 import triton
 
 from .._core.backend import device_guard, warp_size
-from .._core.configurations import Configuration, Launch, Shape, TuningCase, launch_configuration
+from .._core.configurations import Configuration, launch_configuration
 from .._core.operator import Operator
-from .._core.prepared_launch import PreparedLaunch, kind, prepared
-from .._core.tuning_inputs import random_labels, random_map
+from .._core.prepared_launch import PreparedLaunch, is_aligned, kind, prepared
 from .pixel_kernels import _pixelwise_backward_kernel, _pixelwise_forward_kernel
 from .pixel_walk import Terms
 from .pixels import Record, Tile
@@ -22,6 +19,8 @@ from .planes import compute_dtype, ignored_class
 from .sums import sums_over
 
 REDUCTIONS = ("mean", "sum", "none")
+# Classes of a bundle in channels_last.
+_LAST_BUNDLE = 64
 
 
 class Loss(NamedTuple):
@@ -30,7 +29,7 @@ class Loss(NamedTuple):
     Attributes:
         name: of its operator; configurations are kept under it.
         record: its device functions.
-        saved: of logits of a dtype, the dtypes of the maps for the backward pass.
+        saved: of logits, the dtypes of the maps for the backward pass.
         unroll: classes of a lane in one block of the forward pass, where there are so many.
         held: up to so many classes of a lane stay in registers, to be gone through twice.
         binary: whether one class is allowed, with labels 0 and 1.
@@ -38,7 +37,7 @@ class Loss(NamedTuple):
 
     name: str
     record: Record
-    saved: Callable[[torch.dtype], tuple[torch.dtype, ...]]
+    saved: Callable[[torch.Tensor], tuple[torch.dtype, ...]]
     unroll: int = 8
     held: int = 0
     binary: bool = False
@@ -97,7 +96,7 @@ def allocated(
     # A map needs no scale, and what nobody fills is not there.
     scales = 0 if reduction == "none" else len(losses)
     scale = torch.empty(scales, dtype=dtype, device=device)
-    dtypes = [dtype for loss in losses for dtype in loss.saved(logits.dtype)] if save else []
+    dtypes = [dtype for loss in losses for dtype in loss.saved(logits)] if save else []
     maps = [torch.empty(pixels, dtype=dtype, device=device) for dtype in dtypes]
     return loss, Kept(scale, tuple(maps))
 
@@ -124,12 +123,13 @@ def launch_forward(
             "logits_strides": _strides(logits, launch["TILE"]),
             "target_strides": _strides(target, launch["TILE"]),
             "programs": grid[0],
-            "TERMS": _terms(terms, logits.dtype, save),
+            "TERMS": _terms(terms, logits, save),
             "REDUCTION": walk.reduction,
             **_labels(losses, logits, target, walk.ignore_index),
             **launch,
         }
-        return PreparedLaunch(_pixelwise_forward_kernel, grid, constants), grid[0]
+        aligned = launch["TILE"].grain > 1
+        return PreparedLaunch(_pixelwise_forward_kernel, grid, constants, aligned), grid[0]
 
     key = (_key(terms), kind(logits), kind(target), walk, save)
     launch, programs = prepared(key, prepare)
@@ -173,12 +173,13 @@ def launch_backward(
             "logits_strides": _strides(logits, launch["TILE"]),
             "target_strides": _strides(target, launch["TILE"]),
             "grad_strides": _strides(grad_logits, launch["TILE"]),
-            "TERMS": _terms(terms, logits.dtype, save=True),
+            "TERMS": _terms(terms, logits, save=True),
             "REDUCED": reduced,
             **_labels(losses, logits, target, walk.ignore_index),
             **launch,
         }
-        return PreparedLaunch(_pixelwise_backward_kernel, grid, constants)
+        aligned = launch["TILE"].grain > 1
+        return PreparedLaunch(_pixelwise_backward_kernel, grid, constants, aligned)
 
     key = (_key(terms), kind(logits), kind(target), kind(upstream), kind(grad_logits), walk)
     launch = prepared(key, prepare)
@@ -231,9 +232,9 @@ def _numbers(terms: tuple[Term, ...]) -> dict[str, Any]:
     }
 
 
-def _terms(terms: tuple[Term, ...], dtype: torch.dtype, save: bool) -> Terms:
+def _terms(terms: tuple[Term, ...], logits: torch.Tensor, save: bool) -> Terms:
     records = [term.loss.record for term in terms]
-    counts = tuple(len(term.loss.saved(dtype)) if save else 0 for term in terms)
+    counts = tuple(len(term.loss.saved(logits)) if save else 0 for term in terms)
     # Where there is no second pass its functions are not called.
     fields = {
         name: tuple(getattr(record, name) or record.add for record in records)
@@ -294,7 +295,7 @@ def pixelwise_operator(
     ) -> torch.Tensor:
         terms = (term(logits, own_table, other_table, options, True),)
         walk = Walk(options.ignore_index, options.reduction)
-        kept = Kept(scale, (first, second)[: len(loss.saved(logits.dtype))])
+        kept = Kept(scale, (first, second)[: len(loss.saved(logits))])
         return launch_backward(terms, grad_loss, kept, logits, target, walk)
 
     def allocate(
@@ -339,74 +340,6 @@ def pixel_heuristic(losses: Sequence[Loss], direction: str, logits: torch.Tensor
     }
 
 
-def pixel_candidates(
-    loss: Loss, direction: str, dtype: torch.dtype, classes: int, layout: str
-) -> list[Configuration]:
-    """The heuristic and its neighbours, one setting changed at a time: what the tuner tries."""
-    like = random_map((1, classes, 2, 32), layout, dtype, torch.device("meta"))
-    heuristic = pixel_heuristic([loss], direction, like)
-    pixels, lanes = int(heuristic["PIXELS"]), int(heuristic["CLASS_LANES"])
-    unroll, warps = int(heuristic["UNROLL"]), int(heuristic["num_warps"])
-    changes: list[Configuration] = [{"PIXELS": pixels // 2}, {"PIXELS": pixels * 2}]
-    changes += [{"UNROLL": max(unroll // 2, 1)}, {"UNROLL": unroll * 2}]
-    changes += [{"PIXELS": pixels // 2, "num_warps": warps // 2}]
-    changes += [{"PIXELS": pixels * 2, "num_warps": warps * 2}]
-    if lanes > 1:
-        changes += [{"CLASS_LANES": lanes // 2, "PIXELS": pixels * 2}]
-        changes += [{"CLASS_LANES": lanes * 2, "PIXELS": pixels // 2}]
-    candidates = [heuristic, *({**heuristic, **change} for change in changes)]
-    return [c for i, c in enumerate(candidates) if c not in candidates[:i]]
-
-
-def pixel_cases(loss: Loss, operator: Operator, options: Any, tables: int = 0) -> list[TuningCase]:
-    """The tuning cases of a loss with these options, and so many tables."""
-    cases = []
-    layouts = ("contiguous", "channels_last")
-    for classes, layout in (*itertools.product((19, 150), layouts), (1, "contiguous")):
-        for dtype in (torch.float32, torch.bfloat16):
-            if classes == 1 and not loss.binary:
-                continue
-            sized = functools.partial(_tuning_pass, operator, options, tables, dtype)
-            stated = functools.partial(sized, (2, classes, 512, 512), layout)
-            for direction in ("forward", "backward"):
-                candidates = functools.partial(pixel_candidates, loss, direction, dtype)
-                cases.append(
-                    TuningCase(
-                        f"{loss.name}_{direction}",
-                        classes,
-                        1,
-                        dtype,
-                        layout,
-                        stated,
-                        candidates(classes, layout),
-                        sized=sized,
-                        sized_candidates=candidates,
-                    )  # fmt: skip
-                )
-    return cases
-
-
-def _tuning_pass(
-    operator: Operator,
-    options: Any,
-    tables: int,
-    dtype: torch.dtype,
-    shape: Shape,
-    layout: str,
-    device: torch.device,
-) -> Launch:
-    """Both passes for logits of a shape and layout."""
-    logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
-    target = random_labels(shape, device)
-    table = torch.full((shape[1],), 0.1, device=device)
-    given = (logits, target, *(table,) * tables, *(None,) * (2 - tables))
-
-    def both_passes() -> tuple[torch.Tensor, ...]:
-        return operator.both_passes(*given, options=options)
-
-    return both_passes
-
-
 def _launch(
     losses: Sequence[Loss],
     direction: str,
@@ -417,20 +350,22 @@ def _launch(
     """(grid, arguments) of a kernel that goes through all pixels of ``logits``."""
     name = losses[0].name if len(losses) == 1 else "weighted_sum"
     in_lanes = _classes_in_lanes(logits) and all(grad.stride(1) == 1 for grad in grads)
-    flat = _is_flat(in_lanes, logits, target, *grads)
+    is_contiguous = not in_lanes and _is_flat(False, logits, target, *grads)
     configuration = launch_configuration(
         f"{name}_{direction}",
         device=logits.device,
         dtype=logits.dtype,
         classes=logits.size(1),
         window=1,
-        layout="channels_last" if in_lanes else "contiguous" if flat else "strided",
+        layout="channels_last" if in_lanes else "contiguous" if is_contiguous else "strided",
         heuristic=pixel_heuristic(losses, direction, logits),
     )
     warps, lanes = int(configuration["num_warps"]), int(configuration["CLASS_LANES"])
-    pixels, lanes = int(configuration["PIXELS"]), lanes if in_lanes else 1
+    # A slot is in one bundle.
+    pixels, lanes = int(configuration["PIXELS"]), min(lanes, _LAST_BUNDLE) if in_lanes else 1
+    flat = is_contiguous if lanes == 1 else _is_flat(True, logits, target, *grads)
     grain = 1
-    if not in_lanes:
+    if lanes == 1:
         per_lane = max(pixels // (warps * warp_size()), 1)
         grain = _grain(per_lane, logits, target, *grads) if flat else 1
         # Without whole aligned grains a lane's neighbouring pixels would be moved one by one, each
@@ -440,13 +375,14 @@ def _launch(
     classes = logits.size(1)
     unroll = min(int(configuration["UNROLL"]), triton.cdiv(classes, lanes))
     step = unroll * lanes
+    double = logits.dtype == torch.float64
     tiles = triton.cdiv(size, pixels)
     return (logits.size(0) * tiles,), {
         "pixels": size // grain,
         "width": logits.size(3),
         "tiles": tiles,
         "full": (classes - 1) // step * step,
-        "TILE": Tile(pixels, lanes, unroll, grain, flat, classes, logits.dtype == torch.float64),
+        "TILE": Tile(pixels, lanes, unroll, grain, flat, classes, double, _bundle(logits)),
         "num_warps": warps,
         "enable_fp_fusion": True,
     }
@@ -466,6 +402,17 @@ def _classes_in_lanes(logits: torch.Tensor) -> bool:
     return logits.size(1) > 1 and logits.stride(1) == 1 and logits.stride(3) != 1
 
 
+def _bundle(logits: torch.Tensor) -> int:
+    """Classes of a bundle.
+
+    Going forward every bundle takes two instructions; going back all of its classes are read once
+    more, which costs less where lanes share them.
+    """
+    if _classes_in_lanes(logits):
+        return _LAST_BUNDLE
+    return 8 if logits.size(1) > 64 else 4
+
+
 def _is_flat(
     in_lanes: bool, logits: torch.Tensor, target: torch.Tensor, *maps: torch.Tensor
 ) -> bool:
@@ -483,7 +430,7 @@ def _is_flat(
 
 def _grain(per_lane: int, *maps: torch.Tensor) -> int:
     """How many neighbouring pixels of flat maps can be moved at once: 1, or up to ``per_lane``."""
-    grain = min(per_lane, 4)
+    grain = min(per_lane, 4) if all(is_aligned(tensor) for tensor in maps) else 1
     while grain > 1:
         strides = [stride for tensor in maps for stride in tensor.stride()[:-2]]
         size = maps[0].size(2) * maps[0].size(3)

@@ -24,6 +24,7 @@ class Terms(NamedTuple):
     factors: Any
     slope: Any
     lookups: Any
+    bundles: Any
     join: Any
     add_again: Any
     twice: Any  # whether the loss goes through the classes twice; else the two above are not used
@@ -180,6 +181,35 @@ def look_up(view, index, TILE: tl.constexpr):
         pixels = tl.reshape(view.offsets, (TILE.pixels,))
     offset = nearest_class(index, TILE).to(tl.int64) * view.stride + pixels
     return tl.load(view.pointer + offset, mask=index >= 0, other=0.0).to(dtype)
+
+
+@triton.jit
+def largest_of_bundle(view, first, inside, TILE: tl.constexpr):
+    """Each pixel's largest logit of ``Tile.bundle`` classes, [pixels]; anything where no pixel is.
+
+    Whatever the first class has become, it leads to no foreign memory: the last bundle is moved to
+    where its classes are the last ones.
+    """
+    dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
+    LANES: tl.constexpr = TILE.lanes
+    COUNT: tl.constexpr = TILE.bundle if TILE.bundle < TILE.classes else TILE.classes
+    first = tl.minimum(tl.maximum(first, 0), TILE.classes - COUNT)
+    # [pixels], or [pixels, lanes]
+    pointers = view.pointer + view.offsets + for_classes(first, TILE).to(tl.int64) * view.stride
+    if LANES == 1:
+        largest = tl.load(pointers, mask=inside, other=0.0).to(dtype)
+        for _ in tl.static_range(1, COUNT):
+            pointers += view.stride
+            largest = tl.maximum(largest, tl.load(pointers, mask=inside, other=0.0).to(dtype))
+    else:
+        lane = tl.arange(0, LANES)[None, :]
+        largest = tl.full((TILE.pixels, LANES), float("-inf"), dtype)
+        for j in tl.static_range((COUNT + LANES - 1) // LANES):
+            mask = inside[:, None] & (lane + j * LANES < COUNT)
+            logits = tl.load(pointers + (lane + j * LANES), mask=mask, other=float("-inf"))
+            largest = tl.maximum(largest, logits.to(dtype))
+        largest = tl.max(largest, axis=1)
+    return largest
 
 
 # --- passes over the classes ----------------------------------------------------------------------
@@ -359,8 +389,11 @@ def factors_of(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constex
     saved = ()
     for i in tl.static_range(COUNT):
         saved = saved + (maps[FIRST + i],)
+    bundles = TERMS.bundles[K](saved, pixel, TILE)
     classes = TERMS.lookups[K](saved, pixel, TILE)
     looked_up = ()
+    for j in tl.static_range(len(bundles)):
+        looked_up = looked_up + (largest_of_bundle(view, bundles[j], pixel.inside, TILE),)
     for j in tl.static_range(len(classes)):
         looked_up = looked_up + (look_up(view, classes[j], TILE),)
     return TERMS.factors[K](scales[K], saved, looked_up, pixel, given[K], OPTIONS, TILE)

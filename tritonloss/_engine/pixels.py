@@ -34,6 +34,7 @@ class Tile(NamedTuple):
     flat: bool  # a map's pixels lie at even distances; labels and contiguous logits side by side
     classes: int
     double: bool  # the arithmetic is in float64
+    bundle: int  # classes of a bundle, at least as many as lanes; the same in both passes
 
 
 class Pixel(NamedTuple):
@@ -60,6 +61,12 @@ class Block(NamedTuple):
     start: Any  # the first class
 
 
+@triton.jit
+def no_bundles(saved, pixel, TILE: tl.constexpr):
+    """For losses whose gradient needs the largest logit of no bundle."""
+    return ()
+
+
 class Record(NamedTuple):
     """A pixelwise loss, as device functions.
 
@@ -80,6 +87,8 @@ class Record(NamedTuple):
         lookups: (saved, pixel, TILE) -> the classes, a tuple of [pixels], whose logits ``factors``
             gets as ``looked_up``; 0 where a class is less than 0, as it has to be where no pixel
             is.
+        bundles: (saved, pixel, TILE) -> the first classes of bundles, a tuple of [pixels], whose
+            largest logits ``factors`` gets as well, before those of ``lookups``.
         join: (state, OPTIONS, TILE) -> the state before a second pass over the classes, or None if
             the loss has one pass only.
         add_again: like ``add``, in the second pass.
@@ -91,6 +100,7 @@ class Record(NamedTuple):
     factors: Function
     slope: Function
     lookups: Function
+    bundles: Function = no_bundles
     join: Function | None = None
     add_again: Function | None = None
 
@@ -107,6 +117,12 @@ def class_of(block, SLOT: tl.constexpr, TILE: tl.constexpr):
     else:
         result = block.start + SLOT * LANES + tl.arange(0, LANES)[None, :]
     return result
+
+
+@triton.jit
+def first_of_slot(block, SLOT: tl.constexpr, TILE: tl.constexpr):
+    """The first class in a slot of a block, scalar."""
+    return block.start + SLOT * TILE.lanes
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITCallable, JITFunction
 
 from .._core.configurations import target_changed
+from .._core.prepared_launch import Anywhere
 
 _CONFIGURATION = ("columns", "lanes", "rows", "unroll")
 
@@ -83,7 +84,8 @@ def recorded(mode: Literal["run", "compile", "skip"]) -> Iterator[list[Launch]]:
                 modules=tuple(sorted(modules)),
             )
         )
-        return compiled
+        # What is only compiled is not to be launched by the caller either.
+        return None if mode == "compile" else compiled
 
     JITFunction.run = run
     try:
@@ -163,7 +165,8 @@ def _text(value: Any, modules: set[str]) -> str:
 
 def _tensors(values: tuple[Any, ...]) -> list[torch.Tensor]:
     """The tensors among the values; one that is given under two names counts once."""
-    tensors = {id(value): value for value in values if isinstance(value, torch.Tensor)}
+    plain = (value.tensor if isinstance(value, Anywhere) else value for value in values)
+    tensors = {id(value): value for value in plain if isinstance(value, torch.Tensor)}
     return list(tensors.values())
 
 

@@ -22,7 +22,8 @@ from .._core.configurations import TuningCase
 from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._engine.math import LOG2_E, log_one_plus, sigmoid_base2, softplus_base2
-from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixel_cases, pixelwise_operator
+from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixelwise_operator
+from .._engine.pixel_tuning import pixel_cases
 from .._engine.pixels import (
     Record,
     class_of,
@@ -114,7 +115,7 @@ def _slope(factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TIL
     return residual * tl.where(is_own, -factors.own_class, factors.other_class)
 
 
-def _saves_nothing(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+def _saves_nothing(logits: torch.Tensor) -> tuple[torch.dtype, ...]:
     return ()
 
 

@@ -1,8 +1,9 @@
 """Cross entropy of the softmax: -w_t log p_t with p = softmax(z) and t the pixel's label.
 
 Bytes per pass, L of logits and T of labels: forward L + T; backward 2 L + T. The largest logit and
-the logarithm of the sum are left to the backward pass, 6 or 8 bytes per pixel (16 for float64). The
-gradient is the only map with classes in memory.
+the logarithm of the sum are left to the backward pass in 4 bytes per pixel (``softmax.py``), in 6
+or 8 of more than 256 classes, in 16 for float64. The gradient is the only map with classes in
+memory.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from .._core.configurations import TuningCase
 from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._engine.math import LN_2
-from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixel_cases, pixelwise_operator
+from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixelwise_operator
+from .._engine.pixel_tuning import pixel_cases
 from .._engine.pixels import Record, for_classes, no_lookups, nothing_yet, sum_of_lanes
 from .softmax import (
     SoftmaxState,
     class_weight,
     own_weight,
     softmax_add,
+    softmax_again,
+    softmax_bundles,
     softmax_factors,
     softmax_of_lanes,
+    softmax_saved,
     softmax_saves,
     softmax_slope,
     softmax_start,
@@ -60,6 +65,7 @@ class _SmoothState(NamedTuple):
     """The statistics of the softmax, and those of the smoothing."""
 
     largest: Any
+    bundle: Any
     total: Any
     weighted: Any  # sum of w (z - largest): relative, nothing cancels when all logits are large
     seen: Any  # sum of w
@@ -70,13 +76,15 @@ def _start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
     state = softmax_start(OPTIONS, TILE)
     if OPTIONS.smoothed:
         zero = nothing_yet(0.0, TILE)
-        state = _SmoothState(largest=state.largest, total=state.total, weighted=zero, seen=zero)
+        state = _SmoothState(
+            largest=state.largest, bundle=state.bundle, total=state.total, weighted=zero, seen=zero
+        )
     return state
 
 
 @triton.jit
 def _add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    softmax = SoftmaxState(largest=state.largest, total=state.total)
+    softmax = SoftmaxState(largest=state.largest, bundle=state.bundle, total=state.total)
     added = softmax_add(softmax, block, pixel, given, OPTIONS, TILE)
     if OPTIONS.smoothed:
         seen = state.seen
@@ -86,14 +94,17 @@ def _add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
             # Not a product with 0: a lane without a class left holds -inf.
             weighted += tl.where(weight == 0, 0.0, weight * (block.logits[j] - added.largest))
             seen += weight
-        added = _SmoothState(largest=added.largest, total=added.total, weighted=weighted, seen=seen)
+        added = _SmoothState(
+            largest=added.largest, bundle=added.bundle, total=added.total, weighted=weighted,
+            seen=seen,
+        )  # fmt: skip
     return added
 
 
 @triton.jit
 def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
     """-w_t log p_t; smoothed by s, (1 - s) of it and s / C of -sum w_k log p_k."""
-    softmax = SoftmaxState(largest=state.largest, total=state.total)
+    softmax = SoftmaxState(largest=state.largest, bundle=state.bundle, total=state.total)
     statistics = softmax_of_lanes(softmax, TILE)
     weight = own_weight(pixel, given, OPTIONS, TILE)
     loss = weight * surprise(statistics, own)
@@ -104,7 +115,7 @@ def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr)
         smooth = all_weights * (statistics.log_sum * LN_2) - weighted
         smoothing = given.numbers[0]
         loss = (1.0 - smoothing) * loss + smoothing / TILE.classes * smooth
-    return loss, weight, statistics
+    return loss, weight, softmax_saved(softmax, statistics, TILE)
 
 
 @triton.jit
@@ -118,12 +129,13 @@ def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE:
         own_class = own_class * (1.0 - smoothing)
         smooth = scale * (smoothing / TILE.classes)
         all_classes = own_class + smooth * sum_of_weights(given, OPTIONS, TILE)
-    return softmax_factors(saved, pixel, all_classes, own_class, smooth, TILE)
+    statistics = softmax_again(saved, looked_up, TILE)
+    return softmax_factors(statistics, pixel, all_classes, own_class, smooth, TILE)
 
 
 LOSS = Loss(
     "cross_entropy",
-    Record(_start, _add, _finish, _factors, softmax_slope, no_lookups),
+    Record(_start, _add, _finish, _factors, softmax_slope, no_lookups, softmax_bundles),
     saved=softmax_saves,
 )
 

@@ -20,15 +20,18 @@ from .._core.configurations import TuningCase
 from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._engine.math import LOG2_E
-from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixel_cases, pixelwise_operator
+from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixelwise_operator
+from .._engine.pixel_tuning import pixel_cases
 from .._engine.pixels import Record, own_class
 from .._engine.planes import compute_dtype
 from .softmax import (
-    SoftmaxSaved,
     own_weight,
     softmax_add,
+    softmax_again,
+    softmax_bundles,
     softmax_factors,
     softmax_of_lanes,
+    softmax_saved,
     softmax_saves,
     softmax_slope,
     softmax_start,
@@ -93,7 +96,8 @@ def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr)
     entropy = surprise(statistics, own)
     _, _, modulation = _parts(entropy, given.numbers[0], OPTIONS)
     weight = own_weight(pixel, given, OPTIONS, TILE)
-    return weight * modulation * entropy, tl.zeros_like(weight) + 1.0, statistics
+    value = weight * modulation * entropy
+    return value, tl.zeros_like(weight) + 1.0, softmax_saved(state, statistics, TILE)
 
 
 @triton.jit
@@ -102,10 +106,8 @@ def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE:
 
     If detached a_t q^gamma (p_k - y_k): the focal weight is held constant.
     """
-    largest, log_sum = saved
-    (own,) = looked_up
-    statistics = SoftmaxSaved(largest=largest.to(own.dtype), log_sum=log_sum.to(own.dtype))
-    entropy = surprise(statistics, own)
+    statistics = softmax_again(saved, looked_up, TILE)
+    entropy = surprise(statistics, looked_up[len(looked_up) - 1])
     gamma = given.numbers[0]
     probability, rest, slope = _parts(entropy, gamma, OPTIONS)
     if not OPTIONS.detached and OPTIONS.power != 0:
@@ -116,12 +118,14 @@ def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE:
         # p_t = 0 with an infinite entropy: nothing is left of the product.
         slope += tl.where((rest == 0) | (probability == 0), 0.0, live)
     factor = scale * own_weight(pixel, given, OPTIONS, TILE) * slope
-    return softmax_factors(saved, pixel, factor, factor, factor, TILE)
+    return softmax_factors(statistics, pixel, factor, factor, factor, TILE)
 
 
 LOSS = Loss(
     "focal",
-    Record(softmax_start, softmax_add, _finish, _factors, softmax_slope, own_class),
+    Record(
+        softmax_start, softmax_add, _finish, _factors, softmax_slope, own_class, softmax_bundles
+    ),
     saved=softmax_saves,
 )
 

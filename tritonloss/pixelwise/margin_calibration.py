@@ -31,7 +31,8 @@ from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example
 from .._core.loss_module import LossModule
-from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixel_cases, pixelwise_operator
+from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixelwise_operator
+from .._engine.pixel_tuning import pixel_cases
 from .._engine.planes import compute_dtype
 from ..metrics.label_statistics import MarginOffsets
 from .margins import MARGINS, Compiled
@@ -50,9 +51,9 @@ class Options(NamedTuple):
 # --- operator -------------------------------------------------------------------------------------
 
 
-def _saves(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+def _saves(logits: torch.Tensor) -> tuple[torch.dtype, ...]:
     """The classes of the two largest scores in 16 bits each, and the sum of the derivatives."""
-    return torch.int32, compute_dtype(dtype)
+    return torch.int32, compute_dtype(logits.dtype)
 
 
 LOSS = Loss(

@@ -1,8 +1,11 @@
 """What losses of a softmax share: its statistics, class weights, and the slope of its gradients.
 
-Saved are the largest logit, in the logits' dtype, and log2 of the sum of 2^((z - largest) log2 e):
-their sum alone, the log-sum-exp, would lose the digits of every probability where all logits are
-large.
+The backward pass needs the largest logit and log2 of the sum of 2^((z - largest) log2 e): their sum
+alone, the log-sum-exp, would lose the digits of every probability where all logits are large. Up to
+256 classes four bytes per pixel hold both. Eight bits say among which few classes, a bundle, the
+backward pass finds the largest logit again: the first of them. The logarithm, from 0 to log2 C,
+takes the other 24 in fixed point, which moves no probability by more than 2e-7 of itself. Of more
+classes the two numbers are saved as they are, and so for float64.
 """
 
 from __future__ import annotations
@@ -16,31 +19,41 @@ import triton.language as tl
 from .._engine.math import LN_2, LOG2_E
 from .._engine.pixels import (
     class_of,
+    first_of_slot,
     for_classes,
     largest_of_lanes,
     load_entry,
     load_table,
+    no_class_yet,
     nothing_yet,
+    smallest_of_lanes,
     sum_of_lanes,
 )
 from .._engine.planes import compute_dtype
 
 _LOWEST = tl.constexpr(-3.0e38)
+_NO_CLASS = tl.constexpr(1 << 30)
+_PACKED_CLASSES = tl.constexpr(256)
+_ONE = tl.constexpr(2.0**21)  # of the fixed point
+_NAN = tl.constexpr((1 << 24) - 1)
 
 
-def softmax_saves(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """The dtypes of what is saved: the largest logit, which is one of the logits, and log2."""
-    return dtype, compute_dtype(dtype)
+def softmax_saves(logits: torch.Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes of what is saved: both in one number, or the largest logit and log2 of the sum."""
+    if logits.size(1) <= _PACKED_CLASSES.value and logits.dtype != torch.float64:
+        return (torch.int32,)
+    return logits.dtype, compute_dtype(logits.dtype)
 
 
 class SoftmaxState(NamedTuple):
     """The statistics so far."""
 
     largest: Any
+    bundle: Any  # the first class of the one that the largest is in
     total: Any  # sum of 2^((z - largest) log2 e)
 
 
-class SoftmaxSaved(NamedTuple):
+class SoftmaxStatistics(NamedTuple):
     """The statistics of a pixel."""
 
     largest: Any
@@ -61,22 +74,31 @@ class SoftmaxFactors(NamedTuple):
 @triton.jit
 def softmax_start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
     """No class yet."""
-    return SoftmaxState(largest=nothing_yet(_LOWEST, TILE), total=nothing_yet(0.0, TILE))
+    return SoftmaxState(
+        largest=nothing_yet(_LOWEST, TILE), bundle=no_class_yet(TILE), total=nothing_yet(0.0, TILE)
+    )
 
 
 @triton.jit
 def softmax_add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
     """The statistics with a block of classes, relative to the largest logit so far."""
+    SLOTS: tl.constexpr = TILE.bundle // TILE.lanes
     logits = block.logits
     largest = state.largest
-    for j in tl.static_range(len(logits)):
-        largest = tl.maximum(largest, logits[j])
+    bundle = state.bundle
+    for first in tl.static_range(0, len(logits), SLOTS):
+        largest_here = logits[first]
+        for j in tl.static_range(first + 1, first + SLOTS):
+            if j < len(logits):
+                largest_here = tl.maximum(largest_here, logits[j])
+        bundle = tl.where(largest_here > largest, first_of_slot(block, first, TILE), bundle)
+        largest = tl.maximum(largest, largest_here)
     # Summed within the block first: one sum over a thousand classes would lose its last digits.
     total = tl.exp2((logits[0] - largest) * LOG2_E)
     for j in tl.static_range(1, len(logits)):
         total += tl.exp2((logits[j] - largest) * LOG2_E)
     total += state.total * tl.exp2((state.largest - largest) * LOG2_E)
-    return SoftmaxState(largest=largest, total=total)
+    return SoftmaxState(largest=largest, bundle=bundle, total=total)
 
 
 @triton.jit
@@ -85,7 +107,49 @@ def softmax_of_lanes(state, TILE: tl.constexpr):
     largest = largest_of_lanes(state.largest, TILE)
     beyond = state.largest - for_classes(largest, TILE)
     total = sum_of_lanes(state.total * tl.exp2(beyond * LOG2_E), TILE)
-    return SoftmaxSaved(largest=largest, log_sum=tl.log2(total))
+    return SoftmaxStatistics(largest=largest, log_sum=tl.log2(total))
+
+
+@triton.jit
+def softmax_saved(state, statistics, TILE: tl.constexpr):
+    """What is saved of each pixel."""
+    if TILE.classes > _PACKED_CLASSES or TILE.double:
+        saved = (statistics.largest, statistics.log_sum)
+    else:
+        is_largest = state.largest == for_classes(statistics.largest, TILE)
+        bundle = smallest_of_lanes(tl.where(is_largest, state.bundle, _NO_CLASS), TILE)
+        # One class alone has a logarithm of 0: whatever is not at least that is not a number.
+        fixed = tl.minimum(statistics.log_sum * _ONE + 0.5, _NAN - 1.0)
+        fixed = tl.where(statistics.log_sum >= 0, fixed, _NAN).to(tl.int32)
+        saved = ((fixed << 8) | (bundle & 0xFF),)
+    return saved
+
+
+@triton.jit
+def softmax_bundles(saved, pixel, TILE: tl.constexpr):
+    """The bundle with the largest logit, if that is not saved itself."""
+    if TILE.classes > _PACKED_CLASSES or TILE.double:
+        bundles = ()
+    else:
+        (word,) = saved
+        bundles = (word & 0xFF,)
+    return bundles
+
+
+@triton.jit
+def softmax_again(saved, looked_up, TILE: tl.constexpr):
+    """The statistics of each pixel, out of what is saved and the largest logits of its bundles."""
+    dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
+    if TILE.classes > _PACKED_CLASSES or TILE.double:
+        largest, log_sum = saved
+        largest = largest.to(dtype)
+        log_sum = log_sum.to(dtype)
+    else:
+        (word,) = saved
+        largest = looked_up[0]
+        fixed = (word >> 8) & _NAN
+        log_sum = tl.where(fixed == _NAN, float("nan"), fixed.to(dtype) * (1 / _ONE))
+    return SoftmaxStatistics(largest=largest, log_sum=log_sum)
 
 
 @triton.jit
@@ -95,13 +159,11 @@ def surprise(statistics, logit):
 
 
 @triton.jit
-def softmax_factors(saved, pixel, all_classes, own_class, smooth, TILE: tl.constexpr):
+def softmax_factors(statistics, pixel, all_classes, own_class, smooth, TILE: tl.constexpr):
     """The factors of A p_k - B y_k - D w_k, [pixels] each, for the slope."""
-    largest, log_sum = saved
-    dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
     return SoftmaxFactors(
-        largest=for_classes(largest.to(dtype), TILE),
-        log_sum=for_classes(log_sum.to(dtype), TILE),
+        largest=for_classes(statistics.largest, TILE),
+        log_sum=for_classes(statistics.log_sum, TILE),
         own=for_classes(pixel.own, TILE),
         all_classes=for_classes(all_classes, TILE),
         own_class=for_classes(own_class, TILE),

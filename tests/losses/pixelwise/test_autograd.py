@@ -152,7 +152,7 @@ def test_same_bits_every_time(loss: Loss, layout: str, device: torch.device) -> 
 
 
 def test_what_is_saved_is_small(loss: Loss, device: torch.device) -> None:
-    """At most 8 bytes per pixel; nothing for binary cross entropy."""
+    """4 bytes per pixel; nothing for binary cross entropy."""
     for dtype in (torch.float32, torch.bfloat16):
         logits, target = segmentation_case((1, 6, 8, 12), dtype=dtype, device=device)
         leaf = logits.requires_grad_()
@@ -164,7 +164,7 @@ def test_what_is_saved_is_small(loss: Loss, device: torch.device) -> None:
             loss(leaf, target)
         own = [x for x in saved if x.data_ptr() not in (leaf.data_ptr(), target.data_ptr())]
         per_pixel = sum(x.nbytes for x in own if x.dim() == 3) / target.numel()
-        assert per_pixel == (0 if loss is binary_cross_entropy else 4 + dtype.itemsize)
+        assert per_pixel == (0 if loss is binary_cross_entropy else 4)
         assert sum(x.numel() for x in own if x.dim() != 3) <= 2
 
 

@@ -1,0 +1,100 @@
+"""Distinct kernels that a loss has compiled over images of many sizes, counted without compiling.
+
+Every one of them costs seconds at the first image that needs it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from perf.compiling.compile_only import compilers
+from perf.measuring import launches, stand_in
+from perf.measuring.calls import Call
+from perf.operations.contract import Operation, operations
+from tritonloss._tools.launches import Launch, offline, recorded
+
+IMAGES = 48
+LAYOUTS = ("contiguous", "channels_last", "crops")
+_TARGET = GPUTarget("cuda", 90, 32)
+
+Distinct = dict[str, int]  # "forward kernel" or "backward kernel" -> of how many kinds
+
+
+def collect(layout: str, names: Sequence[str] | None = None) -> dict[str, Distinct]:
+    """The distinct kernels of all operations or of those named, in a process of its own."""
+    with compilers(workers=1) as pool:
+        return pool.submit(count, layout, names).result()
+
+
+def count(layout: str, names: Sequence[str] | None = None) -> dict[str, Distinct]:
+    """The same, in this process, whose losses take CPU tensors for a GPU's from now on.
+
+    "crops" are of any layout, contiguous maps and parts of larger ones that begin anywhere.
+    """
+    torch.set_num_threads(1)
+    stand_in.adopt(guard=lambda device: nullcontext())
+    with offline(_TARGET):
+        return {
+            operation.name: _of_one(operation, layout)
+            for operation in operations(names)
+            if launches.has_images(operation)
+        }
+
+
+def _of_one(operation: Operation, layout: str) -> Distinct:
+    sizes = random.Random(layout)
+    kinds: set[tuple[str, str]] = set()
+    for _ in range(IMAGES):
+        call = _call(operation, layout, sizes)
+        with recorded("skip") as launched:
+            outputs = call.forward()
+            forward = len(launched)
+            call.backward(outputs, call.upstream(outputs))
+        kinds |= {_kind("forward", launch) for launch in launched[:forward]}
+        kinds |= {_kind("backward", launch) for launch in launched[forward:]}
+    return dict(Counter(name for name, _ in kinds))
+
+
+def _kind(direction: str, launch: Launch) -> tuple[str, str]:
+    return f"{direction} {launch.kernel}", f"{launch.signature} {launch.num_warps}"
+
+
+def _call(operation: Operation, layout: str, sizes: random.Random) -> Call:
+    """A call with the options of the operation's first case, for images of some size."""
+    case = operation.cases[0]
+    height, width = sizes.randint(200, 700), sizes.randint(200, 700)
+    shape = replace(case.shape, batch=sizes.randint(1, 3), classes=19, height=height, width=width)
+    made = "channels_last" if layout == "channels_last" else "contiguous"
+    inputs = operation.inputs(replace(case, shape=shape, layout=made), torch.device("meta"))
+    place = _whole if layout != "crops" else _crop(sizes)
+    given = [place(x) for x in inputs]
+    given = [x.requires_grad_() if x.is_floating_point() else x for x in given]
+    leaves = [x for x in given if x.requires_grad]
+    return Call(lambda: operation.function(*given, **case.options), leaves)
+
+
+def _whole(like: Tensor) -> Tensor:
+    """Memory that nobody touches, and so takes none."""
+    return torch.empty_like(like, device="cpu")
+
+
+def _crop(sizes: random.Random) -> Callable[[Tensor], Tensor]:
+    """Makes each map a part of a larger one, or a whole one."""
+    top, left = sizes.randint(0, 9), sizes.randint(0, 9)
+
+    def crop(like: Tensor) -> Tensor:
+        if sizes.random() < 0.5:
+            return _whole(like)
+        *outer, height, width = like.shape
+        larger = torch.empty(*outer, height + 10, width + 10, dtype=like.dtype)
+        return larger[..., top : top + height, left : left + width]
+
+    return crop

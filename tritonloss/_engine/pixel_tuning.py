@@ -1,0 +1,82 @@
+"""What the tuner measures for a pixelwise loss."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import torch
+
+from .._core.configurations import Configuration, Launch, Shape, TuningCase
+from .._core.operator import Operator
+from .._core.tuning_inputs import random_labels, random_map
+from .pixel_launch import Loss, pixel_heuristic
+
+
+def pixel_candidates(
+    loss: Loss, direction: str, dtype: torch.dtype, classes: int, layout: str
+) -> list[Configuration]:
+    """The heuristic and its neighbours, one setting changed at a time: what the tuner tries."""
+    like = random_map((1, classes, 2, 32), layout, dtype, torch.device("meta"))
+    heuristic = pixel_heuristic([loss], direction, like)
+    pixels, lanes = int(heuristic["PIXELS"]), int(heuristic["CLASS_LANES"])
+    unroll, warps = int(heuristic["UNROLL"]), int(heuristic["num_warps"])
+    changes: list[Configuration] = [{"PIXELS": pixels // 2}, {"PIXELS": pixels * 2}]
+    changes += [{"UNROLL": max(unroll // 2, 1)}, {"UNROLL": unroll * 2}]
+    changes += [{"PIXELS": pixels // 2, "num_warps": warps // 2}]
+    changes += [{"PIXELS": pixels * 2, "num_warps": warps * 2}]
+    if lanes > 1:
+        changes += [{"CLASS_LANES": lanes // 2, "PIXELS": pixels * 2}]
+        changes += [{"CLASS_LANES": lanes * 2, "PIXELS": pixels // 2}]
+    candidates = [heuristic, *({**heuristic, **change} for change in changes)]
+    return [c for i, c in enumerate(candidates) if c not in candidates[:i]]
+
+
+def pixel_cases(loss: Loss, operator: Operator, options: Any, tables: int = 0) -> list[TuningCase]:
+    """The tuning cases of a loss with these options, and so many tables."""
+    cases = []
+    layouts = ("contiguous", "channels_last")
+    for classes, layout in (*itertools.product((19, 150), layouts), (1, "contiguous")):
+        for dtype in (torch.float32, torch.bfloat16):
+            if classes == 1 and not loss.binary:
+                continue
+            sized = functools.partial(_tuning_pass, operator, options, tables, dtype)
+            stated = functools.partial(sized, (2, classes, 512, 512), layout)
+            for direction in ("forward", "backward"):
+                candidates = functools.partial(pixel_candidates, loss, direction, dtype)
+                cases.append(
+                    TuningCase(
+                        f"{loss.name}_{direction}",
+                        classes,
+                        1,
+                        dtype,
+                        layout,
+                        stated,
+                        candidates(classes, layout),
+                        sized=sized,
+                        sized_candidates=candidates,
+                    )  # fmt: skip
+                )
+    return cases
+
+
+def _tuning_pass(
+    operator: Operator,
+    options: Any,
+    tables: int,
+    dtype: torch.dtype,
+    shape: Shape,
+    layout: str,
+    device: torch.device,
+) -> Launch:
+    """Both passes for logits of a shape and layout."""
+    logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
+    target = random_labels(shape, device)
+    table = torch.full((shape[1],), 0.1, device=device)
+    given = (logits, target, *(table,) * tables, *(None,) * (2 - tables))
+
+    def both_passes() -> tuple[torch.Tensor, ...]:
+        return operator.both_passes(*given, options=options)
+
+    return both_passes
