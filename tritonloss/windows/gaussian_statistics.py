@@ -112,7 +112,9 @@ def _forward_launch(x: torch.Tensor, mean: torch.Tensor, options: Options) -> Pr
         "SHIFT": 0 if padding == "valid" else -(window_size // 2),
         **launch,
     }
-    return PreparedLaunch(_gaussian_statistics_forward_kernel, grid, arguments)
+    return PreparedLaunch(
+        _gaussian_statistics_forward_kernel, grid, arguments, launch["STRIP"].grain > 1
+    )
 
 
 def _gaussian_statistics_backward(
@@ -174,7 +176,9 @@ def _backward_launch(
         "SHIFT": -(window_size - 1) if padding == "valid" else -(window_size // 2),
         **launch,
     }
-    return PreparedLaunch(_gaussian_statistics_backward_kernel, grid, arguments)
+    return PreparedLaunch(
+        _gaussian_statistics_backward_kernel, grid, arguments, launch["STRIP"].grain > 1
+    )
 
 
 def _tails(window: Window) -> tuple[float, ...]:

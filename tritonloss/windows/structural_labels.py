@@ -205,4 +205,4 @@ def _look_plan(
         "IGNORED": ignored_class(ignore_index, classes, target.dtype),
         **launch,
     }
-    return PreparedLaunch(_label_look_kernel, grid, arguments)
+    return PreparedLaunch(_label_look_kernel, grid, arguments, launch["STRIP"].grain > 1)

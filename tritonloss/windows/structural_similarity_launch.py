@@ -17,6 +17,7 @@ from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._engine.planes import compute_dtype
 from .._engine.strip_launch import (
     channels_in_lanes,
+    grain_of,
     ignored_class,
     label_strides,
     strides,
@@ -209,7 +210,9 @@ def _forward_plan(
         **_window_arguments(options, logits, target, strip.columns),
         **launch,
     }
-    launch_forward = PreparedLaunch(_structural_similarity_forward_kernel, grid, arguments)
+    launch_forward = PreparedLaunch(
+        _structural_similarity_forward_kernel, grid, arguments, launch["STRIP"].grain > 1
+    )
     return _ForwardPlan(launch_forward, grid[0])
 
 
@@ -264,7 +267,9 @@ def _backward_plan(
         **_window_arguments(options, logits, target, strip.columns),
         **launch,
     }
-    return PreparedLaunch(_structural_similarity_backward_kernel, grid, arguments)
+    return PreparedLaunch(
+        _structural_similarity_backward_kernel, grid, arguments, launch["STRIP"].grain > 1
+    )
 
 
 def stored_pass(
@@ -296,7 +301,10 @@ def _stored_plan(
     configuration = strip_configuration(
         "structural_similarity_stored", logits, 1, strip_heuristic(4)
     )
-    grid, launch = strip_launch(logits.shape, configuration, "zeros", logits, target, stored)
+    moved = (logits, target, stored)
+    if grain_of(int(configuration["COLUMNS"]), *moved) == 1 and not channels_in_lanes(logits):
+        configuration["COLUMNS"] = 1  # there is no window: so neighbouring lanes are neighbours
+    grid, launch = strip_launch(logits.shape, configuration, "zeros", *moved)
     arguments = {
         "logits_strides": strides(logits, launch["STRIP"]),
         "target_strides": label_strides(target, launch["STRIP"]),
@@ -306,4 +314,6 @@ def _stored_plan(
         "IGNORED": ignored_class(ignore_index, logits.size(1), target.dtype),
         **launch,
     }
-    return PreparedLaunch(_structural_similarity_stored_kernel, grid, arguments)
+    return PreparedLaunch(
+        _structural_similarity_stored_kernel, grid, arguments, launch["STRIP"].grain > 1
+    )
