@@ -154,6 +154,21 @@ def test_flat_maps_keep_their_digits(device: torch.device) -> None:
     assert (naive.double().sqrt() - truth.sqrt()).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize(("window_size", "sigma"), [(5, 1.5), (11, 1.5), (5, 0.4)])
+@pytest.mark.shipped_sizes
+def test_flat_areas_beside_steps_keep_their_digits(
+    window_size: int, sigma: float, device: torch.device
+) -> None:
+    """Windows of a chunk share the value that they deviate from, and it may lie beyond a step."""
+    x = 4 * image(1, 1, 7, 43).to(device)
+    x[..., 18:] += 1000
+    x[..., 30] += 1000
+    truth = kernels_reference.gaussian_statistics(x.double(), window_size, sigma)[1]
+    with tritonloss.use_backend("triton"):
+        variance = tritonloss.gaussian_statistics(x, window_size, sigma)[1]
+    assert ((variance - truth).abs() <= 1e-4 * truth).all()
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.3, -1e4, 3e18])
 def test_constant_maps(value: float, device: torch.device) -> None:
     """No window sees a difference: mean exact to rounding, variance exactly 0."""

@@ -10,6 +10,7 @@ import triton
 
 from .._core.backend import warp_size
 from .._core.configurations import Configuration, launch_configuration
+from .._core.prepared_launch import is_aligned
 from . import planes
 from .strips import LabelStrides, Strides, Strip
 
@@ -80,7 +81,7 @@ def strip_launch(
 
     # Mirrored columns come one by one, and make the code long enough as it is.
     mirrored = padding in ("reflect", "replicate")
-    grain = 1 if mirrored else _grain(columns, *maps)
+    grain = 1 if mirrored else grain_of(columns, *maps)
     unroll = 1 if mirrored else int(configuration["UNROLL"])
     tiles_x, tiles_y = triton.cdiv(needed, lanes), triton.cdiv(height, rows)
     return (images * tiles_x * tiles_y * (1 if in_lanes else channels),), {
@@ -118,10 +119,10 @@ def _in_grains(tensor: torch.Tensor, strip: Strip) -> tuple[int, ...]:
     return (*(stride // strip.grain for stride in tensor.stride()[:-1]), tensor.stride(-1))
 
 
-def _grain(columns: int, *maps: torch.Tensor) -> int:
+def grain_of(columns: int, *maps: torch.Tensor) -> int:
     """``columns`` if every row of every map is made of whole aligned chunks, else 1."""
     for tensor in maps:
-        if tensor.stride(-1) != 1 or tensor.size(-1) % columns:
+        if tensor.stride(-1) != 1 or tensor.size(-1) % columns or not is_aligned(tensor):
             return 1
         if any(stride % columns for stride in tensor.stride()[:-1]):
             return 1

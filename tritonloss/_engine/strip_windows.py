@@ -37,7 +37,8 @@ class Window(NamedTuple):
 class Moments(NamedTuple):
     """Mean and variance along a row, a tensor per column; or what is kept of the rows before.
 
-    Kept are the row means of WINDOW - 1 rows, and the unfinished vertical sums of the variances.
+    Kept are the row means of WINDOW - 1 rows, and the unfinished vertical sums of the variances;
+    of three rows' means the second, after what the first is above it.
     """
 
     mean: Any
@@ -111,14 +112,63 @@ def filtered_column(
 
 @triton.jit
 def row_moments(values, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr):
-    """The moments of one row, about each window's centre value.
+    """The moments of one row.
+
+    The deviations d_j are from a value that all windows of a chunk hold: of a window's variance it
+    has at least its weight's share, so that no digits are lost. Where that would be next to
+    nothing they are from each window's own centre.
+    """
+    RADIUS: tl.constexpr = WINDOW // 2
+    SHIFT: tl.constexpr = COLUMNS // 2  # from the first window's centre to the value
+    if WINDOW > 3 and RADIUS >= SHIFT and WEIGHTS[RADIUS - SHIFT] >= 0.02:
+        centres, firsts, seconds = _sums_about_one(values, WEIGHTS, WINDOW, COLUMNS)
+    else:
+        centres, firsts, seconds = _sums_about_each(values, WEIGHTS, WINDOW, COLUMNS)
+    row_mean = ()
+    row_variance = ()
+    for v in tl.static_range(COLUMNS):
+        row_mean = row_mean + (centres[v] + firsts[v],)
+        row_variance = row_variance + (seconds[v] - firsts[v] * firsts[v],)
+    return Moments(mean=row_mean, variance=row_variance)
+
+
+@triton.jit
+def _sums_about_one(values, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr):
+    """(values, sums w d, sums w d^2) for deviations d from one value for all columns."""
+    ONE: tl.constexpr = WINDOW // 2 + COLUMNS // 2
+    one = values[ONE]
+    deviations = ()
+    squares = ()
+    for j in tl.static_range(COLUMNS + WINDOW - 1):
+        deviation = values[j] - one
+        deviations = deviations + (deviation,)
+        squares = squares + (deviation * deviation,)
+    firsts = ()
+    seconds = ()
+    for v in tl.static_range(COLUMNS):
+        first = deviations[v] * WEIGHTS[0]
+        second = squares[v] * WEIGHTS[0]
+        for j in tl.static_range(1, WINDOW):
+            if v + j != ONE:
+                first = plus(first, deviations[v + j], WEIGHTS[j])
+                second = plus(second, squares[v + j], WEIGHTS[j])
+        firsts = firsts + (first,)
+        seconds = seconds + (second,)
+    return repeated(one, COLUMNS), firsts, seconds
+
+
+@triton.jit
+def _sums_about_each(values, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr):
+    """(values, sums w d, sums w d^2) for deviations d from each window's centre value.
 
     A difference of two neighbours serves two windows: as one's right tap and as the other's left.
     """
     RADIUS: tl.constexpr = WINDOW // 2
+    centres = ()
     firsts = ()
     seconds = ()
     for v in tl.static_range(COLUMNS):
+        centres = centres + (values[v + RADIUS],)
         firsts = firsts + (tl.zeros_like(values[v]),)
         seconds = seconds + (tl.zeros_like(values[v]),)
     for distance in tl.static_range(1, RADIUS + 1):
@@ -137,12 +187,7 @@ def row_moments(values, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl
             second_sums = second_sums + (plus(seconds[v], second, WEIGHTS[RADIUS - distance]),)
         firsts = first_sums
         seconds = second_sums
-    row_mean = ()
-    row_variance = ()
-    for v in tl.static_range(COLUMNS):
-        row_mean = row_mean + (values[v + RADIUS] + firsts[v],)
-        row_variance = row_variance + (seconds[v] - firsts[v] * firsts[v],)
-    return Moments(mean=row_mean, variance=row_variance)
+    return centres, firsts, seconds
 
 
 @triton.jit
@@ -213,17 +258,20 @@ def column_moments(
     centres = ()
     shifts = ()
     result = ()
+    steps = ()
     for v in tl.static_range(COLUMNS):
         if WINDOW == 1:
             centre = row.mean[v]
             first = centre - centre  # 0, and NaN where the pixel is not finite
-            second = tl.zeros_like(centre)
+            second = summed[v]
         else:
             centre = means[RADIUS * COLUMNS + v]
-            upper = means[v] - centre
+            upper = means[v] if WINDOW == 3 else means[v] - centre
             lower = row.mean[v] - centre
+            steps = steps + (centre - row.mean[v],)
+            # The row variances first: what is added to them is more than what is taken away.
             first = (upper + lower) * WEIGHTS[0]
-            second = (upper * upper + lower * lower) * WEIGHTS[0]
+            second = plus(summed[v], upper * upper + lower * lower, WEIGHTS[0])
             for i in tl.static_range(1, RADIUS):
                 upper = means[i * COLUMNS + v] - centre
                 lower = means[(WINDOW - 1 - i) * COLUMNS + v] - centre
@@ -231,8 +279,11 @@ def column_moments(
                 second = plus(second, upper * upper + lower * lower, WEIGHTS[i])
         centres = centres + (centre,)
         shifts = shifts + (first,)
-        result = result + (summed[v] + (second - first * first),)
-    means = without_oldest(means + row.mean, WINDOW, COLUMNS)
+        result = result + (second - first * first,)
+    if WINDOW == 3:
+        means = steps + row.mean
+    else:
+        means = without_oldest(means + row.mean, WINDOW, COLUMNS)
     moments = WindowMoments(centre=centres, shift=shifts, variance=result)
     return moments, Moments(mean=means, variance=variances)
 

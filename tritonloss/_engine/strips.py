@@ -136,7 +136,21 @@ def label_plane_of(pointer, strides, program, STRIP: tl.constexpr):
 def row_of(plane, row, STRIP: tl.constexpr):
     """Pointer to a row of a plane, by the row's number."""
     GRAIN: tl.constexpr = STRIP.grain
-    return plane.pointer + row.to(tl.int64) * plane.row_stride * GRAIN
+    return plane.pointer + tl.cast(row, tl.int64) * plane.row_stride * GRAIN
+
+
+@triton.jit
+def below(plane, row, STRIP: tl.constexpr):
+    """The plane whose row 0 is one of this plane's rows.
+
+    Pointers to rows that are a loop's own numbers the compiler moves on from row to row, instead of
+    multiplying with the stride anew.
+    """
+    return Plane(
+        pointer=row_of(plane, row, STRIP),
+        row_stride=plane.row_stride,
+        column_stride=plane.column_stride,
+    )
 
 
 @triton.jit
@@ -151,9 +165,15 @@ def source_row(row, height, PADDING: tl.constexpr):
 
 
 @triton.jit
+def is_below(number, limit):
+    """Whether 0 <= number < limit, in one comparison: without a sign negative numbers are large."""
+    return number.to(tl.uint32, bitcast=True) < limit.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def row_limit(row, height, width):
     """Number of columns that exist in ``row``: the scalar that masks a whole row."""
-    return tl.where((row >= 0) & (row < height), width, 0)
+    return tl.where(is_below(row, height), width, 0)
 
 
 @triton.jit
@@ -234,12 +254,13 @@ def load_columns(
         FIRST: tl.constexpr = SHIFT // COLUMNS
         SKIP: tl.constexpr = SHIFT - FIRST * COLUMNS
         CHUNKS: tl.constexpr = (SKIP + COUNT + COLUMNS - 1) // COLUMNS
+        start = row.chunk * COLUMNS
+        pointer = row_ptr + (start[:, None] + tl.arange(0, COLUMNS)[None, :])  # [LANES, COLUMNS]
         for j in tl.static_range(CHUNKS):
-            start = (row.chunk + (FIRST + j)) * COLUMNS
-            exists = (start >= 0) & (start < row.limit)
-            offsets = start[:, None] + tl.arange(0, COLUMNS)[None, :]  # [LANES, COLUMNS]
+            exists = is_below(start + (FIRST + j) * COLUMNS, row.limit)
             mask = tl.broadcast_to(exists[:, None], (LANES, COLUMNS))
-            block = tl.load(row_ptr + offsets, mask=mask, other=0)
+            # Added to the pointer, where it is part of the instruction.
+            block = tl.load(pointer + (FIRST + j) * COLUMNS, mask=mask, other=0)
             loaded = split_columns(block, LANES, COLUMNS)
             for v in tl.static_range(COLUMNS):
                 if j * COLUMNS + v >= SKIP and j * COLUMNS + v < SKIP + COUNT:

@@ -68,14 +68,16 @@ def _empty_statistics(x: torch.Tensor, options: Options) -> Results:
     return Results(mean, variance)
 
 
-def _forward_heuristic(window_size: int) -> Configuration:
+def _forward_heuristic(window_size: int, in_lanes: bool = False) -> Configuration:
     columns = 4 if window_size <= 11 else 1
-    return strip_heuristic(columns, UNROLL=2 if window_size <= 7 else 1)
+    # In channels_last two rows at once would double the registers.
+    unroll = 2 if window_size <= 7 and not in_lanes else 1
+    return strip_heuristic(columns, ROWS=128, UNROLL=unroll)
 
 
 def _backward_heuristic(window_size: int) -> Configuration:
     # With window 11 four columns spill in channels_last.
-    return strip_heuristic(4 if window_size <= 9 else 2 if window_size <= 11 else 1)
+    return strip_heuristic(4 if window_size <= 9 else 2 if window_size <= 11 else 1, ROWS=128)
 
 
 def _gaussian_statistics_forward(x: torch.Tensor, options: Options) -> Results:
@@ -92,7 +94,10 @@ def _gaussian_statistics_forward(x: torch.Tensor, options: Options) -> Results:
 def _forward_launch(x: torch.Tensor, mean: torch.Tensor, options: Options) -> PreparedLaunch:
     window_size, sigma, padding = options
     configuration = strip_configuration(
-        "gaussian_statistics_forward", x, window_size, _forward_heuristic(window_size)
+        "gaussian_statistics_forward",
+        x,
+        window_size,
+        _forward_heuristic(window_size, channels_in_lanes(x)),
     )
     grid, launch = strip_launch(mean.shape, configuration, padding, x, mean)
     arguments = {
@@ -107,7 +112,9 @@ def _forward_launch(x: torch.Tensor, mean: torch.Tensor, options: Options) -> Pr
         "SHIFT": 0 if padding == "valid" else -(window_size // 2),
         **launch,
     }
-    return PreparedLaunch(_gaussian_statistics_forward_kernel, grid, arguments)
+    return PreparedLaunch(
+        _gaussian_statistics_forward_kernel, grid, arguments, launch["STRIP"].grain > 1
+    )
 
 
 def _gaussian_statistics_backward(
@@ -169,7 +176,9 @@ def _backward_launch(
         "SHIFT": -(window_size - 1) if padding == "valid" else -(window_size // 2),
         **launch,
     }
-    return PreparedLaunch(_gaussian_statistics_backward_kernel, grid, arguments)
+    return PreparedLaunch(
+        _gaussian_statistics_backward_kernel, grid, arguments, launch["STRIP"].grain > 1
+    )
 
 
 def _tails(window: Window) -> tuple[float, ...]:

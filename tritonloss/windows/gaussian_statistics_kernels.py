@@ -21,6 +21,7 @@ from .._engine.strip_windows import (
 from .._engine.strips import (
     SIZES,
     Row,
+    below,
     load_column,
     load_values,
     plane_of,
@@ -61,17 +62,19 @@ def _gaussian_statistics_forward_kernel(
     ROWS: tl.constexpr = STRIP.rows
     UNROLL: tl.constexpr = STRIP.unroll
     program = strip_program(channels, tiles_x, tiles_y, STRIP)
-    x_plane = plane_of(x_ptr, x_strides, program, STRIP)
-    mean_plane = plane_of(mean_ptr, mean_strides, program, STRIP)
-    variance_plane = plane_of(variance_ptr, mean_strides, program, STRIP)
+    first_row = program.first_row
+    x_plane = below(plane_of(x_ptr, x_strides, program, STRIP), first_row, STRIP)
+    mean_plane = below(plane_of(mean_ptr, mean_strides, program, STRIP), first_row, STRIP)
+    variance_plane = below(plane_of(variance_ptr, mean_strides, program, STRIP), first_row, STRIP)
 
     none_yet = repeated(zeros(mean_plane, STRIP), (SIZE - 1) * COLUMNS)
     history = Moments(mean=none_yet, variance=none_yet)
-    rows = tl.minimum(ROWS, out_height - program.first_row) + (SIZE - 1)
-    for i in tl.range(0, rows, loop_unroll_factor=UNROLL):
+    rows = tl.minimum(ROWS, out_height - first_row)
+    for i in tl.range(SHIFT, rows + (SHIFT + SIZE - 1), loop_unroll_factor=UNROLL):
         # moments of a row, then of the windows that it completes
-        number = source_row(program.first_row + i + SHIFT, height, PADDING)
-        row = Row(number=number, chunk=program.chunk, limit=row_limit(number, height, width))
+        number = source_row(first_row + i, height, PADDING)
+        limit = row_limit(number, height, width)
+        row = Row(number=number - first_row, chunk=program.chunk, limit=limit)
         if COLUMNS == 1:
             row_of_moments = streamed_row_moments(
                 x_plane, row, program.chunk + SHIFT, window, WINDOW, STRIP
@@ -84,9 +87,8 @@ def _gaussian_statistics_forward_kernel(
         for v in tl.static_range(COLUMNS):
             mean = mean + (moments.centre[v] + moments.shift[v],)
 
-        number = program.first_row + i - (SIZE - 1)
-        limit = tl.where(i >= SIZE - 1, out_width, 0)
-        out_row = Row(number=number, chunk=program.chunk, limit=limit)
+        number = i - (SHIFT + SIZE - 1)
+        out_row = Row(number=number, chunk=program.chunk, limit=tl.where(number >= 0, out_width, 0))
         store_columns(mean_plane, out_row, mean, STRIP)
         store_columns(variance_plane, out_row, moments.variance, STRIP)
 
@@ -245,24 +247,27 @@ def _gaussian_statistics_backward_kernel(
     WEIGHTS: tl.constexpr = WINDOW.weights
     COUNT: tl.constexpr = COLUMNS + SIZE - 1
     program = strip_program(channels, tiles_x, tiles_y, STRIP)
+    grad_mean = plane_of(grad_mean_ptr, grad_mean_strides, program, STRIP)
+    grad_variance = plane_of(grad_variance_ptr, grad_variance_strides, program, STRIP)
+    mean = plane_of(mean_ptr, mean_strides, program, STRIP)
+    first_row = program.first_row
     planes = Upstream(
-        grad_mean=plane_of(grad_mean_ptr, grad_mean_strides, program, STRIP),
-        grad_variance=plane_of(grad_variance_ptr, grad_variance_strides, program, STRIP),
-        mean=plane_of(mean_ptr, mean_strides, program, STRIP),
+        grad_mean=below(grad_mean, first_row, STRIP),
+        grad_variance=below(grad_variance, first_row, STRIP),
+        mean=below(mean, first_row, STRIP),
     )
-    x_plane = plane_of(x_ptr, x_strides, program, STRIP)
-    grad_x_plane = plane_of(grad_x_ptr, grad_x_strides, program, STRIP)
+    x_plane = below(plane_of(x_ptr, x_strides, program, STRIP), first_row, STRIP)
+    grad_x_plane = below(plane_of(grad_x_ptr, grad_x_strides, program, STRIP), first_row, STRIP)
 
     zero = zeros(planes.mean, STRIP)
     references = repeated(zero, COLUMNS)
     none_yet = repeated(zero, (SIZE - 1) * COLUMNS)
     history = Adjoint(constant=none_yet, slope=none_yet)
-    rows = tl.minimum(ROWS, height - program.first_row) + (SIZE - 1)
-    for i in tl.range(0, rows, loop_unroll_factor=UNROLL):
+    rows = tl.minimum(ROWS, height - first_row)
+    for i in tl.range(SHIFT, rows + (SHIFT + SIZE - 1), loop_unroll_factor=UNROLL):
         # the adjoint along a row
-        number = program.first_row + i + SHIFT
-        limit = row_limit(number, out_height, out_width)
-        row = Row(number=number, chunk=program.chunk, limit=limit)
+        limit = row_limit(first_row + i, out_height, out_width)
+        row = Row(number=i, chunk=program.chunk, limit=limit)
         if COLUMNS == 1:
             row_mean, row_adjoint = _streamed_adjoint_row(
                 planes, row, width, window, WINDOW, SHIFT, STRIP
@@ -284,13 +289,12 @@ def _gaussian_statistics_backward_kernel(
             steps = steps + (reference - references[v],)
             moved = moved + (reference,)
         references = moved
-        number = program.first_row + i - (SIZE - 1)
+        number = i - (SHIFT + SIZE - 1)
         adjoint, history = _adjoint_column(
-            row_adjoint, steps, history, number, height, TAILS, WINDOW, COLUMNS
+            row_adjoint, steps, history, first_row + number, height, TAILS, WINDOW, COLUMNS
         )
 
-        limit = tl.where(i >= SIZE - 1, width, 0)
-        out_row = Row(number=number, chunk=program.chunk, limit=limit)
+        out_row = Row(number=number, chunk=program.chunk, limit=tl.where(number >= 0, width, 0))
         x = load_values(x_plane, out_row, STRIP, 0, COLUMNS, "zeros")
         gradient = ()
         for v in tl.static_range(COLUMNS):

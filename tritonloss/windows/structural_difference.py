@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .._engine.math import LOG2_E, inverse, sanitised_label, sigmoid_base2
+from .._engine.math import LOG2_E, inverse, negated, sanitised_label, sigmoid_base2
 from .._engine.strip_windows import (
     Moments,
     WindowMoments,
@@ -157,7 +157,7 @@ def _structural_difference(
     excess = (probability - moments.centre) - moments.shift  # p - mean_p
     if PRESENT:
         label_deviation = tl.sqrt(means.positive * means.negative)  # y^2 = y
-        label_excess = tl.where(belongs, means.negative, -means.positive)  # y - mean_y
+        label_excess = tl.where(belongs, means.negative, negated(means.positive))  # y - mean_y
         denominator = (deviation + STABILITY) * (label_deviation + STABILITY)
         numerator = (label_excess + STABILITY) * (deviation + STABILITY) - (excess + STABILITY) * (
             label_deviation + STABILITY
@@ -210,9 +210,9 @@ def next_row(
     IGNORED: tl.constexpr = SAMPLING.ignored
 
     # moments and label means along the row
-    number = source_row(program.first_row + i - RADIUS, maps.height, PADDING)
+    number = source_row(program.first_row + i, maps.height, PADDING)
     limit = row_limit(number, maps.height, maps.width)
-    row = Row(number=number, chunk=program.chunk, limit=limit)
+    row = Row(number=number - program.first_row, chunk=program.chunk, limit=limit)
     if COLUMNS == 1:
         row_of_moments, row_of_means = _streamed_row(
             maps, row, program.channel, SAMPLING, WINDOW, STRIP, PRESENT
@@ -259,9 +259,9 @@ def next_row(
             label=without_oldest(label, RADIUS + 1, COLUMNS),
         )
     else:
-        number = program.first_row + i - (SIZE - 1)
+        number = program.first_row + i - RADIUS
         limit = row_limit(number, maps.height, maps.width)
-        middle = Row(number=number, chunk=program.chunk, limit=limit)
+        middle = Row(number=i - RADIUS, chunk=program.chunk, limit=limit)
         pixels = load_pixels(maps, middle, IGNORED, STRIP, 0, COLUMNS, "zeros")
 
     differences = ()

@@ -60,6 +60,7 @@ def _structural_similarity_reuse(
     statistics: torch.Tensor,
     logits: torch.Tensor,
     target: torch.Tensor,
+    found: torch.Tensor,
     stored: torch.Tensor,
     options: Options,
 ) -> torch.Tensor | None:
@@ -279,7 +280,7 @@ def _tuning_stored(shape: Shape, layout: str, device: torch.device) -> Launch:
     logits = random_map(shape, layout, torch.float32, device).sub_(0.5).mul_(8)
     target = random_labels(shape, device)
     options = Options(window_size=11, store=True)
-    loss, statistics, stored = forward_pass(logits, target, options)
+    loss, statistics, stored, _ = forward_pass(logits, target, options)
     upstream = torch.ones_like(loss)
 
     def clone_and_turn() -> torch.Tensor:
@@ -299,12 +300,12 @@ def _tuning_pass(
 
     def both_passes() -> tuple[torch.Tensor, torch.Tensor]:
         options = Options(window_size, store=stores_differences(logits, window_size))
-        loss, statistics, stored = forward_pass(logits, target, options)
+        loss, statistics, stored, found = forward_pass(logits, target, options)
         upstream = torch.ones_like(loss)
         if stored.dim() == 4:
             stored_pass(upstream, statistics, logits, target, stored, 255)
             return loss, stored
-        return loss, backward_pass(upstream, statistics, logits, target, options)
+        return loss, backward_pass(upstream, statistics, logits, target, found, options)
 
     return both_passes
 

@@ -17,6 +17,7 @@ from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._engine.planes import compute_dtype
 from .._engine.strip_launch import (
     channels_in_lanes,
+    grain_of,
     ignored_class,
     label_strides,
     strides,
@@ -27,6 +28,7 @@ from .._engine.strip_launch import (
 from .._engine.strip_windows import window_of
 from .._engine.sums import sums_over
 from .structural_difference import Sampling
+from .structural_labels import empty_found, look_at_labels
 from .structural_similarity_kernels import (
     _structural_similarity_backward_kernel,
     _structural_similarity_forward_kernel,
@@ -55,6 +57,7 @@ class Results(NamedTuple):
     loss: torch.Tensor  # []
     statistics: torch.Tensor  # [2]
     stored: torch.Tensor  # e f [N, C, H, W], or [0] unless the options say "store"
+    found: torch.Tensor  # which classes occur where, see structural_labels.py
 
 
 @functools.lru_cache(maxsize=256)
@@ -95,8 +98,9 @@ def _window_arguments(
         ignored=ignored_class(options.ignore_index, logits.size(1), target.dtype),
         threshold=threshold if options.hard_mining else -1.0,
         reweight=options.reweight,
-        # Mirrored columns beyond the image are no pixels of their own: looked up anew.
-        delayed=columns > 1 and padding in ("zeros", "valid"),
+        # Mirrored columns beyond the image are no pixels of their own: looked up anew. So is what
+        # would take too many registers: four columns of three rows.
+        delayed=columns > 1 and columns * (size // 2) < 12 and padding in ("zeros", "valid"),
     )
     return {
         "window": size,
@@ -108,8 +112,7 @@ def _window_arguments(
 def heuristic_of(operator: str, window_size: int, in_lanes: bool) -> Configuration:
     """The operator's own choice; ``in_lanes`` for maps whose lanes run over channels."""
     columns = 4 if 3 <= window_size <= 7 else 2 if window_size <= 11 else 1
-    unroll = 2 if window_size == 3 and not in_lanes else 1
-    configuration = strip_heuristic(columns, UNROLL=unroll)
+    configuration = strip_heuristic(columns, ROWS=64 if window_size <= 5 else 128)
     if operator == "structural_similarity_forward":
         configuration["schedule"] = "recompute" if window_size <= 5 else "stored"
     return configuration
@@ -139,7 +142,7 @@ def empty_results(logits: torch.Tensor, target: torch.Tensor, options: Options) 
     loss = torch.empty((), dtype=dtype, device=logits.device)
     statistics = torch.empty(2, dtype=dtype, device=logits.device)
     stored = torch.empty_like(logits) if options.store else logits.new_empty(0)
-    return Results(loss, statistics, stored)
+    return Results(loss, statistics, stored, empty_found(logits))
 
 
 # What the launches below are kept under, beside all that they depend on: a tensor that is made like
@@ -165,14 +168,18 @@ def forward_pass(logits: torch.Tensor, target: torch.Tensor, options: Options) -
         results.loss.zero_()
         results.statistics.zero_()
         return results
-    sums = sums_over(plan.programs, 4, logits.device)
+    radius, ignore_index = options.window_size // 2, options.ignore_index
     with device_guard(logits):
+        valid = look_at_labels(target, results.found, logits.size(1), radius, ignore_index)
+        sums = sums_over(plan.programs, 3, logits.device)
         plan.launch(
             logits_ptr=logits,
             target_ptr=target,
             loss_ptr=results.loss,
             statistics_ptr=results.statistics,
             stored_ptr=results.stored,
+            found_ptr=results.found,
+            valid_ptr=valid,
             scratch_ptr=sums["scratch_ptr"],
             tickets_ptr=sums["tickets_ptr"],
         )
@@ -184,8 +191,6 @@ def _forward_plan(
 ) -> _ForwardPlan:
     moved = (logits, target, stored) if options.store else (logits, target)
     configuration = _configuration("structural_similarity_forward", logits, options.window_size)
-    if options.store:
-        configuration["UNROLL"] = 1  # two rows at once and their stores need too many registers
     if options.padding == "valid":
         # Of four columns and the border that is left out 8 bytes would spill.
         configuration["COLUMNS"] = min(int(configuration["COLUMNS"]), 2)
@@ -205,7 +210,9 @@ def _forward_plan(
         **_window_arguments(options, logits, target, strip.columns),
         **launch,
     }
-    launch_forward = PreparedLaunch(_structural_similarity_forward_kernel, grid, arguments)
+    launch_forward = PreparedLaunch(
+        _structural_similarity_forward_kernel, grid, arguments, launch["STRIP"].grain > 1
+    )
     return _ForwardPlan(launch_forward, grid[0])
 
 
@@ -220,6 +227,7 @@ def backward_pass(
     statistics: torch.Tensor,
     logits: torch.Tensor,
     target: torch.Tensor,
+    found: torch.Tensor,
     options: Options,
 ) -> torch.Tensor:
     """The gradient by recomputing e."""
@@ -234,6 +242,7 @@ def backward_pass(
             statistics_ptr=statistics,
             logits_ptr=logits,
             target_ptr=target,
+            found_ptr=found,
             grad_logits_ptr=grad_logits,
         )
     return grad_logits
@@ -258,7 +267,9 @@ def _backward_plan(
         **_window_arguments(options, logits, target, strip.columns),
         **launch,
     }
-    return PreparedLaunch(_structural_similarity_backward_kernel, grid, arguments)
+    return PreparedLaunch(
+        _structural_similarity_backward_kernel, grid, arguments, launch["STRIP"].grain > 1
+    )
 
 
 def stored_pass(
@@ -290,7 +301,10 @@ def _stored_plan(
     configuration = strip_configuration(
         "structural_similarity_stored", logits, 1, strip_heuristic(4)
     )
-    grid, launch = strip_launch(logits.shape, configuration, "zeros", logits, target, stored)
+    moved = (logits, target, stored)
+    if grain_of(int(configuration["COLUMNS"]), *moved) == 1 and not channels_in_lanes(logits):
+        configuration["COLUMNS"] = 1  # there is no window: so neighbouring lanes are neighbours
+    grid, launch = strip_launch(logits.shape, configuration, "zeros", *moved)
     arguments = {
         "logits_strides": strides(logits, launch["STRIP"]),
         "target_strides": label_strides(target, launch["STRIP"]),
@@ -300,4 +314,6 @@ def _stored_plan(
         "IGNORED": ignored_class(ignore_index, logits.size(1), target.dtype),
         **launch,
     }
-    return PreparedLaunch(_structural_similarity_stored_kernel, grid, arguments)
+    return PreparedLaunch(
+        _structural_similarity_stored_kernel, grid, arguments, launch["STRIP"].grain > 1
+    )
