@@ -84,23 +84,14 @@ def small_programs(request: pytest.FixtureRequest) -> Iterator[dict[str, int]]:
 
     Yields what is forced on every operator: nothing where a test is marked shipped_sizes.
     """
+    from tests.slices import operators_with
     from tritonloss._core.configurations import forced
 
     size = {"COLUMNS": 2, "LANES": 32, "ROWS": 8, "num_warps": 1}
     if request.node.get_closest_marker("shipped_sizes"):
         size = {}
-    operators = (
-        "gaussian_statistics_forward",
-        "gaussian_statistics_backward",
-        "structural_similarity_forward",
-        "structural_similarity_backward",
-        "structural_similarity_stored",
-        "ssim_forward",
-        "ssim_coefficients",
-        "ssim_backward",
-    )
     with ExitStack() as stack:
-        for operator in operators:
+        for operator in operators_with("COLUMNS"):
             stack.enter_context(forced(operator, size))
         yield size
 

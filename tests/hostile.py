@@ -1,16 +1,17 @@
-"""Hostile inputs for one loss, in a process that may die of them: ``python -m tests.hostile LOSS``.
+"""Hostile inputs for a slice, in a process that may die of them: ``python -m tests.hostile SLICE``.
 
-tests/losses/test_hostile.py starts one for each loss, and reads the exit status. Where the kernels
+tests/losses/test_hostile.py starts one for each slice, and reads the exit status. Where the kernels
 run in Triton's interpreter, every load and store is held to the tensors that the kernel was given.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,90 +21,97 @@ import triton.runtime.interpreter as interpreter
 from torch import Tensor
 
 import tritonloss
-from tests.oracle import LAYOUTS, as_layout, segmentation_case
-from tritonloss import linalg
+from tests.oracle import LAYOUTS, as_layout, assert_no_worse, segmentation_case
+from tests.slices import (
+    EXAMPLES,
+    OF_MAPS,
+    as_a_number,
+    is_pixelwise,
+    one_of_each,
+    operators_with,
+    with_more,
+)
 from tritonloss._core import backend, checks
 from tritonloss._core.configurations import forced
+from tritonloss._core.example import Example, logits_and_target
 from tritonloss._tools.interpreter import hasten_interpreter
-from tritonloss.functional import (
-    binary_cross_entropy,
-    cross_entropy,
-    focal_loss,
-    margin_calibrated_loss,
-    rmi_loss,
-    ssim,
-    ssim_loss,
-    structural_similarity_loss,
-)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 SIZE = (4, 6)
+SIZES = {"region_mutual_information": (6, 8)}  # more regions than a region has pixels
 LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOATS = (float("nan"), float("inf"), -float("inf"), 3e38, -3e38)
 INTEGERS = (-(2**63), -(2**31), -(2**15), -1, 2**7 - 1, 2**15 - 1, 2**16, 2**31 - 1, 2**63 - 1)
 
 
-def _statistics(x: Tensor, _: Tensor) -> Tensor:
-    mean, variance = tritonloss.gaussian_statistics(x)
-    return mean.square().sum() + variance.sum()
+def _against_a_ramp(x: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    """An image of which the other one knows nothing."""
+    ramp = torch.linspace(0, 1, x.numel(), device=x.device, dtype=x.dtype)
+    return x, ramp.view(x.shape)
 
 
-def _similarity(x: Tensor, _: Tensor) -> Tensor:
-    other = torch.linspace(0, 1, x.numel(), device=x.device, dtype=x.dtype).view(x.shape)
-    return ssim(x, other, window_size=3)
+def _far_offsets(logits: Tensor, target: Tensor) -> tuple[Any, ...]:
+    """Offsets large enough to matter, of which one is 0."""
+    own = torch.linspace(2.0, 0.0, logits.size(1), device=logits.device)
+    other = torch.linspace(0.1, 3.0, logits.size(1), device=logits.device)
+    return logits, target, tritonloss.MarginOffsets(own, other)
 
 
 def _matrices(x: Tensor, _: Tensor) -> Tensor:
     """All of linalg, on one matrix per image: x^T x + 1 where x is finite."""
     square = x.flatten(1, 2)
-    eye = torch.eye(square.size(2), device=x.device, dtype=x.dtype)
-    A = square.mT @ square + eye
-    factor, info = linalg.cholesky_ex(A)
-    total = factor.sum() + linalg.logdet(A).sum() + linalg.inv(A).sum()
-    return total + linalg.solve(A, square.mT).sum() + info.sum()
+    A = square.mT @ square + torch.eye(square.size(2), device=x.device, dtype=x.dtype)
+    total = torch.zeros((), device=x.device)
+    for function in dict.fromkeys(e.function for n, e in EXAMPLES.items() if n not in OF_MAPS):
+        given = (A, square.mT)[: len(inspect.signature(function).parameters)]
+        results = function(*given)
+        for result in [results] if isinstance(results, Tensor) else results:
+            total = total + result.sum()
+    return total
 
 
-def _margin(x: Tensor, target: Tensor, variant: str) -> Tensor:
-    own = torch.linspace(2.0, 0.0, x.size(1), device=x.device)
-    other = torch.linspace(0.1, 3.0, x.size(1), device=x.device)
-    return margin_calibrated_loss(x, target, (own, other), variant=variant)
-
-
-def _weighted(loss: Callable[..., Tensor], name: str, **options: Any) -> Loss:
-    def with_weights(x: Tensor, target: Tensor) -> Tensor:
-        weight = torch.linspace(0.5, 2.0, x.size(1), device=x.device)
-        return loss(x, target, **{name: weight}, **options)
-
-    return with_weights
-
-
-# The losses, and the ways through their kernels.
-OF_LABELS: dict[str, dict[str, Loss]] = {
-    "cross_entropy": {"": _weighted(cross_entropy, "weight", label_smoothing=0.1)},
-    "binary_cross_entropy": {"": _weighted(binary_cross_entropy, "pos_weight")},
-    "focal_loss": {"": _weighted(focal_loss, "alpha")},
-    "margin_calibrated": {
-        variant: partial(_margin, variant=variant) for variant in ("paper", "released", "margin")
+WAYS = with_more(
+    OF_MAPS,
+    {
+        "focal_loss": {"mean": {}},
+        "margin_calibrated_loss": {
+            f"far {variant}": {"options": {"variant": variant}, "arguments": _far_offsets}
+            for variant in ("paper", "released", "margin")
+        },
+        "rmi_loss": {
+            "avg": {"options": {"region_size": 1, "pool_size": 2}},
+            "max": {"options": {"region_size": 1, "pool_size": 2, "pooling": "max"}},
+            "nearest": {"options": {"region_size": 1, "pool_size": 2, "pooling": "nearest"}},
+            "drop": {"options": {"region_size": 1, "pool_size": 2, "ignore": "drop"}},
+            "raw": {"options": {"region_size": 2, "pooling": None}},
+        },
+        "gaussian_statistics": {"defaults": {}},
+        "ssim": {"a ramp": {"options": {"window_size": 3}, "arguments": _against_a_ramp}},
     },
-    "structural_similarity": {"": structural_similarity_loss},
-    "ssim_loss": {"": partial(ssim_loss, window_size=3)},
-    "rmi": {
-        "avg": partial(rmi_loss, region_size=1, pool_size=2),
-        "max": partial(rmi_loss, region_size=1, pool_size=2, pooling="max"),
-        "nearest": partial(rmi_loss, region_size=1, pool_size=2, pooling="nearest"),
-        "drop": partial(rmi_loss, region_size=1, pool_size=2, ignore="drop"),
-        "raw": partial(rmi_loss, region_size=2, pooling=None),
-    },
-}
-OF_IMAGES: dict[str, dict[str, Loss]] = {
-    "gaussian_statistics": {"": _statistics},
-    "ssim": {"": _similarity},
-    "linalg": {"": _matrices},
-}
-LOSSES = {**OF_LABELS, **OF_IMAGES}
+)
+
+
+def _slice_of(example: Example) -> str:
+    return str(example.function.__module__).rpartition(".")[2]
+
+
+# The slices, and the ways through their kernels; of matrices there is one.
+SLICES = {_slice_of(e): [w for w in WAYS.values() if _slice_of(w) == _slice_of(e)]
+          for e in OF_MAPS.values()}  # fmt: skip
+SLICES["linalg"] = [replace(EXAMPLES["linalg.inv"], name="linalg", function=_matrices,
+                            arguments=logits_and_target)]  # fmt: skip
 # How many maps of a loss the backward pass must at least have been handed spoilt.
-SAVED = {"cross_entropy": 2, "focal_loss": 2, "margin_calibrated": 2, "rmi": 3}
+SAVED = {"cross_entropy": 2, "focal_loss": 2, "margin_calibration": 2,
+         "region_mutual_information": 3}  # fmt: skip
+
+
+def loss_of(example: Example, classes: int, device: torch.device) -> Loss:
+    """The example as a loss, with weights for every option that takes a table of the classes."""
+    table = torch.linspace(0.5, 2.0, classes, device=device)
+    options = inspect.signature(example.function).parameters.values()
+    tables = {p.name: table for p in options if p.default is None and "Tensor" in p.annotation}
+    return lambda logits, target: as_a_number(example(logits, target, **tables))
 
 
 # --- what is hostile ------------------------------------------------------------------------------
@@ -235,32 +243,41 @@ def check_other_images(loss: Loss, logits: Tensor, target: Tensor, layout: str) 
     wild[0] = filled(logits[0])
     given = as_layout(wild, layout), as_layout(target, layout)
     value, gradient = value_and_gradient(loss, *given)
-    expected, truth = value_and_gradient(loss, *given, backend="reference")
+    expected, yardstick = value_and_gradient(loss, *given, backend="reference")
+    _, truth = value_and_gradient(loss, given[0].double(), given[1], backend="reference")
     assert not value.isfinite() and not expected.isfinite()
     assert gradient[1].isfinite().all()
-    allowed = 1e-3 * truth[1].abs().max().item()
-    torch.testing.assert_close(gradient[1], truth[1], rtol=1e-4, atol=allowed)
+    assert_no_worse(gradient[1], yardstick[1], truth[1], tolerance=1e-3)
 
 
 def check(name: str, device: torch.device) -> None:
-    """All that must hold of a loss, in every layout, each with labels of another dtype."""
-    logits, target = segmentation_case((2, 3, *SIZE), device=device)
-    if name in ("structural_similarity", "ssim_loss", "rmi"):  # each class has a pass of its own
-        logits, target = logits[:, :2], target.where(target != 2, 0)
-    target[:, 0, 1] = 255  # in the row that an expanded map repeats
-    for (layout, labels), way in itertools.product(zip(LAYOUTS, LABELS, strict=True), LOSSES[name]):
-        print(layout, labels, way, flush=True)  # how far it came
-        loss = LOSSES[name][way]
-        check_other_images(loss, logits, target, layout)
-        if name in OF_LABELS:
-            count = check_pixels_and_maps(loss, logits, target, layout, labels)
-            assert count >= SAVED.get(name, 0), f"{count} saved maps"
+    """All that must hold of a slice, in every layout, each with labels of another dtype.
+
+    Of several examples of a function the first one goes through all of them, the others through one
+    layout each.
+    """
+    turns = itertools.cycle(zip(LAYOUTS, LABELS, strict=True))
+    first = [example.name for example in one_of_each(EXAMPLES.values()).values()]
+    for example in SLICES[name]:
+        later = example.name in EXAMPLES and example.name not in first
+        size = SIZES.get(name, SIZE) if example.name in EXAMPLES else SIZE
+        logits, target = segmentation_case((2, 3, *size), device=device)
+        if example.module is not None and not is_pixelwise(example):
+            logits, target = logits[:, :2], target.where(target != 2, 0)  # each class has a pass
+        target[:, 0, 1] = 255  # in the row that an expanded map repeats
+        loss = loss_of(example, logits.size(1), device)
+        for layout, labels in itertools.islice(turns, 1 if later else len(LAYOUTS)):
+            print(layout, labels, example.name, flush=True)  # how far it came
+            check_other_images(loss, logits, target, layout)
+            if example.module is not None:
+                count = check_pixels_and_maps(loss, logits, target, layout, labels)
+                assert count >= SAVED.get(name, 0), f"{count} saved maps"
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def main(name: str) -> None:
-    """Run all checks of a loss."""
+    """Run all checks of a slice."""
     # As on a GPU, where nobody looks at the labels.
     checks.check_labels_in_range = lambda *_: None
     device = torch.device("cpu" if backend.INTERPRETED else "cuda")
@@ -268,9 +285,8 @@ def main(name: str) -> None:
         if backend.INTERPRETED:
             hasten_interpreter()
             stack.enter_context(bounds_checked())
-        for half in ("forward", "backward", "stored", "coefficients"):
-            for window in ("gaussian_statistics", "structural_similarity", "ssim"):
-                stack.enter_context(forced(f"{window}_{half}", {"COLUMNS": 2}))
+        for operator in operators_with("COLUMNS"):
+            stack.enter_context(forced(operator, {"COLUMNS": 2}))
         check(name, device)
 
 

@@ -15,6 +15,7 @@ from perf.compiling.facts import MAIN_TARGET, KernelFacts, pivoted
 from perf.compiling.targets import TARGETS
 from perf.measuring.rows import Row
 from perf.report.page import Bars, Block, Card, Page, Paragraph, Picture, Section, Table
+from perf.report.picture import share_of_compiled
 from perf.report.report import Report
 from perf.report.sections import of_the_losses
 from perf.report.wording import first_per_op, is_ours, percent, timed_in_full, times, words
@@ -173,6 +174,7 @@ def _offline_plots(report: Report) -> list[Block]:
     memory = {
         words(entry.op): {
             "kernels": entry.kernels / entry.input_bytes,
+            **share_of_compiled(entry),
             "eager": entry.eager / entry.input_bytes,
         }
         for entry in first_per_op(report.memory)
@@ -279,7 +281,9 @@ def _method(report: Report) -> list[str]:
         notes.append(
             "Counted memory is the bytes of all tensors that exist at the same time in one forward "
             "and backward pass, beyond the inputs, at full size on torch's meta device, in units "
-            "of the size of the maps that get a gradient."
+            "of the size of the maps that get a gradient. torch.compile's is committed: the CPU "
+            "allocator's peak at a reduced size, as Inductor fuses the reference for a CPU; for a "
+            "GPU it may fuse otherwise."
         )
     if report.host:
         notes.append(

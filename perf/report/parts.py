@@ -198,6 +198,8 @@ def look_up_code(making: Making, work: Sequence[compile_only.Job]) -> None:
                 making.done(CODE, f"{name} looked up", len(found))
             rest = [job for job in work if job not in results]
             making.bar.more(len(rest), _COMPILING_S)
+            if rest:
+                making.bar.announce(f"compiling {len(rest)} cases that have changed")
             for job, facts in compile_only.compiled(pool, rest, making.end):
                 results[job] = facts
                 making.done(CODE, f"{job[0]} for {job[2]}")

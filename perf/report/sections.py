@@ -11,6 +11,7 @@ from perf.measuring.counted import CountedMemory
 from perf.measuring.interpreted import Parity
 from perf.measuring.rows import Row
 from perf.report.page import Bars, Block, Lines, Paragraph, Section, Table, number
+from perf.report.picture import share_of_compiled
 from perf.report.report import Report
 from perf.report.wording import (
     OURS,
@@ -85,6 +86,7 @@ def _counted(report: Report, op: str) -> Iterable[Block]:
         groups = {
             entry.case: {
                 "kernels": entry.kernels / entry.input_bytes,
+                **share_of_compiled(entry),
                 "eager": entry.eager / entry.input_bytes,
             }
             for entry in memory

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +27,9 @@ from torch.nn import functional
 from perf import text
 from perf.training.photographs import CLASSES, VOID, Photograph, photographs
 from tritonloss import MarginOffsets, count_labels, margin_offsets
+from tritonloss._core.example import Example
 from tritonloss._core.progress import Progress
-from tritonloss.functional import margin_calibrated_loss, rmi_loss, structural_similarity_loss
+from tritonloss._tools.examples import examples
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -72,18 +74,6 @@ def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return torch.where(valid, loss, 0).sum() / valid.sum().clamp(min=1)
 
 
-def structural_similarity(logits: Tensor, target: Tensor) -> Tensor:
-    """SSL with all of its defaults."""
-    return structural_similarity_loss(logits, target, ignore_index=VOID)
-
-
-def region_mutual_information(logits: Tensor, target: Tensor) -> Tensor:
-    """RMI with all of its defaults."""
-    loss = rmi_loss(logits, target, ignore_index=VOID)
-    assert isinstance(loss, Tensor)  # a pair only with return_info
-    return loss
-
-
 @functools.cache
 def _offsets() -> MarginOffsets:
     """Margin offsets from the labels of the training parts, as for any data set."""
@@ -91,9 +81,30 @@ def _offsets() -> MarginOffsets:
     return margin_offsets(count_labels(labels, len(CLASSES), ignore_index=VOID))
 
 
-def margin_calibration(logits: Tensor, target: Tensor) -> Tensor:
-    """The margin-calibrated log-loss with all of its defaults."""
-    return margin_calibrated_loss(logits, target, _offsets(), ignore_index=VOID)
+# Options without a default, by their names: what a data set tells. Others are the example's.
+_OF_THE_DATA: Mapping[str, Callable[[], object]] = {"offsets": _offsets}
+
+
+def _with_defaults(example: Example) -> Loss:
+    """A slice's loss with all of its defaults."""
+    names = list(inspect.signature(example.function).parameters)[2:]
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        required = dict(zip(names, example.arguments(logits, target)[2:], strict=False))
+        required |= {name: _OF_THE_DATA[name]() for name in required if name in _OF_THE_DATA}
+        result = example.function(logits, target, **required, ignore_index=VOID)
+        assert isinstance(result, Tensor)
+        return result
+
+    return loss
+
+
+def _declared() -> Iterator[tuple[str, Loss]]:
+    """Every slice's loss of logits and labels, by the slice's name in words."""
+    for example in examples():
+        if example.module is not None:
+            slice_name = example.function.__module__.rpartition(".")[2]
+            yield slice_name.replace("_", " "), _with_defaults(example)
 
 
 BASELINE = "cross entropy"
@@ -101,14 +112,21 @@ _AGAINST = f"against {BASELINE}"
 _TIMING = """
 Seconds are medians over the steps after the first fifth, on this machine's CPU: they time the
 reference and not the kernels. The loss's share counts its forward and backward pass."""
-# name -> (channels of the logits, loss)
-LOSSES: Mapping[str, tuple[int, Loss]] = {
-    BASELINE: (len(CLASSES), cross_entropy),
-    "binary cross entropy": (len(CLASSES), binary_cross_entropy),
-    "structural similarity": (len(CLASSES), structural_similarity),
-    "region mutual information": (len(CLASSES), region_mutual_information),
-    "margin calibration": (len(CLASSES), margin_calibration),
+# What the slices declare; the baselines are PyTorch's own.
+LOSSES: Mapping[str, Loss] = {
+    **dict(_declared()),
+    BASELINE: cross_entropy,
+    "binary cross entropy": binary_cross_entropy,
 }
+KEPT = Path(__file__).parents[1] / "results" / "training" / "train.csv"
+
+
+def compared() -> list[str]:
+    """The losses of the kept table, in its order: those that are trained unless others are named.
+
+    A loss that has come since is trained by its name; the table with it takes the others, too.
+    """
+    return list(pandas.read_csv(KEPT)["loss"].unique())
 
 
 class Block(nn.Sequential):
@@ -186,14 +204,13 @@ def train(
 
     The steps of the warm-up are left out of the seconds.
     """
-    channels, loss = LOSSES[name]
     torch.manual_seed(seed)
-    network = Network(channels, settings.width)
+    network = Network(len(CLASSES), settings.width)
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     seconds = []
     for step, (images, labels) in enumerate(batches(scenes, settings, seed)):
-        current = cross_entropy if step < settings.warm_up else loss
+        current = LOSSES[BASELINE if step < settings.warm_up else name]
         seconds.append(_step(network, optimizer, current, images, labels))
         schedule.step()
     return network, pandas.DataFrame(seconds[settings.warm_up :], columns=["step", "loss"])
@@ -241,20 +258,19 @@ def run(
     times: bool = False,
     progress: Progress | None = None,
 ) -> pandas.DataFrame:
-    """Train every loss with every seed.
+    """One row per loss and seed, of every loss trained with every seed.
 
     Args:
         out: folder for train.csv, train.md and train.png; None writes nothing.
         quick: one seed and a few steps, to see that it works.
-        losses: names out of LOSSES; None takes all.
+        losses: names out of LOSSES; None takes those that are `compared`.
         times: report seconds too; they mean something on a machine that does nothing else.
         progress: a bar that gains one step per loss and seed; None shows one on stderr.
 
-    Returns:
-        One row per loss and seed. `summary` and `markdown` make a table of it.
+    `summary` and `markdown` make a table of it.
     """
     settings = QUICK if quick else Settings()
-    names = list(LOSSES) if losses is None else list(losses)
+    names = compared() if losses is None else list(losses)
     unknown = [name for name in names if name not in LOSSES]
     if unknown:
         raise ValueError(f"losses must be out of {list(LOSSES)}; got {unknown}")

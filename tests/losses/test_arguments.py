@@ -9,95 +9,103 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import tritonloss
+from tests import slices
+from tests.slices import one_of_each
 from tritonloss import functional
+from tritonloss._core.example import Example
 
 LOGITS = torch.zeros(2, 3, 12, 16)
 TARGET = torch.zeros(2, 12, 16, dtype=torch.int64)
-OFFSETS = (torch.ones(3), torch.ones(3))
-MATRIX = torch.eye(4)
+LOSSES = one_of_each()
 
 
-def _margin_module(**options: Any) -> nn.Module:
-    return tritonloss.MarginCalibratedLoss(options.pop("offsets", OFFSETS), **options)
+def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    return list(inspect.signature(function).parameters.values())
 
 
-def _margin_loss(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-    offsets = options.pop("offsets", OFFSETS)
-    return functional.margin_calibrated_loss(logits, target, offsets, **options)
+def positional(example: Example) -> dict[str, Any]:
+    """What the function is given by position, by the parameters' names."""
+    names = [parameter.name for parameter in parameters(example.function)]
+    return dict(zip(names, example.arguments(LOGITS, TARGET), strict=False))
 
 
 # --- options --------------------------------------------------------------------------------------
 
-_WINDOW = [{"window_size": 4}, {"window_size": 3.0}, {"sigma": 0.0}, {"sigma": "1.5"}]
-_PIXELWISE = [{"reduction": "average"}, {"reduction": None}]
-_IGNORE = [{"ignore_index": 1.0}, {"ignore_index": "255"}, {"ignore_index": 2**70}]
-WRONG: list[tuple[Callable[..., nn.Module], Callable[..., Any], list[dict[str, Any]]]] = [
-    (
-        tritonloss.StructuralSimilarityLoss, functional.structural_similarity_loss,
-        [*_WINDOW, {"beta": 1.0}, {"stability": 0.0}, {"bce_weight": 1.5}, {"padding": "same"},
-        {"hard_mining": 1}, {"reweight": "no"}, *_IGNORE],
-    ),
-    (
-        tritonloss.SSIMLoss, functional.ssim_loss,
-        [{"form": "nonsense"}, *_WINDOW, {"c1": 0.0}, {"c2": float("nan")}, *_IGNORE],
-    ),
-    (
-        tritonloss.RMILoss, functional.rmi_loss,
-        [{"region_size": 6}, {"region_size": 3.0}, {"pooling": "median"}, {"pool_size": 9},
-        {"moments": "median"}, {"epsilon": 0.0}, {"epsilon": "small"}, {"bce_weight": -0.1},
-        {"ignore": "all"}, {"precision": "float16"}, {"bce_smooth": -1.0}, {"return_info": 1},
-        *_IGNORE],
-    ),
-    (
-        tritonloss.CrossEntropyLoss, functional.cross_entropy,
-        [{"weight": 1.0}, {"label_smoothing": 1.1}, *_PIXELWISE, *_IGNORE],
-    ),
-    (
-        tritonloss.BinaryCrossEntropyLoss, functional.binary_cross_entropy,
-        [{"pos_weight": [1.0]}, *_PIXELWISE, *_IGNORE],
-    ),
-    (
-        tritonloss.FocalLoss, functional.focal_loss,
-        [{"gamma": -1.0}, {"alpha": -0.25}, {"alpha": "balanced"}, {"detach_weight": 0},
-        *_PIXELWISE, *_IGNORE],
-    ),
-    (
-        _margin_module, _margin_loss,
-        [{"offsets": torch.ones(2, 3)}, {"variant": "paperback"}, *_PIXELWISE, *_IGNORE],
-    ),
-]  # fmt: skip
+
+class Nonsense:
+    """No option is that."""
+
+    def __repr__(self) -> str:
+        return "nonsense"
+
+
+NONSENSE = Nonsense()
+# By the option's name, whatever the loss. Of an option that is not here, nonsense alone is tried.
+WRONG: dict[str, list[Any]] = {
+    "window_size": [4, 3.0],
+    "sigma": [0.0, "1.5"],
+    "padding": ["same"],
+    "beta": [1.0],
+    "stability": [0.0],
+    "bce_weight": [1.5, -0.1],
+    "hard_mining": [1],
+    "reweight": ["no"],
+    "form": ["nonsense"],
+    "c1": [0.0],
+    "c2": [float("nan")],
+    "region_size": [6, 3.0],
+    "pooling": ["median"],
+    "pool_size": [9],
+    "moments": ["median"],
+    "epsilon": [0.0, "small"],
+    "ignore": ["all"],
+    "precision": ["float16"],
+    "bce_smooth": [-1.0],
+    "return_info": [1],
+    "weight": [1.0],
+    "label_smoothing": [1.1],
+    "pos_weight": [[1.0]],
+    "gamma": [-1.0],
+    "alpha": [-0.25, "balanced"],
+    "detach_weight": [0],
+    "offsets": [torch.ones(2, 3)],
+    "variant": ["paperback"],
+    "reduction": ["average", None],
+    "ignore_index": [1.0, "255", 2**70],
+}
 
 
 @pytest.mark.parametrize(
-    ("module", "function", "options"),
+    ("example", "option", "wrong"),
     [
-        pytest.param(module, function, wrong, id=f"{function.__name__}-{wrong}")
-        for module, function, every in WRONG
-        for wrong in every
+        pytest.param(example, parameter.name, wrong, id=f"{name}-{parameter.name}={wrong}")
+        for name, example in LOSSES.items()
+        for parameter in parameters(example.function)[2:]
+        for wrong in (*WRONG.get(parameter.name, ()), NONSENSE)
     ],
 )
 def test_a_module_refuses_what_its_function_refuses(
-    module: Callable[..., nn.Module], function: Callable[..., Any], options: dict[str, Any]
+    example: Example, option: str, wrong: object
 ) -> None:
+    assert example.module is not None
+    extra = dict(list(positional(example).items())[2:])
+    options = {**extra, option: wrong}
     with pytest.raises((TypeError, ValueError)) as of_function:
-        function(LOGITS, TARGET, **options)
+        example.function(LOGITS, TARGET, **options)
     with pytest.raises((TypeError, ValueError)) as of_module:
-        module(**options)
-    (name,) = options
-    assert str(of_function.value).startswith(name)
+        example.module(**options)
+    assert str(of_function.value).startswith(option)
     assert of_module.type is of_function.type
     same = str(of_function.value).replace("shape (3,)", "shape (C,)")  # of classes not yet known
     assert str(of_module.value) == same
 
 
-def test_every_option_is_among_the_wrong_ones() -> None:
-    for module, function, every in WRONG:
-        signature = module if module is not _margin_module else tritonloss.MarginCalibratedLoss
-        options = set(inspect.signature(signature).parameters)
-        assert options == {name for wrong in every for name in wrong}, function.__name__
+def test_every_wrong_option_is_one_of_some_loss() -> None:
+    known = {p.name for example in LOSSES.values() for p in parameters(example.function)[2:]}
+    assert not WRONG.keys() - known
 
 
 # --- offsets --------------------------------------------------------------------------------------
@@ -128,13 +136,14 @@ def test_offsets_nobody_may_look_at() -> None:
     """Under torch.compile and without data; zeros are margins, and so is what needs a gradient."""
     torch._dynamo.reset()
     own = torch.tensor([1.0, -1.0, float("nan")])
-    compiled = torch.compile(_margin_loss, fullgraph=True, backend="eager")
+    loss = functional.margin_calibrated_loss
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
     with tritonloss.use_backend("reference"):
-        assert compiled(LOGITS, TARGET, offsets=(own, own)).isnan()
+        assert compiled(LOGITS, TARGET, (own, own)).isnan()
         meta = [x.to("meta") for x in (LOGITS, TARGET, own)]
-        assert functional.margin_calibrated_loss(*meta[:2], (meta[2], meta[2])).is_meta
+        assert loss(*meta[:2], (meta[2], meta[2])).is_meta
         good = torch.tensor([0.0, -0.0, 1.0], requires_grad=True)
-        assert _margin_loss(LOGITS, TARGET, offsets=(good, good)).isfinite()
+        assert loss(LOGITS, TARGET, (good, good)).isfinite()
 
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -169,48 +178,56 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "mkldnn": _opaque,
     "quantized": _quantized,
 }
-ARGUMENTS: dict[str, tuple[Tensor, Callable[[Tensor], Any]]] = {
-    f"{name} of {function.__name__}": (
-        LOGITS if name == "logits" else TARGET,
-        lambda wrong, function=function, name=name: function(
-            **{"logits": LOGITS, "target": TARGET, name: wrong}
-        ),
-    )
-    for function in (
-        functional.structural_similarity_loss, functional.ssim_loss, functional.rmi_loss,
-        functional.cross_entropy, functional.binary_cross_entropy, functional.focal_loss,
-        _margin_loss,
-    )
-    for name in ("logits", "target")
-}  # fmt: skip
-ARGUMENTS |= {
-    "x of ssim": (LOGITS, lambda wrong: functional.ssim(wrong, LOGITS)),
-    "y of ssim": (LOGITS, lambda wrong: functional.ssim(LOGITS, wrong)),
-    "x of gaussian_statistics": (LOGITS, tritonloss.gaussian_statistics),
-    "weight": (OFFSETS[0], lambda wrong: functional.cross_entropy(LOGITS, TARGET, weight=wrong)),
-    "weight of the module": (OFFSETS[0], lambda wrong: tritonloss.CrossEntropyLoss(weight=wrong)),
-    "pos_weight": (
-        OFFSETS[0],
-        lambda wrong: functional.binary_cross_entropy(LOGITS, TARGET, pos_weight=wrong),
-    ),
-    "alpha": (OFFSETS[0], lambda wrong: functional.focal_loss(LOGITS, TARGET, alpha=wrong)),
-    "offsets.own": (
-        OFFSETS[0],
-        lambda wrong: functional.margin_calibrated_loss(LOGITS, TARGET, (wrong, OFFSETS[1])),
-    ),
-    "offsets.other of the module": (
-        OFFSETS[0],
-        lambda wrong: tritonloss.MarginCalibratedLoss((OFFSETS[0], wrong)),
-    ),
+Argument = tuple[Tensor, Callable[[Tensor], Any]]
+
+
+def tensors_of(given: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors among arguments, and those in their tuples, by the names of both."""
+    found = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    for name, value in given.items():
+        if hasattr(value, "_asdict"):
+            found |= {f"{name}.{field}": tensor for field, tensor in value._asdict().items()}
+    return found
+
+
+def with_wrong(given: dict[str, Any], name: str, wrong: Tensor) -> dict[str, Any]:
+    """The arguments, one of their tensors another."""
+    whole, _, field = name.partition(".")
+    return {**given, whole: given[whole]._replace(**{field: wrong}) if field else wrong}
+
+
+def arguments_of(example: Example) -> dict[str, Argument]:
+    """Every tensor that a function takes, and its module: one that is right, and the call."""
+    function, module, given = example.function, example.module, positional(example)
+    rest = parameters(function)[len(given) :]
+    tables = {p.name: torch.ones(3) for p in rest if "Tensor" in p.annotation}
+    found: dict[str, Argument] = {
+        f"{name} of {function.__name__}": (
+            tensor, lambda wrong, name=name: function(**with_wrong(given, name, wrong)),
+        )
+        for name, tensor in {**tensors_of(given), **tables}.items()
+    }  # fmt: skip
+    if module is not None:
+        kept = dict(list(given.items())[2:])
+        found |= {
+            f"{name} of the module {module.__name__}": (
+                tensor, lambda wrong, name=name: module(**with_wrong(kept, name, wrong)),
+            )
+            for name, tensor in {**tensors_of(kept), **tables}.items()
+        }  # fmt: skip
+    return found
+
+
+EXAMPLES = one_of_each(slices.EXAMPLES.values())
+ARGUMENTS: dict[str, Argument] = {
     "label_counts": (torch.ones(3).long(), tritonloss.margin_offsets),
     "labels": (TARGET, lambda wrong: tritonloss.count_labels(wrong, 3)),
     "labels, map 1,": (TARGET, lambda wrong: tritonloss.count_labels([TARGET, wrong], 3)),
-    "A of cholesky_ex": (MATRIX, tritonloss.linalg.cholesky_ex),
-    "A of logdet": (MATRIX, tritonloss.linalg.logdet),
-    "A of inv": (MATRIX, tritonloss.linalg.inv),
-    "A of solve": (MATRIX, lambda wrong: tritonloss.linalg.solve(wrong, MATRIX)),
-    "B of solve": (MATRIX, lambda wrong: tritonloss.linalg.solve(MATRIX, wrong)),
 }
+for _example in EXAMPLES.values():
+    ARGUMENTS |= arguments_of(_example)
+# All tensors lie on the device of a function's first one.
+FIRST = {f"{next(iter(positional(e)))} of {name}" for name, e in EXAMPLES.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -240,11 +257,10 @@ def test_numbers_of_no_use_are_named(argument: str, dtype: torch.dtype) -> None:
     [
         name
         for name in ARGUMENTS
-        if not name.startswith(("logits", "x of", "label", "A of")) and "module" not in name
+        if name not in FIRST and "module" not in name and not name.startswith("label")
     ],
 )
 def test_tensors_elsewhere_are_named(argument: str) -> None:
-    """All tensors lie on one device, that of the first."""
     tensor, call = ARGUMENTS[argument]
     name = argument.partition(" of ")[0]
     with pytest.raises(ValueError, match=f"^{name} must be .*device.* meta$"):

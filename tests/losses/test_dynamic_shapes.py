@@ -1,8 +1,8 @@
-"""The reference, which serves the CPU, under torch.compile with symbolic sizes and numbers."""
+"""The reference, which computes on the CPU, under torch.compile with symbolic sizes and numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
 from typing import Any
 
 import pytest
@@ -11,48 +11,34 @@ from torch import Tensor
 
 import tritonloss
 from tests.oracle import segmentation_case
-from tritonloss.functional import (
-    binary_cross_entropy,
-    cross_entropy,
-    focal_loss,
-    margin_calibrated_loss,
-    rmi_loss,
-    ssim,
-    ssim_loss,
-    structural_similarity_loss,
-)
+from tests.slices import OF_MAPS, as_a_number, with_more
+from tritonloss._core.example import Example
 
-OFFSETS = (torch.tensor([0.1, 0.5, 0.3]), torch.tensor([0.2, 0.4, 0.6]))
-
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "statistics": lambda x, t, **o: tritonloss.gaussian_statistics(x, **o)[1].sum(),
-    "structural_similarity": structural_similarity_loss,
-    "ssim_loss": ssim_loss,
-    "ssim": lambda x, t, **o: ssim(x, x.detach().flip(-1), **o),
-    "rmi": rmi_loss,
-    "cross_entropy": cross_entropy,
-    "binary_cross_entropy": binary_cross_entropy,
-    "focal": focal_loss,
-    "margin": lambda x, t, **o: margin_calibrated_loss(x, t, OFFSETS, **o),
-}
-CASES: list[tuple[str, dict[str, Any]]] = [
-    ("statistics", {"window_size": 5, "sigma": 0.9, "padding": "reflect"}),
-    ("structural_similarity", {"sigma": 1.1, "beta": 0.2, "stability": 0.02, "bce_weight": 0.3}),
-    ("ssim_loss", {"window_size": 3, "sigma": 1.1, "c1": 2e-4, "form": "contrast_structure"}),
-    ("ssim", {"window_size": 3, "sigma": 1.1, "data_range": 2.5}),
-    ("rmi", {"region_size": 2, "pool_size": 2, "epsilon": 2e-6, "bce_weight": 0.3}),
-    ("cross_entropy", {"label_smoothing": 0.15}),
-    ("binary_cross_entropy", {}),
-    ("focal", {"gamma": 1.7, "alpha": 0.3}),
-    ("margin", {"variant": "released"}),
-]
+WAYS = with_more(OF_MAPS, {"focal_loss": {"one alpha": {"options": {"alpha": 0.3}}}})
+# What the kernels differ in is one to the reference.
+DISTINCT = {(way.function, str(way.options)): way for way in reversed(WAYS.values())}
 
 
-@pytest.mark.parametrize(("name", "options"), CASES, ids=[name for name, _ in CASES])
-def test_the_reference_compiles_with_symbolic_sizes(name: str, options: dict[str, Any]) -> None:
+def numbers_of(example: Example) -> dict[str, Any]:
+    """The example's options, and all that are fractions, each of them another than the default."""
+    parameters = inspect.signature(example.function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {
+        name: 1.1 * value if isinstance(value, float) else value
+        for name, value in {**defaults, **example.options}.items()
+        if isinstance(value, float) or name in example.options
+    }
+
+
+@pytest.mark.parametrize("way", list(reversed(DISTINCT.values())), ids=lambda way: way.name)
+def test_the_reference_compiles_with_symbolic_sizes(way: Example) -> None:
     """Several sizes in a row, in one graph, with options that come in as arguments."""
     torch._dynamo.reset()
-    loss = LOSSES[name]
+    options = numbers_of(way)
+
+    def loss(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return as_a_number(way(logits, target, **options))
+
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     with tritonloss.use_backend("reference"):
         for height, width in ((9, 12), (11, 10), (14, 9)):

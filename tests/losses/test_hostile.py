@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import tritonloss
 from tests import hostile
 from tests.oracle import as_layout, segmentation_case, value_and_gradients
+from tests.slices import OF_LABELS, is_pixelwise, operators_with, with_more
 from tritonloss import linalg
 from tritonloss._core.configurations import forced
 from tritonloss.functional import (
@@ -47,24 +48,22 @@ def small_programs() -> Iterator[None]:
     """Programs of few pixels, and of several blocks of classes."""
     pixels = {"PIXELS": 64, "CLASS_LANES": 4, "UNROLL": 4, "num_warps": 1}
     strips = {"COLUMNS": 2, "LANES": 32, "ROWS": 16, "num_warps": 1}
-    windows = ("gaussian_statistics", "structural_similarity", "ssim")
     with ExitStack() as stack:
-        for half in ("forward", "backward", "stored", "coefficients"):
-            for name in windows:
-                stack.enter_context(forced(f"{name}_{half}", strips))
-            for name in ("cross_entropy", "binary_cross_entropy", "focal", "margin_calibrated"):
-                stack.enter_context(forced(f"{name}_{half}", pixels))
+        for operator in operators_with("COLUMNS"):
+            stack.enter_context(forced(operator, strips))
+        for operator in operators_with("PIXELS"):
+            stack.enter_context(forced(operator, pixels))
         yield
 
 
-# --- each loss in a process of its own ------------------------------------------------------------
+# --- each slice in a process of its own -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", hostile.LOSSES)
-def test_hostile_values_end_no_process(loss: str) -> None:
+@pytest.mark.parametrize("name", hostile.SLICES)
+def test_hostile_values_end_no_process(name: str) -> None:
     """Logits, labels and saved maps full of NaN, infinities and extreme integers, every layout."""
     ended = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.hostile", loss],
+        [sys.executable, "-W", "ignore", "-m", "tests.hostile", name],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -120,33 +119,43 @@ def assert_same(
 CLASSES = 5
 WEIGHTS = torch.linspace(0.0, 2.0, CLASSES)  # one of them 0
 
-PIXELWISE: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
-    "cross_entropy": (cross_entropy, {}),
-    "cross_entropy_weighted": (cross_entropy, {"weight": WEIGHTS}),
-    "cross_entropy_smoothed": (cross_entropy, {"label_smoothing": 0.1}),
-    "cross_entropy_both": (cross_entropy, {"weight": WEIGHTS, "label_smoothing": 0.1}),
-    "binary": (binary_cross_entropy, {}),
-    "binary_weighted": (binary_cross_entropy, {"pos_weight": WEIGHTS}),
-    "focal": (focal_loss, {}),
-    "focal_half": (focal_loss, {"gamma": 0.5}),
-    "focal_zero": (focal_loss, {"gamma": 0.0}),
-    "focal_detached": (focal_loss, {"gamma": 3.5, "detach_weight": True}),
-    "focal_weighted": (focal_loss, {"alpha": WEIGHTS, "gamma": 1.0}),
-    "margin_paper": (margin_calibrated_loss, {"variant": "paper"}),
-    "margin_released": (margin_calibrated_loss, {"variant": "released"}),
-    "margin_margin": (margin_calibrated_loss, {"variant": "margin"}),
+
+def far_offsets(logits: Tensor, target: Tensor) -> tuple[Any, ...]:
+    weights = WEIGHTS.to(logits.device)
+    return logits, target, tritonloss.MarginOffsets(weights, 0.1 + weights)
+
+
+# Beside what the slices show: tables of the classes, and other roots of focal loss.
+MORE: dict[str, Any] = {
+    "cross_entropy": {
+        "plain": {},
+        "weighted": {"options": {"weight": WEIGHTS}},
+        "both": {"options": {"weight": WEIGHTS, "label_smoothing": 0.1}},
+    },
+    "binary_cross_entropy": {"weighted": {"options": {"pos_weight": WEIGHTS}}},
+    "focal_loss": {
+        "half": {"options": {"gamma": 0.5}},
+        "zero": {"options": {"gamma": 0.0}},
+        "detached": {"options": {"gamma": 3.5, "detach_weight": True}},
+        "weighted": {"options": {"alpha": WEIGHTS, "gamma": 1.0}},
+    },
+    "margin_calibrated_loss": {
+        f"far {variant}": {"options": {"variant": variant}, "arguments": far_offsets}
+        for variant in ("paper", "released", "margin")
+    },
 }
+PIXELWISE = with_more({n: e for n, e in OF_LABELS.items() if is_pixelwise(e)}, MORE)
 
 
 def pixelwise(name: str, target: Tensor) -> Callable[[Tensor], Tensor]:
-    loss, options = PIXELWISE[name]
-    options = {
-        key: value.to(target.device) if isinstance(value, Tensor) else value
-        for key, value in options.items()
+    """The loss as a map, of logits alone."""
+    way = PIXELWISE[name]
+    tables = {
+        key: value.to(target.device)
+        for key, value in way.options.items()
+        if isinstance(value, Tensor)
     }
-    if loss is margin_calibrated_loss:
-        options["offsets"] = (WEIGHTS.to(target.device), 0.1 + WEIGHTS.to(target.device))
-    return partial(loss, target=target, reduction="none", **options)
+    return lambda logits: way(logits, target, reduction="none", **tables)[0]
 
 
 @LAYOUTS
@@ -165,7 +174,8 @@ def test_pixelwise_losses(name: str, value: float, layout: str, device: torch.de
             spoilt = logits.isnan().any(1)
             assert torch.equal(found.isnan(), spoilt & (target != 255))
             # One sigmoid knows nothing of another; in all other losses classes compete.
-            wrong = logits.isnan() if name.startswith("binary") else spoilt[:, None]
+            alone = PIXELWISE[name].function is binary_cross_entropy
+            wrong = logits.isnan() if alone else spoilt[:, None]
             assert torch.equal(gradient.isnan(), wrong.expand_as(logits))
 
 

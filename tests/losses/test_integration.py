@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonloss
 from tests.oracle import as_layout, segmentation_case
+from tests.slices import OF_MAPS, as_a_number, is_pixelwise
 from tritonloss._core import backend, configurations
 from tritonloss._core.example import Example, logits_and_target
-from tritonloss._tools.examples import examples
 from tritonloss._tools.tuning_cases import tuning_cases
 from tritonloss.functional import (
     rmi_loss,
@@ -42,16 +42,11 @@ class Loss:
     def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
         # To softmax losses one class is no question at all.
         scores = logits if logits.size(1) > 1 else torch.cat((logits, -logits), 1)
-        floating = [r for r in self.example(scores, target) if r.is_floating_point()]
-        if len(floating) == 1 and floating[0].dim() == 0:
-            return floating[0]
-        return torch.stack([result.square().mean() for result in floating]).sum()
+        return as_a_number(self.example(scores, target))
 
 
-# Matrices are no maps: tests/losses/test_linalg.py has the like for them.
-LOSSES = {e.name: Loss(e) for e in examples() if not e.name.startswith("linalg.")}
-# Those that walk over pixels, which alone have tables of classes.
-PIXELWISE = [loss for loss in LOSSES.values() if "own_table" in loss.example.operator.inputs]
+LOSSES = {name: Loss(example) for name, example in OF_MAPS.items()}
+PIXELWISE = [loss for loss in LOSSES.values() if is_pixelwise(loss.example)]
 
 
 @contextmanager

@@ -17,12 +17,10 @@ from torch.nn import functional as F
 
 import tritonloss
 from tests.oracle import LAYOUTS, as_layout
+from tests.slices import one_of_each
 from tritonloss._core import checks
 from tritonloss.functional import (
     binary_cross_entropy,
-    cross_entropy,
-    focal_loss,
-    margin_calibrated_loss,
     rmi_loss,
     ssim_loss,
     structural_similarity_loss,
@@ -323,17 +321,20 @@ def test_compiled_and_not_looked_at(way: str, device: torch.device) -> None:
 # --- the losses that compare classes --------------------------------------------------------------
 
 
-def _margin_loss(logits: Tensor, target: Tensor) -> Tensor:
-    offset = torch.ones(1, device=logits.device)
-    return margin_calibrated_loss(logits, target, (offset, offset))
+COMPARING = {
+    name: example
+    for name, example in one_of_each().items()
+    if example.function not in [function for function, *_ in WAYS.values()]
+}
 
 
 @BACKENDS
-@pytest.mark.parametrize("loss", [cross_entropy, focal_loss, _margin_loss])
+@pytest.mark.parametrize("name", COMPARING)
 def test_losses_that_compare_classes_refuse_one(
-    loss: Callable[..., Tensor], backend: str, device: torch.device
+    name: str, backend: str, device: torch.device
 ) -> None:
+    """Every loss that has no oracle here."""
     logits, target = mask_case()
     with tritonloss.use_backend(backend):
         with pytest.raises(ValueError, match=r"^logits must .* use binary_cross_entropy; got .*"):
-            loss(logits.to(device), target.to(device))
+            COMPARING[name](logits.to(device), target.to(device))

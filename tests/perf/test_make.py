@@ -218,6 +218,58 @@ def test_heavy_steps_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "2/3   20 s, 80 s left" in stream.getvalue()
 
 
+class Terminal(io.StringIO):
+    """A terminal, whose last line can be read."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def line(self) -> str:
+        return self.getvalue().rpartition("\r")[2].rstrip()
+
+
+def test_while_a_part_runs_the_bar_says_what_it_is_and_how_long_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory, measuring, looking up and compiling, each seen from within."""
+    terminal, clock, seen = Terminal(), [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    made = making(chosen=operations(["ssim", "rmi_loss"]), bar=Progress(0, terminal))
+
+    def look(*_: Any) -> Any:
+        seen.append(terminal.line())
+        clock[0] += 10.0
+
+    def looking_up(*_: Any) -> Iterator[tuple[str, Any]]:
+        look()
+        yield "ssim", {work[0]: [fact()]}
+
+    def compiling(*_: Any) -> Iterator[tuple[Any, Any]]:
+        look()
+        yield work[1], [fact()]
+
+    work = [("ssim", index, "sm_90") for index in range(2)]
+    monkeypatch.setattr(parts, "count", look)
+    monkeypatch.setattr(parts.Bench, "rows", lambda *_: look() or [])
+    monkeypatch.setattr(compile_only, "compilers", lambda: nullcontext())
+    monkeypatch.setattr(compile_only, "recognised", looking_up)
+    monkeypatch.setattr(compile_only, "compiled", compiling)
+    made.plan(parts.MEMORY, 2)
+    made.plan(parts.CASES, 1)
+    made.plan(parts.CODE, 2)
+    parts.count_memory(made)
+    first = made.chosen[0]
+    parts.measure(made, parts.CASES, [(first, first.cases[0])])
+    parts.look_up_code(made, work)
+    told = [line.rpartition("  ")[2] for line in seen]
+    assert list(dict.fromkeys(told)) == [
+        "memory of ssim", "memory of rmi_loss", f"ssim: {first.cases[0].text}"[: len(told[-3])],
+        "looking machine code up in the baseline", "compiling 1 cases that have changed",
+    ]  # fmt: skip
+    after_the_first = [line for line, what in zip(seen, told, strict=True) if what != told[0]]
+    assert all(re.search(r"/\d+ +\d+ s, \d+ s left  ", line) for line in after_the_first)
+
+
 def test_quick_report_end_to_end(tmp_path: Path) -> None:
     """The real command on this machine, without the interpreter that the tests run in."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.slices import OF_LABELS
 from tritonloss import use_backend
 
 pytest.importorskip("skimage", reason="the photographs are inside scikit-image's wheel")
@@ -56,7 +58,8 @@ def test_every_loss_has_the_same_schedule(monkeypatch: pytest.MonkeyPatch) -> No
     assert train.Settings().warm_up == train.Settings().steps // 5 and settings.warm_up == 1
     scenes = photographs()
     taken_over = []
-    for name, (channels, loss) in train.LOSSES.items():
+    baseline = train.LOSSES[train.BASELINE]
+    for name in [name for name in train.LOSSES if name != train.BASELINE]:
         called: list[tuple[str, torch.Tensor]] = []
 
         def recorded(label: str, function: train.Loss, calls: list = called) -> train.Loss:
@@ -67,8 +70,9 @@ def test_every_loss_has_the_same_schedule(monkeypatch: pytest.MonkeyPatch) -> No
             return call
 
         with monkeypatch.context() as patch, use_backend("reference"):
-            patch.setattr(train, "LOSSES", {name: (channels, recorded("own", loss))})
-            patch.setattr(train, "cross_entropy", recorded("first", train.cross_entropy))
+            own = recorded("own", train.LOSSES[name])
+            both = {train.BASELINE: recorded("first", baseline), name: own}
+            patch.setattr(train, "LOSSES", both)
             _, seconds = train.train(name, 0, scenes, settings)
         assert [label for label, _ in called] == ["first"] + ["own"] * 4
         assert len(seconds) == 4  # the first steps are not timed as the loss's own
@@ -79,7 +83,7 @@ def test_every_loss_has_the_same_schedule(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("name", list(train.LOSSES))
 def test_units_that_are_negative_everywhere_still_learn(name: str) -> None:
     """As the last ones were on a rare class: with ReLU they and all below them got no gradient."""
-    _, loss = train.LOSSES[name]
+    loss = train.LOSSES[name]
     torch.manual_seed(0)
     network = train.Network(len(CLASSES), width=4)
     for block in (*network.down, *network.up):
@@ -93,7 +97,7 @@ def test_units_that_are_negative_everywhere_still_learn(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(train.LOSSES))
 def test_losses_ignore_void_pixels(name: str) -> None:
-    _, loss = train.LOSSES[name]
+    loss = train.LOSSES[name]
     row = torch.tensor([0, 1, 2, VOID], dtype=torch.uint8).repeat_interleave(4)
     target = row.expand(1, 12, 16)
     logits = torch.zeros(1, 3, 12, 16, requires_grad=True)
@@ -118,11 +122,33 @@ def test_quick_run_writes_table_and_picture(tmp_path: Path) -> None:
 
 
 def test_the_kept_table_is_what_the_tool_writes() -> None:
-    """Of every loss and of no times, which a machine that others use cannot give."""
-    kept = Path(__file__).parents[2] / "perf" / "results" / "training"
-    frame = pandas.read_csv(kept / "train.csv")
-    assert list(frame["loss"].unique()) == list(train.LOSSES)
-    assert (kept / "train.md").read_text(encoding="utf-8") == train.markdown(frame)
+    """Without times, which a machine that others use cannot give."""
+    frame = pandas.read_csv(train.KEPT)
+    assert train.compared()[0] == train.BASELINE and set(train.compared()) <= set(train.LOSSES)
+    assert len(frame) == len(train.compared()) * len(train.Settings().seeds)
+    kept = train.KEPT.with_suffix(".md").read_text(encoding="utf-8")
+    assert kept == train.markdown(frame)
+
+
+def test_every_loss_that_a_slice_declares_can_be_trained() -> None:
+    declared = {example.function for example in OF_LABELS.values()}
+    assert len(train.LOSSES) == len(declared)
+    slices = {function.__module__.rpartition(".")[2].replace("_", " ") for function in declared}
+    assert set(train.LOSSES) == slices
+
+
+def test_a_new_loss_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but its example tells the tool of it."""
+
+    def new_loss(logits: torch.Tensor, target: torch.Tensor, **options: int) -> torch.Tensor:
+        return logits.square().mean() + options["ignore_index"]
+
+    new_loss.__module__ = "tritonloss.pixelwise.new_squares"
+    new = replace(next(iter(OF_LABELS.values())), function=new_loss)
+    monkeypatch.setattr(train, "examples", lambda: [new])
+    found = dict(train._declared())
+    assert list(found) == ["new squares"]
+    assert found["new squares"](torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4)) == VOID
 
 
 def test_unknown_loss_is_refused() -> None:

@@ -13,6 +13,7 @@ import torch
 from triton.runtime import interpreter
 
 import tritonloss
+from tests.slices import OF_MAPS, as_a_number, one_of_each
 from tests.tools.tuned import (
     CPU,
 )
@@ -72,15 +73,13 @@ def questions(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, configurati
 
 
 def ask_losses(dtype: torch.dtype, layout: str, device: torch.device) -> None:
-    """Forward and backward of every loss, with the windows that the standard options have."""
+    """Forward and backward of every loss with its defaults, and with other standard options."""
     logits = tuning_inputs.random_map((1, 19, 24, 40), layout, dtype, device).requires_grad_()
     target = tuning_inputs.random_labels((1, 19, 24, 40), device)
-    offsets = tritonloss.margin_offsets(torch.arange(1, 20, device=device))
-    losses = [
-        functional.cross_entropy(logits, target),
-        functional.binary_cross_entropy(logits, target),
-        functional.focal_loss(logits, target),
-        functional.margin_calibrated_loss(logits, target, offsets),
+    ways = one_of_each(OF_MAPS.values()).values()
+    results = [way.function(*way.arguments(logits, target)) for way in ways]
+    losses = [as_a_number([r] if isinstance(r, torch.Tensor) else r) for r in results]
+    losses += [
         functional.rmi_loss(logits, target, pooling="nearest"),
         functional.rmi_loss(logits, target, pooling="max", pool_size=2, region_size=2),
     ]

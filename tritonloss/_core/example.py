@@ -40,8 +40,10 @@ class Example:
     arguments: Callable[[torch.Tensor, torch.Tensor], tuple[Any, ...]] = logits_and_target
     way: Callable[[], AbstractContextManager[Any]] = nullcontext
 
-    def __call__(self, logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The results, always as a tuple."""
+    def __call__(
+        self, logits: torch.Tensor, target: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, ...]:
+        """The results, always as a tuple; options given here go before the example's own."""
         with self.way():
-            results = self.function(*self.arguments(logits, target), **self.options)
+            results = self.function(*self.arguments(logits, target), **{**self.options, **options})
         return (results,) if isinstance(results, torch.Tensor) else tuple(results)

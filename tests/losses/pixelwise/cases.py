@@ -11,10 +11,17 @@ from torch import Tensor
 
 import tritonloss
 from tests.oracle import check_three_way
+from tests.slices import is_pixelwise, one_of_each
+from tritonloss._core.example import logits_and_target
 from tritonloss.functional import binary_cross_entropy, cross_entropy, focal_loss
 
 Loss = Callable[..., Tensor]
-LOSSES = (cross_entropy, binary_cross_entropy, focal_loss)
+# All that walk over pixels and take nothing but logits, labels and options.
+LOSSES = tuple(
+    example.function
+    for example in one_of_each().values()
+    if is_pixelwise(example) and example.arguments is logits_and_target
+)
 REDUCTIONS = ("mean", "sum", "none")
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.losses.pixelwise.cases import LOSSES, Loss, named
 from tests.losses.pixelwise.margins import VARIANTS
+from tests.slices import operators_with
 from tritonloss._core import configurations
 
 
@@ -19,9 +20,8 @@ def small_runs(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("shipped_sizes"):
         size = {}
     with ExitStack() as stack:
-        for name in ("cross_entropy", "binary_cross_entropy", "focal", "margin_calibrated"):
-            for half in ("forward", "backward"):
-                stack.enter_context(configurations.forced(f"{name}_{half}", size))
+        for operator in operators_with("PIXELS"):
+            stack.enter_context(configurations.forced(operator, size))
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.losses.pixelwise.cases import (
     named,
 )
 from tests.oracle import as_layout, segmentation_case
-from tritonloss.functional import binary_cross_entropy, cross_entropy, focal_loss
+from tritonloss.functional import binary_cross_entropy, cross_entropy
 from tritonloss.pixelwise import cross_entropy as cross_entropy_slice
 from tritonloss.pixelwise import focal_loss as focal_slice
 
@@ -108,7 +109,8 @@ def test_no_gradient_wanted(loss: Loss, device: torch.device) -> None:
 
 def test_every_layout_of_weights(loss: Loss, device: torch.device) -> None:
     logits, target = segmentation_case((1, 3, 5, 8), device=device)
-    name = {cross_entropy: "weight", binary_cross_entropy: "pos_weight", focal_loss: "alpha"}[loss]
+    options = inspect.signature(loss).parameters.values()
+    (name,) = (option.name for option in options if "torch.Tensor | None" in option.annotation)
     for weight in (torch.rand(6, device=device)[::2], torch.full((1,), 0.5, device=device)):
         check(loss, logits, target, **{name: weight.expand(3)})
 
