@@ -22,12 +22,13 @@ from perf.compiling import compile_only
 from perf.compiling.compile_only import Job
 from perf.measuring import rows
 from perf.measuring.counted import CountedMemory
+from perf.measuring.measure import DeviceLostError
 from perf.operations.contract import Case, Operation, operations
 from perf.report import parts
 from perf.report.choice import Choice
-from perf.report.make import main
+from perf.report.make import _measurements, main, plan
 from perf.report.parts import Making
-from tests.perf.made import ROOT, fact, offline_report
+from tests.perf.made import ROOT, fact, offline_report, row
 from tritonloss._core.progress import Progress
 
 
@@ -233,3 +234,55 @@ def test_quick_report_end_to_end(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "gaussian statistics" in page and "sm_90" in page
     assert (tmp_path / "report.md").read_text().startswith("# tritonloss")
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def test_on_a_gpu_the_kernels_come_first_and_then_what_compares_the_headlines() -> None:
+    cases = plan(operations(), Choice(), on_gpu=True)
+    found = _measurements(cases, Choice(), gpu=True)
+    kinds = [what for what, _ in found]
+    assert kinds == [parts.CASES, parts.OTHERS, parts.COMPILED, parts.OTHERS, parts.COMPILED]
+    kernels, eager, compiled, more_eager, more_compiled = (work for _, work in found)
+    assert list(kernels) == cases
+    names = [operation.name for operation in operations()]
+    assert [operation.name for operation, _ in eager] == names
+    assert all(case == operation.cases[0] for operation, case in eager)
+    assert len(eager) + len(more_eager) == len(cases)
+    told = [operation.name for operation, _ in compiled]
+    assert len(set(told)) == len(told) and all(case.against_compile for _, case in compiled)
+    assert not [pair for pair in more_compiled if pair in compiled]
+    quick = dict(_measurements(cases, Choice(quick=True), gpu=True))
+    assert not quick[parts.COMPILED]
+
+
+def test_a_report_goes_on_with_the_rows_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["--ops", "cholesky_ex", "--rows-only", "--out", str(tmp_path)]
+    main(asked)
+    first = rows.read(tmp_path)
+    assert first
+    partial, other = first[:-1], {**first[0], "torch": "1.0"}
+    rows.write(tmp_path / "rows.csv", [*partial, other])
+    measured: list[Any] = []
+    add = Making.add
+    monkeypatch.setattr(Making, "add", lambda self, row: (measured.append(row), add(self, row)))
+    main([*asked, "--resume"])
+    assert {rows.asked(row) for row in measured} == {rows.asked(first[-1])}
+    assert len(rows.read(tmp_path)) == len(first)
+    assert "1 rows of another machine" in (tmp_path / "report.md").read_text()
+
+
+def test_a_lost_gpu_ends_the_process_and_not_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(made: Making, what: str, work: object) -> None:
+        made.add(row(ms_p50=None))
+        raise DeviceLostError("illegal memory access")
+
+    monkeypatch.setattr(parts, "measure", lost)
+    assert main(["--ops", "cholesky_ex", "--rows-only", "--out", str(tmp_path)]) == 3
+    assert "The GPU answered nothing any more" in (tmp_path / "report.md").read_text()
+    assert len(rows.read(tmp_path)) == 1
