@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_tune(options: argparse.Namespace) -> int:
     if options.export is not None:
         return tuner.export(Path(options.export) if options.export else None, _say)
-    request = tuner.Request(options.op, options.shapes, options.budget, options.resume, options.out)
+    request = tuner.Request(
+        options.op, options.shapes, options.budget, options.resume, options.out, options.first
+    )
     return tuner.tune(request, _say)
 
 
@@ -42,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
         "--shapes", nargs="+", type=shape_of, metavar="NxCxHxW",
         help="tune for logits of these sizes",
     )  # fmt: skip
+    tune.add_argument(
+        "--first", action="store_true", help="each operator's first case only: a start in minutes"
+    )
     tune.add_argument(
         "--resume", action="store_true", help="leave out what the file already has for this version"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +58,43 @@ def test_a_stopped_report_keeps_its_rows(number: signal.Signals, tmp_path: Path)
     else:
         assert status == 130
         assert "the report was interrupted" in (tmp_path / "report.md").read_text()
+
+
+TUNE = """
+import sys, time
+from dataclasses import replace
+from tests.tools import tuned
+from tritonloss import __main__
+from tritonloss._tools import tuner
+
+def slow(launch):
+    time.sleep(0.05)
+    return tuned.rows_as_time(launch)
+
+cases = [tuned.case_of({"ROWS": 8, "num_warps": 1}) for _ in range(500)]
+cases = [replace(case, window=window) for window, case in enumerate(cases)]
+tuner._gpu = lambda: tuned.CPU
+tuner._median_ms = slow
+tuner.tuning_cases = lambda *_: cases
+sys.exit(__main__.main(["tune", "--out", sys.argv[1]]))
+"""
+
+
+@signals
+def test_stopped_tuning_keeps_its_configurations(number: signal.Signals, tmp_path: Path) -> None:
+    path = tmp_path / "cpu.json"
+
+    def entries() -> dict[str, Any]:
+        document = json.loads(path.read_text()) if path.exists() else {"entries": {}}
+        return dict(document["entries"])
+
+    script = tmp_path / "tune.py"
+    script.write_text(TUNE)
+    status = stopped([str(script), str(path)], number, lambda: len(entries()) > 1)
+    assert status == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    found = entries()
+    assert 1 < len(found) < 500
+    assert all(entry["configuration"]["ROWS"] == 8 for entry in found.values())
 
 
 def test_rows_are_in_the_file_when_they_are_added(tmp_path: Path) -> None:
