@@ -135,6 +135,11 @@ class Manifest:
         """Whether the Triton of this process would take its kernels for its own."""
         return self.key == hashed(cache.triton_key())
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to compile."""
+        return self.recognised and self.launchers > 0 and self.suffix == _suffix()
+
 
 def fill(
     folder: Path,
@@ -300,13 +305,13 @@ def described(manifest: Manifest) -> str:
     held = f"{manifest.kernels} kernels of triton {manifest.triton}"
     if not manifest.recognised:
         return f"{held}: not for this wheel of Triton ({triton.__version__}), and left alone"
-    if not manifest.launchers or manifest.suffix != _suffix():
+    if not manifest.complete:
         return f"{held}: the wheel's key matches; C launchers are compiled here"
     return f"{held} and {manifest.launchers} C modules: the wheel's key matches"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m perf gpu-cache`; 1 if not all is compiled, or recognised."""
+    """The command line of `python -m perf gpu-cache`; 1 if something is left to compile."""
     parser = argparse.ArgumentParser(
         prog="python -m perf gpu-cache", description=str(__doc__).split("\n")[0]
     )
@@ -327,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "unpack":
         manifest = unpack(options.archive, Path(triton.knobs.cache.dir))
         print(described(manifest))
-        return 0 if manifest.recognised else 1
+        return 0 if manifest.complete else 1
     work = jobs(options.ops, options.first)
     with ended_in_order():
         if options.command == "fill":

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from perf import gpu
 from perf.measuring import rows
 from tests.perf.made import ROOT, row
 
@@ -58,6 +59,77 @@ def test_a_stopped_report_keeps_its_rows(number: signal.Signals, tmp_path: Path)
     else:
         assert status == 130
         assert "the report was interrupted" in (tmp_path / "report.md").read_text()
+
+
+GPU = ["-m", "perf", "gpu", "--steps", "rows", "report", "--ops", "focal_loss", "cholesky_ex"]
+
+
+@signals
+def test_a_stopped_run_on_a_gpu_machine_keeps_its_rows(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """Without a GPU the rows are the reference's; processes and signals are the same."""
+    status = stopped([*GPU, "--out", str(tmp_path)], number, lambda: has_rows(tmp_path))
+    assert rows.read(tmp_path)
+    assert "== rows" in (tmp_path / "log.txt").read_text()
+    if number == signal.SIGKILL:
+        assert status == -signal.SIGKILL
+        end = time.monotonic() + 20
+        while processes_about(tmp_path) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not processes_about(tmp_path)
+        return
+    assert status == 130
+    assert "the report was interrupted" in (tmp_path / "report.md").read_text()
+    assert "stopped before the end" in (tmp_path / "log.txt").read_text()
+    assert len(list(tmp_path.iterdir())) <= 7
+
+
+def processes_about(folder: Path) -> list[str]:
+    """Those that have the folder on their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        found += [command] if str(folder) in command else []
+    return found
+
+
+def test_a_step_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time over, it is asked to end, and killed if it does not; the run goes on."""
+    monkeypatch.setattr(gpu, "GRACE_S", 0.2)
+    (tmp_path / "stubborn.py").write_text(
+        "import signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print('begun', flush=True)\n"
+        "time.sleep(1000)\n"
+    )
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    run = gpu.Run(tmp_path / "out", 530.0, [])
+    assert run.step("stubborn", [["stubborn"], ["platform"]], run.passed_s + 5) == [-9, 0]
+    run.close()
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "begun" in log and "its time is over" in log
+
+
+def test_measuring_goes_on_in_a_new_process_when_the_gpu_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    statuses = iter([gpu.GPU_LOST, -signal.SIGSEGV, 0])
+
+    def step(self: gpu.Run, name: str, given: list[list[str]], end: float) -> list[int]:
+        commands.extend(given)
+        return [next(statuses)]
+
+    monkeypatch.setattr(gpu.Run, "step", step)
+    run = gpu.Run(tmp_path, 530.0, [])
+    gpu.rows(run)
+    assert not run.failed and len(commands) == 3
+    assert ["--resume" in command for command in commands] == [False, True, True]
+    run.close()
 
 
 TUNE = """

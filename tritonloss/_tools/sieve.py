@@ -27,6 +27,7 @@ from .._core import configurations
 from .._core.configurations import Configuration, Shape, TuningCase
 from .launches import Launch, offline, recorded
 from .resources import resources
+from .stopping import end_with_parent
 from .tuning_cases import same_case
 
 Place = tuple[str, int, Shape | None, str]  # slice, number of the case, shape, layout
@@ -100,8 +101,9 @@ def place_of(case: TuningCase) -> Place:
 
 
 def leave_interrupts() -> None:
-    """Ctrl-C is for the process that has started this one."""
+    """Ctrl-C is for the process that has started this one, and whose end is this one's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
 
 def fault_of(place: Place, index: int, target: GPUTarget, shared_limit: int) -> str | None:

@@ -1,11 +1,14 @@
-"""Being stopped: Ctrl-C, and the signal that a time limit sends."""
+"""Being stopped: Ctrl-C, the signal that a time limit sends, and the end of whoever began this."""
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @contextmanager
@@ -19,3 +22,9 @@ def ended_in_order() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it ends, even if that is killed; on Linux."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
