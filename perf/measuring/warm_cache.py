@@ -340,6 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             troubles = fill(here, work, None, options.workers, options.seconds)
         else:
             key = key_of_wheel(options.wheel) if options.wheel else None
+            key = None if key == cache.triton_key() else key  # the one that is installed
             troubles = fill(options.cache.absolute(), work, key, options.workers)
             manifest = pack(options.cache, options.archive, key)
             size = options.archive.stat().st_size / 1e6
