@@ -333,18 +333,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         manifest = unpack(options.archive, Path(triton.knobs.cache.dir))
         print(described(manifest))
         return 0 if manifest.complete else 1
-    work = jobs(options.ops, options.first)
-    with ended_in_order():
-        if options.command == "fill":
-            here = Path(triton.knobs.cache.dir)
-            troubles = fill(here, work, None, options.workers, options.seconds)
-        else:
-            key = key_of_wheel(options.wheel) if options.wheel else None
-            key = None if key == cache.triton_key() else key  # the one that is installed
-            troubles = fill(options.cache.absolute(), work, key, options.workers)
-            manifest = pack(options.cache, options.archive, key)
-            size = options.archive.stat().st_size / 1e6
-            print(f"{options.archive}: {manifest.kernels} kernels, {size:.1f} MB")
+    try:
+        with ended_in_order():
+            troubles = _make(options) if options.command == "make" else _fill(options)
+    except KeyboardInterrupt:
+        print("interrupted; what was compiled stays in the cache, and is not compiled again")
+        return 130
     for line in troubles:
         print(line, file=sys.stderr)
     return 1 if troubles else 0
+
+
+def _fill(options: argparse.Namespace) -> list[str]:
+    here = Path(triton.knobs.cache.dir)
+    work = jobs(options.ops, options.first)
+    return fill(here, work, None, options.workers, options.seconds)
+
+
+def _make(options: argparse.Namespace) -> list[str]:
+    key = key_of_wheel(options.wheel) if options.wheel else None
+    key = None if key == cache.triton_key() else key  # the one that is installed
+    work = jobs(options.ops, options.first)
+    troubles = fill(options.cache.absolute(), work, key, options.workers)
+    manifest = pack(options.cache, options.archive, key)
+    size = options.archive.stat().st_size / 1e6
+    print(f"{options.archive}: {manifest.kernels} kernels, {size:.1f} MB")
+    return troubles

@@ -20,11 +20,13 @@ import torch
 
 from perf.compiling import compile_only
 from perf.compiling.compile_only import Job
-from perf.measuring import rows
+from perf.measuring import measure, rows
 from perf.measuring.counted import CountedMemory
+from perf.measuring.machine import Machine
 from perf.measuring.measure import DeviceLostError
+from perf.measuring.timing import Timing
 from perf.operations.contract import Case, Operation, operations
-from perf.report import parts
+from perf.report import make, parts
 from perf.report.choice import Choice
 from perf.report.make import _measurements, main, plan
 from perf.report.parts import Making
@@ -255,6 +257,39 @@ def test_on_a_gpu_the_kernels_come_first_and_then_what_compares_the_headlines() 
     assert not [pair for pair in more_compiled if pair in compiled]
     quick = dict(_measurements(cases, Choice(quick=True), gpu=True))
     assert not quick[parts.COMPILED]
+
+
+def test_on_a_gpu_rows_are_written_in_that_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels in the interpreter, on tiny maps, and a stand-in for the clock."""
+    timing = Timing(1.0, 0.9, 1.1, "no clock")
+
+    def tiny(chosen: Any, choice: Choice, on_gpu: bool) -> list[tuple[Operation, Case]]:
+        found = plan(chosen, choice, on_gpu)
+        return [(operation, replace(case.tiny(), schedule=None)) for operation, case in found[:4]]
+
+    monkeypatch.setattr(Machine, "has_gpu", property(lambda self: True))
+    monkeypatch.setattr(make, "plan", tiny)
+    monkeypatch.setattr(parts, "copy_bandwidth", lambda device: 100.0)
+    monkeypatch.setattr(
+        parts, "compiled", lambda operation: {"compile": lambda *args: operation.reference(*args)}
+    )
+    for name in ("time_call", "time_backward"):
+        monkeypatch.setattr(measure, name, lambda *_: timing)
+    monkeypatch.setattr(measure, "peak_bytes", lambda *_: 2**20)
+    asked = ["--ops", "focal_loss", "binary_cross_entropy", "--rows-only", "--out", str(tmp_path)]
+    assert main(asked) == 0
+    found = rows.read(tmp_path)
+    assert all(each["ms_p50"] == 1.0 for each in found)
+    order = list(dict.fromkeys((each["provider"], each["op"]) for each in found))
+    both = ["focal_loss", "binary_cross_entropy"]
+    assert order[:2] == [("triton", op) for op in both]
+    assert order.index(("eager", "binary_cross_entropy")) < order.index(
+        ("compile", "binary_cross_entropy")
+    )
+    full = [each for each in found if (each["provider"], each["pass"]) == ("triton", "full")]
+    assert len(full) == 4 and all(each["speedup_vs_eager"] == 1.0 for each in full)
 
 
 def test_a_report_goes_on_with_the_rows_that_are_there(
