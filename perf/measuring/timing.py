@@ -35,11 +35,11 @@ def time_call(function: Callable[[], object], device: torch.device) -> Timing:
     once = _gpu_times(lambda: None, lambda _: function(), seconds=0.0)
     if statistics.median(once) > _LONG_MS:
         return _quantiles(once, "events")
-    timing = Timing(*triton.testing.do_bench(function, quantiles=_QUANTILES), "do_bench")
+    timing = Timing(*_bench(function), "do_bench")
     replay = replayed(function) if timing.p50 < _SHORT_MS else None
     if replay is None:  # long enough, or it cannot be captured: the gaps between launches stay in
         return timing
-    return Timing(*triton.testing.do_bench(replay, quantiles=_QUANTILES), "do_bench of a graph")
+    return Timing(*_bench(replay), "do_bench of a graph")
 
 
 def time_backward(
@@ -63,8 +63,13 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * count / timing.p50 / 1e6
 
 
+def _bench(function: Callable[[], object]) -> Any:
+    """The median and the quantiles of what is warm already."""
+    return triton.testing.do_bench(function, warmup=5, rep=60, quantiles=_QUANTILES)
+
+
 def _gpu_times(
-    forward: Callable[[], Any], backward: Callable[[Any], object], seconds: float = 0.3
+    forward: Callable[[], Any], backward: Callable[[Any], object], seconds: float = 0.2
 ) -> list[float]:
     """Milliseconds of the second function, each time with a flushed cache, warm."""
     flushed = torch.empty(2**28, dtype=torch.uint8, device="cuda")

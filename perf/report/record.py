@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from perf.measuring.rows import Row, append, identity, read
+from perf.measuring.rows import Row, append, identity, read, with_comparisons
 from tritonloss._core.configurations import sanitised
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("rows", type=Path, metavar="ROWS", help="a rows.csv or a folder with one")
     options = parser.parse_args(arguments)
-    added = record(read(options.rows))
+    added = record(with_comparisons(read(options.rows)))
     for path, count in added.items():
         print(f"{count} rows added to {path.name}")
     if not added:

@@ -102,6 +102,11 @@ def test_summary_is_a_line_per_case(tmp_path: Path, capsys: pytest.CaptureFixtur
     text = capsys.readouterr().out
     assert "2 of 3 cases right, then timed, on GPU" in text and PARITY_FAILED in text
     assert "6.3x eager PyTorch's speed, median of 2 cases" in text
+    with rows.Appender(tmp_path / "stopped.csv") as file:  # before any rows were compared
+        file.add(row())
+        file.add(row(provider="eager", ms_p50=12.0))
+    assert summary.main([str(tmp_path / "stopped.csv")]) == 0
+    assert "12x eager PyTorch's speed" in capsys.readouterr().out
     assert "no kernel was measured" in summary.summary(offline_report().rows)
     assert summary.main([str(tmp_path / "none")]) == 1
 

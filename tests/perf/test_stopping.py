@@ -30,6 +30,8 @@ def stopped(command: list[str], number: signal.Signals, ready: Callable[[], bool
     process = subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        # In the background of a shell these tests ignore interrupts, and so would the process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         while not ready():
