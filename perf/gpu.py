@@ -34,7 +34,8 @@ LIMIT_S = 530.0
 ENDS = {"environment": 0.12, "parity": 0.32, "rows": 0.62, "tune": 0.82, "report": 0.97}
 PARITY_S = 90.0
 GRACE_S = 12.0  # for a step that was asked to end to write what it has
-RESTARTS = 4  # of the measurements, when a kernel has broken the GPU for a process
+RESTARTS = 4  # of the measurements, when a kernel has broken the GPU or its process
+STALL_S = 120.0  # without a new row: whatever is measured will not end
 GPU_LOST = 3  # what python -m perf report ends with then
 NO_TESTS = 5  # what pytest ends with that found none
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -50,6 +51,7 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     failed: list[str] = field(default_factory=list)
     stopped: bool = False
+    stalled: bool = False  # of the last step
     complete_cache: bool = False  # nothing is left to compile
     scratch: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="gpu-run-")))
 
@@ -77,12 +79,25 @@ class Run:
         """What Ctrl-C and a time limit's signal do."""
         self.stopped = True
 
-    def step(self, name: str, commands: Sequence[Sequence[str]], end_s: float) -> list[int]:
-        """Run processes beside each other until they end, or are ended; their exit statuses."""
+    def step(
+        self,
+        name: str,
+        commands: Sequence[Sequence[str]],
+        end_s: float,
+        growing: Path | None = None,
+    ) -> list[int]:
+        """Run processes beside each other until they end, or are ended; their exit statuses.
+
+        They are ended when time is over, or when the file that they write grows no more.
+        """
         self.say(f"\n== {name} (after {self.passed_s:.0f} s, until {end_s:.0f} s at most)")
         children = [self._start(command) for command in commands]
+        size, grown_s, self.stalled = -1, self.passed_s, False
         while any(child.poll() is None for child in children):
-            if self.stopped or self.passed_s > end_s:
+            if growing and growing.exists() and growing.stat().st_size != size:
+                size, grown_s = growing.stat().st_size, self.passed_s
+            self.stalled = growing is not None and self.passed_s > grown_s + STALL_S
+            if self.stopped or self.stalled or self.passed_s > end_s:
                 self._end(children)
                 break
             time.sleep(0.05)
@@ -121,7 +136,8 @@ class Run:
             self.say(line.rstrip("\n"))
 
     def _end(self, children: Sequence[Child]) -> None:
-        self.say("stopped" if self.stopped else "its time is over")
+        stalled = "nothing more comes" if self.stalled else "its time is over"
+        self.say("stopped" if self.stopped else stalled)
         for child in children:
             child.process.terminate()
         end = time.monotonic() + GRACE_S
@@ -206,16 +222,19 @@ def report(run: Run) -> None:
 
 
 def _report(run: Run, step: str, fresh: bool) -> bool:
-    """Whether something was wrong; begun again where a kernel has broken the GPU for a process."""
-    for attempt in range(RESTARTS + 1):
+    """Whether something was wrong; begun again where a kernel has broken the GPU or its process."""
+    more = [] if fresh else ["--resume"]
+    for _ in range(RESTARTS + 1):
         left = run.end_of(step) - run.passed_s - GRACE_S
         command = ["perf", "report", "--rows-only", "--budget", f"{max(0.0, left):.0f}"]
-        command += ["--out", str(run.out)]
-        command += [] if fresh and attempt == 0 else ["--resume"]
+        command += ["--out", str(run.out), *more]
         command += ["--ops", *run.ops] if run.ops else []
-        (status,) = run.step(step, [command], run.end_of(step))
-        if status not in (GPU_LOST, -signal.SIGSEGV, -signal.SIGABRT) or run.stopped:
+        (status,) = run.step(step, [command], run.end_of(step), growing=run.out / "rows.csv")
+        # Of a process that has died without a word the case that it was at is given up.
+        died = run.stalled or status in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS)
+        if run.stopped or not (died or status == GPU_LOST):
             return status not in (0, 130, -signal.SIGTERM)
+        more = ["--resume", *(["--give-up-one"] if died else [])]
     return True
 
 

@@ -51,7 +51,7 @@ def make(choice: Choice, out: Path, resume: bool = False) -> Report:
     report = Report(this_machine(), absent=peers.absent(chosen))
     bar = Progress(1, budget_s=QUICK_S if choice.quick else choice.budget_s)
     end = started + QUICK_S if choice.quick else math.inf
-    making = Making(report, choice, chosen, bar, end)
+    making = Making(report, choice, chosen, bar, end, gives_up=choice.give_up_one)
     if resume:
         report.rows = _measured_before(report, out)
     rows.write(out / "rows.csv", report.rows)
@@ -207,11 +207,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--rows-only", action="store_true", help="no memory, host time, machine code: only rows"
     )
     parser.add_argument("--resume", action="store_true", help="keep the rows that the folder has")
+    parser.add_argument(
+        "--give-up-one", action="store_true",
+        help="measure all but the first that has no rows: it has ended its process",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("build/report"), metavar="FOLDER")
     options = parser.parse_args(arguments)
     choice = Choice(
         options.ops, options.shapes, options.dtypes, options.quick, options.budget, options.compile,
-        options.rows_only,
+        options.rows_only, options.give_up_one,
     )  # fmt: skip
     with ended_in_order():
         report = make(choice, options.out, options.resume)

@@ -22,15 +22,16 @@ from perf.compiling.facts import MAIN_TARGET, KernelFacts, once_per_target
 from perf.measuring import host_time, interpreted
 from perf.measuring.counted import count
 from perf.measuring.interpreted import Interpreter, Parity
-from perf.measuring.measure import Bench, compiled, kernels, others
+from perf.measuring.measure import OURSELVES, Bench, compiled, kernels, others
 from perf.measuring.parity import Verdict
-from perf.measuring.rows import Appender, Row, asked
+from perf.measuring.rows import FIELDS, Appender, Row, asked
 from perf.measuring.timing import copy_bandwidth
-from perf.operations.contract import Case, Operation, Outputs
+from perf.operations.contract import PASSES, Case, Operation, Outputs
 from perf.report.choice import Choice
 from perf.report.report import Report
 from tritonloss._core.progress import Progress
 
+ENDED = "not timed: it ended its process"
 CASES = "cases to be measured"  # on a GPU the kernels', elsewhere the reference's
 OTHERS = "cases of eager PyTorch and of libraries"
 COMPILED = "cases of the reference under torch.compile"
@@ -59,6 +60,7 @@ class Making:
     end: float = math.inf  # a time of the monotonic clock after which nothing more is begun
     left: dict[str, int] = field(default_factory=dict)
     file: Appender | None = None
+    gives_up: bool = False  # the first that is to be measured has ended a process: not again
     yardsticks: dict[tuple[str, str], Verdict] = field(default_factory=dict)
 
     def add(self, row: Row) -> None:
@@ -117,9 +119,23 @@ def measure(making: Making, what: str, plan: Sequence[tuple[Operation, Case]]) -
             for name, function in _providers(what, operation, gpu).items()
             if asked({**question, "provider": name}) not in known
         }
+        if making.gives_up:
+            _give_up(making, question, candidates)
         for row in bench.rows(operation, wanted, candidates):
             making.add(row)
         making.done(what, f"{operation.name}: {case.text}")
+
+
+def _give_up(making: Making, question: Row, candidates: dict[str, Callable[..., Outputs]]) -> None:
+    """Rows without a time for the first candidate, which is measured no more. (A library without
+    rows may be one that does not know the case.)
+    """
+    for name in [name for name in candidates if name in OURSELVES][:1]:
+        given_up = {**question, "provider": name, "timer": ENDED, **making.report.machine.columns}
+        for direction in PASSES:
+            making.add({**dict.fromkeys(FIELDS), **given_up, "pass": direction})
+        del candidates[name]
+        making.gives_up = False
 
 
 def _providers(what: str, operation: Operation, gpu: bool) -> dict[str, Callable[..., Outputs]]:

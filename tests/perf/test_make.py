@@ -25,7 +25,7 @@ from perf.measuring.counted import CountedMemory
 from perf.measuring.machine import Machine
 from perf.measuring.measure import DeviceLostError
 from perf.measuring.timing import Timing
-from perf.operations.contract import Case, Operation, operations
+from perf.operations.contract import PASSES, Case, Operation, operations
 from perf.report import make, parts
 from perf.report.choice import Choice
 from perf.report.make import _measurements, main, plan
@@ -308,6 +308,21 @@ def test_a_report_goes_on_with_the_rows_that_are_there(
     assert {rows.asked(row) for row in measured} == {rows.asked(first[-1])}
     assert len(rows.read(tmp_path)) == len(first)
     assert "1 rows of another machine" in (tmp_path / "report.md").read_text()
+
+
+def test_what_has_ended_a_process_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["--ops", "cholesky_ex", "--rows-only", "--resume", "--out", str(tmp_path)]
+    main([*asked, "--give-up-one"])
+    found = rows.read(tmp_path)
+    given_up = [each for each in found if each["timer"] == parts.ENDED]
+    assert found[:3] == given_up and {each["pass"] for each in given_up} == set(PASSES)
+    assert len(found) > 3 and all(each["ms_p50"] for each in found[3:])
+    measured: list[Any] = []
+    monkeypatch.setattr(Making, "add", lambda self, row: measured.append(row))
+    main(asked)
+    assert not measured
 
 
 def test_a_lost_gpu_ends_the_process_and_not_the_report(

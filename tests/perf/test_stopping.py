@@ -116,21 +116,46 @@ def test_a_step_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.M
     assert "begun" in log and "its time is over" in log
 
 
-def test_measuring_goes_on_in_a_new_process_when_the_gpu_is_lost(
+def test_measuring_goes_on_in_a_new_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """When the GPU is lost; and when the process died or hung, without what it was at."""
     commands: list[list[str]] = []
-    statuses = iter([gpu.GPU_LOST, -signal.SIGSEGV, 0])
+    statuses = iter([gpu.GPU_LOST, -signal.SIGSEGV, -signal.SIGKILL, 0])
 
-    def step(self: gpu.Run, name: str, given: list[list[str]], end: float) -> list[int]:
+    def step(
+        self: gpu.Run, name: str, given: list[list[str]], end: float, growing: Path
+    ) -> list[int]:
         commands.extend(given)
-        return [next(statuses)]
+        status = next(statuses)
+        self.stalled = status == -signal.SIGKILL
+        return [status]
 
     monkeypatch.setattr(gpu.Run, "step", step)
     run = gpu.Run(tmp_path, 530.0, [])
     gpu.rows(run)
-    assert not run.failed and len(commands) == 3
-    assert ["--resume" in command for command in commands] == [False, True, True]
+    assert not run.failed
+    assert ["--resume" in command for command in commands] == [False, True, True, True]
+    assert ["--give-up-one" in command for command in commands] == [False, False, True, True]
+    run.close()
+
+
+def test_a_step_that_writes_no_more_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "STALL_S", 1.0)
+    (tmp_path / "hanging.py").write_text(
+        "import time\n"
+        "for _ in range(4):\n"
+        "    open('rows', 'a').write('row')\n"
+        "    time.sleep(0.4)\n"
+        "time.sleep(1000)\n"
+    )
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    run = gpu.Run(tmp_path / "out", 530.0, [])
+    (status,) = run.step("hanging", [["hanging"]], 500.0, growing=tmp_path / "rows")
+    assert status == -signal.SIGTERM and run.stalled
+    assert "nothing more comes" in (tmp_path / "out" / "log.txt").read_text()
     run.close()
 
 
