@@ -345,6 +345,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fill(options: argparse.Namespace) -> list[str]:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+        print("the stand-in compiles for sm_90, and this GPU is another: nothing is compiled ahead")
+        return []
     here = Path(triton.knobs.cache.dir)
     work = jobs(options.ops, options.first)
     return fill(here, work, None, options.workers, options.seconds)

@@ -59,7 +59,8 @@ def _headline(report: Report) -> str:
     compiled = [row["speedup_vs_compile"] for row in full if row["speedup_vs_compile"]]
     parts = [f"{times(statistics.median(eager))} as fast as eager PyTorch"] if eager else []
     parts += [f"{times(statistics.median(compiled))} as fast as torch.compile"] if compiled else []
-    return ", ".join(parts) or "No case could be measured"
+    alone = f"{len(full)} cases timed, and compared with nothing yet"
+    return ", ".join(parts) or (alone if full else "No case could be measured")
 
 
 def _speed_card(report: Report) -> Card:

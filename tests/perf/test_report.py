@@ -52,6 +52,8 @@ def test_with_a_gpu_losing_and_failed_rows_stay_in() -> None:
         assert "window_size=9" in page and PARITY_FAILED in page
         assert "slower than eager in 1" in page and "2 of 3" in page
     assert content.page(gpu_report()).headline == "6.3x as fast as eager PyTorch"
+    alone = replace(gpu_report(), rows=rows.with_comparisons([row()]))
+    assert content.page(alone).headline == "1 cases timed, and compared with nothing yet"
 
 
 @pytest.mark.parametrize("make", [offline_report, gpu_report])
