@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 WORKERS ?= auto
 
-.PHONY: report test test-all lint gpu compile-only check train
+.PHONY: report test test-all lint gpu gpu-cache compile-only check train
 
 # Machine code that is made of the same as the committed one (perf/baseline) is not compiled again.
 # Ctrl-C writes what there is. REPORT_OPTIONS=--compile compiles all.
@@ -38,10 +38,25 @@ check: $(READY)
 train: $(READY)
 	$(RUN) -m perf train
 
-# With the machine's own python3, which has torch, triton, pytest and pandas: nothing is installed.
+# On a machine with a GPU, with its own python3, which has torch, triton, pytest and pandas: nothing is
+# installed. Nine minutes; whenever it is stopped, the folder has what was measured.
 gpu: OUT ?= build/gpu
 gpu:
 	PYTHON=$(PYTHON) .ci/gpu $(OUT)
+
+# Without a GPU: the kernels that `make gpu` launches, for a machine with this Triton and Python.
+# `make gpu` unpacks build/gpu-cache.tar.xz if the wheel is the same, and else compiles.
+GPU_TRITON ?= 3.6.0
+GPU_PYTHON ?= 3.12
+GPU_CACHE := .venv-gpu-cache
+gpu-cache:
+	test -x $(GPU_CACHE)/bin/python || $(PYTHON) -m venv $(GPU_CACHE)
+	$(GPU_CACHE)/bin/python -m pip install --quiet --constraint constraints-dev.txt --editable . 'numpy<2.4'
+	$(GPU_CACHE)/bin/python -m pip install --quiet --no-deps 'triton==$(GPU_TRITON)'
+	rm -rf build/gpu-wheel
+	$(GPU_CACHE)/bin/python -m pip download --quiet --no-deps --only-binary=:all: \
+	  --python-version $(GPU_PYTHON) --dest build/gpu-wheel 'triton==$(GPU_TRITON)'
+	$(GPU_CACHE)/bin/python -m perf gpu-cache make --wheel build/gpu-wheel/triton-*.whl
 
 $(READY): pyproject.toml constraints-dev.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

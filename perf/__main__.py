@@ -25,6 +25,14 @@ COMMANDS = {
         "measuring.host_time",
         "the host's time and the launches of every loss, on a stand-in for the driver",
     ),
+    "gpu": (
+        "gpu",
+        "nine minutes on a machine with a GPU: tests, rows, tuning, report",
+    ),
+    "gpu-cache": (
+        "measuring.warm_cache",
+        "compile, without a GPU, what make gpu launches: an archive of Triton's cache",
+    ),
     "predict": (
         "compiling.predict",
         "rank launch configurations without a GPU, by a model: a prediction",

@@ -30,23 +30,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="of every test as many cases as show each value of each of its parameters once, or "
         "only the others",
     )
+    parser.addoption(
+        "--share", metavar="I/N", help="of the tests that are selected the I-th of N shares, from 0"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "shipped_sizes: with programs of the size that ships")
+    config.addinivalue_line("markers", "large: takes tens of GiB of a GPU's memory")
 
 
+@pytest.hookimpl(trylast=True)  # what -m and -k leave is shared out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part = config.getoption("--part")
     if part is not None:
         short = covering(items)
         config.hook.pytest_deselected(items=[i for i in items if (i in short) != (part == "short")])
         items[:] = [item for item in items if (item in short) == (part == "short")]
+    share = config.getoption("--share")
+    if share is not None:
+        mine = share_of(items, *map(int, share.split("/")))
+        config.hook.pytest_deselected(items=[item for item in items if item not in mine])
+        items[:] = mine
     if HAS_GPU:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU; none is here"))
+
+
+def share_of(items: list[pytest.Item], index: int, count: int) -> list[pytest.Item]:
+    """The tests of one process of many: every test is one's; large ones are the first three's."""
+    large = [item for item in items if item.get_closest_marker("large")]
+    small = [item for item in items if item not in large]
+    return large[index :: min(3, count)] * (index < 3) + small[count - 1 - index :: count]
 
 
 def covering(items: list[pytest.Item]) -> set[pytest.Item]:

@@ -18,13 +18,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run_tune(options)
     if options.self_test:
         return doctor.interpreted_self_test(_say)
-    return doctor.doctor(_say)
+    return doctor.doctor(_say, options.brief)
 
 
 def _run_tune(options: argparse.Namespace) -> int:
     if options.export is not None:
         return tuner.export(Path(options.export) if options.export else None, _say)
-    request = tuner.Request(options.op, options.shapes, options.budget, options.resume, options.out)
+    request = tuner.Request(
+        options.op, options.shapes, options.budget, options.resume, options.out, options.first
+    )
     return tuner.tune(request, _say)
 
 
@@ -33,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     doctor = commands.add_parser("doctor", help="report the installation and test every operator")
+    doctor.add_argument("--brief", action="store_true", help="test nothing")
     doctor.add_argument("--self-test", action="store_true", help=argparse.SUPPRESS)
 
     tune = commands.add_parser("tune", help="measure launch configurations on this GPU")
@@ -42,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
         "--shapes", nargs="+", type=shape_of, metavar="NxCxHxW",
         help="tune for logits of these sizes",
     )  # fmt: skip
+    tune.add_argument(
+        "--first", action="store_true", help="each operator's first case only: a start in minutes"
+    )
     tune.add_argument(
         "--resume", action="store_true", help="leave out what the file already has for this version"
     )

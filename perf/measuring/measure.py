@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from perf.measuring.machine import Machine
 from perf.measuring.memory import peak_bytes
-from perf.measuring.parity import Gate
+from perf.measuring.parity import Gate, Verdict
 from perf.measuring.rows import Row
 from perf.measuring.timing import time_backward, time_call
 from perf.measuring.trial import Trial
@@ -17,38 +17,88 @@ from perf.operations.contract import PASSES, Case, Operation, Outputs, UnknownCa
 from tritonloss._tools.launches import recorded
 
 PARITY_FAILED = "not timed: parity failed"
+OURSELVES = ("triton", "eager", "compile")
 _MIB = 2**20
+
+
+class DeviceLostError(Exception):
+    """The GPU answers nothing any more in this process: a kernel went astray."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where the measurements are made, and the bandwidth that they are compared with."""
+    """Where the measurements are made, and the bandwidth that they are compared with.
+
+    The errors of the reference in the case's own dtype are kept: they are eager's.
+    """
 
     machine: Machine
     copy_GBps: float  # noqa: N815
+    yardsticks: dict[tuple[str, str], Verdict] = field(default_factory=dict)
 
     def rows(
         self, operation: Operation, case: Case, providers: Mapping[str, Callable[..., Outputs]]
-    ) -> list[Row]:
-        """One row per provider and pass. Without parity a row carries its error and no time."""
+    ) -> Iterator[Row]:
+        """One row per provider and pass, as they come. Without parity a row carries its error and
+        no time.
+
+        Raises:
+            DeviceLostError: a provider broke the GPU for this process; its rows have come.
+        """
+        gates: list[Gate] = []  # one, made for the first who needs it
         with scheduled(operation, case):
-            gate = self._gate(operation, case)
-            rows = []
             for provider, function in providers.items():
+                if not self._is_known(operation, case, provider, function):
+                    continue
                 common = {"op": operation.name, "provider": provider, **case.columns()}
                 common |= self.machine.columns
+                missing = list(PASSES)
                 try:
-                    # Counting tensors would make torch.compile fall back to eager on a CPU.
-                    counted = self.machine.has_gpu or provider == "eager"
-                    rows += [
-                        common | row for row in self._rows(operation, case, gate, function, counted)
-                    ]
+                    verdict = self._judge(operation, case, provider, function, gates)
+                    for row in self._rows(operation, case, provider, function, verdict):
+                        missing.remove(row["pass"])
+                        yield common | row
                 except Exception as error:  # a provider's trouble is a finding, not the end
-                    if provider in operation.libraries and isinstance(error, UnknownCaseError):
-                        continue  # a library that does not know this case
                     reason = f"not timed: {type(error).__name__}"
-                    rows += [common | {"pass": name, "timer": reason} for name in PASSES]
-            return rows
+                    yield from (common | {"pass": name, "timer": reason} for name in missing)
+                    self._look_after_the_device(error)
+
+    def _is_known(
+        self, operation: Operation, case: Case, provider: str, function: Callable[..., Outputs]
+    ) -> bool:
+        """Whether a library has this case; asked about a tiny map, before any truth is computed."""
+        if provider in OURSELVES:
+            return True
+        tiny = case.tiny()
+        try:
+            Trial(function, tiny, operation.inputs(tiny, self.machine.device)).forward()
+        except UnknownCaseError:
+            return False
+        except Exception:  # the case itself will tell
+            return True
+        return True
+
+    def _judge(
+        self,
+        operation: Operation,
+        case: Case,
+        provider: str,
+        function: Callable[..., Outputs],
+        gates: list[Gate],
+    ) -> tuple[Verdict, str]:
+        """How wrong the function is, and the configurations of the kernels it launched."""
+        named = operation.name, case.text
+        if provider == "eager" and named in self.yardsticks:
+            return self.yardsticks[named], ""
+        if not gates:
+            gates.append(self._gate(operation, case))
+            self.yardsticks[named] = gates[0].yardstick
+        if provider == "eager":
+            return self.yardsticks[named], ""
+        with recorded("run") as launches:
+            verdict = gates[0].judge(function)
+        configurations = dict.fromkeys(f"{x.kernel} {x.configuration}" for x in launches)
+        return verdict, "; ".join(configurations)
 
     def _gate(self, operation: Operation, case: Case) -> Gate:
         try:
@@ -57,21 +107,28 @@ class Bench:
             # float64 does not fit: the same question about a smaller map.
             return Gate(operation, case.reduced(), self.machine.device)
 
+    def _look_after_the_device(self, error: Exception) -> None:
+        if self.machine.has_gpu:
+            try:
+                torch.cuda.synchronize(self.machine.device)
+            except Exception:
+                raise DeviceLostError(f"{type(error).__name__}: {error}") from error
+
     def _rows(
         self,
         operation: Operation,
         case: Case,
-        gate: Gate,
+        provider: str,
         function: Callable[..., Outputs],
-        counted: bool,
+        judged: tuple[Verdict, str],
     ) -> Iterator[Row]:
-        with recorded("run") as launches:
-            verdict = gate.judge(function)
-        configuration = dict.fromkeys(f"{x.kernel} {x.configuration}" for x in launches)
-        answer: Row = {"max_error": verdict.error, "launch_config": "; ".join(configuration)}
+        verdict, configurations = judged
+        answer: Row = {"max_error": verdict.error, "launch_config": configurations}
         if not verdict.passed:
             yield from ({"pass": name, "timer": PARITY_FAILED, **answer} for name in PASSES)
             return
+        # Counting tensors would make torch.compile fall back to eager on a CPU.
+        counted = self.machine.has_gpu or provider == "eager"
         trial = Trial(function, case, operation.inputs(case, self.machine.device))
         for name in PASSES:
             row = {"pass": name, **answer, **self._times(operation, case, trial, name)}
@@ -100,21 +157,26 @@ class Bench:
         }
 
 
-def providers(
-    operation: Operation, on_gpu: bool, against_compile: bool
-) -> dict[str, Callable[..., Outputs]]:
-    """Who answers: the kernels on a GPU, eager PyTorch, torch.compile, installed libraries."""
-    found: dict[str, Callable[..., Outputs]] = {}
-    if on_gpu:
-        found["triton"] = operation.function
-    found["eager"] = operation.reference
-    if against_compile:
-        # A graph of its own for every case: with dynamic shapes torch.compile would be slower.
-        torch._dynamo.reset()
-        found["compile"] = torch.compile(operation.reference, dynamic=False)
+def kernels(operation: Operation) -> dict[str, Callable[..., Outputs]]:
+    """The kernels themselves, which need a GPU."""
+    return {"triton": operation.function}
+
+
+def others(operation: Operation) -> dict[str, Callable[..., Outputs]]:
+    """Eager PyTorch, and the libraries that are installed."""
+    found: dict[str, Callable[..., Outputs]] = {"eager": operation.reference}
     for name, load in operation.libraries.items():
         try:
             found[name] = load()
         except ImportError:
             continue
     return found
+
+
+def compiled(operation: Operation) -> dict[str, Callable[..., Outputs]]:
+    """torch.compile, a graph of its own for every case: with dynamic shapes it would be slower.
+
+    Its parity check, at the case's own size, compiles it before anything is timed.
+    """
+    torch._dynamo.reset()
+    return {"compile": torch.compile(operation.reference, dynamic=False)}

@@ -46,8 +46,9 @@ class Gate:
             with torch.no_grad():
                 self._excused = operation.excused(case, precise)
         del precise
-        yardstick = self.error(operation.reference)
-        self._allowed = _FACTOR * yardstick + _ROUNDING[case.dtype]
+        error = self.error(operation.reference)
+        self._allowed = _FACTOR * error + _ROUNDING[case.dtype]
+        self.yardstick = Verdict(error, self._allowed)
 
     def judge(self, function: Callable[..., Outputs]) -> Verdict:
         """Run the function forward and backward, and compare."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 # A row has all of these; None (an empty cell) is what was not, or could not be, measured.
@@ -28,6 +31,11 @@ _CASE = ("op", "pass", "dtype", "layout", "batch", "classes", "height", "width",
 def case_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What was asked: rows that differ only in their answer have this in common."""
     return tuple(row[name] for name in _CASE)
+
+
+def asked(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Of whom it was asked, too, and of all passes alike."""
+    return (*case_of({**row, "pass": ""}), row["provider"])
 
 
 def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -57,34 +65,80 @@ def with_comparisons(rows: Iterable[Row]) -> list[Row]:
     return listed
 
 
+class Appender:
+    """A file of rows that grows as they are measured.
+
+    A row is in the file when ``add`` returns, whatever becomes of the process after that. What a
+    process left that was stopped within a row is cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = path.open("a+", newline="", encoding="utf-8")
+        self._stream.seek(0)
+        whole = _whole_lines(self._stream.read())
+        self._stream.truncate(len(whole.encode("utf-8")))
+        self._stream.seek(0, os.SEEK_END)
+        if not whole:
+            self._put(dict(zip(FIELDS, FIELDS, strict=True)))
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Write a row down."""
+        self._put({name: _printed(row.get(name)) for name in FIELDS})
+
+    def _put(self, cells: Mapping[str, Any]) -> None:
+        line = io.StringIO()
+        csv.DictWriter(line, FIELDS, lineterminator="\n").writerow(cells)
+        self._stream.write(line.getvalue())
+        self._stream.flush()
+
+    def __enter__(self) -> Appender:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stream.close()
+
+
 def read(path: Path) -> list[Row]:
-    """Rows of a file, or of the rows.csv in a folder.
+    """Rows of a file, or of the rows.csv in a folder; without a last line that is not whole.
 
     Raises:
         ValueError: the file has other columns.
     """
     file = path / "rows.csv" if path.is_dir() else path
-    with file.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        if tuple(reader.fieldnames or ()) != FIELDS:
-            raise ValueError(f"{file} must have the columns {FIELDS}; it has {reader.fieldnames}")
-        return [{name: _parsed(name, text) for name, text in line.items()} for line in reader]
+    reader = csv.DictReader(io.StringIO(_whole_lines(file.read_text(encoding="utf-8"))))
+    if tuple(reader.fieldnames or ()) != FIELDS:
+        raise ValueError(f"{file} must have the columns {FIELDS}; it has {reader.fieldnames}")
+    return [{name: _parsed(name, text) for name, text in line.items()} for line in reader]
 
 
-def write(path: Path, rows: Sequence[Row], append: bool = False) -> None:
-    """Write rows to a file, or behind what it holds."""
-    new = not (append and path.exists())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w" if new else "a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows({name: _printed(row.get(name)) for name in FIELDS} for row in rows)
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Write a file of rows in one step: stopped, this leaves the old file or the new one."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.unlink(missing_ok=True)
+    append(draft, rows)
+    draft.replace(path)
+
+
+def append(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows behind those that a file holds."""
+    with Appender(path) as file:
+        for row in rows:
+            file.add(row)
+
+
+def _whole_lines(text: str) -> str:
+    return text[: text.rfind("\n") + 1]
 
 
 def _parsed(name: str, text: str) -> Any:
     if text == "":
-        return None
+        return "" if name == "parameters" else None  # without parameters a case has these: none
     if name in _WHOLE:
         return int(text)
     return float(text) if name in _DECIMAL else text

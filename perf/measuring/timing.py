@@ -11,8 +11,11 @@ from typing import Any
 import torch
 import triton
 
+from tritonloss._tools.timing import replayed
+
 _QUANTILES = [0.5, 0.2, 0.8]
-_SHORT_MS = 0.1  # below this a pair of events measures the gap between launches
+_SHORT_MS = 0.5  # below this a pair of events may measure the host, which takes longer
+_LONG_MS = 30.0  # above this a few runs are enough
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,17 @@ class Timing:
 
 
 def time_call(function: Callable[[], object], device: torch.device) -> Timing:
-    """Time a function; on a GPU with a flushed cache, or in a CUDA graph if it is short."""
+    """Time a function; on a GPU with a flushed cache, and as a CUDA graph if it is short."""
     if device.type == "cpu":
         return _quantiles(_cpu_times(lambda: None, lambda _: function()), "perf_counter")
-    timing = Timing(*triton.testing.do_bench(function, quantiles=_QUANTILES), "do_bench")
-    return _graph_timing(function) or timing if timing.p50 < _SHORT_MS else timing
+    once = _gpu_times(lambda: None, lambda _: function(), seconds=0.0)
+    if statistics.median(once) > _LONG_MS:
+        return _quantiles(once, "events")
+    timing = Timing(*_bench(function), "do_bench")
+    replay = replayed(function) if timing.p50 < _SHORT_MS else None
+    if replay is None:  # long enough, or it cannot be captured: the gaps between launches stay in
+        return timing
+    return Timing(*_bench(replay), "do_bench of a graph")
 
 
 def time_backward(
@@ -54,19 +63,21 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * count / timing.p50 / 1e6
 
 
-def _graph_timing(function: Callable[[], object]) -> Timing | None:
-    try:
-        quantiles = triton.testing.do_bench_cudagraph(function, quantiles=_QUANTILES)
-    except RuntimeError:
-        return None  # it cannot be captured: the gaps stay in
-    return Timing(*quantiles, "do_bench_cudagraph")
+def _bench(function: Callable[[], object]) -> Any:
+    """The median and the quantiles of what is warm already."""
+    return triton.testing.do_bench(function, warmup=5, rep=60, quantiles=_QUANTILES)
 
 
-def _gpu_times(forward: Callable[[], Any], backward: Callable[[Any], object]) -> list[float]:
+def _gpu_times(
+    forward: Callable[[], Any], backward: Callable[[Any], object], seconds: float = 0.2
+) -> list[float]:
+    """Milliseconds of the second function, each time with a flushed cache, warm."""
     flushed = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     times: list[float] = []
-    end_of_run = time.monotonic() + 0.3
-    while len(times) < 10 or time.monotonic() < end_of_run:
+    end_of_run = time.monotonic() + seconds
+    while len(times) < (4 if times and times[-1] > _LONG_MS else 10) or (
+        time.monotonic() < end_of_run
+    ):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         outputs = forward()
         flushed.zero_()
@@ -75,7 +86,7 @@ def _gpu_times(forward: Callable[[], Any], backward: Callable[[Any], object]) ->
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
-    return times[3:]  # the first ones warm up
+    return times[1 if len(times) < 10 else 3 :]  # the first ones warm up
 
 
 def _cpu_times(prepare: Callable[[], Any], function: Callable[[Any], object]) -> list[float]:

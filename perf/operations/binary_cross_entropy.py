@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 import kernels_reference
+from perf.operations import peers
 from perf.operations.contract import Operation, Outputs, UnknownCaseError
 from perf.operations.pixel_cases import (
     BINARY,
@@ -62,6 +63,6 @@ OPERATIONS = (
             *bandwidth_goals("Binary cross entropy", 0.75, 0.65),
             *code_goals("Binary cross entropy", *SIGMOID_CODE),
         ),
-        libraries={"torch": torch_binary_cross_entropy},
+        libraries={"torch": torch_binary_cross_entropy, **peers.BINARY_CROSS_ENTROPY},
     ),
 )

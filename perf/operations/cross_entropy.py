@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 import kernels_reference
+from perf.operations import peers
 from perf.operations.contract import Goal, Operation
 from perf.operations.pixel_cases import (
     AROUND,
@@ -81,6 +82,6 @@ OPERATIONS = (
             _MEMORY,
             *code_goals("Cross entropy", *SOFTMAX_CODE),
         ),
-        libraries={"log_softmax": lambda: kernels_reference.cross_entropy},
+        libraries={"log_softmax": lambda: kernels_reference.cross_entropy, **peers.CROSS_ENTROPY},
     ),
 )

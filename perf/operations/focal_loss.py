@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import kernels_reference
+from perf.operations import peers
 from perf.operations.contract import Operation
 from perf.operations.pixel_cases import (
     CASES,
@@ -33,5 +34,6 @@ OPERATIONS = (
         kernels=KERNELS,
         operators=("focal_forward", "focal_backward"),
         goals=code_goals("Focal loss", *SOFTMAX_CODE),
+        libraries=peers.FOCAL_LOSS,
     ),
 )

@@ -6,17 +6,23 @@ differently. No library is timed whose values and gradients have not passed the 
 
 | operation | library | its formula is the same for |
 |---|---|---|
+| cross_entropy | segmentation-models-pytorch | float32, with and without label smoothing |
+| binary_cross_entropy | segmentation-models-pytorch | float32, several classes |
+| focal_loss | kornia, MONAI | float32, the softmax's; the mean over valid pixels |
 | ssim | pytorch-msssim | window 11, padding "valid" |
 | ssim | fused-ssim | window 11, float32, padding "zeros" and "valid" |
 | ssim | kornia | any window, padding "reflect" and "valid"; also the map |
 | ssim | MONAI | any window, padding "valid" |
 
-Not adapted: kornia's and MONAI's losses other than these, and segmentation-models-pytorch, which
-have none of the formulas of the structural losses.
+Each also against PyTorch's own where it has one. Not adapted, since the formulas are others:
+segmentation-models-pytorch's focal loss (a sigmoid for each class). kornia and MONAI have no cross
+entropy of their own. The structural losses, RMI and margin calibration are in none of them: what
+stands against these is the papers' own code as kernels_reference restates it, which is eager.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -75,6 +81,85 @@ def _monai() -> Callable[..., Tensor]:
     return similarity
 
 
+def _smp_cross_entropy() -> Callable[..., Tensor]:
+    smp = _imported("segmentation_models_pytorch.losses")
+
+    def loss(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        _same_formula(logits, options, "label_smoothing")
+        summed = smp.SoftCrossEntropyLoss("sum", options.get("label_smoothing", 0.0), _IGNORED)
+        return summed(logits, target.long()) / _valid(target).sum()
+
+    return loss
+
+
+def _smp_binary_cross_entropy() -> Callable[..., Tensor]:
+    smp = _imported("segmentation_models_pytorch.losses")
+    summed = smp.SoftBCEWithLogitsLoss(ignore_index=_IGNORED, reduction="sum")
+
+    def loss(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        _same_formula(logits, options)
+        if logits.size(1) == 1:
+            raise UnknownCaseError
+        valid = _valid(target)
+        own = torch.where(valid, target, 0).long()
+        labels = torch.nn.functional.one_hot(own, logits.size(1)).movedim(-1, 1).to(logits)
+        return summed(logits, torch.where(valid[:, None], labels, _IGNORED)) / valid.sum()
+
+    return loss
+
+
+def _kornia_focal() -> Callable[..., Tensor]:
+    kornia = _imported("kornia.losses")
+
+    def loss(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        _same_formula(logits, options, "gamma")
+        summed = kornia.focal_loss(
+            logits, target.long(), None, options.get("gamma", 2.0), "sum", ignore_index=_IGNORED
+        )
+        return summed / _valid(target).sum()
+
+    return loss
+
+
+def _monai_focal() -> Callable[..., Tensor]:
+    monai = _imported("monai.losses")
+
+    def loss(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        _same_formula(logits, options, "gamma")
+        mean = monai.FocalLoss(
+            to_onehot_y=True, use_softmax=True, gamma=options.get("gamma", 2.0),
+            ignore_index=_IGNORED,
+        )  # fmt: skip
+        return mean(logits, target.long()[:, None])
+
+    return loss
+
+
+_IGNORED = 255
+
+
+def _imported(name: str) -> Any:
+    """A module.
+
+    Raises:
+        ImportError: it is not installed, or what it stands on does not fit this PyTorch.
+    """
+    try:
+        return importlib.import_module(name)
+    except RuntimeError as error:
+        raise ImportError(f"{name}: {error}") from error
+
+
+def _valid(target: Tensor) -> Tensor:
+    return target != _IGNORED
+
+
+def _same_formula(logits: Tensor, options: Mapping[str, Any], *known: str) -> None:
+    """Refuse other options, and logits in whose narrow dtype the library would add up."""
+    if options.keys() - set(known) or logits.dtype not in (torch.float32, torch.float64):
+        raise UnknownCaseError
+
+
 def _only(options: Mapping[str, Any], **known: tuple[Any, ...]) -> None:
     """Refuse options that the library does not have; what is not given has its default."""
     asked = {"window_size": 11, "padding": "zeros", "reduction": "mean", **options}
@@ -84,6 +169,11 @@ def _only(options: Mapping[str, Any], **known: tuple[Any, ...]) -> None:
         raise UnknownCaseError
 
 
+CROSS_ENTROPY: Mapping[str, Loader] = {"segmentation-models-pytorch": _smp_cross_entropy}
+BINARY_CROSS_ENTROPY: Mapping[str, Loader] = {
+    "segmentation-models-pytorch": _smp_binary_cross_entropy
+}
+FOCAL_LOSS: Mapping[str, Loader] = {"kornia": _kornia_focal, "MONAI": _monai_focal}
 SSIM: Mapping[str, Loader] = {
     "fused-ssim": _fused_ssim,
     "kornia": _kornia,

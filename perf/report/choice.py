@@ -20,6 +20,8 @@ class Choice:
     quick: bool = False
     budget_s: float | None = None
     compile: bool = False  # even what the baseline knows
+    rows_only: bool = False  # no memory, host time, machine code or interpreter
+    give_up_one: bool = False  # the first that has no rows has ended a process
 
     def cases(self, operation: Operation, on_gpu: bool) -> list[Case]:
         """The operation's cases that are asked for; on a CPU the first few stand for all."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -22,27 +22,36 @@ from perf.compiling.facts import MAIN_TARGET, KernelFacts, once_per_target
 from perf.measuring import host_time, interpreted
 from perf.measuring.counted import count
 from perf.measuring.interpreted import Interpreter, Parity
-from perf.measuring.measure import Bench, providers
+from perf.measuring.measure import OURSELVES, Bench, compiled, kernels, others
+from perf.measuring.parity import Verdict
+from perf.measuring.rows import FIELDS, Appender, Row, asked
 from perf.measuring.timing import copy_bandwidth
-from perf.operations.contract import Case, Operation
+from perf.operations.contract import PASSES, Case, Operation, Outputs
 from perf.report.choice import Choice
 from perf.report.report import Report
 from tritonloss._core.progress import Progress
 
-CASES = "cases to be measured"
+ENDED = "not timed: it ended its process"
+CASES = "cases to be measured"  # on a GPU the kernels', elsewhere the reference's
+OTHERS = "cases of eager PyTorch and of libraries"
 COMPILED = "cases of the reference under torch.compile"
 MEMORY = "operations whose memory is counted"
 PARITY = "parity checks in the interpreter"
 HOST = "operations whose host time is measured"
 CODE = "cases whose machine code is looked up or compiled"
 # Roughly the seconds of a step, for the time left; under torch.compile few cases are begun at all.
-_SECONDS = {CASES: 3.0, COMPILED: 5.0, MEMORY: 1.0, PARITY: 2.0, HOST: 4.0, CODE: 0.1}
+_SECONDS = {
+    CASES: 2.0, OTHERS: 2.0, COMPILED: 8.0, MEMORY: 1.0, PARITY: 2.0, HOST: 4.0, CODE: 0.1,
+}  # fmt: skip
 _COMPILING_S = 6.0
 
 
 @dataclass
 class Making:
-    """A report that is being made: what of, until when, and what has not been reached."""
+    """A report that is being made: what of, until when, and what has not been reached.
+
+    ``file`` is where rows are written as they are measured.
+    """
 
     report: Report
     choice: Choice
@@ -50,6 +59,15 @@ class Making:
     bar: Progress
     end: float = math.inf  # a time of the monotonic clock after which nothing more is begun
     left: dict[str, int] = field(default_factory=dict)
+    file: Appender | None = None
+    gives_up: bool = False  # the first that is to be measured has ended a process: not again
+    yardsticks: dict[tuple[str, str], Verdict] = field(default_factory=dict)
+
+    def add(self, row: Row) -> None:
+        """A row was measured."""
+        self.report.rows.append(row)
+        if self.file is not None:
+            self.file.add(row)
 
     @property
     def on_time(self) -> bool:
@@ -83,22 +101,48 @@ def copy(making: Making) -> None:
 
 
 def measure(making: Making, what: str, plan: Sequence[tuple[Operation, Case]]) -> None:
-    """Rows of these cases. On a CPU the reference is timed at a reduced size, and under
-    torch.compile, which takes it half a minute each, by itself.
+    """Rows of these cases, but those that the report has. On a CPU the reference is timed at a
+    reduced size, and under torch.compile, which takes it half a minute each, by itself.
     """
     report = making.report
-    bench = Bench(report.machine, report.copy_GBps)
     gpu = report.machine.has_gpu
+    bench = Bench(report.machine, report.copy_GBps, making.yardsticks)
+    known = set(map(asked, report.rows))
     for operation, case in plan:
         if not making.on_time:
             return
         making.bar.announce(f"{operation.name}: {case.text}")
-        compiled = what == COMPILED or (gpu and case.against_compile and not making.choice.quick)
-        candidates = providers(operation, gpu, compiled)
-        if what == COMPILED:
-            candidates = {"compile": candidates["compile"]}
-        report.rows += bench.rows(operation, case if gpu else case.reduced(), candidates)
+        wanted = case if gpu else case.reduced()
+        question = {"op": operation.name, **wanted.columns()}
+        candidates = {
+            name: function
+            for name, function in _providers(what, operation, gpu).items()
+            if asked({**question, "provider": name}) not in known
+        }
+        if making.gives_up:
+            _give_up(making, question, candidates)
+        for row in bench.rows(operation, wanted, candidates):
+            making.add(row)
         making.done(what, f"{operation.name}: {case.text}")
+
+
+def _give_up(making: Making, question: Row, candidates: dict[str, Callable[..., Outputs]]) -> None:
+    """Rows without a time for the first candidate, which is measured no more. (A library without
+    rows may be one that does not know the case.)
+    """
+    for name in [name for name in candidates if name in OURSELVES][:1]:
+        given_up = {**question, "provider": name, "timer": ENDED, **making.report.machine.columns}
+        for direction in PASSES:
+            making.add({**dict.fromkeys(FIELDS), **given_up, "pass": direction})
+        del candidates[name]
+        making.gives_up = False
+
+
+def _providers(what: str, operation: Operation, gpu: bool) -> dict[str, Callable[..., Outputs]]:
+    """Who is measured in this part of the report."""
+    if what == COMPILED:
+        return compiled(operation)
+    return kernels(operation) if what == CASES and gpu else others(operation)
 
 
 def count_memory(making: Making) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from perf.measuring.rows import Row, identity, read, write
+from perf.measuring.rows import Row, append, identity, read, with_comparisons
 from tritonloss._core.configurations import sanitised
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -25,7 +25,7 @@ def record(rows: Sequence[Row], folder: Path = RESULTS) -> dict[Path, int]:
         known = {(*identity(row), row["utc"]) for row in read(path)} if path.exists() else set()
         mine = [row for row in measured if row["gpu"] == gpu]
         new = [row for row in mine if (*identity(row), row["utc"]) not in known]
-        write(path, new, append=True)
+        append(path, new)
         added[path] = len(new)
     return added
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("rows", type=Path, metavar="ROWS", help="a rows.csv or a folder with one")
     options = parser.parse_args(arguments)
-    added = record(read(options.rows))
+    added = record(with_comparisons(read(options.rows)))
     for path, count in added.items():
         print(f"{count} rows added to {path.name}")
     if not added:

@@ -32,6 +32,7 @@ class Report:
     training: Path | None = None
     seconds: float = 0.0
     interrupted: bool = False
+    lost: bool = False  # the GPU answered nothing any more: a new process may go on
 
     @property
     def failed(self) -> bool:

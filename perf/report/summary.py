@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from perf.measuring.rows import Row, read
+from perf.measuring.rows import Row, read, with_comparisons
 from perf.report.page import number
 from perf.report.wording import case_words, is_ours, percent, times
 from perf.text import plain
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("rows", type=Path, metavar="ROWS", help="a rows.csv or a folder with one")
     options = parser.parse_args(arguments)
     try:
-        print(summary(read(options.rows)))
+        print(summary(with_comparisons(read(options.rows))))
     except FileNotFoundError as error:
         print(f"there are no rows: {error}")
         return 1

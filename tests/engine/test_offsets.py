@@ -105,6 +105,7 @@ def test_far_strides_of_labels(
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 @pytest.mark.parametrize(
     ("function", "options"),
     [

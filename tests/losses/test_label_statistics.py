@@ -75,6 +75,7 @@ def test_counts_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 def test_more_than_two_to_the_31_pixels(device: torch.device) -> None:
     labels = torch.ones(2**31 + 5, dtype=torch.uint8, device=device)
     labels[-2:] = 0

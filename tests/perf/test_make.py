@@ -20,14 +20,17 @@ import torch
 
 from perf.compiling import compile_only
 from perf.compiling.compile_only import Job
-from perf.measuring import rows
+from perf.measuring import measure, rows
 from perf.measuring.counted import CountedMemory
-from perf.operations.contract import Case, Operation, operations
-from perf.report import parts
+from perf.measuring.machine import Machine
+from perf.measuring.measure import DeviceLostError
+from perf.measuring.timing import Timing
+from perf.operations.contract import PASSES, Case, Operation, operations
+from perf.report import make, parts
 from perf.report.choice import Choice
-from perf.report.make import main
+from perf.report.make import _measurements, main, plan
 from perf.report.parts import Making
-from tests.perf.made import ROOT, fact, offline_report
+from tests.perf.made import ROOT, fact, offline_report, row
 from tritonloss._core.progress import Progress
 
 
@@ -287,3 +290,103 @@ def test_quick_report_end_to_end(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "gaussian statistics" in page and "sm_90" in page
     assert (tmp_path / "report.md").read_text().startswith("# tritonloss")
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def test_on_a_gpu_the_kernels_come_first_and_then_what_compares_the_headlines() -> None:
+    cases = plan(operations(), Choice(), on_gpu=True)
+    found = _measurements(cases, Choice(), gpu=True)
+    kinds = [what for what, _ in found]
+    assert kinds == [parts.CASES, parts.OTHERS, parts.COMPILED, parts.OTHERS, parts.COMPILED]
+    kernels, eager, compiled, more_eager, more_compiled = (work for _, work in found)
+    assert list(kernels) == cases
+    names = [operation.name for operation in operations()]
+    assert [operation.name for operation, _ in eager] == names
+    assert all(case == operation.cases[0] for operation, case in eager)
+    assert len(eager) + len(more_eager) == len(cases)
+    told = [operation.name for operation, _ in compiled]
+    assert len(set(told)) == len(told) and all(case.against_compile for _, case in compiled)
+    assert not [pair for pair in more_compiled if pair in compiled]
+    quick = dict(_measurements(cases, Choice(quick=True), gpu=True))
+    assert not quick[parts.COMPILED]
+
+
+def test_on_a_gpu_rows_are_written_in_that_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels in the interpreter, on tiny maps, and a stand-in for the clock."""
+    timing = Timing(1.0, 0.9, 1.1, "no clock")
+
+    def tiny(chosen: Any, choice: Choice, on_gpu: bool) -> list[tuple[Operation, Case]]:
+        found = plan(chosen, choice, on_gpu)
+        return [(operation, replace(case.tiny(), schedule=None)) for operation, case in found[:4]]
+
+    monkeypatch.setattr(Machine, "has_gpu", property(lambda self: True))
+    monkeypatch.setattr(make, "plan", tiny)
+    monkeypatch.setattr(parts, "copy_bandwidth", lambda device: 100.0)
+    monkeypatch.setattr(
+        parts, "compiled", lambda operation: {"compile": lambda *args: operation.reference(*args)}
+    )
+    for name in ("time_call", "time_backward"):
+        monkeypatch.setattr(measure, name, lambda *_: timing)
+    monkeypatch.setattr(measure, "peak_bytes", lambda *_: 2**20)
+    asked = ["--ops", "focal_loss", "binary_cross_entropy", "--rows-only", "--out", str(tmp_path)]
+    assert main(asked) == 0
+    found = rows.read(tmp_path)
+    assert all(each["ms_p50"] == 1.0 for each in found)
+    order = list(dict.fromkeys((each["provider"], each["op"]) for each in found))
+    both = ["focal_loss", "binary_cross_entropy"]
+    assert order[:2] == [("triton", op) for op in both]
+    assert order.index(("eager", "binary_cross_entropy")) < order.index(
+        ("compile", "binary_cross_entropy")
+    )
+    full = [each for each in found if (each["provider"], each["pass"]) == ("triton", "full")]
+    assert len(full) == 4 and all(each["speedup_vs_eager"] == 1.0 for each in full)
+
+
+def test_a_report_goes_on_with_the_rows_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["--ops", "cholesky_ex", "--rows-only", "--out", str(tmp_path)]
+    main(asked)
+    first = rows.read(tmp_path)
+    assert first
+    partial, other = first[:-1], {**first[0], "torch": "1.0"}
+    rows.write(tmp_path / "rows.csv", [*partial, other])
+    measured: list[Any] = []
+    add = Making.add
+    monkeypatch.setattr(Making, "add", lambda self, row: (measured.append(row), add(self, row)))
+    main([*asked, "--resume"])
+    assert {rows.asked(row) for row in measured} == {rows.asked(first[-1])}
+    assert len(rows.read(tmp_path)) == len(first)
+    assert "1 rows of another machine" in (tmp_path / "report.md").read_text()
+
+
+def test_what_has_ended_a_process_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["--ops", "cholesky_ex", "--rows-only", "--resume", "--out", str(tmp_path)]
+    main([*asked, "--give-up-one"])
+    found = rows.read(tmp_path)
+    given_up = [each for each in found if each["timer"] == parts.ENDED]
+    assert found[:3] == given_up and {each["pass"] for each in given_up} == set(PASSES)
+    assert len(found) > 3 and all(each["ms_p50"] for each in found[3:])
+    measured: list[Any] = []
+    monkeypatch.setattr(Making, "add", lambda self, row: measured.append(row))
+    main(asked)
+    assert not measured
+
+
+def test_a_lost_gpu_ends_the_process_and_not_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(made: Making, what: str, work: object) -> None:
+        made.add(row(ms_p50=None))
+        raise DeviceLostError("illegal memory access")
+
+    monkeypatch.setattr(parts, "measure", lost)
+    assert main(["--ops", "cholesky_ex", "--rows-only", "--out", str(tmp_path)]) == 3
+    assert "The GPU answered nothing any more" in (tmp_path / "report.md").read_text()
+    assert len(rows.read(tmp_path)) == 1

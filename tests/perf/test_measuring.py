@@ -28,7 +28,7 @@ def test_no_time_without_parity() -> None:
         "wrong": lambda x, **_: (x, x * x),
         "broken": lambda x, **_: 1 / 0,
     }
-    found = Bench(machine(), copy_GBps=10.0).rows(operation, small(operation), providers)
+    found = list(Bench(machine(), 10.0).rows(operation, small(operation), providers))
     by_provider = {r["provider"]: r for r in rows.with_comparisons(found) if r["pass"] == "full"}
     eager, wrong, broken = (by_provider[name] for name in providers)
     assert len(found) == 9
@@ -65,7 +65,7 @@ def test_counted_peak_follows_autograd() -> None:
 def test_rows_survive_a_file(tmp_path: Path) -> None:
     written = [row(), row(provider="eager", ms_p50=10.0, peak_delta_MiB=None)]
     rows.write(tmp_path / "rows.csv", written[:1])
-    rows.write(tmp_path / "rows.csv", written[1:], append=True)
+    rows.append(tmp_path / "rows.csv", written[1:])
     assert rows.read(tmp_path) == written
     (tmp_path / "rows.csv").write_text("op,ms\na,1\n")
     with pytest.raises(ValueError, match="must have the columns"):

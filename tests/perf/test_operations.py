@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from perf import __main__
-from perf.measuring.parity import Gate
+from perf.measuring import measure
+from perf.measuring.parity import Gate, Verdict
+from perf.measuring.timing import Timing
 from perf.measuring.trial import Trial
 from perf.operations import contract, peers
 from perf.operations.contract import (
@@ -23,7 +25,7 @@ from perf.operations.contract import (
 )
 from perf.report.choice import Choice
 from perf.report.make import plan
-from tests.perf.made import CPU, NAMES, ROOT, small
+from tests.perf.made import CPU, NAMES, ROOT, machine, small
 from tritonloss import functional
 
 
@@ -130,23 +132,81 @@ def test_excused_pixels_are_few_and_lie_at_the_threshold() -> None:
         assert 0 < excused.float().mean() < 1e-3
 
 
-@pytest.mark.parametrize("name", sorted(peers.SSIM))
-def test_installed_libraries_have_the_same_formula(name: str) -> None:
+LIBRARIES = [
+    (operation.name, library)
+    for operation in operations()
+    for library in sorted(operation.libraries)
+]
+
+
+@pytest.mark.parametrize(("name", "library"), LIBRARIES)
+def test_installed_libraries_have_the_same_formula(name: str, library: str) -> None:
+    operation = operations([name])[0]
     try:
-        function = peers.SSIM[name]()
+        function = operation.libraries[library]()
     except ImportError:
-        pytest.skip(f"{name} is not installed")
-    operation = operations(["ssim"])[0]
+        pytest.skip(f"{library} is not installed")
     answered = 0
     for case in operation.cases:
-        reduced = replace(case, shape=replace(case.shape, batch=2, height=24, width=29))
+        batch, classes = 2, min(case.shape.classes, 7)
+        shape = replace(case.shape, batch=batch, classes=classes, height=24, width=29)
+        reduced = replace(case, shape=shape)
         try:
             verdict = Gate(operation, reduced, CPU).judge(function)
         except UnknownCaseError:
             continue
         answered += 1
         assert verdict.passed, (case.text, verdict)
+        inputs = operation.inputs(reduced, CPU)
+        wide = [x.double() if x.is_floating_point() else x for x in inputs]
+        expected = operation.reference(*wide, **case.options)
+        for precise in (wide, inputs) if case.dtype == "float32" else ():
+            try:
+                found = function(*precise, **case.options)
+            except UnknownCaseError:
+                continue
+            torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-6)
     assert answered
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "binary_cross_entropy", "focal_loss"])
+def test_libraries_of_pixelwise_losses_refuse_what_they_do_not_have(name: str) -> None:
+    operation = operations([name])[0]
+    inputs = operation.inputs(small(operation), CPU)
+    for library, load in operation.libraries.items():
+        if library in ("torch", "log_softmax"):
+            continue
+        try:
+            function = load()
+        except ImportError:
+            continue
+        with pytest.raises(UnknownCaseError):
+            function(*inputs, reduction="none")
+        with pytest.raises(UnknownCaseError):
+            function(inputs[0].bfloat16(), inputs[1])
+
+
+def test_torch_compile_is_warm_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph for the case's own size, made by the parity check."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda f, **given: (asked.append(given), f)[1])
+    calls: list[str] = []
+    operation = operations(["gaussian_statistics"])[0]
+
+    def judged(gate: Gate, function: object) -> Verdict:
+        calls.append("judged")
+        return Verdict(0.0, 1.0)
+
+    def timed(function: object, device: object) -> Timing:
+        calls.append("timed")
+        return Timing(1.0, 1.0, 1.0, "none")
+
+    monkeypatch.setattr(Gate, "judge", judged)
+    monkeypatch.setattr(measure, "time_call", timed)
+    bench = measure.Bench(machine(), 10.0)
+    found = list(bench.rows(operation, small(operation), measure.compiled(operation)))
+    assert asked == [{"dynamic": False}] and len(found) == 3
+    assert calls[0] == "judged" and set(calls[1:]) == {"timed"}
 
 
 def test_libraries_refuse_what_they_do_not_have() -> None:

@@ -52,6 +52,8 @@ def test_with_a_gpu_losing_and_failed_rows_stay_in() -> None:
         assert "window_size=9" in page and PARITY_FAILED in page
         assert "slower than eager in 1" in page and "2 of 3" in page
     assert content.page(gpu_report()).headline == "6.3x as fast as eager PyTorch"
+    alone = replace(gpu_report(), rows=rows.with_comparisons([row()]))
+    assert content.page(alone).headline == "1 cases timed, and compared with nothing yet"
 
 
 @pytest.mark.parametrize("make", [offline_report, gpu_report])
@@ -111,6 +113,11 @@ def test_summary_is_a_line_per_case(tmp_path: Path, capsys: pytest.CaptureFixtur
     text = capsys.readouterr().out
     assert "2 of 3 cases right, then timed, on GPU" in text and PARITY_FAILED in text
     assert "6.3x eager PyTorch's speed, median of 2 cases" in text
+    with rows.Appender(tmp_path / "stopped.csv") as file:  # before any rows were compared
+        file.add(row())
+        file.add(row(provider="eager", ms_p50=12.0))
+    assert summary.main([str(tmp_path / "stopped.csv")]) == 0
+    assert "12x eager PyTorch's speed" in capsys.readouterr().out
     assert "no kernel was measured" in summary.summary(offline_report().rows)
     assert summary.main([str(tmp_path / "none")]) == 1
 

@@ -90,6 +90,14 @@ def test_doctor_passes_and_says_so() -> None:
         assert f"  {example.name} on " in ran.stdout
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("example", examples(), ids=lambda example: example.name)
+def test_an_example_agrees_on_the_gpu(example: Example) -> None:
+    """Each by itself, so that many processes can share them."""
+    said: list[str] = []
+    assert doctor.self_test(torch.device("cuda"), said.append, chosen=[example]) == 0, said
+
+
 def show(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
     """Let the doctor have these examples only."""
     found = [Example(name, function, None) for name, function in functions.items()]

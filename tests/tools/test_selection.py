@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from tests.conftest import covering
+from tests.conftest import covering, share_of
 
 
 def case(test: str, **parameters: Any) -> Any:
@@ -29,3 +29,16 @@ def test_every_value_of_every_parameter_is_shown_with_few_cases() -> None:
     assert {each["size"] for each in shown} == set(range(4))
     assert {each["dtype"] for each in shown} == set("abc")
     assert len(shown) == 4
+
+
+def test_shares_are_all_tests_and_large_ones_are_never_many_at_a_time() -> None:
+    def item(number: int) -> Any:
+        marked = number < 8
+        return SimpleNamespace(number=number, get_closest_marker=lambda name: marked or None)
+
+    items = [item(number) for number in range(50)]
+    shares = [share_of(items, index, 10) for index in range(10)]
+    assert sorted(one.number for share in shares for one in share) == list(range(50))
+    assert [any(one.number < 8 for one in share) for share in shares] == [True] * 3 + [False] * 7
+    assert all(4 <= len(share) <= 8 for share in shares)
+    assert share_of(items, 0, 1) == items

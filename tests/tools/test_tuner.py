@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from tritonloss import __main__
 from tritonloss._core import configurations
 from tritonloss._core.source_hash import source_hash
 from tritonloss._tools import tuner
-from tritonloss._tools.sieve import Sieve
+from tritonloss._tools.sieve import LATE, Sieve
 
 
 def test_tuner_keeps_the_fastest_that_is_right(cache: Path) -> None:
@@ -74,16 +76,23 @@ def test_tuner_leaves_out_what_compiling_has_sifted(cache: Path) -> None:
 
 
 def test_a_sieve_that_lets_nothing_pass_is_not_believed() -> None:
-    class Found:
-        def __init__(self, fault: str | None) -> None:
-            self.result = lambda: fault
+    def answered(*faults: str | None) -> list[Future[str | None]]:
+        found: list[Future[str | None]] = [Future() for _ in faults]
+        for future, fault in zip(found, faults, strict=True):
+            if fault != "late":
+                future.set_result(fault)
+        return found
 
     sieve = object.__new__(Sieve)
     case = case_of({"ROWS": 8}, {"ROWS": 4})
-    sieve._futures = {case.key: [Found("spills"), Found(None)]}  # type: ignore[list-item]
-    assert sieve.faults(case) == ["spills", None]
-    sieve._futures = {case.key: [Found("no compiler"), Found("no compiler")]}  # type: ignore[list-item]
-    assert sieve.faults(case) == [None, None]
+    for faults, believed in (
+        (("spills", None), ["spills", None]),
+        (("no compiler", "no compiler"), [None, None]),
+        ((None, "late"), [None, LATE]),
+        (("late", None), None),  # not even the heuristic's: there is no time for this case
+    ):
+        sieve._futures = {case.key: answered(*faults)}
+        assert sieve.faults(case, until=time.monotonic()) == believed
     sieve._futures = {}
     assert sieve.faults(case) == [None, None]
 
@@ -120,6 +129,24 @@ def test_interrupted_tuning_keeps_what_is_done_and_resumes(
         named(2),
     }
     assert tuner.tune(tuner.Request(), said.append) == 130  # without --resume: all over again
+
+
+def test_winners_that_were_not_checked_are_when_tuning_resumes(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, stub_gpu: None
+) -> None:
+    def sized(shape: configurations.Shape, layout: str, device: torch.device) -> Callable[[], Any]:
+        return lambda: torch.full(shape, 1.0)
+
+    offer(monkeypatch, replace(case_of(HEURISTIC), sized=sized))
+    checked = tuner.reach
+    monkeypatch.setattr(tuner, "reach", lambda *_: interrupted(CPU))
+    assert tuner.tune(tuner.Request(), lambda line: None) == 130
+    entries = configurations.read_document(cache / "cpu.json", "cpu")["entries"]
+    assert entries[ENTRY]["checked"] == [32]
+    monkeypatch.setattr(tuner, "reach", checked)
+    assert tuner.tune(tuner.Request(resume=True), lambda line: None) == 0
+    entries = configurations.read_document(cache / "cpu.json", "cpu")["entries"]
+    assert entries[ENTRY]["checked"] == [1, 32, 256]
 
 
 def test_a_tuned_file_tells_how_it_came_about(
@@ -171,6 +198,57 @@ def test_candidates_are_compiled_and_sifted_in_a_pool() -> None:
     path = Path(tempfile.mkdtemp()) / "sift.py"
     path.write_text(script)
     subprocess.run([sys.executable, path], cwd=ROOT, env=environment, check=True)
+
+
+@pytest.mark.compile_only
+def test_the_tuner_compiles_nothing_in_its_own_process(tmp_path: Path) -> None:
+    """Neither kernels nor the C launchers of Triton 3.6, on a stand-in for the driver."""
+    script = tmp_path / "tune.py"
+    script.write_text(
+        "import sys\n"
+        "from dataclasses import replace\n"
+        "if __name__ == '__main__':\n"
+        "    from perf.measuring import stand_in\n"
+        "    stand_in.install()\n"
+        "    stand_in.adopt()\n"
+        "    import torch\n"
+        "    from triton.backends.compiler import GPUTarget\n"
+        "    from triton.backends.nvidia.compiler import CUDABackend\n"
+        "    from triton.runtime import build\n"
+        "    from tritonloss._tools import tuner\n"
+        "    from tritonloss._tools.timing import Timed\n"
+        "    compiled = []\n"
+        "    def counting(original):\n"
+        "        return lambda *a, **k: (compiled.append(original), original(*a, **k))[1]\n"
+        "    CUDABackend.make_cubin = counting(CUDABackend.make_cubin)\n"
+        "    build._build = counting(build._build)\n"
+        "    torch.zeros(1).data_ptr()\n"
+        "    driver = tuner.triton.runtime.driver.active.utils\n"  # its own C code, once
+        "    compiled.clear()\n"
+        "    (case,) = tuner.tuning_cases('focal_backward', None, True)\n"
+        "    case = replace(case, candidates=case.candidates[:2])\n"
+        "    tuner.tuning_cases = lambda *_: [case]\n"
+        "    tuner._gpu = lambda: torch.device('cpu')\n"
+        "    tuner.disagreement = lambda result, expected: None\n"  # nothing is computed
+        "    tuner._median_ms = lambda launch: Timed(1.0, 'no time')\n"
+        "    tuner._sieve = lambda cases, device: tuner.Sieve(\n"
+        "        cases, GPUTarget('cuda', 90, 32), 227 * 1024, workers=2)\n"
+        "    assert tuner.tune(tuner.Request(), print) == 0\n"
+        "    print('compiled', len(compiled))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+        "TRITONLOSS_CACHE_DIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert "compiled 0\n" in done.stdout, done.stdout + done.stderr[-3000:]
+    (entry,) = configurations.read_document(tmp_path / "cpu.json", "cpu")["entries"].values()
+    assert len(entry["checked"]) > 1  # the winner was launched at other sizes, too
+    assert list((tmp_path / "cache").rglob("*.cubin"))
 
 
 def test_tuner_names_a_place_it_cannot_write(

@@ -14,6 +14,7 @@ import tritonloss
 from tritonloss._core import configurations
 from tritonloss._core.source_hash import source_hash
 from tritonloss._tools import tuner
+from tritonloss._tools.timing import GRAPH, Timed
 
 CPU = torch.device("cpu")
 HEURISTIC: configurations.Configuration = {"LANES": 32, "ROWS": 16, "num_warps": 4}
@@ -82,13 +83,13 @@ def case_of(*candidates: configurations.Configuration) -> configurations.TuningC
 RUN = case_of(HEURISTIC).run
 
 
-def rows_as_time(launch: Callable[[], Any]) -> float:
+def rows_as_time(launch: Callable[[], Any]) -> Timed:
     launch()
-    return float(ask()["ROWS"])
+    return Timed(float(ask()["ROWS"]), GRAPH)
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, *cases: configurations.TuningCase) -> None:
-    monkeypatch.setattr(tuner, "tuning_cases", lambda operator, shapes: list(cases))
+    monkeypatch.setattr(tuner, "tuning_cases", lambda operator, shapes, first: list(cases))
 
 
 def interrupted(device: torch.device) -> Callable[[], Any]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy
@@ -38,11 +39,15 @@ TOLERANCE = 1e-4
 CANNOT_INTERPRET = 3
 
 
-def doctor(say: Say) -> int:
-    """Report the installation and test it; the exit status of ``python -m tritonloss doctor``."""
+def doctor(say: Say, brief: bool = False) -> int:
+    """Report the installation and test it; the exit status of ``python -m tritonloss doctor``.
+
+    ``brief`` leaves out the test.
+    """
     say(f"tritonloss {tritonloss.__version__}")
     say(f"  python {platform.python_version()} on {platform.platform()}")
     say(f"  torch {torch.__version__}, triton {triton.__version__}, numpy {numpy.__version__}")
+    say(f"  C compiler, which Triton needs on a GPU: {_compiler() or 'none (CC names one)'}")
     say("devices")
     devices = _devices()
     for device, description in devices:
@@ -54,6 +59,8 @@ def doctor(say: Say) -> int:
     say("launch configurations")
     for device, _ in devices:
         say(f"  {device}: {_configurations_in_use(configurations.device_name(device))}")
+    if brief:
+        return 0
     say("self-test")
     gpus = [device for device, _ in devices if device.type != "cpu"]
     if gpus:
@@ -76,8 +83,13 @@ def interpreted_self_test(say: Say) -> int:
     return self_test(torch.device("cpu"), say)
 
 
-def self_test(device: torch.device, say: Say, backend: Backend = "triton") -> int:
-    """Compare every example with the reference in float64 on ``device``; 0 if all agree."""
+def self_test(
+    device: torch.device,
+    say: Say,
+    backend: Backend = "triton",
+    chosen: Sequence[Example] | None = None,
+) -> int:
+    """Compare examples (all, or those chosen) with the reference in float64; 0 if all agree."""
     place = str(device)
     if backend == "reference":
         place += ", reference"
@@ -85,7 +97,7 @@ def self_test(device: torch.device, say: Say, backend: Backend = "triton") -> in
         place += ", interpreted"
     logits, target = (tensor.to(device) for tensor in self_test_inputs(device.type))
     status = 0
-    for example in examples():
+    for example in examples() if chosen is None else chosen:
         try:
             error = _largest_error(example, logits, target, backend)
         except Exception as problem:  # the doctor reports whatever is wrong, and goes on
@@ -155,6 +167,11 @@ def _self_test_in_a_process(say: Say) -> int:
         say("  so no kernel is tested on this machine; it serves CPU tensors by the reference:")
         return self_test(torch.device("cpu"), say, "reference")
     return int(failed)
+
+
+def _compiler() -> str | None:
+    """As Triton looks for it."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
 def _devices() -> list[tuple[torch.device, str]]:

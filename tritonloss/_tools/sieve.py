@@ -1,31 +1,37 @@
 """Candidates compiled before any is launched, in processes beside the tuner's.
 
 What does not compile, spills registers or asks for more shared memory than the GPU has is dropped.
-What compiles lies in Triton's cache afterwards, where the launch on the GPU finds it. The real
-launchers run on torch's meta device; no process but the tuner's touches the GPU.
+What compiles lies in Triton's cache afterwards, where the launch on the GPU finds it: the tuner's
+own process, which the GPU waits for, compiles nothing. The real launchers run on torch's meta
+device; no process but the tuner's touches the GPU.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
 
 from .._core import configurations
 from .._core.configurations import Configuration, Shape, TuningCase
 from .launches import Launch, offline, recorded
 from .resources import resources
+from .stopping import end_with_parent
 from .tuning_cases import same_case
 
 Place = tuple[str, int, Shape | None, str]  # slice, number of the case, shape, layout
+LATE = "was not compiled in time"
 
 
 class Sieve:
@@ -41,25 +47,46 @@ class Sieve:
         # Two cores stay with the tuner, whose launches must not wait.
         count = workers or max(1, (os.cpu_count() or 1) - 2)
         context = multiprocessing.get_context("spawn")
+        self._target = target
         self._futures: dict[str, list[Future[str | None]]] = {}
+        self._others: dict[str, list[Future[None]]] = {}
         with compiling_environment():
             self._pool = ProcessPoolExecutor(count, context, initializer=leave_interrupts)
             for case in cases:
-                place = (case.slice, case.number, case.shape, case.layout)
                 self._futures[case.key] = [
-                    self._pool.submit(fault_of, place, index, target, shared_limit)
+                    self._pool.submit(fault_of, place_of(case), index, target, shared_limit)
                     for index in range(len(case.candidates))
                 ]
 
-    def faults(self, case: TuningCase) -> list[str | None]:
-        """For each candidate why it is out; None if it may run, or if nothing can tell."""
+    def faults(self, case: TuningCase, until: float = math.inf) -> list[str | None] | None:
+        """For each candidate why it is out; None if it may run, or if nothing can tell.
+
+        After ``until``, a time of the monotonic clock, nothing is waited for: that it is not
+        compiled is a reason, too. None for all if that is so of the first, the heuristic's own.
+        """
         unknown: list[str | None] = [None] * len(case.candidates)  # the launch itself will tell
+        futures = self._futures.get(case.key, [])
+        wait(futures, _left(until))
+        if futures and not futures[0].done():
+            return None
         try:
-            found = [future.result() for future in self._futures[case.key]]
-        except (BrokenProcessPool, KeyError):
+            found = [future.result() if future.done() else LATE for future in futures]
+        except BrokenProcessPool:
             return unknown
         # If not even the heuristic's own were to run, it would be the compiling that is at fault.
-        return unknown if all(found) else found
+        return unknown if all(found) and LATE not in found else found
+
+    def prepare(self, key: str, cases: Sequence[TuningCase], configuration: Configuration) -> None:
+        """Have these cases compiled, too, as they are and with a configuration."""
+        with compiling_environment(), suppress(BrokenProcessPool):
+            self._others[key] = [
+                self._pool.submit(compile_both, place_of(case), configuration, self._target)
+                for case in cases
+            ]
+
+    def prepared(self, key: str, until: float = math.inf) -> bool:
+        """Whether that is done, which is waited for ``until`` then."""
+        return not wait(self._others.get(key, []), _left(until)).not_done
 
     def close(self) -> None:
         """Compile nothing more."""
@@ -68,9 +95,15 @@ class Sieve:
             process.terminate()
 
 
+def place_of(case: TuningCase) -> Place:
+    """Where another process finds the case."""
+    return case.slice, case.number, case.shape, case.layout
+
+
 def leave_interrupts() -> None:
-    """Ctrl-C is for the process that has started this one."""
+    """Ctrl-C is for the process that has started this one, and whose end is this one's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
 
 def fault_of(place: Place, index: int, target: GPUTarget, shared_limit: int) -> str | None:
@@ -89,6 +122,15 @@ def fault_of(place: Place, index: int, target: GPUTarget, shared_limit: int) -> 
     return None
 
 
+def compile_both(place: Place, configuration: Configuration, target: GPUTarget) -> None:
+    """Compile a case with the heuristic's and with another configuration, in the pool."""
+    torch.set_num_threads(1)
+    with offline(target):
+        case = same_case(*place)
+        for each in ({}, configuration):
+            compiled(case, each)
+
+
 def compiled(case: TuningCase, configuration: Configuration) -> tuple[list[Launch], str | None]:
     """(launches, why there are not all of them) of a case on torch's meta device."""
     with recorded("compile") as launches:
@@ -97,13 +139,30 @@ def compiled(case: TuningCase, configuration: Configuration) -> tuple[list[Launc
                 launch = case.run(torch.device("meta"))
         except Exception:  # inputs that cannot be had without a device: nothing is known
             return [], None
+        build_launchers(launches)
         launches.clear()  # what made the inputs
         try:
             with configurations.forced(case.operator, configuration):
                 launch()
         except Exception as error:  # whatever a compiler may raise
             return launches, f"does not compile: {type(error).__name__}: {last_line(error)}"
+    build_launchers(launches)
     return launches, None
+
+
+def build_launchers(launches: Sequence[Launch]) -> None:
+    """Compile the C launchers of what was compiled, which Triton 3.6 has for every signature."""
+    if not hasattr(nvidia, "make_launcher"):
+        return  # later ones have one for all kernels
+    for record in launches:
+        kernel = record.compiled
+        if kernel.metadata.target.backend == "cuda" and kernel.hash not in _launchers:
+            with suppress(Exception):  # no libcuda or no C compiler: the launch itself will tell
+                nvidia.CudaLauncher(kernel.src, kernel.metadata)
+            _launchers.add(kernel.hash)
+
+
+_launchers: set[str] = set()  # of which kernels this process has built them
 
 
 @functools.cache
@@ -120,6 +179,10 @@ def _moved_kernels(place: Place, target: GPUTarget) -> frozenset[str]:
             if first and first[0].items() != last[0].items():
                 return frozenset(kernel for kernel, _ in first[0].items() ^ last[0].items())
     return frozenset(kernel for hashes in seen for kernel in hashes)
+
+
+def _left(until: float) -> float | None:
+    return None if until == math.inf else max(0.0, until - time.monotonic())
 
 
 def last_line(error: BaseException) -> str:

@@ -2,12 +2,14 @@
 
 Candidates are compiled first (``sieve.py``); what does not compile, spills or asks for too much
 shared memory is dropped. What disagrees with the heuristic's result, which the tests hold to the
-reference, is dropped and reported; of the rest the fastest is kept. The file is replaced atomically
-after every case, so that an interruption keeps what was tuned.
+reference, is dropped and reported; of the rest the fastest is kept, by the time that a CUDA graph
+of its launches takes. The file is replaced atomically after every case, so that an interruption
+keeps what was tuned. Winners are checked for other numbers of classes in the end.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +18,6 @@ from typing import Any
 
 import torch
 import triton
-from triton.testing import do_bench
 
 from .._core import configurations
 from .._core.backend import INTERPRETED
@@ -26,6 +27,9 @@ from .._core.source_hash import source_hash
 from . import tuned_files
 from .launches import Launch, recorded
 from .sieve import Sieve
+from .stopping import ended_in_order
+from .timing import LAUNCHES, Timed
+from .timing import median_ms as _median_ms
 from .tuning_cases import sized, tuning_cases
 
 # Candidates differ in the order of their sums, not in their mathematics.
@@ -36,7 +40,8 @@ _REACH = (1, 256)
 _LEAST_SECONDS = 1.0
 
 Say = Callable[[str], None]
-Timer = Callable[[Callable[[], Any]], float]
+Tuned = tuple[TuningCase, dict[str, Any]]  # a case, and its entry
+Timer = Callable[[Callable[[], Any]], Timed]
 
 
 @dataclass(frozen=True)
@@ -48,14 +53,19 @@ class Request:
     budget: float | None = None
     resume: bool = False
     out: Path | None = None
+    first: bool = False
 
 
 @dataclass
 class Outcome:
-    """A case's candidates: milliseconds of those measured, the reasons of those dropped."""
+    """A case's candidates: milliseconds of those measured, the reasons of those dropped.
+
+    ``timers`` says what the milliseconds are of.
+    """
 
     measured: list[tuple[float, Configuration]] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    timers: list[str] = field(default_factory=list)
 
     @property
     def best(self) -> tuple[float, Configuration]:
@@ -74,7 +84,7 @@ def tune(request: Request, say: Say) -> int:
     name = configurations.device_name(device)
     path = request.out or configurations.tuned_files(name)[0]
     try:
-        cases = tuning_cases(request.operator, request.shapes)
+        cases = tuning_cases(request.operator, request.shapes, request.first)
         tuned_files.write_entries(path, name, {})
     except ValueError as error:
         say(str(error))
@@ -82,12 +92,14 @@ def tune(request: Request, say: Say) -> int:
     except OSError as error:
         say(f"cannot write {path}: {error}. --out or TRITONLOSS_CACHE_DIR choose another place.")
         return 1
+    unchecked: list[Tuned] = []
     if request.resume:
-        cases = _not_yet_tuned(cases, path, name)
+        cases, unchecked = _left_to_do(cases, path, name)
     say(f"tuning {len(cases)} cases on {name} into {path}")
     failed: list[str] = []
     try:
-        failed = _tune_cases(cases, device, request.budget, path, say)
+        with ended_in_order():
+            failed = _tune_cases(cases, unchecked, device, request.budget, path, say)
     except KeyboardInterrupt:
         say(f"interrupted; what was tuned so far is in {path}, and --resume goes on from there")
         return 130
@@ -153,7 +165,9 @@ def tune_case(
                     continue
                 if expected is None:
                     expected = [tensor.clone() for tensor in result]
-                outcome.measured.append((timer(launch), candidate))
+                ms, how = timer(launch)
+                outcome.measured.append((ms, candidate))
+                outcome.timers.append(how)
         except Exception as error:  # whatever a compiler or a driver may raise
             outcome.dropped.append(f"{candidate}: {_described(error)}")
     return outcome
@@ -162,10 +176,7 @@ def tune_case(
 def reach(case: TuningCase, configuration: Configuration, device: torch.device) -> list[int]:
     """The buckets of classes for which the configuration was checked, its own among them."""
     checked = [bucket_of(case.classes)]
-    for classes in _REACH:
-        other = sized(case, (1, classes, 130, 1024), case.layout)
-        if other is None or bucket_of(classes) in checked:
-            continue
+    for other in _within_reach(case):
         try:
             launch = other.run(device)
             expected, spills = _heuristic_result(other, launch)
@@ -175,8 +186,15 @@ def reach(case: TuningCase, configuration: Configuration, device: torch.device) 
         except Exception:  # too large for this GPU, say: then it is not checked
             continue
         if agrees:
-            checked.append(bucket_of(classes))
+            checked.append(bucket_of(other.classes))
     return sorted(checked)
+
+
+def _within_reach(case: TuningCase) -> list[TuningCase]:
+    """The case for the other numbers of classes, if it can be had for them."""
+    others = [sized(case, (1, classes, 130, 1024), case.layout) for classes in _REACH]
+    own = bucket_of(case.classes)
+    return [other for other in others if other and bucket_of(other.classes) != own]
 
 
 def tensors(result: object) -> list[torch.Tensor]:
@@ -221,48 +239,78 @@ def _spills(launches: Sequence[Launch]) -> int:
     return sum(getattr(record.compiled, "n_spills", None) or 0 for record in launches)
 
 
-def _not_yet_tuned(cases: list[TuningCase], path: Path, name: str) -> list[TuningCase]:
+def _left_to_do(
+    cases: list[TuningCase], path: Path, name: str
+) -> tuple[list[TuningCase], list[Tuned]]:
+    """(cases to tune, winners that are still to be checked for other numbers of classes)."""
     known = tuned_files.current_entries(path, name)
     series = triton.__version__.split(".")[:2]
     done = {
-        key for key, entry in known.items() if str(entry.get("triton")).split(".")[:2] == series
+        key: entry
+        for key, entry in known.items()
+        if str(entry.get("triton")).split(".")[:2] == series
     }
-    return [case for case in cases if case.key not in done]
+    unchecked = [
+        (case, done[case.key])
+        for case in cases
+        if case.key in done and len(done[case.key].get("checked", [])) < 2
+    ]
+    return [case for case in cases if case.key not in done], unchecked
 
 
 def _tune_cases(
-    cases: list[TuningCase], device: torch.device, budget: float | None, path: Path, say: Say
+    cases: list[TuningCase],
+    unchecked: list[Tuned],
+    device: torch.device,
+    budget: float | None,
+    path: Path,
+    say: Say,
 ) -> list[str]:
     """Tune case after case, each with its share of the time left; the keys of those that failed."""
     name = configurations.device_name(device)
-    deadline = time.monotonic() + budget if budget is not None else float("inf")
+    deadline = time.monotonic() + budget if budget is not None else math.inf
     failed: list[str] = []
     sieve = _sieve(cases, device)
+    for case, entry in unchecked:
+        _prepare_reach(case, entry, sieve)
     bar = Progress(len(cases), budget_s=budget)
     try:
         for index, case in enumerate(cases):
+            bar.announce(case.key)
+            faults = sieve.faults(case, deadline) if sieve else [None] * len(case.candidates)
             left = deadline - time.monotonic()
-            if left <= 0:
+            if left <= 0 or faults is None:
                 bar.clear()
                 say(f"the budget of {budget:g} s is spent; {len(cases) - index} cases are left out")
                 break
-            bar.announce(case.key)
             share = max(left / (len(cases) - index), _LEAST_SECONDS)
-            faults = sieve.faults(case) if sieve else None
             outcome = tune_case(case, device, share, _median_ms, faults)
             bar.clear()
             _report(f"[{index + 1}/{len(cases)}] {case.key}", outcome, say)
             if outcome.measured:
-                entry = _entry(case, outcome, device)
+                entry = _entry(case, outcome)
                 tuned_files.write_entries(path, name, {case.key: entry})
+                unchecked.append((case, entry))
+                _prepare_reach(case, entry, sieve)
             else:
                 failed.append(case.key)
             bar.step(case.key)
+        for case, entry in unchecked:
+            bar.announce(f"{case.key} for other numbers of classes")
+            if sieve and not sieve.prepared(case.key, deadline) or time.monotonic() > deadline:
+                break
+            entry["checked"] = reach(case, entry["configuration"], device)
+            tuned_files.write_entries(path, name, {case.key: entry})
     finally:
         if sieve:
             sieve.close()
         bar.close()
     return failed
+
+
+def _prepare_reach(case: TuningCase, entry: dict[str, Any], sieve: Sieve | None) -> None:
+    if sieve:
+        sieve.prepare(case.key, _within_reach(case), entry["configuration"])
 
 
 def _sieve(cases: Sequence[TuningCase], device: torch.device) -> Sieve | None:
@@ -276,19 +324,25 @@ def _sieve(cases: Sequence[TuningCase], device: torch.device) -> Sieve | None:
     return Sieve(cases, driver.get_current_target(), int(limit))
 
 
-def _entry(case: TuningCase, outcome: Outcome, device: torch.device) -> dict[str, Any]:
+def _entry(case: TuningCase, outcome: Outcome) -> dict[str, Any]:
     """What the tuned file keeps of a case."""
     ms, configuration = outcome.best
     return {
         "configuration": configuration,
         "ms": round(ms, 6),
-        "checked": reach(case, configuration, device),
+        "timer": _timers(outcome),
+        "checked": [bucket_of(case.classes)],
         "slice": case.slice,
         "source": source_hash(case.slice),
         "triton": triton.__version__,
         "timings": [{"ms": round(ms, 6), **tried} for ms, tried in _sorted(outcome)],
         "dropped": outcome.dropped,
     }
+
+
+def _timers(outcome: Outcome) -> str:
+    """How the case was timed: in one way, unless some candidates could not be captured."""
+    return "; ".join(dict.fromkeys(outcome.timers))
 
 
 def _sorted(outcome: Outcome) -> list[tuple[float, Configuration]]:
@@ -298,6 +352,8 @@ def _sorted(outcome: Outcome) -> list[tuple[float, Configuration]]:
 
 def _report(title: str, outcome: Outcome, say: Say) -> None:
     say(f"{title}: {_summary(outcome)}")
+    if LAUNCHES in outcome.timers:
+        say(f"    timed by {_timers(outcome)}: no graph could be captured")
     for reason in outcome.dropped:
         say(f"    dropped {reason}")
 
@@ -310,10 +366,6 @@ def _summary(outcome: Outcome) -> str:
     return (
         f"{ms:.4f} ms, {gain:.2f}x as fast as the first of {len(outcome.measured)}: {configuration}"
     )
-
-
-def _median_ms(launch: Callable[[], Any]) -> float:
-    return float(do_bench(launch, warmup=10, rep=50, return_mode="median"))
 
 
 def _gpu() -> torch.device | None:

@@ -41,12 +41,13 @@ def own_cases(slice_name: str) -> list[TuningCase]:
 
 
 def tuning_cases(
-    operator: str | None = None, shapes: Sequence[Shape] | None = None
+    operator: str | None = None, shapes: Sequence[Shape] | None = None, first: bool = False
 ) -> list[TuningCase]:
     """Every slice's cases, or one operator's; every slice's first one first, and so on.
 
     After a slice's cases as they stand come those that can be sized, for other classes and layouts.
-    With ``shapes`` there are only these, in the layout that the slice states.
+    With ``shapes`` there are only these, in the layout that the slice states. With ``first`` there
+    is only each operator's first case: its headline.
 
     Raises:
         ValueError: no slice has an operator of that name, or none of its cases can be sized.
@@ -57,7 +58,11 @@ def tuning_cases(
         own = [[case for case in cases if case.operator == operator] for cases in own]
         if not any(own):
             raise ValueError(f"--op must be one of {', '.join(known)}; got {operator!r}")
-    if shapes is None:
+    if first:
+        own = [_first_of_each_operator(cases) for cases in own]
+    if first and shapes is None:
+        queues = own
+    elif shapes is None:
         queues = [_distinct(cases + _at_sizes(cases)) for cases in own]
     else:
         queues = [_distinct(_at_shapes(cases, shapes)) for cases in own]
@@ -93,6 +98,13 @@ def _distinct(cases: Sequence[TuningCase]) -> list[TuningCase]:
     first: dict[str, TuningCase] = {}
     for case in cases:
         first.setdefault(case.key, case)
+    return list(first.values())
+
+
+def _first_of_each_operator(cases: Sequence[TuningCase]) -> list[TuningCase]:
+    first: dict[str, TuningCase] = {}
+    for case in cases:
+        first.setdefault(case.operator, case)
     return list(first.values())
 
 

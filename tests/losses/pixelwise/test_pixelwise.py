@@ -206,6 +206,7 @@ def test_far_strides_of_labels(axis: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_more_than_2_to_the_31_elements(loss: Loss, layout: str, device: torch.device) -> None:
     """All but the last corner is ignored: loss and gradient are those of the corner alone."""
