@@ -22,7 +22,7 @@ class Choice:
     compile: bool = False  # even what the baseline knows
 
     def cases(self, operation: Operation, on_gpu: bool) -> list[Case]:
-        """The operation's cases that are asked for; on a CPU the first few stand for all."""
+        """The operation's cases that are asked for; on a CPU the first few of them."""
         chosen = [
             case
             for case in operation.cases
