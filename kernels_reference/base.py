@@ -13,7 +13,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def valid_pixels(target: Tensor, classes: int, ignore_index: int | None) -> Tensor:
-    """Pixels that take part: a label in range that is not ignore_index, bool [N, 1, H, W].
+    """Valid pixels: a label in range that is not ignore_index, bool [N, 1, H, W].
 
     In range are 0 to classes - 1, and 0 and 1 with one class.
     """

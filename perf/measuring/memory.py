@@ -50,7 +50,7 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        # Weak references, so that no address is used again while it stands for something.
+        # Weak references, so that no address is used again while it is a key here.
         self._before: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(

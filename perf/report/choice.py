@@ -24,7 +24,7 @@ class Choice:
     give_up_one: bool = False  # the first that has no rows has ended a process
 
     def cases(self, operation: Operation, on_gpu: bool) -> list[Case]:
-        """The operation's cases that are asked for; on a CPU the first few stand for all."""
+        """The operation's cases that are asked for; on a CPU the first few of them."""
         chosen = [
             case
             for case in operation.cases

@@ -1,4 +1,4 @@
-"""The report as Markdown: everything but the drawn plots, whose numbers stand in tables."""
+"""The report as Markdown: everything but the drawn plots, whose numbers are in tables."""
 
 from __future__ import annotations
 

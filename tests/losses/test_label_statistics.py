@@ -65,7 +65,7 @@ def test_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_counts_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not counted one by one here: each of a few pixels stands for 2^30."""
+    """Not counted one by one here: each of a few pixels is counted as 2^30."""
     bincount = torch.bincount
     monkeypatch.setattr(
         torch, "bincount", lambda labels, minlength: bincount(labels, minlength=minlength) << 30

@@ -86,7 +86,7 @@ def test_two_processes_write_the_same_file(cache: Path) -> None:
 def test_a_cache_directory_that_cannot_be_written_to(
     cache: Path, monkeypatch: pytest.MonkeyPatch, stub_gpu: None
 ) -> None:
-    """It serves what it holds, and tuning says at once that it has nowhere to write."""
+    """What it holds is used, and tuning says at once that it has nowhere to write."""
 
     def refuse(**_: Any) -> Any:
         raise OSError(errno.EROFS, "Read-only file system")

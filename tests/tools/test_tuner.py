@@ -67,7 +67,7 @@ def test_tuner_survives_inputs_that_do_not_fit(cache: Path) -> None:
     assert outcome.measured == [] and "too large" in outcome.dropped[0]
 
 
-def test_tuner_leaves_out_what_compiling_has_sifted(cache: Path) -> None:
+def test_tuner_leaves_out_what_compiling_has_filtered(cache: Path) -> None:
     case = case_of({"ROWS": 8}, {"ROWS": 4})
     faults = [None, "some_kernel spills 8 B"]
     outcome = tuner.tune_case(case, CPU, float("inf"), rows_as_time, faults)
@@ -174,7 +174,7 @@ def test_a_spent_budget_leaves_cases_out(
 
 
 @pytest.mark.compile_only
-def test_candidates_are_compiled_and_sifted_in_a_pool() -> None:
+def test_candidates_are_compiled_and_filtered_in_a_pool() -> None:
     """In a process without the interpreter, as on a machine with a GPU."""
     script = (
         "from triton.backends.compiler import GPUTarget\n"

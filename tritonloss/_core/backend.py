@@ -1,4 +1,4 @@
-"""Which implementation serves a tensor: the Triton kernels or the eager reference."""
+"""Which implementation is used for a tensor: the Triton kernels or the eager reference."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _override: Backend | None = None
 
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
-    """Let one backend serve every tensor inside the block, in all threads of the process.
+    """Use one backend for every tensor inside the block, in all threads of the process.
 
     The default is the Triton kernels for GPU tensors and ``kernels_reference`` for CPU tensors (the
     kernels in Triton's interpreter when ``TRITON_INTERPRET=1`` was set before the import). The
@@ -60,7 +60,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 
 def serves_triton(tensor: torch.Tensor) -> bool:
-    """Whether the Triton kernels serve ``tensor``; if not, ``kernels_reference`` does.
+    """Whether the Triton kernels are used for ``tensor``; if not, ``kernels_reference`` is.
 
     Raises:
         RuntimeError: ``use_backend`` asks for the kernels, which cannot run on the tensor's device.
@@ -94,7 +94,7 @@ _interpreter = threading.RLock()
 
 
 def device_guard(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """What every launch stands in: the tensor's GPU made the current one, where Triton launches.
+    """A context for every launch: the tensor's GPU made the current one, where Triton launches.
 
     In the interpreter it is one thread at a time.
     """

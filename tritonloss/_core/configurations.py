@@ -48,7 +48,7 @@ class TuningCase:
     ``run(device)`` builds the inputs and returns a launch without arguments, which the tuner calls
     inside ``forced(operator, candidate)``; what the launch returns must not depend on the candidate
     beyond rounding. The first candidate is the heuristic's own. Where ``run`` does with torch's
-    meta device, candidates are compiled and sifted before any of them is launched.
+    meta device, candidates are compiled and filtered before any of them is launched.
 
     ``sized(shape, layout, device)`` is ``run`` for other logits, in one of ``layouts``, the names
     by which the launcher asks; without it the case is tuned as it stands. Where the heuristic

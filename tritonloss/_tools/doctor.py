@@ -3,7 +3,7 @@
 The self-test runs every slice's examples forward and backward, the Triton kernels against the
 reference in float64. On a GPU the kernels run there; without one they run in Triton's interpreter,
 in a process of their own, since the interpreter must be chosen before the import. Where the
-interpreter cannot run at all, what serves the CPU is tested: the reference in float32.
+interpreter cannot run at all, the reference is tested in float32, which the CPU uses.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _served_by_triton(device: torch.device) -> bool:
 
 
 def _configurations_in_use(name: str) -> str:
-    """Which tuned file serves the device called ``name``, and why others do not."""
+    """Which tuned file is used for the device called ``name``, and why others do not."""
     if os.environ.get("TRITONLOSS_TUNING") == "off":
         return "heuristic (TRITONLOSS_TUNING=off)"
     ignored = ""

@@ -34,7 +34,7 @@ from .tuning_cases import sized, tuning_cases
 
 # Candidates differ in the order of their sums, not in their mathematics.
 _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 4e-2, torch.float32: 1e-3, torch.float64: 1e-6}
-# Numbers of classes at which a winner is checked once more: it may serve all buckets between.
+# Numbers of classes at which a winner is checked once more: it may be used for all buckets between.
 _REACH = (1, 256)
 # Of a budget every case gets its share, but enough to measure a few candidates.
 _LEAST_SECONDS = 1.0

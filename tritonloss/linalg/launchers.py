@@ -225,7 +225,7 @@ def _configuration(operator: str, matrices: torch.Tensor) -> Configuration:
         dtype=matrices.dtype,
         classes=order,
         window=1,
-        # Orders of one bucket may be served by either kernel, which take different settings.
+        # Orders of one bucket may be computed by either kernel, which take different settings.
         layout="lanes" if in_lanes(operator, order) else "tiles",
         heuristic=heuristic(operator, order, matrices.dtype),
     )

@@ -286,7 +286,7 @@ def tuning_cases() -> list[TuningCase]:
         ("cholesky", launchers.cholesky),
         ("logdet", launchers.logdet),
         ("solve", lambda matrices: launchers.solve(matrices, None, None)),
-        # The matrices stand for factors and solutions too: the work is the same for any numbers.
+        # The matrices are used as factors and solutions too: the work is the same for any numbers.
         ("cholesky_backward", lambda matrices: launchers.cholesky_backward(matrices, matrices)),
         ("inverse_backward", lambda matrices: launchers.inverse_backward(matrices, matrices)),
         ("solve_backward", lambda matrices: launchers.solve_backward(matrices, matrices)),
