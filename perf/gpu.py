@@ -38,7 +38,7 @@ RESTARTS = 4  # of the measurements, when a kernel has broken the GPU or its pro
 STALL_S = 120.0  # without a new row: whatever is measured will not end
 GPU_LOST = 3  # what python -m perf report ends with then
 NO_TESTS = 5  # what pytest ends with that found none
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # for Linux's prctl
 
 
 @dataclass
@@ -71,7 +71,8 @@ class Run:
     def say(self, line: str) -> None:
         """To the terminal and to the log, which is never behind."""
         with self._lock:
-            print(line, flush=True)
+            with suppress(OSError):  # nobody listens any more: the log does
+                print(line, flush=True)
             self._log.write(f"{line}\n")
             self._log.flush()
 
@@ -123,8 +124,9 @@ class Run:
         if "tune" not in command:  # rows are those of the configurations that ship
             environment["TRITONLOSS_TUNING"] = "off"
         process = subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=ROOT, env=environment, text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, "-m", *command], cwd=ROOT, env=environment,
+            text=True, errors="replace", stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             preexec_fn=_on_its_own,
         )  # fmt: skip
         pump = threading.Thread(target=self._pump, args=(process.stdout,), daemon=True)
@@ -165,8 +167,8 @@ def _on_its_own() -> None:
     it. (stopping.py has the same for pools, behind an import of torch that this one can spare.)
     """
     os.setpgid(0, 0)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with suppress(AttributeError):  # not Linux
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def environment(run: Run) -> None:

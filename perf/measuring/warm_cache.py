@@ -161,30 +161,22 @@ def fill(
     context = multiprocessing.get_context("spawn")
     bar = Progress(len(work), budget_s=seconds)
     troubles = []
-    before = os.environ.get("TRITON_CACHE_DIR")
-    os.environ["TRITON_CACHE_DIR"] = str(folder)
-    try:
-        with compiling_environment():
-            pool = ProcessPoolExecutor(workers or os.cpu_count(), context, _start, (key,))
-            try:
-                pending = {pool.submit(_run, job) for job in work}
-                while pending and (end is None or time.monotonic() < end):
-                    left = None if end is None else max(0.0, end - time.monotonic())
-                    done, pending = wait(pending, left, FIRST_COMPLETED)
-                    for future in done:
-                        name, trouble = future.result()
-                        troubles += [f"{name}: {trouble}"] if trouble else []
-                        bar.step(name)
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in multiprocessing.active_children():
-                    process.terminate()
-    finally:
-        bar.close()
-        if before is None:
-            del os.environ["TRITON_CACHE_DIR"]
-        else:
-            os.environ["TRITON_CACHE_DIR"] = before
+    with compiling_environment():
+        pool = ProcessPoolExecutor(workers or os.cpu_count(), context, _start, (key, folder))
+        try:
+            pending = {pool.submit(_run, job) for job in work}
+            while pending and (end is None or time.monotonic() < end):
+                left = None if end is None else max(0.0, end - time.monotonic())
+                done, pending = wait(pending, left, FIRST_COMPLETED)
+                for future in done:
+                    name, trouble = future.result()
+                    troubles += [f"{name}: {trouble}"] if trouble else []
+                    bar.step(name)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            bar.close()
     return troubles
 
 
@@ -258,9 +250,10 @@ def hashed(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _start(key: str | None) -> None:
+def _start(key: str | None, folder: Path) -> None:
     """Of every process of the pool, before anything asks for Triton's driver."""
     leave_interrupts()
+    triton.knobs.cache.dir = str(folder)
     if key is not None:
         cache.triton_key = lambda: key
     torch.set_num_threads(1)

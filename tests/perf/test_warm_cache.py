@@ -32,7 +32,7 @@ def counting(original):
 CUDABackend.make_cubin = counting(CUDABackend.make_cubin)
 build._build = counting(build._build)
 print(warm_cache.described(warm_cache.unpack(Path(sys.argv[1]), Path(sys.argv[2]))))
-warm_cache._start(None)
+warm_cache._start(None, Path(sys.argv[2]))
 for job in warm_cache.jobs(["focal_loss"], 1):
     job.run()
 print("compiled", len(compiled), "launched", warm_cache.stand_in.launches())
