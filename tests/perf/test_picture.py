@@ -34,7 +34,7 @@ def test_it_shows_every_loss_of_logits_and_labels_at_full_size() -> None:
 
 
 @pytest.mark.compile_only
-def test_the_committed_numbers_are_what_launchers_allocate() -> None:
+def test_the_committed_numbers_are_what_a_step_allocates() -> None:
     """`python -m perf picture` where this fails. Eager's are those of one PyTorch."""
     script = (
         "from perf.measuring.counted import of_kernels\n"
