@@ -1,8 +1,10 @@
-"""Memory of full-size maps without a GPU: tensors counted on torch's meta device.
+"""Memory of full-size maps without a GPU: all that a training step holds at the same time.
 
-Nothing is computed and nothing is estimated: eager's peak is every tensor that autograd holds at
-the same time, the kernels' is what their launchers allocate. The allocator's rounding and what
-an operation takes within itself stay out of both.
+Nothing is computed and nothing is estimated. Eager's peak is every tensor that autograd holds,
+counted on torch's meta device. The kernels' is what the CPU's allocator is asked for by the public
+function and its backward pass, with every launch left out: nobody touches what is allocated, so
+that it takes no memory. The GPU allocator's rounding stays out of both, and what an eager operation
+takes within itself.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from perf.compiling.targets import TARGETS
-from perf.measuring.memory import counted_peak
+from perf.measuring import stand_in
+from perf.measuring.memory import allocated_peak, counted_peak
 from perf.measuring.trial import Trial
 from perf.operations.contract import Case, Operation, bytes_of, scheduled
 from tritonloss._tools.launches import offline, recorded
@@ -50,7 +53,24 @@ def count(operation: Operation, case: Case) -> CountedMemory:
 
 
 def of_kernels(operation: Operation, case: Case) -> int:
-    """Peak of the launchers alone, in bytes."""
-    inputs = operation.inputs(case, _META)
-    with offline(TARGETS["sm_90"].gpu), recorded("skip"), scheduled(operation, case):
-        return counted_peak(lambda: operation.launch(case, inputs))
+    """Peak of the public function, forward and backward, in bytes."""
+    inputs = [torch.empty_like(x, device="cpu") for x in operation.inputs(case, _META)]
+    leaves = [x.requires_grad_() for x in inputs if x.is_floating_point()]
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        found = operation.function(*inputs, **case.options)
+        outputs = [found] if isinstance(found, torch.Tensor) else list(found)
+        torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+
+    with (
+        stand_in.adopted(),
+        offline(TARGETS["sm_90"].gpu),
+        recorded("skip"),
+        scheduled(operation, case),
+    ):
+        step()  # the first one may set things up
+        for leaf in leaves:
+            leaf.grad = None
+        return allocated_peak(step)

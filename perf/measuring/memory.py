@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,22 @@ def counted_peak(function: Callable[[], object]) -> int:
         kept = function()
     del kept
     return counter.peak
+
+
+def allocated_peak(function: Callable[[], object]) -> int:
+    """The same for tensors on a CPU, asked of its allocator: autograd's own are among them.
+
+    No dispatch mode is needed, under which losses take the way of torch.compile, which is another.
+    """
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        kept = function()
+    del kept
+    results: Any = profile.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    alive = itertools.accumulate(
+        event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())
+    )
+    return max(alive, default=0)
 
 
 def _gpu_peak(function: Callable[[], object], device: torch.device) -> int:

@@ -14,7 +14,8 @@ import ctypes
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,23 @@ def adopt(guard: Callable[[int], Any] = lambda device: torch.cuda.device(0)) -> 
     backend.GUARDS["cpu"] = guard
     checks.check_offsets = lambda offsets, name: None
     checks.check_labels_in_range = lambda target, classes, ignore_index: None
+
+
+@contextmanager
+def adopted() -> Iterator[None]:
+    """The same for a while, where nothing is launched."""
+    from tritonloss._core import backend, checks
+
+    before = backend.INTERPRETED, checks.check_offsets, checks.check_labels_in_range
+    guard = backend.GUARDS.get("cpu")
+    adopt(guard=lambda device: nullcontext())
+    try:
+        yield
+    finally:
+        backend.INTERPRETED, checks.check_offsets, checks.check_labels_in_range = before
+        del backend.GUARDS["cpu"]
+        if guard is not None:
+            backend.GUARDS["cpu"] = guard
 
 
 def launches() -> int:

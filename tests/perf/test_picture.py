@@ -78,7 +78,7 @@ def test_a_compiled_pass_is_counted() -> None:
 
 
 @pytest.mark.compile_only
-def test_the_committed_numbers_are_what_launchers_allocate() -> None:
+def test_the_committed_numbers_are_what_a_step_allocates() -> None:
     """`python -m perf picture` where this fails. Eager's are those of one PyTorch."""
     script = (
         "from perf.measuring.counted import of_kernels\n"
