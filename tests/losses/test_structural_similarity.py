@@ -154,6 +154,16 @@ def test_every_layout_of_labels(layout: str, device: torch.device) -> None:
     check(logits, spread, **options)
 
 
+def test_unaligned_maps(schedule: str, device: torch.device) -> None:
+    """Views that begin in the middle of a chunk: moved column by column."""
+    logits, target = segmentation_case((1, 2, 5, 12), device=device)
+    moved = torch.empty(logits.numel() + 1, device=device)[1:].view_as(logits).copy_(logits)
+    labels = torch.empty(target.numel() + 1, dtype=target.dtype, device=device)[1:]
+    labels = labels.view_as(target).copy_(target)
+    assert moved.data_ptr() % 16 and moved.is_contiguous()
+    check(moved, labels)
+
+
 def test_every_label_dtype(device: torch.device) -> None:
     logits, target = settled_case((1, 2, 5, 8), device=device)
     expected = kernel_gradient(logits, target)

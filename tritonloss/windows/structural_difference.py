@@ -41,8 +41,8 @@ class Sampling(NamedTuple):
 class Maps(NamedTuple):
     """What the programs of a strip read; a run-time value, as those below are."""
 
-    logits: Any  # a plane
-    target: Any  # a plane
+    logits: Any  # a plane, from the first row of the strip on
+    target: Any  # likewise
     classes: Any
     height: Any
     width: Any
@@ -196,9 +196,9 @@ def next_row(
     i, history, maps, program, SAMPLING: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr,
     PRESENT: tl.constexpr,
 ):  # fmt: skip
-    """Take in row i of the strip: (e, pixels, history).
+    """Take in row i, counted from the strip's first one: (e, pixels, history).
 
-    e and the pixels are those of the row whose window row i completes.
+    e and the pixels are those of the row whose window row i completes, half a window further up.
     """
     SIZE: tl.constexpr = WINDOW.size
     RADIUS: tl.constexpr = WINDOW.size // 2

@@ -1,10 +1,10 @@
 """Which classes occur where, and how many pixels are valid: one look at the labels before the work.
 
 Most (strip, class) pairs of a street scene hold no pixel of the class. There y = 0 throughout, and
-much of the structural loss's arithmetic falls away. So the label map is cut into cells, and a bit
-is kept per cell and class: whether any window that is centred in the cell sees the class. Cells are
-of one size, whatever strips later kernels work on: the forward pass leaves the bits to the backward
-pass.
+much of the structural loss's arithmetic falls away. So the label map is cut into patches, and a bit
+is kept per patch and class: whether any window that is centred in the patch sees the class. Patches
+are of one size, whatever strips later kernels work on: the forward pass leaves the bits to the
+backward pass.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .._engine.strips import (
 )
 from .._engine.sums import Sums, comes_last, leave, sums_over, total
 
-CELL_ROWS = tl.constexpr(32)
-CELL_COLUMNS = tl.constexpr(128)
+PATCH_ROWS = tl.constexpr(32)
+PATCH_COLUMNS = tl.constexpr(128)
 _COLUMNS = 4  # of a lane
 _BITS = tl.constexpr(32)  # of a word
 # Above the index of every class: no label is at least this.
@@ -41,7 +41,7 @@ ABOVE_ALL = tl.constexpr(1 << 30)
 class Look(NamedTuple):
     """Where the bits are; a run-time value."""
 
-    found: Any  # int32 [images, cells in y, cells in x, words]
+    found: Any  # int32 [images, patches in y, patches in x, words]
     classes: Any
     height: Any
     width: Any
@@ -50,20 +50,20 @@ class Look(NamedTuple):
 @triton.jit
 def class_is_present(look, program, STRIP: tl.constexpr):
     """Whether any window of the program's strip sees the program's class."""
-    ROWS: tl.constexpr = triton.next_power_of_2(STRIP.rows // CELL_ROWS + 2)
-    COLUMNS: tl.constexpr = triton.next_power_of_2(STRIP.lanes * STRIP.columns // CELL_COLUMNS + 1)
+    ROWS: tl.constexpr = triton.next_power_of_2(STRIP.rows // PATCH_ROWS + 2)
+    COLUMNS: tl.constexpr = triton.next_power_of_2(STRIP.lanes * STRIP.columns // PATCH_COLUMNS + 1)
     words = tl.cdiv(look.classes, _BITS)
-    cells_y = tl.cdiv(look.height, CELL_ROWS)
-    cells_x = tl.cdiv(look.width, CELL_COLUMNS)
+    patches_y = tl.cdiv(look.height, PATCH_ROWS)
+    patches_x = tl.cdiv(look.width, PATCH_COLUMNS)
     index = tl.arange(0, ROWS * COLUMNS)
-    row = program.first_row // CELL_ROWS + index // COLUMNS
-    column = program.first_column // CELL_COLUMNS + index % COLUMNS
-    end_row = tl.minimum(tl.cdiv(program.first_row + STRIP.rows, CELL_ROWS), cells_y)
+    row = program.first_row // PATCH_ROWS + index // COLUMNS
+    column = program.first_column // PATCH_COLUMNS + index % COLUMNS
+    end_row = tl.minimum(tl.cdiv(program.first_row + STRIP.rows, PATCH_ROWS), patches_y)
     end_column = program.first_column + STRIP.lanes * STRIP.columns
-    end_column = tl.minimum(tl.cdiv(end_column, CELL_COLUMNS), cells_x)
+    end_column = tl.minimum(tl.cdiv(end_column, PATCH_COLUMNS), patches_x)
 
-    cell = (program.image * cells_y + row) * cells_x + column
-    pointer = look.found + (cell * words + program.channel // _BITS)
+    patch = (program.image * patches_y + row) * patches_x + column
+    pointer = look.found + (patch * words + program.channel // _BITS)
     bits = tl.load(pointer, mask=(row < end_row) & (column < end_column), other=0)
     return tl.max((bits >> (program.channel % _BITS)) & 1, 0) > 0
 
@@ -83,7 +83,7 @@ def _either(a, b):
 @triton.jit(do_not_specialize=SIZES)
 def _label_look_kernel(
     target_ptr,  # [N, H, W]
-    found_ptr,  # [N, cells in y, cells in x, words]
+    found_ptr,  # [N, patches in y, patches in x, words]
     valid_ptr,  # []
     scratch_ptr,  # see _engine/sums.py
     tickets_ptr,
@@ -150,11 +150,11 @@ def _label_look_kernel(
 
 
 def empty_found(logits: torch.Tensor) -> torch.Tensor:
-    """Memory for the bits of all cells and classes."""
+    """Memory for the bits of all patches and classes."""
     images, classes, height, width = logits.shape
-    cells_y = -(-height // CELL_ROWS.value)
-    cells_x = -(-width // CELL_COLUMNS.value)
-    shape = (images, cells_y, cells_x, -(-classes // _BITS.value))
+    patches_y = -(-height // PATCH_ROWS.value)
+    patches_x = -(-width // PATCH_COLUMNS.value)
+    shape = (images, patches_y, patches_x, -(-classes // _BITS.value))
     return torch.empty(shape, dtype=torch.int32, device=logits.device)
 
 
@@ -189,8 +189,8 @@ def _look_plan(
     warps = 1
     configuration = {
         "COLUMNS": _COLUMNS,
-        "LANES": CELL_COLUMNS.value // _COLUMNS,
-        "ROWS": CELL_ROWS.value,
+        "LANES": PATCH_COLUMNS.value // _COLUMNS,
+        "ROWS": PATCH_ROWS.value,
         "UNROLL": 4,
         "num_warps": warps,
     }

@@ -191,9 +191,6 @@ def _forward_plan(
 ) -> _ForwardPlan:
     moved = (logits, target, stored) if options.store else (logits, target)
     configuration = _configuration("structural_similarity_forward", logits, options.window_size)
-    if options.padding == "valid":
-        # Of four columns and the border that is left out 8 bytes would spill.
-        configuration["COLUMNS"] = min(int(configuration["COLUMNS"]), 2)
     grid, launch = strip_launch(logits.shape, configuration, options.padding, *moved)
     strip = launch["STRIP"]
     bce_weight, rest = _halves(options.bce_weight)
