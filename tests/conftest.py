@@ -96,7 +96,6 @@ def small_programs(request: pytest.FixtureRequest) -> Iterator[dict[str, int]]:
         "structural_similarity_backward",
         "structural_similarity_stored",
         "ssim_forward",
-        "ssim_coefficients",
         "ssim_backward",
     )
     with ExitStack() as stack:
