@@ -19,28 +19,21 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .._engine.strip_windows import (
-    filtered_column,
-    filtered_row,
-    folded_weight,
-    gaussian_weight,
-    repeated,
-    without_oldest,
-)
+from .._engine.strip_windows import filtered_column, repeated
 from .._engine.strips import (
     SIZES,
     Program,
     Row,
-    load_column,
     load_values,
     plane_of,
     row_limit,
     store_columns,
     zeros,
 )
+from .ssim_adjoint import adjoint_rows, folded_column
 from .ssim_kernels import second_plane_of
 from .ssim_moments import Pair, dissimilarities, load_pair
-from .ssim_sums import advanced, begun, near_columns, valid_columns
+from .ssim_sums import advanced, begun, valid_columns
 
 _SIZES = (
     *SIZES, "unit_channels", "units_of_image", "units", "ring", "lag", "out_tiles_x", "out_tiles",
@@ -290,60 +283,6 @@ def _store_coefficients(
 
 
 @triton.jit
-def _adjoint_rows(
-    planes, row, width, window, WINDOW: tl.constexpr, SHIFT: tl.constexpr, STRIP: tl.constexpr,
-    MAPS: tl.constexpr,
-):  # fmt: skip
-    """The adjoint of the window along one row, of the first MAPS planes: a tuple of tuples."""
-    SIZE: tl.constexpr = WINDOW.size
-    WEIGHTS: tl.constexpr = WINDOW.weights
-    COLUMNS: tl.constexpr = STRIP.columns
-    rows = ()
-    if COLUMNS == 1:
-        RADIUS: tl.constexpr = WINDOW.size // 2
-        zero = zeros(planes[0], STRIP)
-        sums = repeated(zero, MAPS)
-        for step in tl.range(0, window):
-            tap = step - RADIUS
-            weight = gaussian_weight(tap, zero.dtype, WINDOW)
-            weight = folded_weight(row.chunk, tap, width, weight, weight, zero.dtype, WINDOW)
-            added = ()
-            for m in tl.static_range(MAPS):
-                column = row.chunk + (SHIFT + RADIUS) + tap
-                value = load_column(planes[m], row, column, STRIP, "zeros")
-                added = added + (sums[m] + value * weight,)
-            sums = added
-        for m in tl.static_range(MAPS):
-            rows = rows + ((sums[m],),)
-    else:
-        for m in tl.static_range(MAPS):
-            values, _ = near_columns(planes[m], row, STRIP, SHIFT, COLUMNS + SIZE - 1, "zeros", 0)
-            rows = rows + (filtered_row(values, WEIGHTS, SIZE, COLUMNS),)
-    return rows
-
-
-@triton.jit
-def _folded_column(
-    partials, row, out_row, height, dtype: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """filtered_column with the weights of a mirrored image: see folded_weight."""
-    SIZE: tl.constexpr = WINDOW.size
-    WEIGHTS: tl.constexpr = WINDOW.weights
-    sums = ()
-    for j in tl.static_range(SIZE):
-        weight = folded_weight(
-            out_row + j, SIZE // 2 - j, height, WEIGHTS[SIZE - 1 - j], WEIGHTS[SIZE - 1 - j], dtype,
-            WINDOW,
-        )  # fmt: skip
-        for v in tl.static_range(COLUMNS):
-            sum_so_far = row[v] * weight
-            if j < SIZE - 1:
-                sum_so_far += partials[j * COLUMNS + v]
-            sums = sums + (sum_so_far,)
-    return sums, without_oldest(sums, SIZE, COLUMNS)
-
-
-@triton.jit
 def _store_gradients(
     pair, program, planes, gradients, PASS: tl.constexpr, SIMILARITY: tl.constexpr,
     WINDOW: tl.constexpr, STRIP: tl.constexpr,
@@ -365,7 +304,7 @@ def _store_gradients(
             number = program.first_row + (i + j) + SHIFT
             limit = row_limit(number, gradients.out_height, gradients.out_width)
             row = Row(number=number, chunk=program.chunk, limit=limit)
-            row_sums = _adjoint_rows(
+            row_sums = adjoint_rows(
                 planes, row, pair.width, pair.window, WINDOW, SHIFT, STRIP, MAPS
             )
             number = program.first_row + (i + j) - (SIZE - 1)
@@ -373,7 +312,7 @@ def _store_gradients(
             unfinished = ()
             for m in tl.static_range(MAPS):
                 if WINDOW.padding == "reflect":
-                    finished, partials = _folded_column(
+                    finished, partials = folded_column(
                         history[m], row_sums[m], number, pair.height, dtype, WINDOW, COLUMNS
                     )
                 else:

@@ -186,22 +186,16 @@ def _pivoted_pair(
 
 
 @triton.jit
-def _row_sums(xs, ys, WEIGHTS: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums along a row."""
-    ds = ()
-    products = ()
-    squares = ()
-    for j in tl.static_range(len(xs)):
-        d = xs[j] - ys[j]
-        ds = ds + (d,)
-        products = products + (xs[j] * ys[j],)
-        squares = squares + (d * d,)
-    return Sums(
-        x=filtered_row(xs, WEIGHTS, SIZE, COLUMNS),
-        d=filtered_row(ds, WEIGHTS, SIZE, COLUMNS),
-        product=filtered_row(products, WEIGHTS, SIZE, COLUMNS),
-        square=filtered_row(squares, WEIGHTS, SIZE, COLUMNS),
-    )
+def _filtered(values, history, WINDOW: tl.constexpr, STRIP: tl.constexpr):
+    """(finished sums, history) of one moment, along the row and down the rows at once.
+
+    One moment after the other: the row's sums of all four would take registers that are not there.
+    """
+    SIZE: tl.constexpr = WINDOW.size
+    WEIGHTS: tl.constexpr = WINDOW.weights
+    COLUMNS: tl.constexpr = STRIP.columns
+    row = filtered_row(values, WEIGHTS, SIZE, COLUMNS)
+    return filtered_column(history, row, WEIGHTS, SIZE, COLUMNS)
 
 
 @triton.jit
@@ -219,7 +213,6 @@ def next_sums(
 ):  # fmt: skip
     """Take in row i of the strip: (moments of the windows that it completes, history)."""
     SIZE: tl.constexpr = WINDOW.size
-    WEIGHTS: tl.constexpr = WINDOW.weights
     PADDING: tl.constexpr = WINDOW.padding
     COLUMNS: tl.constexpr = STRIP.columns
     number = source_row(program.first_row + i + SHIFT, pair.height, PADDING)
@@ -228,11 +221,17 @@ def next_sums(
     xs, ys = _pivoted_pair(
         pair, row, program.channel, SIMILARITY, STRIP, SHIFT, COLUMNS + SIZE - 1, PADDING
     )
-    along = _row_sums(xs, ys, WEIGHTS, SIZE, COLUMNS)
-    x, rest_x = filtered_column(history.x, along.x, WEIGHTS, SIZE, COLUMNS)
-    d, rest_d = filtered_column(history.d, along.d, WEIGHTS, SIZE, COLUMNS)
-    product, products = filtered_column(history.product, along.product, WEIGHTS, SIZE, COLUMNS)
-    square, squares = filtered_column(history.square, along.square, WEIGHTS, SIZE, COLUMNS)
+    ds = ()
+    products = ()
+    squares = ()
+    for j in tl.static_range(COLUMNS + SIZE - 1):
+        ds = ds + (xs[j] - ys[j],)
+        products = products + (xs[j] * ys[j],)
+        squares = squares + (ds[j] * ds[j],)
+    x, rest_x = _filtered(xs, history.x, WINDOW, STRIP)
+    d, rest_d = _filtered(ds, history.d, WINDOW, STRIP)
+    product, rest_product = _filtered(products, history.product, WINDOW, STRIP)
+    square, rest_square = _filtered(squares, history.square, WINDOW, STRIP)
 
     mean_x = ()
     mean_d = ()
@@ -247,7 +246,7 @@ def next_sums(
         both = both + (tl.maximum(variance_d + 2.0 * covariance, 0.0),)
         residual = residual + (variance_d,)
     moments = PairMoments(mean_x=mean_x, mean_d=mean_d, both=both, residual=residual)
-    return moments, Sums(x=rest_x, d=rest_d, product=products, square=squares)
+    return moments, Sums(x=rest_x, d=rest_d, product=rest_product, square=rest_square)
 
 
 # --- device functions: either way -----------------------------------------------------------------
