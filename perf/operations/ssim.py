@@ -11,16 +11,19 @@ from perf.operations import peers
 from perf.operations.contract import (
     SHAPES,
     Case,
+    CodeGoal,
     Floor,
+    Given,
     Goal,
     KernelNotes,
+    LoopNotes,
+    Number,
     Operation,
     Shape,
     random_labels,
     random_map,
     rarely,
-    strip_loops,
-    strip_outputs,
+    share_of_the_map,
     variations,
 )
 from tritonloss import functional
@@ -150,13 +153,59 @@ def _goals(name: str, case: Case) -> tuple[Goal, ...]:
     )
 
 
-_STRIP = KernelNotes(strip_outputs, strip_loops())
+def _outputs(given: Given) -> float:
+    """Outputs of a thread of the forward kernel, of a tile that lies within the map."""
+    return float(given["STRIP.columns"] * given["rows"] * given["STRIP.lanes"] / given["THREADS"])
+
+
+def _rows(given: Given) -> float:
+    """Rows of a tile, and of the windows that begin above it."""
+    return float(given["rows"] + given["WINDOW.size"] - 1)
+
+
+def _coefficient_rows(given: Given) -> float:
+    """The same of a tile of coefficients, on average over all programs of the backward pass."""
+    rows = given["out_rows"] + given["WINDOW.size"] - 1
+    return float(rows * given["out_tiles"] * given["units"] / given["PROGRAMS"])
+
+
+def _gradient_rows(given: Given) -> float:
+    """The same of a tile of gradients."""
+    return float(_rows(given) * given["tiles"] * given["units"] / given["PROGRAMS"])
+
+
+def _unroll(given: Given) -> float:
+    return float(given["STRIP.unroll"])
+
+
+def _never(given: Given) -> float:
+    """Waiting for other programs, and what the last one alone does."""
+    return 0.0
+
+
+def _taps(within: str, rows: Number) -> LoopNotes:
+    """The taps of a window, which are not unrolled where a lane has one column."""
+    taps = {".distance": lambda size: size // 2, ".step": lambda size: size}[within]
+    return LoopNotes("taps", within, lambda given: rows(given) * taps(given["WINDOW.size"]))
+
+
 _KERNELS = {
-    "_ssim_forward_kernel": _STRIP,
-    "_ssim_coefficients_kernel": _STRIP,
-    "_ssim_backward_kernel": _STRIP,
+    "_ssim_forward_kernel": KernelNotes(
+        _outputs, (LoopNotes("rows", ".i", _rows, unroll=_unroll), _taps(".distance", _rows))
+    ),
+    "_ssim_backward_kernel": KernelNotes(
+        share_of_the_map,
+        (
+            LoopNotes("coefficients", "_store_coefficients.i", _coefficient_rows, unroll=_unroll),
+            LoopNotes("gradients", "_store_gradients.i", _gradient_rows, unroll=_unroll),
+            _taps(".distance", _coefficient_rows),
+            _taps(".step", _gradient_rows),
+            LoopNotes("waiting", "_wait_for", _never),
+            LoopNotes("counters", "_put_back", _never),
+        ),
+    ),
 }
-_OPERATORS = ("ssim_forward", "ssim_coefficients", "ssim_backward")
+_OPERATORS = ("ssim_forward", "ssim_backward")
 OPERATIONS = (
     Operation(
         name="ssim_loss",
@@ -169,7 +218,16 @@ OPERATIONS = (
         shipped=(*LOSS_SHIPPED, *LOSS_RARE),
         kernels=_KERNELS,
         operators=_OPERATORS,
-        goals=_goals("SSIM loss, window 11", LOSS_BASE),
+        goals=(
+            *_goals("SSIM loss, window 11", LOSS_BASE),
+            CodeGoal(
+                text="SSIM loss, window 11, forward: instructions",
+                case=LOSS_SHIPPED[1],
+                kernel="_ssim_forward_kernel",
+                loop="rows",
+                at_most=165.0,
+            ),
+        ),
     ),
     Operation(
         name="ssim",

@@ -79,7 +79,7 @@ def test_heuristics_are_what_the_model_prefers() -> None:
         "    target = TARGETS['sm_90']\n"
         "    cases = [case for case in predict.cases_at_full_size(target)\n"
         "             if case.key in ('gaussian_statistics_forward|c32|w11|float32|contiguous',\n"
-        "                             'ssim_coefficients|c4|w11|float32|contiguous')]\n"
+        "                             'ssim_forward|c4|w11|float32|contiguous')]\n"
         "    assert len(cases) == 2\n"
         "    for ranking in predict.rankings(target, cases):\n"
         "        mine = ranking.heuristic\n"

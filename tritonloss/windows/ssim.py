@@ -8,9 +8,12 @@ With window means m, variances s and the residual d = x - y (SSL paper, Eq. 6):
 
 Bytes per pass, X and Y of the inputs (labels for a loss): forward X + Y, and the map if it is
 wanted; backward X + Y twice, and the gradients. The backward recomputes the moments instead of
-keeping maps of them: group by group of planes it writes three coefficient maps (four with a
-gradient to y) into a scratch that fits a GPU's L2 cache, and lets the window's adjoint read them
-back from there.
+keeping maps of them: it writes three coefficient maps (four with a gradient to y), of a few planes
+at a time, into a scratch, and lets the window's adjoint read them back from there, all in one
+launch (``ssim_backward_kernels.py``).
+
+Where single pixels are shown (the map), constants are small or windows wide, the moments are those
+of ``ssim_moments.py``; elsewhere the plain sums of ``ssim_sums.py`` are right enough.
 """
 
 from __future__ import annotations
@@ -165,11 +168,11 @@ def tuning_cases() -> list[TuningCase]:
     cases = []
     for window_size in (11, 7):
         for dtype in (torch.float32, torch.bfloat16):
-            for operator in ("ssim_forward", "ssim_coefficients", "ssim_backward"):
+            for operator in ("ssim_forward", "ssim_backward"):
                 forward_only = operator == "ssim_forward"
                 sized = functools.partial(_tuning_pass, window_size, dtype, forward_only)
                 run = functools.partial(sized, (16, 3, 512, 512), "contiguous")
-                candidates = strip_candidates(ssim_heuristic(operator, window_size))
+                candidates = strip_candidates(ssim_heuristic(operator, window_size, False))
                 arguments = (3, window_size, dtype, "contiguous", run, candidates)
                 cases.append(TuningCase(operator, *arguments, sized=sized))
     return cases

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+import triton
 
 from .._core.backend import device_guard
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._engine.planes import compute_dtype
 from .._engine.strip_launch import (
+    channels_in_lanes,
     ignored_class,
     label_strides,
     strides,
@@ -21,16 +22,21 @@ from .._engine.strip_launch import (
 )
 from .._engine.strip_windows import Window, window_of
 from .._engine.strips import LabelStrides, Strides, Strip
-from .._engine.sums import sums_over
-from .ssim_kernels import (
-    _ssim_backward_kernel,
-    _ssim_coefficients_kernel,
-    _ssim_forward_kernel,
-)
+from .._engine.sums import sums_over, tickets
+from .ssim_backward_kernels import Pass, _ssim_backward_kernel
+from .ssim_kernels import _ssim_forward_kernel
 from .ssim_moments import Similarity
 
-# The coefficient maps of one group of planes: small enough to stay in the L2 cache of a large GPU.
-SCRATCH_BYTES = 32 * 2**20
+# The coefficient maps that exist at a time, unless a single plane has more.
+SCRATCH_BYTES = 256 * 2**20
+# Programs that a large GPU runs at a time, two on each of 132 processors; and about twice as many.
+AT_A_TIME = 264
+ENOUGH = 500
+# Plain sums are right to 1e-7 of the square of the values, which are probabilities.
+LEAST_C1 = 5e-5
+LEAST_C2 = 5e-4
+# Wider windows are read tap by tap; in one of a single pixel every variance has to be exactly 0.
+SIZES_OF_SUMS = range(3, 12)
 
 
 class Comparison(NamedTuple):
@@ -60,10 +66,17 @@ class LossOptions(NamedTuple):
         """A loss is a mean."""
         return False
 
+    @property
+    def careful(self) -> bool:
+        """Whether plain sums would be too wrong beside the constants, or the window is wide."""
+        small = self.c2 < LEAST_C2 or (self.full and self.c1 < LEAST_C1)
+        return small or self.window_size not in SIZES_OF_SUMS
+
     def comparison(self, x: torch.Tensor, y: torch.Tensor) -> Comparison:
         """What the kernels are compiled for, of logits and labels."""
         ignored = ignored_class(self.ignore_index, x.size(1), y.dtype)
-        similarity = Similarity(True, self.full, self.c1, self.c2, ignored)
+        crowded = y.dtype == torch.uint8 and x.size(1) > 255
+        similarity = Similarity(True, self.full, self.c1, self.c2, ignored, crowded, self.careful)
         return Comparison(similarity, window_of(self.window_size, self.sigma, self.padding))
 
 
@@ -76,10 +89,18 @@ class ImageOptions(NamedTuple):
     padding: str
     mapped: bool
 
+    @property
+    def careful(self) -> bool:
+        """Whether single pixels are shown, or the window's size asks for it.
+
+        The constants are in proportion to the images.
+        """
+        return self.mapped or self.window_size not in SIZES_OF_SUMS
+
     def comparison(self, x: torch.Tensor, y: torch.Tensor) -> Comparison:
         """What the kernels are compiled for."""
         c1, c2 = (0.01 * self.data_range) ** 2, (0.03 * self.data_range) ** 2
-        similarity = Similarity(False, True, c1, c2, -1)
+        similarity = Similarity(False, True, c1, c2, -1, False, self.careful)
         return Comparison(similarity, window_of(self.window_size, self.sigma, self.padding))
 
 
@@ -147,10 +168,14 @@ def _forward_plan(
 ) -> _ForwardPlan:
     comparison = options.comparison(x, y)
     shape = _out_shape(x, options)
-    configuration = _configuration("ssim_forward", x, options.window_size)
+    configuration = _configuration("ssim_forward", x, options)
     moved = (x, y, result) if options.mapped else (x, y)
-    grid, launch = strip_launch(shape, configuration, options.padding, *moved)
+    (programs,), launch = strip_launch(shape, configuration, options.padding, *moved)
     strip = launch["STRIP"]
+    of_a_row = programs // launch["tiles_y"]
+    rows = rows_of(strip, shape[2], of_a_row, ENOUGH)
+    launch["tiles_y"] = triton.cdiv(shape[2], rows)
+    programs = of_a_row * launch["tiles_y"]
     arguments = {
         "x_strides": strides(x, strip),
         "y_strides": _second_strides(y, strip),
@@ -160,32 +185,27 @@ def _forward_plan(
         "out_height": shape[2],
         "out_width": shape[3],
         "window": options.window_size,
-        "programs": grid[0],
+        "rows": rows,
+        "programs": programs,
         "SIMILARITY": comparison.similarity,
         "WINDOW": comparison.window,
         "SHIFT": 0 if options.padding == "valid" else -(options.window_size // 2),
         "MAPPED": options.mapped,
         **launch,
     }
-    return _ForwardPlan(PreparedLaunch(_ssim_forward_kernel, grid, arguments), grid[0])
+    return _ForwardPlan(PreparedLaunch(_ssim_forward_kernel, (programs,), arguments), programs)
 
 
 # --- backward -------------------------------------------------------------------------------------
 
 
-class _Group(NamedTuple):
-    """Planes that the scratch takes at a time, and the launches for them."""
-
-    region: tuple[slice, slice] | None  # images and channels; None for all
-    coefficients: PreparedLaunch
-    adjoint: PreparedLaunch
-
-
 class _BackwardPlan(NamedTuple):
-    """The launches of a backward pass, for maps of one kind."""
+    """The launch of a backward pass, for maps of one kind."""
 
-    scratch: tuple[int, ...]  # maps, images, channels, height, width
-    groups: list[_Group]
+    launch: PreparedLaunch | None  # None for no images
+    scratch: tuple[int, ...]  # maps, units, channels, height, width
+    channels_last: bool  # how the scratch lies in memory
+    counters: int
 
 
 def ssim_backward(
@@ -198,143 +218,179 @@ def ssim_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(gradient to x, gradient to y or [0]); grad is that of the mean [] or of the map."""
     grad_x, grad_y = empty_gradients(x, y, both)
-    maps = (grad, x, y, grad_x, grad_y)
     plan = prepared(
         ("ssim backward", options, both, kind(grad), kind(x), kind(y)),
-        lambda: _backward_plan(maps, options),
+        lambda: _backward_plan((grad, x, y, grad_x, grad_y), options),
     )
-    scratch = torch.empty(plan.scratch, dtype=scale.dtype, device=x.device)
-    with device_guard(x):
-        for region, coefficients, adjoint in plan.groups:
-            part_grad, part_x, part_y, part_grad_x, part_grad_y = _parts(maps, region)
-            coefficient_maps = _part_of_scratch(scratch, part_x)
-            coefficients(
-                grad_ptr=part_grad,
+    if plan.launch is not None:
+        with device_guard(x):
+            plan.launch(
+                grad_ptr=grad,
                 scale_ptr=scale,
-                x_ptr=part_x,
-                y_ptr=part_y,
-                coefficients_ptr=coefficient_maps,
-            )
-            adjoint(
-                coefficients_ptr=coefficient_maps,
-                x_ptr=part_x,
-                y_ptr=part_y,
-                grad_x_ptr=part_grad_x,
-                grad_y_ptr=part_grad_y,
+                x_ptr=x,
+                y_ptr=y,
+                coefficients_ptr=_scratch(plan.scratch, plan.channels_last, scale.dtype, x.device),
+                grad_x_ptr=grad_x,
+                grad_y_ptr=grad_y,
+                progress_ptr=tickets(plan.counters, x.device),
             )
     return grad_x, grad_y
 
 
-_Maps = tuple[torch.Tensor, ...]  # grad, x, y, grad_x, grad_y
+def _backward_plan(tensors: tuple[torch.Tensor, ...], options: Options) -> _BackwardPlan:
+    grad, x, y, grad_x, grad_y = tensors
+    kinds = Pass(mapped=grad.dim() == 4, both=grad_y.dim() == 4)
+    maps, dtype = 4 if kinds.both else 3, compute_dtype(x.dtype)
+    in_lanes, out_shape = channels_in_lanes(x), _out_shape(x, options)
+    channels, most = _unit(x.size(1), maps * out_shape[2] * out_shape[3] * dtype.itemsize, in_lanes)
+    of_image = triton.cdiv(x.size(1), channels)
+    units = x.size(0) * of_image
+    if x.numel() == 0:
+        return _BackwardPlan(None, (), False, 0)
 
-
-def _parts(maps: _Maps, region: tuple[slice, slice] | None) -> _Maps:
-    """A group's part of maps and label maps; what is neither stays whole."""
-    if region is None:
-        return maps
-    of_labels = region[:1]
-    return tuple(
-        tensor[region] if tensor.dim() == 4 else tensor[of_labels] if tensor.dim() == 3 else tensor
-        for tensor in maps
-    )
-
-
-def _part_of_scratch(scratch: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    images, channels = x.shape[:2]
-    if scratch.shape[1:3] == (images, channels):
-        return scratch
-    return scratch[:, :images, :channels]
-
-
-def _backward_plan(maps: _Maps, options: Options) -> _BackwardPlan:
-    _, x, y, _, grad_y = maps
     comparison = options.comparison(x, y)
-    shape = _scratch_shape(x, options, maps=4 if grad_y.dim() == 4 else 3)
-    scratch = torch.empty(shape, dtype=compute_dtype(x.dtype), device=x.device)
+    some = _scratch((maps, 1, channels, *out_shape[2:]), in_lanes, dtype, x.device)[0]
+    moved = [x, y, some, grad_x]
+    moved += [grad] if kinds.mapped else []
+    moved += [grad_y] if kinds.both else []
+    configuration = _configuration("ssim_backward", x, options)
+    out = _Tiles.of(out_shape, channels, min(units, most), configuration, options.padding, moved)
+    if options.padding == "reflect":
+        configuration["COLUMNS"] = 1  # only the streamed row folds the images outside back in
+    own = _Tiles.of(x.shape, channels, min(units, most), configuration, options.padding, moved)
+    lanes, warps = max((out.strip.lanes, out.warps), (own.strip.lanes, own.warps))
+    out, own = out.with_lanes(lanes), own.with_lanes(lanes)
+
+    # So many units that the next ones keep the GPU busy until a unit's coefficients are all there.
+    lag = triton.cdiv(AT_A_TIME, out.programs + own.programs) + 1
+    ring = min(most, units, 2 * lag)
+    lag = ring // 2
+    scratch = (maps, ring, channels, *out_shape[2:])
+    one_map = _scratch((1, *scratch[1:]), in_lanes, dtype, x.device)[0]
+    programs = (units + lag) * (out.programs + own.programs)
     arguments = {
+        "grad_strides": strides(grad if kinds.mapped else x, own.strip),
+        "x_strides": strides(x, own.strip),
+        "y_strides": _second_strides(y, own.strip),
+        "coefficient_strides": strides(one_map, own.strip),
+        "coefficient_stride": one_map.numel() // own.strip.grain,
+        "grad_x_strides": strides(grad_x, own.strip),
+        "grad_y_strides": strides(grad_y if kinds.both else grad_x, own.strip),
         "classes": x.size(1),
+        "unit_channels": channels,
+        "units_of_image": of_image,
+        "units": units,
+        "ring": ring,
+        "lag": lag,
+        "programs": programs,
         "height": x.size(2),
         "width": x.size(3),
-        "out_height": shape[3],
-        "out_width": shape[4],
+        "out_height": out_shape[2],
+        "out_width": out_shape[3],
+        "out_rows": out.rows,
+        "rows": own.rows,
+        "out_tiles_x": out.tiles_x,
+        "out_tiles": out.programs,
+        "tiles_x": own.tiles_x,
+        "tiles": own.programs,
         "window": options.window_size,
         "SIMILARITY": comparison.similarity,
         "WINDOW": comparison.window,
-        "BOTH": grad_y.dim() == 4,
+        "OUT_STRIP": out.strip,
+        "STRIP": own.strip,
+        "PASS": kinds,
+        "num_warps": warps,
+        "enable_fp_fusion": True,
     }
-    regions = list(_plane_groups(x.shape, shape))
-    launches: dict[Any, tuple[PreparedLaunch, PreparedLaunch]] = {}
-    groups = []
-    for images, channels in regions:
-        region = (images, channels) if len(regions) > 1 else None
-        parts = _parts(maps, region)
-        key = (channels.start, parts[1].shape)
-        if key not in launches:
-            coefficients = _part_of_scratch(scratch, parts[1])
-            arguments["first_channel"] = channels.start
-            launches[key] = (
-                _coefficients_launch(parts, coefficients, options, arguments),
-                _adjoint_launch(parts, coefficients, options, arguments),
-            )
-        groups.append(_Group(region, *launches[key]))
-    return _BackwardPlan(shape, groups)
+    launch = PreparedLaunch(_ssim_backward_kernel, (programs,), arguments)
+    return _BackwardPlan(launch, scratch, in_lanes, 2 * units + 2)
 
 
-def _coefficients_launch(
-    maps: _Maps, coefficients: torch.Tensor, options: Options, arguments: dict[str, Any]
-) -> PreparedLaunch:
-    """Fills the coefficient maps [3 or 4, n, c, H, W] of a group of planes."""
-    grad, x, y, _, _ = maps
-    mapped = grad.dim() == 4
-    moved = (x, y, coefficients[0], grad) if mapped else (x, y, coefficients[0])
-    configuration = _configuration("ssim_coefficients", x, options.window_size)
-    grid, launch = strip_launch(coefficients.shape[1:], configuration, options.padding, *moved)
-    strip = launch["STRIP"]
-    own = {
-        "grad_strides": strides(moved[-1], strip),
-        "x_strides": strides(x, strip),
-        "y_strides": _second_strides(y, strip),
-        "coefficient_strides": strides(coefficients[0], strip),
-        "coefficient_stride": coefficients.stride(0) // strip.grain,
-        "SHIFT": 0 if options.padding == "valid" else -(options.window_size // 2),
-        "MAPPED": mapped,
-    }
-    return PreparedLaunch(_ssim_coefficients_kernel, grid, {**own, **arguments, **launch})
+def _unit(classes: int, plane: int, in_lanes: bool) -> tuple[int, int]:
+    """(channels of a unit, units that the scratch takes), of planes of so many bytes.
+
+    In channels_last a unit has many channels, since lanes run over them: equal parts of an image's.
+    """
+    planes = max(1, SCRATCH_BYTES // max(1, plane))
+    channels = 1
+    if in_lanes:
+        parts = triton.cdiv(classes, max(1, planes // 2))
+        channels = triton.cdiv(classes, parts)
+    return channels, max(1, planes // channels)
 
 
-def _adjoint_launch(
-    maps: _Maps, coefficients: torch.Tensor, options: Options, arguments: dict[str, Any]
-) -> PreparedLaunch:
-    """Makes the gradients of a group of planes from their coefficient maps."""
-    _, x, y, grad_x, grad_y = maps
-    both = grad_y.dim() == 4
-    moved = (x, y, coefficients[0], grad_x, grad_y) if both else (x, y, coefficients[0], grad_x)
-    window_size, padding = options.window_size, options.padding
-    configuration = _configuration("ssim_backward", x, window_size)
-    if padding == "reflect":
-        configuration["COLUMNS"] = 1  # only the streamed row folds the images outside back in
-    grid, launch = strip_launch(x.shape, configuration, padding, *moved)
-    strip = launch["STRIP"]
-    own = {
-        "coefficient_strides": strides(coefficients[0], strip),
-        "coefficient_stride": coefficients.stride(0) // strip.grain,
-        "x_strides": strides(x, strip),
-        "y_strides": _second_strides(y, strip),
-        "grad_x_strides": strides(grad_x, strip),
-        "grad_y_strides": strides(moved[-1], strip),
-        "SHIFT": -(window_size - 1) if padding == "valid" else -(window_size // 2),
-    }
-    return PreparedLaunch(_ssim_backward_kernel, grid, {**own, **arguments, **launch})
+def _scratch(
+    shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Coefficient maps [maps, units, channels, H, W]; in memory [maps, units, H, W, channels]."""
+    maps, units, channels, height, width = shape
+    if not channels_last:
+        return torch.empty(shape, dtype=dtype, device=device)
+    lying = (maps, units, height, width, channels)
+    return torch.empty(lying, dtype=dtype, device=device).permute(0, 1, 4, 2, 3)
 
 
 # --- geometry -------------------------------------------------------------------------------------
 
 
-def ssim_heuristic(operator: str, window_size: int) -> Configuration:
+class _Tiles(NamedTuple):
+    """How the planes of a unit are cut into programs."""
+
+    strip: Strip
+    warps: int
+    rows: int  # of a program
+    chunks: int  # in a row of all its channels that lanes run over
+    tiles_x: int
+    programs: int
+
+    @staticmethod
+    def of(
+        shape: torch.Size,
+        channels: int,
+        units: int,
+        configuration: Configuration,
+        padding: str,
+        moved: list[torch.Tensor],
+    ) -> _Tiles:
+        """For so many units in the scratch, of some channels of maps of ``shape`` each.
+
+        ``moved`` are all tensors that are moved.
+        """
+        (_,), launch = strip_launch(
+            torch.Size((1, channels, *shape[2:])), configuration, padding, *moved
+        )
+        strip: Strip = launch["STRIP"]
+        chunks = triton.cdiv(shape[3], strip.columns) * (channels if strip.channels_in_lanes else 1)
+        rows = rows_of(strip, shape[2], launch["tiles_x"] * units, AT_A_TIME)
+        programs = launch["tiles_x"] * triton.cdiv(shape[2], rows)
+        return _Tiles(strip, launch["num_warps"], rows, chunks, launch["tiles_x"], programs)
+
+    def with_lanes(self, lanes: int) -> _Tiles:
+        """The same for programs of more lanes."""
+        tiles_x = triton.cdiv(self.chunks, lanes)
+        programs = self.programs // self.tiles_x * tiles_x
+        return self._replace(
+            strip=self.strip._replace(lanes=lanes), tiles_x=tiles_x, programs=programs
+        )
+
+
+def rows_of(strip: Strip, height: int, others: int, wanted: int) -> int:
+    """The rows of a program: about the strip's, shared out evenly, an even number.
+
+    Fewer where, times so many ``others``, there would be fewer programs than are wanted.
+    """
+    strips = max(1, -(-(height - strip.rows // 8) // strip.rows))
+    while strips * 16 < height and strips * others < wanted:
+        strips *= 2
+    return 2 * -(-height // (2 * strips))
+
+
+def ssim_heuristic(operator: str, window_size: int, careful: bool) -> Configuration:
     """The operator's own choice."""
+    if not careful:
+        # In the backward pass so many strips have to fit into the scratch as run at a time.
+        return strip_heuristic(4, ROWS=144 if operator == "ssim_backward" else 256, UNROLL=2)
     configuration = strip_heuristic(4 if window_size <= 5 else 2 if window_size <= 11 else 1)
-    if operator != "ssim_forward":
-        configuration["ROWS"] = 32  # a group of planes makes few programs of 64 rows
     if operator == "ssim_backward" and window_size > 21:
         # With four warps ptxas keeps to 168 registers, for a spill of 8 bytes.
         configuration["LANES"] = 2 * int(configuration["LANES"])
@@ -342,8 +398,10 @@ def ssim_heuristic(operator: str, window_size: int) -> Configuration:
     return configuration
 
 
-def _configuration(operator: str, x: torch.Tensor, window_size: int) -> Configuration:
-    return strip_configuration(operator, x, window_size, ssim_heuristic(operator, window_size))
+def _configuration(operator: str, x: torch.Tensor, options: Options) -> Configuration:
+    window_size = options.window_size
+    heuristic = ssim_heuristic(operator, window_size, options.careful)
+    return strip_configuration(operator, x, window_size, heuristic)
 
 
 def _second_strides(y: torch.Tensor, strip: Strip) -> Strides | LabelStrides:
@@ -353,18 +411,3 @@ def _second_strides(y: torch.Tensor, strip: Strip) -> Strides | LabelStrides:
 def _out_shape(x: torch.Tensor, options: Options) -> torch.Size:
     lost = options.window_size - 1 if options.padding == "valid" else 0
     return torch.Size((*x.shape[:2], x.size(2) - lost, x.size(3) - lost))
-
-
-def _scratch_shape(x: torch.Tensor, options: Options, maps: int) -> tuple[int, ...]:
-    """[maps, images, channels, H, W] of as many coefficient maps as the scratch may hold."""
-    images, channels, height, width = _out_shape(x, options)
-    itemsize = compute_dtype(x.dtype).itemsize
-    planes = max(1, SCRATCH_BYTES // max(1, maps * height * width * itemsize))
-    return maps, min(images, max(1, planes // channels)), min(channels, planes), height, width
-
-
-def _plane_groups(shape: torch.Size, scratch: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
-    """(images, channels) of the groups of planes that the scratch takes one after the other."""
-    for image in range(0, shape[0], max(1, scratch[1])):
-        for channel in range(0, shape[1], scratch[2]):
-            yield slice(image, image + scratch[1]), slice(channel, channel + scratch[2])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .._engine.math import LOG2_E, plus, sanitised_label, sigmoid_base2
+from .._engine.math import LOG2_E, inverse, plus, sanitised_label, sigmoid_base2
 from .._engine.strip_windows import filtered_column, gaussian_weight, repeated, without_oldest
 from .._engine.strips import Row, load_columns, row_limit, source_row, widened, zeros
 
@@ -24,6 +24,8 @@ class Similarity(NamedTuple):
     c1: float
     c2: float
     ignored: int  # the ignore label if it is one of the classes, else -1
+    crowded: bool  # all values of 8-bit labels are classes
+    careful: bool  # moments in two levels, for small constants; else plain sums about a pivot
 
 
 class Pair(NamedTuple):
@@ -35,6 +37,8 @@ class Pair(NamedTuple):
     height: Any
     width: Any
     window: Any  # its size, for loops that are not to be unrolled
+    pivot_x: Any  # what plain sums are taken about
+    pivot_y: Any
 
 
 class Values(NamedTuple):
@@ -252,8 +256,8 @@ def dissimilarities(moments, v: tl.constexpr, SIMILARITY: tl.constexpr):
     mean_x = moments.mean_x[v]
     mean_d = moments.mean_d[v]
     mean_y = mean_x - mean_d
-    inverse_d = 1.0 / (mean_x * mean_x + mean_y * mean_y + C1)
-    inverse_e = 1.0 / (moments.both[v] + C2)
+    inverse_d = inverse(mean_x * mean_x + mean_y * mean_y + C1)
+    inverse_e = inverse(moments.both[v] + C2)
     return Dissimilarities(
         luminance=mean_d * mean_d * inverse_d,
         structure=moments.residual[v] * inverse_e,
