@@ -20,6 +20,8 @@ Pointers = torch.Tensor | tuple[torch.Tensor, ...]
 # What has been prepared, by what it depends on; forgotten when images of so many sizes have come.
 _prepared: dict[Hashable, Any] = {}
 _MOST = 4096
+# Of the launch whose kernel is being compiled.
+_true_arguments: dict[str, Any] = {}
 
 
 def prepared(key: Hashable, prepare: Callable[[], _T]) -> _T:
@@ -107,13 +109,25 @@ class PreparedLaunch:
         numbers = {p.name for p in self._kernel.params if not p.is_constexpr}
         known = {k: _any(v) if k in numbers else v for k, v in self._arguments.items()}
         pointers = tensors if aligned else {k: _anywhere(v) for k, v in tensors.items()}
-        compiled = self._kernel.run(grid=self._grid, warmup=True, **pointers, **known)
+        _true_arguments.update(self._arguments)
+        try:
+            compiled = self._kernel.run(grid=self._grid, warmup=True, **pointers, **known)
+        finally:
+            _true_arguments.clear()
         names = self._kernel.arg_names
         self._template = [self._arguments.get(name) for name in names]
         self._places = [names.index(name) for name in tensors]
         if isinstance(compiled, CompiledKernel) and JITFunction.run is _run:
             self._compiled[aligned] = compiled
         return compiled
+
+
+def true_arguments() -> dict[str, Any]:
+    """The arguments of the launch whose kernel is being compiled, for those who record launches.
+
+    Triton itself is given others: see PreparedLaunch.
+    """
+    return dict(_true_arguments)
 
 
 class Anywhere:

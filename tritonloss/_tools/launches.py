@@ -15,7 +15,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITCallable, JITFunction
 
 from .._core.configurations import target_changed
-from .._core.prepared_launch import Anywhere
+from .._core.prepared_launch import Anywhere, true_arguments
 
 _CONFIGURATION = ("columns", "lanes", "rows", "unroll")
 
@@ -176,7 +176,7 @@ def _tensors(values: tuple[Any, ...]) -> list[torch.Tensor]:
 def _numbers(
     kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Any
 ) -> dict[str, int]:
-    values = _values(kernel, args, kwargs)
+    values = _values(kernel, args, kwargs) | true_arguments()
     names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
     axes = () if callable(grid) else (*grid, 1, 1)[:3]
     return {name: values[name] for name in names if type(values.get(name)) is int} | {

@@ -208,7 +208,7 @@ def _check_options(
     own, other = checks.check_pair("offsets", offsets)
     checks.check_class_weights("offsets.own", own, logits, optional=False)
     checks.check_class_weights("offsets.other", other, logits, optional=False)
-    if own.shape != other.shape:
+    if logits is None and own.shape != other.shape:
         raise ValueError(
             f"offsets must be of one shape; got {tuple(own.shape)} and {tuple(other.shape)}"
         )
