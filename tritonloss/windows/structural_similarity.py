@@ -269,7 +269,7 @@ def tuning_cases() -> list[TuningCase]:
 def _tuning_candidates(
     operator: str, window_size: int, dtype: torch.dtype, classes: int, layout: str
 ) -> list[Configuration]:
-    heuristic = heuristic_of(operator, window_size, layout == "channels_last")
+    heuristic = heuristic_of(operator, window_size)
     if operator.endswith("forward") and dtype == torch.float32:
         return strip_candidates(heuristic, schedule=("recompute", "stored"))
     return strip_candidates(heuristic)

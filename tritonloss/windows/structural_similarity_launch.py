@@ -109,8 +109,8 @@ def _window_arguments(
     }
 
 
-def heuristic_of(operator: str, window_size: int, in_lanes: bool) -> Configuration:
-    """The operator's own choice; ``in_lanes`` for maps whose lanes run over channels."""
+def heuristic_of(operator: str, window_size: int) -> Configuration:
+    """The operator's own choice."""
     columns = 4 if 3 <= window_size <= 7 else 2 if window_size <= 11 else 1
     configuration = strip_heuristic(columns, ROWS=64 if window_size <= 5 else 128)
     if operator == "structural_similarity_forward":
@@ -119,8 +119,7 @@ def heuristic_of(operator: str, window_size: int, in_lanes: bool) -> Configurati
 
 
 def _configuration(operator: str, logits: torch.Tensor, window_size: int) -> Configuration:
-    heuristic = heuristic_of(operator, window_size, channels_in_lanes(logits))
-    return strip_configuration(operator, logits, window_size, heuristic)
+    return strip_configuration(operator, logits, window_size, heuristic_of(operator, window_size))
 
 
 def stores_differences(logits: torch.Tensor, window_size: int) -> bool:
