@@ -63,7 +63,9 @@ def floor(case: Case) -> Floor:
 
 def columns_per_thread(constants: Mapping[str, Any]) -> float:
     """Pixels that a thread completes in one iteration of the loop over rows."""
-    return float(constants["LANES"] / constants["THREADS"])
+    lanes = constants.get("STRIP.lanes", constants.get("LANES"))
+    pixels = lanes * constants.get("STRIP.columns", 1)
+    return float(pixels / constants["THREADS"])
 
 
 def pixels_per_thread(constants: Mapping[str, Any]) -> float:

@@ -117,9 +117,19 @@ def test_several_programs(pooling: str | None, device: torch.device) -> None:
     scale = 2 if pooling else 1
     logits, target = logits.repeat_interleave(scale, 2), target.repeat_interleave(scale, 1)
     small = {"LANES": 16, "ROWS": 4, "num_warps": 1}
+    shared = {"LANES": 2, "ROWS": 4, "num_warps": 1}  # several columns to a lane
     with forced("rmi_moments", small), forced("rmi_gradient", small):
-        with forced("rmi_pool", {"CELLS": 4, "num_warps": 1}):
-            check(logits, target, region_size=2, pooling=pooling, pool_size=2)
+        with forced("rmi_moments_of_logits", shared), forced("rmi_gradient_of_logits", shared):
+            with forced("rmi_pool", {"CELLS": 4, "num_warps": 1}):
+                check(logits, target, region_size=2, pooling=pooling, pool_size=2)
+
+
+@pytest.mark.parametrize("width", [9, 10, 11, 12, 13])
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_columns_that_make_no_whole_chunk(precision: str, width: int, device: torch.device) -> None:
+    """Without pooling lanes own several columns; what is left of a row are lines of the frame."""
+    logits, target = segmentation_case((1, 2, 7, width), device=device)
+    check(logits, target, region_size=3, pooling=None, precision=precision, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

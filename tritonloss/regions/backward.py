@@ -27,6 +27,7 @@ from .plan import (
     cell_grid,
     configuration_of,
     contiguous_strides,
+    core_strip,
     feature_arguments,
     of_kind,
     strides,
@@ -217,10 +218,11 @@ def _lag_gradient(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -
         "num_warps": 1,
         "enable_fp_fusion": True,
     }
-    launch = configuration_of("rmi_gradient", plan, logits, region, LANES=128, ROWS=64)
-    bands = triton.cdiv(plan.rows - span + 1, int(launch["ROWS"]))
-    blocks = triton.cdiv(plan.columns - span + 1, int(launch["LANES"]))
-    interior = {**arguments, **launch, "REGION": region}
+    launch = core_strip("rmi_gradient", plan, logits)
+    strip = launch["STRIP"]
+    bands = triton.cdiv(plan.rows - span + 1, strip.rows)
+    blocks = triton.cdiv(plan.columns - span + 1, strip.lanes * strip.columns)
+    interior = {**arguments, **launch}
     border = None
     if region > 1:
         pixels = 2 * (region - 1) * (plan.rows + plan.columns - 2 * (region - 1))
