@@ -129,11 +129,31 @@ SHIPPED = variations(
         for region in (3, 5)
     ),
     {"options": {"pooling": None, "precision": "float32"}, "everywhere": False},
+    # What has the most to keep in registers: wide labels, and sums of every region size.
+    *(
+        {
+            "labels": "int64",
+            "options": {"region_size": region, "pooling": None},
+            "everywhere": False,
+        }
+        for region in (1, 2, 3, 4, 5)
+    ),
+    *(
+        {
+            "labels": "int64",
+            "options": {"region_size": 4, "precision": "float32", **pooling},
+            "everywhere": False,
+        }
+        for pooling in ({}, {"pooling": None})
+    ),
     *({"dtype": dtype, "everywhere": False} for dtype in ("bfloat16", "float16")),
     {"labels": "int64", "everywhere": False},
     *({"layout": layout, "everywhere": False} for layout in ("channels_last", "strided")),
     {"layout": "channels_last", "options": {"pooling": None}, "everywhere": False},
-    {"dtype": "bfloat16", "options": {"pooling": None}, "everywhere": False},
+    *(
+        {"dtype": dtype, "options": {"pooling": None}, "everywhere": False}
+        for dtype in ("bfloat16", "float16")
+    ),
     {"shape": _SMALL},
     *(
         {"shape": _SMALL, "options": options, "everywhere": False}
@@ -152,6 +172,11 @@ SHIPPED = variations(
 def _shipped(region: int) -> Case:
     options = {"region_size": region, "pool_size": 4}
     return next(case for case in SHIPPED if case.options == options)
+
+
+def _unpooled() -> Case:
+    options = {"region_size": 3, "pool_size": 4, "pooling": None}
+    return next(case for case in SHIPPED if case.options == options and case.labels == "uint8")
 
 
 def _mib(case: Case) -> float:
@@ -205,6 +230,17 @@ GOALS: tuple[Goal | CodeGoal, ...] = (
             ("interior", {2: 71, 3: 125, 4: 194, 5: 275}),
         )
         for region, instructions in counts.items()
+    ),
+    # Per pixel and class: lag sums with the cross entropy, and the gradient to the logits.
+    *(
+        CodeGoal(
+            text=f"RMI, no pooling, {name}: at most {instructions} instructions",
+            case=_unpooled(),
+            kernel=f"_rmi_{name}_kernel",
+            loop=loop,
+            at_most=instructions,
+        )
+        for name, loop, instructions in (("lags", "LOOP", 105), ("interior", "rows", 125))
     ),
 )
 

@@ -29,6 +29,7 @@ from .plan import (
     contiguous_strides,
     core_strip,
     feature_arguments,
+    is_flat,
     of_kind,
     strides,
 )
@@ -83,7 +84,7 @@ def _backward(
 ) -> _Backward:
     rooms = _rooms(plan, grad_logits)
     shared = {
-        **feature_arguments(plan, logits, target),
+        **feature_arguments(plan, logits, target, grad_logits),
         "out_strides": contiguous_strides(plan.map_shape)
         if plan.has_maps
         else strides(grad_logits),
@@ -298,6 +299,7 @@ def _expand_arguments(
         )
     else:
         launch = cell_arguments("rmi_expand", plan, logits)
+        launch["FLAT"] = is_flat(logits, target, grad_logits)
     return {
         "logits_strides": strides(logits),
         "target_strides": strides(target),

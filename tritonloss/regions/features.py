@@ -34,6 +34,7 @@ class Reading(NamedTuple):
     ignored: int  # which label of those is ignored, as sanitised_label takes it
     centred: bool = False  # with p less its approximate mean in the place of y: see load_pair
     middle: float = 0.0  # what is taken from labels
+    flat: bool = False  # the pixels of a row lie side by side in all maps
 
 
 # --- what is known when it runs -------------------------------------------------------------------
@@ -73,21 +74,28 @@ class Seen(NamedTuple):
 
 
 @triton.jit
-def plane_of(pointer, strides, image, channel):
-    """The plane of a channel; label maps have the channel stride 0."""
+def plane_of(pointer, strides, image, channel, FLAT: tl.constexpr = False):
+    """The plane of a channel; label maps have the channel stride 0. FLAT: the columns' stride is 1.
+
+    Nothing else of the strides is known when a kernel is compiled.
+    """
     channel = tl.full((), 0, tl.int64) + channel  # which may be a constant
     pointer += image * strides[0] + channel * strides[1]
-    return Plane(pointer=pointer, row_stride=strides[2], column_stride=strides[3])
+    column_stride = 1 if FLAT else strides[3]
+    return Plane(pointer=pointer, row_stride=strides[2], column_stride=column_stride)
 
 
 @triton.jit
-def features_of(first_ptr, second_ptr, first_strides, second_strides, plane, channels, center):
+def features_of(
+    first_ptr, second_ptr, first_strides, second_strides, plane, channels, center,
+    READING: tl.constexpr,
+):  # fmt: skip
     """The features of a plane, counted through all classes of all images."""
     channel = (plane % channels).to(tl.int32)
     image = plane // channels
     return Features(
-        first=plane_of(first_ptr, first_strides, image, channel),
-        second=plane_of(second_ptr, second_strides, image, channel),
+        first=plane_of(first_ptr, first_strides, image, channel, READING.flat),
+        second=plane_of(second_ptr, second_strides, image, channel, READING.flat),
         center=center,
         channel=channel,
         channels=channels,

@@ -30,6 +30,7 @@ from .plan import (
     contiguous_strides,
     core_strip,
     feature_arguments,
+    is_flat,
     of_kind,
     strides,
 )
@@ -127,6 +128,7 @@ def _read(plan: Plan, logits: torch.Tensor, target: torch.Tensor, programs: int)
         }
     if plan.has_maps and not plan.options.samples:
         cells = cell_arguments("rmi_pool", plan, logits)
+        cells["FLAT"] = is_flat(logits, target)
         grid = cell_grid(plan.images, plan.classes, plan.width, cells)
         pool = PreparedLaunch(_rmi_pool_kernel, grid, {**arguments, **cells})
         return _Read(plan, pool, math.prod(grid))
@@ -218,7 +220,6 @@ def _lag_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Lag
     lags = 4 * region * span + 2
     centred = not _sums_in_double(plan, logits.device)
     middle = 0.0 if centred or plan.has_maps else 0.5
-    reading = plan.reading._replace(centred=centred, middle=middle)
     launch = core_strip("rmi_moments", plan, logits)
     strip = launch["STRIP"]
     bands = triton.cdiv(plan.rows - span + 1, strip.rows)
@@ -228,6 +229,7 @@ def _lag_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Lag
     lines = (4 * (region - 1) + strip.spare + 1) * (region // line.depth)
     programs = 0 if plan.has_maps else plan.planes * (strips + lines)
     arguments = feature_arguments(plan, logits, target)
+    reading = arguments["READING"]._replace(centred=centred, middle=middle)
     arguments |= {"height": plan.rows, "width": plan.columns, "READING": reading}
     arguments |= {"parts": programs}
     # All sums of a region of 4 would not fit the registers: two programs for each strip.

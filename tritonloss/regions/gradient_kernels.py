@@ -39,9 +39,10 @@ def _out_plane(out_ptr, rest_ptr, strides, split, plane, features, READING: tl.c
         is_rest = plane >= split
         pointer = tl.where(is_rest, rest_ptr, out_ptr)
         pointer += (plane - tl.where(is_rest, split, 0)) * strides[1]
-        out = Plane(pointer=pointer, row_stride=strides[2], column_stride=strides[3])
+        out = Plane(pointer=pointer, row_stride=strides[2], column_stride=1)
     else:
-        out = plane_of(out_ptr, strides, plane // features.channels, features.channel)
+        image = plane // features.channels
+        out = plane_of(out_ptr, strides, image, features.channel, READING.flat)
     return out
 
 
@@ -163,7 +164,7 @@ def _rmi_interior_kernel(
     KEPT: tl.constexpr = (REGION - 1) * COLUMNS if COLUMNS > 1 else 0  # pixels
     plane = tl.program_id(0).to(tl.int64)
     features = features_of(
-        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0, READING
     )
     out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
     column = REGION - 1 + (tl.program_id(2) * LANES + tl.arange(0, LANES)) * COLUMNS
@@ -247,7 +248,7 @@ def _rmi_border_kernel(
     BAND: tl.constexpr = 2 * (REGION - 1)
     plane = tl.program_id(0).to(tl.int64)
     features = features_of(
-        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0, READING
     )
     out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
@@ -311,7 +312,7 @@ def _rmi_direct_gradient_kernel(
     plane = (tl.program_id(0) // blocks).to(tl.int64)
     image = plane // channels
     features = features_of(
-        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0, READING
     )
     out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)

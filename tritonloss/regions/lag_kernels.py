@@ -158,14 +158,14 @@ def _rmi_lags_kernel(
     plane = tl.program_id(0).to(tl.int64)
     block = tl.program_id(2) // PASSES
     features = features_of(
-        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0, READING
     )
     if READING.centred:
         center = _center(features, height, width, READING)
         if tl.program_id(1) + tl.program_id(2) == 0:
             tl.store(center_ptr + plane, center)
         features = features_of(
-            first_ptr, second_ptr, first_strides, second_strides, plane, channels, center
+            first_ptr, second_ptr, first_strides, second_strides, plane, channels, center, READING
         )
     strips = bands * (tl.num_programs(2) // PASSES)
     out = lags_ptr + (plane * strips + tl.program_id(1) + bands * block) * LAGS
@@ -343,7 +343,7 @@ def _rmi_frame_kernel(
     plane = tl.program_id(0).to(tl.int64)
     center = tl.load(center_ptr + plane) if READING.centred else 0.0
     features = features_of(
-        first_ptr, second_ptr, first_strides, second_strides, plane, channels, center
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, center, READING
     )
     cells = cells_ptr + plane * ((SPAN * SPAN + STRIP.spare) * LAGS)
     line = tl.program_id(1) // SHARES

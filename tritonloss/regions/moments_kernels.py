@@ -77,7 +77,7 @@ def _rmi_direct_moments_kernel(
     plane = tl.program_id(0).to(tl.int64)
     image = plane // channels
     features = features_of(
-        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0, READING
     )
     own = tl.program_id(1)
     other = tl.arange(0, WIDTH)[None, :]

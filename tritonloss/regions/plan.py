@@ -215,14 +215,23 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return max(channels, 1) * height * width, height * width if channels else 0, width, 1
 
 
-def feature_arguments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
-    """Launch arguments of a kernel that reads features, but for the maps themselves."""
+def is_flat(*maps: torch.Tensor) -> bool:
+    """Whether the pixels of every row lie side by side."""
+    return all(tensor.stride(-1) == 1 for tensor in maps)
+
+
+def feature_arguments(plan: Plan, *maps: torch.Tensor) -> dict[str, Any]:
+    """Launch arguments of a kernel that reads features of logits and labels, but for these two.
+
+    What follows them among the maps is written in the same way.
+    """
+    logits, target = maps[:2]
     of_maps = contiguous_strides(plan.map_shape)
     return {
         "first_strides": of_maps if plan.has_maps else strides(logits),
         "second_strides": of_maps if plan.has_maps else strides(target),
         "channels": plan.classes,
-        "READING": plan.reading,
+        "READING": plan.reading._replace(flat=plan.has_maps or is_flat(*maps)),
         "enable_fp_fusion": True,
     }
 

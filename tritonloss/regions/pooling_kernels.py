@@ -204,11 +204,12 @@ def _rmi_pool_kernel(
     MAXIMUM: tl.constexpr,
     DROP: tl.constexpr,
     IGNORED: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     """CELLS cells of a row; the classes are shared out along the third axis of the grid."""
     dtype: tl.constexpr = residual_ptr.dtype.element_ty
     image, cell_row, cell, column, inside = _cell_program(cell_rows, SIZE, SIDE, CELLS)
-    target = plane_of(target_ptr, target_strides, image, 0)
+    target = plane_of(target_ptr, target_strides, image, 0, FLAT)
     stored = cell < tl.where(cell_row < pooled_height, pooled_width, 0)
     offset = cell_row.to(tl.int64) * pooled_width + cell
 
@@ -230,7 +231,7 @@ def _rmi_pool_kernel(
     product = tl.full((CELLS, SIDE), 1.0, dtype)
     factors = 0
     for channel in tl.range(tl.program_id(2), channels, tl.num_programs(2)):
-        logits = plane_of(logits_ptr, logits_strides, image, channel)
+        logits = plane_of(logits_ptr, logits_strides, image, channel, FLAT)
         residual = tl.zeros((CELLS, SIDE), dtype)
         largest = tl.full((CELLS, SIDE), float("-inf"), dtype)
         count = tl.zeros((CELLS, SIDE), dtype)
@@ -379,11 +380,12 @@ def _rmi_expand_kernel(
     CELLS: tl.constexpr,
     MAXIMUM: tl.constexpr,
     IGNORED: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     """Spreads a cell's gradient over its pixels, or gives it to the first of the largest."""
     dtype: tl.constexpr = statistics_ptr.dtype.element_ty
     image, cell_row, cell, column, inside = _cell_program(cell_rows, SIZE, SIDE, CELLS)
-    target = plane_of(target_ptr, target_strides, first_image + image, 0)
+    target = plane_of(target_ptr, target_strides, first_image + image, 0, FLAT)
     stored = cell < tl.where(cell_row < pooled_height, pooled_width, 0)
     offset = cell_row.to(tl.int64) * pooled_width + cell
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
@@ -395,8 +397,8 @@ def _rmi_expand_kernel(
 
     for channel in tl.range(tl.program_id(2), channels, tl.num_programs(2)):
         own = first_class + channel
-        logits = plane_of(logits_ptr, logits_strides, first_image + image, own)
-        grad_logits = plane_of(grad_logits_ptr, grad_logits_strides, first_image + image, own)
+        logits = plane_of(logits_ptr, logits_strides, first_image + image, own, FLAT)
+        grad_logits = plane_of(grad_logits_ptr, grad_logits_strides, first_image + image, own, FLAT)
         plane = (image * channels + channel) * pooled_height * pooled_width
         gradient = tl.load(grad_pooled_ptr + plane + offset, mask=stored, other=0.0)[:, None]
         first = tl.full((CELLS, 1), 0, tl.int32)
