@@ -104,16 +104,17 @@ def _valid_of_core(
     features, size, first_row, block, STRIP: tl.constexpr, READING: tl.constexpr
 ):  # fmt: skip
     """How many pixels of a strip are valid."""
-    PIXELS: tl.constexpr = STRIP.lanes * STRIP.columns
+    LANES: tl.constexpr = STRIP.lanes
     height, width = size
     core = (width - 2 * STRIP.region + 2) // STRIP.columns * STRIP.columns
-    column = block * PIXELS + tl.arange(0, PIXELS)
-    mask = column < core
-    count = tl.zeros((PIXELS,), tl.int32)
-    for i in tl.range(0, tl.minimum(STRIP.rows, height - STRIP.region + 1 - first_row)):
+    rows = tl.minimum(STRIP.rows, height - STRIP.region + 1 - first_row)
+    count = tl.zeros((LANES,), tl.int32)
+    for i in tl.range(0, rows * STRIP.columns):
+        # Neighbouring lanes have neighbouring columns here.
+        column = (block * STRIP.columns + i % STRIP.columns) * LANES + tl.arange(0, LANES)
         label = load_label(
-            features.second, first_row + i, column + STRIP.region - 1, mask, features.channels,
-            READING.ignored,
+            features.second, first_row + i // STRIP.columns, column + STRIP.region - 1,
+            column < core, features.channels, READING.ignored,
         )  # fmt: skip
         count += (label >= 0).to(tl.int32)
     return tl.sum(count)
