@@ -15,11 +15,6 @@ def _pixels(given: Given) -> float:
     return _lanes(given) * given["ROWS"]
 
 
-def _halo(given: Given) -> float:
-    """Rows that are read for each that is completed."""
-    return 1 + 2 * (given["REGION"] - 1) / given["ROWS"]
-
-
 def _area(given: Given) -> float:
     return float(given["REGION"] ** 2)
 
@@ -35,12 +30,51 @@ def _cells(given: Given) -> float:
     return float(pixels / given["THREADS"]) * _classes(given)
 
 
-def _blocks(size: float, given: Given) -> float:
-    return -(-size // given["BLOCK"])
+def _side(given: Given) -> float:
+    """Lines of the frame along one direction."""
+    return float(2 * (given["STRIP.region"] - 1))
 
 
-def _core(name: str, given: Given) -> float:
-    return float(given[name] - 2 * (given["REGION"] - 1))
+def _strip_pixels(given: Given) -> float:
+    """Pixels of a strip of the map, per thread."""
+    lanes = given["STRIP.lanes"] / given["THREADS"]
+    return float(lanes * given["STRIP.columns"] * given["STRIP.rows"])
+
+
+def _passes(given: Given) -> int:
+    """Programs that a strip's lags are shared out to."""
+    return 1 if given["STRIP.region"] < 4 else 2
+
+
+def _strip_halo(given: Given) -> float:
+    """Rows that are read for each that is completed."""
+    return 1 + 2 * (given["STRIP.region"] - 1) / given["STRIP.rows"]
+
+
+def _frame_programs(given: Given) -> float:
+    """Of a plane: one for each line, and one for the rest; all of them for each share."""
+    return 2 * _side(given) + given["STRIP.spare"] + 1
+
+
+def _of_lines(given: Given) -> float:
+    """Rounds along all lines of a plane, on average over its programs."""
+    side = _side(given)
+    left = (given["width"] - side) % (given["STRIP.spare"] + 1)
+    pixels = side * (given["width"] - side) + (side + left) * (given["height"] - side)
+    return float(pixels / given["STRIP.lanes"] / _frame_programs(given))
+
+
+def _of_lags(given: Given) -> float:
+    """Rounds through the lags of the core and the corners, on average likewise."""
+    region = given["STRIP.region"]
+    block = 32 if region < 4 else 8
+    shares = region // given["STRIP.depth"]
+    return (4 * region * (2 * region - 1) + 2) / (block * shares) / _frame_programs(given)
+
+
+def _of_cells(given: Given) -> float:
+    region = given["REGION"]
+    return float(region**2 + given["CELLS"] - (2 * region - 1) ** 2)
 
 
 def _regions(given: Given) -> float:
@@ -49,14 +83,27 @@ def _regions(given: Given) -> float:
 
 _CLASSES = LoopNotes("classes", ".channel", _classes)
 _HEAD = (
-    LoopNotes("chunks", "_load_moments", lambda given: given["chunks"] - 1),
+    LoopNotes("chunks", "_of_matrix", lambda given: given["chunks"]),
+    LoopNotes("cells", "_of_cells", _of_cells),
+    LoopNotes("parts", "_store_loss", lambda g: g["parts"] / g["BLOCK"] / g["PROGRAMS"]),
     LoopNotes("elimination", ".k", _area),
 )
 KERNELS = {
     # per pixel and class of the maps that it reads
-    "_rmi_lags_kernel": KernelNotes(_pixels, (LoopNotes("rows", ".i", lambda g: g["ROWS"]),)),
+    "_rmi_lags_kernel": KernelNotes(
+        lambda given: _strip_pixels(given) / _passes(given),
+        (
+            LoopNotes("rows", "_add_core", lambda g: g["STRIP.rows"] / _passes(g)),
+            LoopNotes(
+                "valid pixels",
+                "_valid_of_core",
+                lambda g: g["STRIP.rows"] * g["STRIP.columns"] / g["channels"] / _passes(g),
+            ),
+        ),
+    ),
     "_rmi_interior_kernel": KernelNotes(
-        _pixels, (LoopNotes("rows", ".i", lambda g: g["ROWS"] * _halo(g), share=_halo),)
+        _strip_pixels,
+        (LoopNotes("rows", ".i", lambda g: g["STRIP.rows"] * _strip_halo(g), share=_strip_halo),),
     ),
     # per pixel and class of the logits
     "_rmi_pool_kernel": KernelNotes(_cells, (_CLASSES,)),
@@ -76,15 +123,12 @@ KERNELS = {
         lambda given: _lanes(given) * given["channels"],
         (LoopNotes("classes", ".channel", lambda g: g["channels"]),),
     ),
-    "_rmi_center_kernel": KernelNotes(share_of_the_map),
     "_rmi_frame_kernel": KernelNotes(
         share_of_the_map,
         (
-            LoopNotes("parts", "_rmi_frame_kernel", lambda g: _blocks(g["parts"], g)),
-            LoopNotes("frame rows", "_rmi_frame_kernel", lambda g: _blocks(_core("width", g), g)),
-            LoopNotes(
-                "frame columns", "_rmi_frame_kernel", lambda g: _blocks(_core("height", g), g)
-            ),
+            LoopNotes("lines", "_add_line", _of_lines),
+            LoopNotes("strips", "_core_sum", lambda g: _of_lags(g) * -(-g["strips"] // 16)),
+            LoopNotes("lags", "_rmi_frame_kernel", _of_lags),
         ),
     ),
     "_rmi_regions_kernel": KernelNotes(share_of_the_map),

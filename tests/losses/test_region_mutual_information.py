@@ -117,9 +117,19 @@ def test_several_programs(pooling: str | None, device: torch.device) -> None:
     scale = 2 if pooling else 1
     logits, target = logits.repeat_interleave(scale, 2), target.repeat_interleave(scale, 1)
     small = {"LANES": 16, "ROWS": 4, "num_warps": 1}
+    shared = {"LANES": 2, "ROWS": 4, "num_warps": 1}  # several columns to a lane
     with forced("rmi_moments", small), forced("rmi_gradient", small):
-        with forced("rmi_pool", {"CELLS": 4, "num_warps": 1}):
-            check(logits, target, region_size=2, pooling=pooling, pool_size=2)
+        with forced("rmi_moments_of_logits", shared), forced("rmi_gradient_of_logits", shared):
+            with forced("rmi_pool", {"CELLS": 4, "num_warps": 1}):
+                check(logits, target, region_size=2, pooling=pooling, pool_size=2)
+
+
+@pytest.mark.parametrize("width", [9, 10, 11, 12, 13])
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_columns_that_make_no_whole_chunk(precision: str, width: int, device: torch.device) -> None:
+    """Without pooling lanes own several columns; what is left of a row are lines of the frame."""
+    logits, target = segmentation_case((1, 2, 7, width), device=device)
+    check(logits, target, region_size=3, pooling=None, precision=precision, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -176,6 +186,25 @@ def test_confident_logits(scale: float, device: torch.device) -> None:
         if scale <= 4:
             error = (gradient.double() - expected).abs().max()
             assert error <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_right_to_a_millionth(precision: str, device: torch.device) -> None:
+    """Without pooling, where p - y is 1e-6 and its moments are what is left of those of y."""
+    random = torch.Generator().manual_seed(4)
+    target = torch.randint(0, 2, (1, 23, 37), generator=random, dtype=torch.uint8)
+    target[0, 5:12, 6:20], target[0, 14:, 20:] = 1, 0
+    noise = torch.randn(1, 2, 23, 37, generator=random)
+    positive = target[:, None] == torch.arange(2).view(1, -1, 1, 1)
+    logits = (torch.where(positive, 14.0, -14.0) + noise / 10).to(device)
+    target = target.to(device)
+    options = {"precision": precision, **RAW}
+    loss, gradient = kernel_gradient(logits, target, **options)
+    leaf = logits.double().requires_grad_()
+    truth = kernels_reference.rmi_loss(leaf, target, **options)
+    (expected,) = torch.autograd.grad(truth, leaf)
+    assert (loss - truth).abs() <= 2e-6
+    assert (gradient.double() - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ from .plan import (
     cell_grid,
     configuration_of,
     contiguous_strides,
+    core_strip,
     feature_arguments,
+    is_flat,
     of_kind,
     strides,
 )
@@ -82,7 +84,7 @@ def _backward(
 ) -> _Backward:
     rooms = _rooms(plan, grad_logits)
     shared = {
-        **feature_arguments(plan, logits, target),
+        **feature_arguments(plan, logits, target, grad_logits),
         "out_strides": contiguous_strides(plan.map_shape)
         if plan.has_maps
         else strides(grad_logits),
@@ -217,10 +219,11 @@ def _lag_gradient(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -
         "num_warps": 1,
         "enable_fp_fusion": True,
     }
-    launch = configuration_of("rmi_gradient", plan, logits, region, LANES=128, ROWS=64)
-    bands = triton.cdiv(plan.rows - span + 1, int(launch["ROWS"]))
-    blocks = triton.cdiv(plan.columns - span + 1, int(launch["LANES"]))
-    interior = {**arguments, **launch, "REGION": region}
+    launch = core_strip("rmi_gradient", plan, logits)
+    strip = launch["STRIP"]
+    bands = triton.cdiv(plan.rows - span + 1, strip.rows)
+    blocks = triton.cdiv(plan.columns - span + 1, strip.lanes * strip.columns)
+    interior = {**arguments, **launch}
     border = None
     if region > 1:
         pixels = 2 * (region - 1) * (plan.rows + plan.columns - 2 * (region - 1))
@@ -296,6 +299,7 @@ def _expand_arguments(
         )
     else:
         launch = cell_arguments("rmi_expand", plan, logits)
+        launch["FLAT"] = is_flat(logits, target, grad_logits)
     return {
         "logits_strides": strides(logits),
         "target_strides": strides(target),

@@ -20,7 +20,7 @@ from .._engine.math import LOG2_E, inverse, sanitised_label
 SIZES = (
     "channels", "first_image", "first_class", "classes", "height", "width", "pooled_height",
     "pooled_width", "cell_rows", "programs", "blocks", "bands", "parts", "images", "chunks",
-    "window_rows", "window_columns", "split",
+    "window_rows", "window_columns", "split", "strips",
 )  # fmt: skip
 
 
@@ -33,6 +33,8 @@ class Reading(NamedTuple):
     pooled: bool  # from two pooled maps, or else from logits and labels
     ignored: int  # which label of those is ignored, as sanitised_label takes it
     centred: bool = False  # with p less its approximate mean in the place of y: see load_pair
+    middle: float = 0.0  # what is taken from labels
+    flat: bool = False  # the pixels of a row lie side by side in all maps
 
 
 # --- what is known when it runs -------------------------------------------------------------------
@@ -56,25 +58,44 @@ class Features(NamedTuple):
     channels: Any
 
 
+class Seen(NamedTuple):
+    """What stands at some pixels or pooling cells."""
+
+    e: Any  # the residual
+    y: Any  # the label, or centred p - center
+    # The cross entropy is the first, less the logarithm of the second, and the third: what the
+    # second rounded away. The logarithms of many are one of their product.
+    excess: Any
+    kept: Any
+    rest: Any
+
+
 # --- planes ---------------------------------------------------------------------------------------
 
 
 @triton.jit
-def plane_of(pointer, strides, image, channel):
-    """The plane of a channel; label maps have the channel stride 0."""
+def plane_of(pointer, strides, image, channel, FLAT: tl.constexpr = False):
+    """The plane of a channel; label maps have the channel stride 0. FLAT: the columns' stride is 1.
+
+    Nothing else of the strides is known when a kernel is compiled.
+    """
     channel = tl.full((), 0, tl.int64) + channel  # which may be a constant
     pointer += image * strides[0] + channel * strides[1]
-    return Plane(pointer=pointer, row_stride=strides[2], column_stride=strides[3])
+    column_stride = 1 if FLAT else strides[3]
+    return Plane(pointer=pointer, row_stride=strides[2], column_stride=column_stride)
 
 
 @triton.jit
-def features_of(first_ptr, second_ptr, first_strides, second_strides, plane, channels, center):
+def features_of(
+    first_ptr, second_ptr, first_strides, second_strides, plane, channels, center,
+    READING: tl.constexpr,
+):  # fmt: skip
     """The features of a plane, counted through all classes of all images."""
     channel = (plane % channels).to(tl.int32)
     image = plane // channels
     return Features(
-        first=plane_of(first_ptr, first_strides, image, channel),
-        second=plane_of(second_ptr, second_strides, image, channel),
+        first=plane_of(first_ptr, first_strides, image, channel, READING.flat),
+        second=plane_of(second_ptr, second_strides, image, channel, READING.flat),
         center=center,
         channel=channel,
         channels=channels,
@@ -216,9 +237,88 @@ def load_pair(features, row, column, mask, READING: tl.constexpr, SHIFT: tl.cons
         y = tl.where(positive, 1.0, 0.0).to(dtype)
     if READING.centred:
         y = (y + e) - features.center
-        if mask is not None:
-            y = tl.where(mask, y, 0.0)
+    else:
+        y = y - READING.middle
+    if mask is not None:
+        y = tl.where(mask, y, 0.0)
     return e, y
+
+
+@triton.jit
+def with_sign(x, signed):
+    """X in float64, but -x where signed in float32 is negative: one instruction."""
+    sign = signed.to(tl.int32, bitcast=True) & -0x80000000
+    result = x.to(tl.int64, bitcast=True) ^ (sign.to(tl.int64) << 32)
+    return result.to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def load_wide(features, row, column, READING: tl.constexpr, SHIFT: tl.constexpr = 0):
+    """What sums in float64 are taken of, and the cross entropy; centred or pooled as load_pair.
+
+    Of logits p is 1/2 and what float64 holds of its distance from there: the same whatever the
+    label, as of complements, and with all digits of the residual p - y, for fewer instructions.
+    """
+    first = features.first
+    if READING.pooled:
+        e, y = load_pair(features, row, column, None, READING, SHIFT)
+        seen = Seen(e=e, y=y, excess=0.0, kept=1.0, rest=0.0)
+    else:
+        dtype: tl.constexpr = (
+            tl.float64 if first.pointer.dtype.element_ty == tl.float64 else tl.float32
+        )
+        label = load_label(
+            features.second, row, column, None, features.channels, READING.ignored, SHIFT
+        )
+        z = tl.load(pointer_to(first, row, column, SHIFT)).to(dtype)
+        z = tl.where(label >= 0, z, float("-inf"))  # p = 0
+        positive = (label >= 0) & (label == features.channel)
+        size = tl.abs(z)
+        root = tl.exp2(size * (-0.5 * LOG2_E))  # of e^-|z|
+        y = tl.where(positive, 1.0 - READING.middle, -READING.middle).to(dtype)
+        if READING.centred or dtype == tl.float64:
+            t = root * root
+            kept, smaller = complements(t * inverse(1.0 + t))
+            e = tl.where((z >= 0) != positive, kept, smaller)
+            e = tl.where(positive, -e, e)
+            rest = smaller - (1.0 - kept)
+            if READING.centred:
+                y = (y + e) - features.center
+        else:
+            side = (root * tl.rsqrt(root * root + 1.0)).to(tl.float64)
+            half = tl.full((1,), 0.5, tl.float64)
+            beyond = half - side * side  # by how much the larger sigmoid is more than 1/2
+            e = with_sign(beyond, z) - y.to(tl.float64)
+            kept = beyond + half
+            rest = 0.0
+        excess = tl.where((z >= 0) != positive, size, 0.0)
+        seen = Seen(e=e, y=y, excess=excess, kept=kept, rest=rest)
+    return seen
+
+
+@triton.jit
+def load_slope(features, row, column, READING: tl.constexpr, SHIFT: tl.constexpr = 0):
+    """(residual, label, slope p (1 - p)); none of these under an invalid label, nor of a cell."""
+    first = features.first
+    if READING.pooled:
+        residual, y = load_features(features, row, column, None, READING, SHIFT)
+        slope = 0.0
+    else:
+        dtype: tl.constexpr = (
+            tl.float64 if first.pointer.dtype.element_ty == tl.float64 else tl.float32
+        )
+        label = load_label(
+            features.second, row, column, None, features.channels, READING.ignored, SHIFT
+        )
+        u = load_scaled(first, row, column, None, dtype, SHIFT)
+        u = tl.where(label >= 0, u, float("-inf"))  # p = 0
+        positive = (label >= 0) & (label == features.channel)
+        larger, smaller = sigmoid_pair(u)
+        wrong = tl.where((u >= 0) != positive, larger, smaller)
+        residual = tl.where(positive, -wrong, wrong)
+        y = tl.where(positive, 1.0, 0.0).to(dtype)
+        slope = larger * smaller
+    return residual, y, slope
 
 
 @triton.jit

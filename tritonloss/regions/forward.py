@@ -16,14 +16,10 @@ from .._core.backend import device_guard
 from .._core.prepared_launch import PreparedLaunch
 from .._engine.planes import compute_dtype
 from .._engine.sums import sums_over
+from .features import Reading
 from .head_kernels import _rmi_head_kernel
-from .moments_kernels import (
-    _rmi_center_kernel,
-    _rmi_direct_moments_kernel,
-    _rmi_frame_kernel,
-    _rmi_lags_kernel,
-    _rmi_regions_kernel,
-)
+from .lag_kernels import _rmi_frame_kernel, _rmi_lags_kernel
+from .moments_kernels import _rmi_direct_moments_kernel, _rmi_regions_kernel
 from .plan import (
     Options,
     Plan,
@@ -32,7 +28,9 @@ from .plan import (
     cell_grid,
     configuration_of,
     contiguous_strides,
+    core_strip,
     feature_arguments,
+    is_flat,
     of_kind,
     strides,
 )
@@ -50,7 +48,7 @@ def forward_pass(
         maps = steps.read.run(logits, target)
         has_maps = steps.plan.has_maps
         first, second = (maps.residual, maps.labels) if has_maps else (logits, target)
-        moments = steps.moments.run(first, second, maps.touched if has_maps else target)
+        moments = steps.moments.run(first, second, maps)
         loss, info, statistics, weights = steps.head.run(moments, maps.partials, logits.dtype)
     saved = Saved(statistics, maps.residual, maps.labels, moments.kept, weights)
     return loss, info, saved
@@ -69,12 +67,10 @@ def _forward(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Forward
     moments: _LagMoments | _DirectMoments
     if plan.is_direct:
         moments = _direct_moments(plan, logits, target)
-        chunks, centred = moments.chunks, False
     else:
         moments = _lag_moments(plan, logits, target)
-        chunks, centred = 1, moments.center is not None
-    read = _read(plan, logits, target)
-    return _Forward(plan, read, moments, _head(plan, chunks, read.programs, centred))
+    read = _read(plan, logits, target, moments.programs)
+    return _Forward(plan, read, moments, _head(plan, read.programs, moments.form))
 
 
 # --- maps and cross entropy -----------------------------------------------------------------------
@@ -90,13 +86,11 @@ class _Maps(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """Makes the maps and the cross entropy: in one launch, unless cells are read at a place."""
+    """Makes the maps and the cross entropy, in one launch."""
 
     plan: Plan
-    pool: PreparedLaunch | None
-    sample: PreparedLaunch | None
-    cross_entropy: PreparedLaunch | None
-    programs: int  # that leave partial sums
+    launch: PreparedLaunch | None  # none where those who take the moments read the logits
+    programs: int  # that leave partial sums of the cross entropy
 
     def run(self, logits: torch.Tensor, target: torch.Tensor) -> _Maps:
         plan = self.plan
@@ -106,30 +100,18 @@ class _Read(NamedTuple):
         labels = logits.new_empty(shape, dtype=torch.float16)  # whole numbers up to 64: exact
         touched = logits.new_empty(marks, dtype=torch.uint8)
         partials = logits.new_empty((2, self.programs), dtype=plan.arithmetic)
-        if self.pool is not None:
-            self.pool(
-                logits_ptr=logits,
-                target_ptr=target,
-                residual_ptr=residual,
-                labels_ptr=labels,
-                touched_ptr=touched,
-                partials_ptr=partials,
-            )
-        if self.sample is not None:
-            self.sample(
-                logits_ptr=logits,
-                target_ptr=target,
-                residual_ptr=residual,
-                labels_ptr=labels,
-                touched_ptr=touched,
-            )
-        if self.cross_entropy is not None:
-            self.cross_entropy(logits_ptr=logits, target_ptr=target, partials_ptr=partials)
+        if self.launch is not None:
+            read = {"logits_ptr": logits, "target_ptr": target, "partials_ptr": partials}
+            made = {"residual_ptr": residual, "labels_ptr": labels, "touched_ptr": touched}
+            self.launch(**read, **(made if plan.has_maps else {}))
         return _Maps(residual, labels, touched, partials)
 
 
-def _read(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Read:
-    shared = {
+def _read(plan: Plan, logits: torch.Tensor, target: torch.Tensor, programs: int) -> _Read:
+    """``programs``: of those who take the moments, how many leave partial sums."""
+    if programs > 0:
+        return _Read(plan, None, programs)
+    arguments = {
         "logits_strides": strides(logits),
         "target_strides": strides(target),
         "channels": plan.classes,
@@ -138,34 +120,46 @@ def _read(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Read:
         "IGNORED": plan.ignored,
         "enable_fp_fusion": True,
     }
-    pooled = {
-        **shared,
-        "pooled_height": plan.rows,
-        "pooled_width": plan.columns,
-        "DROP": plan.options.drops,
-    }
+    if plan.has_maps:
+        arguments |= {
+            "pooled_height": plan.rows,
+            "pooled_width": plan.columns,
+            "DROP": plan.options.drops,
+        }
     if plan.has_maps and not plan.options.samples:
         cells = cell_arguments("rmi_pool", plan, logits)
+        cells["FLAT"] = is_flat(logits, target)
         grid = cell_grid(plan.images, plan.classes, plan.width, cells)
-        pool = PreparedLaunch(_rmi_pool_kernel, grid, {**pooled, **cells})
-        return _Read(plan, pool, None, None, math.prod(grid))
-    sample = _sample(plan, logits, pooled) if plan.has_maps else None
+        pool = PreparedLaunch(_rmi_pool_kernel, grid, {**arguments, **cells})
+        return _Read(plan, pool, math.prod(grid))
+    if plan.has_maps:
+        return _sample(plan, logits, arguments)
     launch = configuration_of("rmi_cross_entropy", plan, logits, 1, LANES=256, ROWS=8)
-    bands = triton.cdiv(plan.height, int(launch["ROWS"]))
-    grid = (plan.images, bands, triton.cdiv(plan.width, int(launch["LANES"])))
-    cross_entropy = PreparedLaunch(_rmi_cross_entropy_kernel, grid, {**shared, **launch})
-    return _Read(plan, None, sample, cross_entropy, math.prod(grid))
+    strips = _strips(plan, int(launch["LANES"]), int(launch["ROWS"]))
+    read = PreparedLaunch(_rmi_cross_entropy_kernel, (strips,), {**arguments, **launch})
+    return _Read(plan, read, strips)
 
 
-def _sample(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -> PreparedLaunch:
+def _sample(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -> _Read:
     size = plan.options.pool_size
     launch = configuration_of("rmi_sample", plan, logits, size, LANES=128, num_warps=2)
-    steps = {
+    blocks = triton.cdiv(plan.columns, int(launch["LANES"]))
+    strips = _strips(plan, int(launch["LANES"]), 8)
+    own = {
         "row_step": plan.height / plan.rows,
         "column_step": plan.width / plan.columns,
+        "parts": strips,
+        "ROWS": 8,
     }
-    grid = (plan.images * plan.rows, triton.cdiv(plan.columns, int(launch["LANES"])))
-    return PreparedLaunch(_rmi_sample_kernel, grid, {**arguments, **steps, **launch})
+    grid = (strips + plan.images * plan.rows * blocks,)
+    sample = PreparedLaunch(_rmi_sample_kernel, grid, {**arguments, **own, **launch})
+    return _Read(plan, sample, strips)
+
+
+def _strips(plan: Plan, lanes: int, rows: int) -> int:
+    """How many strips of rows and lanes the images have."""
+    down, across = -(-plan.height // rows), -(-plan.width // lanes)
+    return plan.images * down * across
 
 
 # --- moments --------------------------------------------------------------------------------------
@@ -174,76 +168,83 @@ def _sample(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -> Prep
 class _Moments(NamedTuple):
     """The moments of all planes, and what they were taken of."""
 
-    matrices: torch.Tensor  # [N * C, chunks, 2 d + 1, 2 d + 1] float64
+    matrices: torch.Tensor  # [N * C, chunks, 2 d + 1, 2 d + 1] float64, or cells of lag sums
     center: torch.Tensor  # [N * C], or empty: the moments are not centred
     kept: torch.Tensor  # [N, regions down, regions across] uint8, or empty: all
 
 
 class _LagMoments(NamedTuple):
-    """By lag sums over the core and corrections for the frame."""
+    """By lag sums over the core and over the lines and corners of the frame.
+
+    Of logits they are the cross entropy's, too.
+    """
 
     plan: Plan
-    center: PreparedLaunch | None
-    passes: tuple[PreparedLaunch, ...]
+    reading: Reading
+    core: PreparedLaunch
     frame: PreparedLaunch
     sums_shape: tuple[int, int, int]
+    cells_shape: tuple[int, int, int]
+    programs: int  # that leave partial sums of the cross entropy
 
-    def run(self, first: torch.Tensor, second: torch.Tensor, _: torch.Tensor) -> _Moments:
-        plan = self.plan
-        planes = plan.planes if self.center is not None else 0
-        center = first.new_empty(planes, dtype=plan.arithmetic)
+    def run(self, first: torch.Tensor, second: torch.Tensor, maps: _Maps) -> _Moments:
+        planes = self.plan.planes if self.reading.centred else 0
+        center = first.new_empty(planes, dtype=self.plan.arithmetic)
         sums = first.new_empty(self.sums_shape, dtype=torch.float64)
-        matrices = first.new_empty((plan.planes, 1, plan.side, plan.side), dtype=torch.float64)
-        if self.center is not None:
-            self.center(first_ptr=first, second_ptr=second, center_ptr=center)
-        for lags in self.passes:
-            lags(first_ptr=first, second_ptr=second, center_ptr=center, lags_ptr=sums)
-        self.frame(
-            first_ptr=first,
-            second_ptr=second,
-            center_ptr=center,
-            lags_ptr=sums,
-            moments_ptr=matrices,
-        )
-        return _Moments(matrices, center, first.new_empty(0, dtype=torch.uint8))
+        cells = first.new_empty(self.cells_shape, dtype=torch.float64)
+        tensors = {
+            "first_ptr": first,
+            "second_ptr": second,
+            "center_ptr": center,
+            "lags_ptr": sums,
+            "partials_ptr": maps.partials,
+        }
+        self.core(**tensors)
+        self.frame(**tensors, cells_ptr=cells)
+        return _Moments(cells, center, first.new_empty(0, dtype=torch.uint8))
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """Launch arguments of a kernel that reads the moments."""
+        return {
+            "chunks": self.plan.region_rows * self.plan.region_columns,
+            "CENTRED": self.reading.centred,
+            "CELLS": self.cells_shape[1],
+            "MIDDLE": self.reading.middle,
+        }
 
 
 def _lag_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _LagMoments:
     region = plan.options.region_size
     span = 2 * region - 1
-    lags = 2 * (region + (region - 1) * span) + span * span + 2
+    lags = 4 * region * span + 2
     centred = not _sums_in_double(plan, logits.device)
+    middle = 0.0 if centred or plan.has_maps else 0.5
+    launch = core_strip("rmi_moments", plan, logits)
+    strip = launch["STRIP"]
+    bands = triton.cdiv(plan.rows - span + 1, strip.rows)
+    blocks = triton.cdiv(plan.columns - span + 1, strip.lanes * strip.columns)
+    strips = bands * blocks
+    line = strip._replace(depth=region if region < 4 else 1, columns=1, lanes=32, rows=1)
+    lines = (4 * (region - 1) + strip.spare + 1) * (region // line.depth)
+    programs = 0 if plan.has_maps else plan.planes * (strips + lines)
     arguments = feature_arguments(plan, logits, target)
-    arguments |= {"height": plan.rows, "width": plan.columns}
-    center = None
-    if centred:
-        center = PreparedLaunch(_rmi_center_kernel, (plan.planes,), {**arguments, "num_warps": 4})
-    arguments["REGION"] = region
-    arguments["READING"] = plan.reading._replace(centred=centred)
-    # Eight warps: with four, ptxas stops at 168 registers for a region of 4 and spills two.
-    lanes = 256 if region == 4 else 128
-    launch = configuration_of(
-        "rmi_moments", plan, logits, region, LANES=lanes, ROWS=64, num_warps=lanes // 32
+    reading = arguments["READING"]._replace(centred=centred, middle=middle)
+    arguments |= {"height": plan.rows, "width": plan.columns, "READING": reading}
+    arguments |= {"parts": programs}
+    # All sums of a region of 4 would not fit the registers: two programs for each strip.
+    grid = (plan.planes, bands, blocks if region < 4 else 2 * blocks)
+    core = {**arguments, "bands": bands, **launch}
+    frame = {**arguments, "strips": strips, "STRIP": line, "num_warps": 1}
+    return _LagMoments(
+        plan,
+        reading,
+        PreparedLaunch(_rmi_lags_kernel, grid, core),
+        PreparedLaunch(_rmi_frame_kernel, (plan.planes, lines), frame),
+        (plan.planes, strips, lags),
+        (plan.planes, span**2 + strip.spare, lags),
+        programs,
     )
-    bands = triton.cdiv(plan.rows - span + 1, int(launch["ROWS"]))
-    blocks = triton.cdiv(plan.columns - span + 1, int(launch["LANES"]))
-    # All sums of a region of 4 would not fit the registers: two passes.
-    passes = tuple(
-        PreparedLaunch(
-            _rmi_lags_kernel,
-            (plan.planes, bands, blocks),
-            {**arguments, **launch, "bands": bands, "OWN": own, "CROSS": cross},
-        )
-        for own, cross in (((True, True),) if region < 4 else ((True, False), (False, True)))
-    )
-    # As few as do not spill.
-    warps = 4 if region == 5 else 2 if region >= 3 and not plan.has_maps else 1
-    frame = PreparedLaunch(
-        _rmi_frame_kernel,
-        (plan.planes, lags),
-        {**arguments, "parts": bands * blocks, "BLOCK": 32, "num_warps": warps},
-    )
-    return _LagMoments(plan, center, passes, frame, (plan.planes, bands * blocks, lags))
 
 
 def _sums_in_double(plan: Plan, device: torch.device) -> bool:
@@ -266,9 +267,11 @@ class _DirectMoments(NamedTuple):
     regions: PreparedLaunch | None  # which of them are kept
     products: PreparedLaunch
     chunks: int
+    programs: int = 0  # none leaves partial sums of the cross entropy
 
-    def run(self, first: torch.Tensor, second: torch.Tensor, marks: torch.Tensor) -> _Moments:
+    def run(self, first: torch.Tensor, second: torch.Tensor, maps: _Maps) -> _Moments:
         plan = self.plan
+        marks = maps.touched if plan.has_maps else second
         shape = (plan.planes, self.chunks, plan.side, plan.side)
         matrices = first.new_empty(shape, dtype=torch.float64)
         kept = first.new_empty(plan.kept_shape, dtype=torch.uint8)
@@ -276,6 +279,11 @@ class _DirectMoments(NamedTuple):
             self.regions(target_ptr=marks, kept_ptr=kept)
         self.products(first_ptr=first, second_ptr=second, kept_ptr=kept, moments_ptr=matrices)
         return _Moments(matrices, first.new_empty(0, dtype=plan.arithmetic), kept)
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """Launch arguments of a kernel that reads the moments."""
+        return {"chunks": self.chunks, "CENTRED": False, "CELLS": 0, "MIDDLE": 0.0}
 
 
 def _direct_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _DirectMoments:
@@ -346,13 +354,13 @@ class _Head(NamedTuple):
         return loss, info, statistics, weights
 
 
-def _head(plan: Plan, chunks: int, parts: int, centred: bool) -> _Head:
+def _head(plan: Plan, parts: int, form: dict[str, Any]) -> _Head:
     options = plan.options
     warps = {1: 1, 5: 4}.get(options.region_size, 2)
     in_double = plan.arithmetic == torch.float64
     arguments = {
         "programs": plan.planes,
-        "chunks": chunks,
+        **form,
         "parts": parts,
         "images": plan.images,
         "epsilon": options.epsilon,
@@ -362,7 +370,6 @@ def _head(plan: Plan, chunks: int, parts: int, centred: bool) -> _Head:
         "REGION": options.region_size,
         "CELL": options.cell,
         "MEAN": options.moments == "mean",
-        "CENTRED": centred,
         # More in float64, or ptxas stops at 96 registers and spills two.
         "BLOCK": (1024 if in_double and warps == 2 else 512) * warps,
         "num_warps": warps,

@@ -23,6 +23,7 @@ from .features import (
     load_label,
     load_pair,
     load_scaled,
+    load_slope,
     logit_gradient,
     plane_of,
     pointer_to,
@@ -38,9 +39,10 @@ def _out_plane(out_ptr, rest_ptr, strides, split, plane, features, READING: tl.c
         is_rest = plane >= split
         pointer = tl.where(is_rest, rest_ptr, out_ptr)
         pointer += (plane - tl.where(is_rest, split, 0)) * strides[1]
-        out = Plane(pointer=pointer, row_stride=strides[2], column_stride=strides[3])
+        out = Plane(pointer=pointer, row_stride=strides[2], column_stride=1)
     else:
-        out = plane_of(out_ptr, strides, plane // features.channels, features.channel)
+        image = plane // features.channels
+        out = plane_of(out_ptr, strides, image, features.channel, READING.flat)
     return out
 
 
@@ -58,6 +60,20 @@ def _store_gradient(
         u = load_scaled(first, row, column, mask, dtype)
         value = logit_gradient(u, label, features.channel, value, entropy_scale)
     tl.store(pointer_to(out, row, column), value, mask=mask)
+
+
+@triton.jit
+def _middle_taps(taps_ptr, plane, REGION: tl.constexpr):
+    """(taps of residuals, of labels, constant) of a pixel whose regions all exist."""
+    SPAN: tl.constexpr = 2 * REGION - 1
+    TAPS: tl.constexpr = SPAN * SPAN
+    table = taps_ptr + (plane * TAPS + (REGION - 1) * (SPAN + 1)) * (2 * TAPS + 1)
+    residual_taps = ()
+    label_taps = ()
+    for q in tl.static_range(TAPS):
+        residual_taps = residual_taps + (tl.load(table + q),)
+        label_taps = label_taps + (tl.load(table + TAPS + q),)
+    return residual_taps, label_taps, tl.load(table + 2 * TAPS)
 
 
 @triton.jit
@@ -133,58 +149,77 @@ def _rmi_interior_kernel(
     height,
     width,
     split,
-    REGION: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
+    STRIP: tl.constexpr,
     READING: tl.constexpr,
 ):
-    """Pixels whose regions all exist: each row read feeds 2R - 1 unfinished rows in registers."""
+    """Pixels whose regions all exist: each row read feeds 2R - 1 unfinished rows in registers.
+
+    A lane has a chunk of columns. With several, sigmoids are kept until their row is finished.
+    """
     dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    REGION: tl.constexpr = STRIP.region
+    COLUMNS: tl.constexpr = STRIP.columns
+    LANES: tl.constexpr = STRIP.lanes
     SPAN: tl.constexpr = 2 * REGION - 1
-    TAPS: tl.constexpr = SPAN * SPAN
+    KEPT: tl.constexpr = (REGION - 1) * COLUMNS if COLUMNS > 1 else 0  # pixels
     plane = tl.program_id(0).to(tl.int64)
     features = features_of(
-        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0, READING
     )
     out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
-    column = REGION - 1 + tl.program_id(2) * LANES + tl.arange(0, LANES)
-    interior = column < width - REGION + 1
-    place = tl.minimum(column, width - REGION)  # for all loads: none needs a mask
-    first_row = REGION - 1 + tl.program_id(1) * ROWS
+    column = REGION - 1 + (tl.program_id(2) * LANES + tl.arange(0, LANES)) * COLUMNS
+    place = tl.minimum(column, width - REGION + 1 - COLUMNS)  # for all loads: none needs a mask
+    first_row = REGION - 1 + tl.program_id(1) * STRIP.rows
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
-
-    MIDDLE: tl.constexpr = (REGION - 1) * SPAN + REGION - 1
-    table = taps_ptr + (plane * TAPS + MIDDLE) * (2 * TAPS + 1)
-    residual_taps = ()
-    label_taps = ()
-    for q in tl.static_range(TAPS):
-        residual_taps = residual_taps + (tl.load(table + q),)
-        label_taps = label_taps + (tl.load(table + TAPS + q),)
-    constant = tl.load(table + 2 * TAPS)
+    residual_taps, label_taps, constant = _middle_taps(taps_ptr, plane, REGION)
     pending = ()
-    for _q in tl.static_range(SPAN):
+    for _q in tl.static_range(SPAN * COLUMNS):
         pending = pending + (tl.zeros((LANES,), dtype) + constant,)
+    kept = ()
+    for _q in tl.static_range(2 * KEPT):
+        kept = kept + (tl.zeros((LANES,), dtype),)
 
-    rows = tl.minimum(ROWS, height - REGION + 1 - first_row)
+    rows = tl.minimum(STRIP.rows, height - REGION + 1 - first_row)
     for i in tl.range(0, rows + 2 * (REGION - 1)):
         row = first_row + i - (REGION - 1)
-        for s in tl.static_range(SPAN):
-            e, y = load_features(features, row, place, None, READING, s - (REGION - 1))
+        own = ()
+        for s in tl.static_range(SPAN - 1 + COLUMNS):
+            e, y, slope = load_slope(features, row, place, READING, s - (REGION - 1))
+            if COLUMNS > 1 and s >= REGION - 1 and s < REGION - 1 + COLUMNS:
+                own = own + (e, slope)
             fed = ()
-            for q in tl.static_range(SPAN):
-                fed = fed + (
-                    pending[q]
-                    + residual_taps[(2 * REGION - 2 - q) * SPAN + s] * e
-                    + label_taps[(2 * REGION - 2 - q) * SPAN + s] * y,
-                )
+            for q in tl.static_range(SPAN * COLUMNS):
+                if s - q % COLUMNS >= 0 and s - q % COLUMNS < SPAN:
+                    fed = fed + (
+                        pending[q]
+                        + residual_taps[(SPAN - 1 - q // COLUMNS) * SPAN + s - q % COLUMNS] * e
+                        + label_taps[(SPAN - 1 - q // COLUMNS) * SPAN + s - q % COLUMNS] * y,
+                    )
+                else:
+                    fed = fed + (pending[q],)
             pending = fed
         done = row - (REGION - 1)
-        mask = interior & (column < tl.where(i >= 2 * (REGION - 1), width, 0))
-        _store_gradient(out, pending[0], features, done, column, mask, entropy_scale, READING)
+        end = tl.where(i >= 2 * (REGION - 1), width - REGION + 1, 0)
+        kept = own + kept
+        for v in tl.static_range(COLUMNS):
+            mask = (place + v >= column) & (column < end)
+            if COLUMNS > 1:
+                value = pending[v] * kept[2 * KEPT + 2 * v + 1]
+                value += entropy_scale * kept[2 * KEPT + 2 * v]
+                tl.store(pointer_to(out, done, place, v), value, mask=mask)
+            else:
+                value = pending[v]
+                _store_gradient(out, value, features, done, place, mask, entropy_scale, READING)
         rest = ()
-        for q in tl.static_range(1, SPAN):
+        for q in tl.static_range(COLUMNS, SPAN * COLUMNS):
             rest = rest + (pending[q],)
-        pending = rest + (tl.zeros((LANES,), dtype) + constant,)
+        for _q in tl.static_range(COLUMNS):
+            rest = rest + (tl.zeros((LANES,), dtype) + constant,)
+        pending = rest
+        newest = ()
+        for q in tl.static_range(2 * KEPT):
+            newest = newest + (kept[q],)
+        kept = newest
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -213,7 +248,7 @@ def _rmi_border_kernel(
     BAND: tl.constexpr = 2 * (REGION - 1)
     plane = tl.program_id(0).to(tl.int64)
     features = features_of(
-        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0, READING
     )
     out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
@@ -277,7 +312,7 @@ def _rmi_direct_gradient_kernel(
     plane = (tl.program_id(0) // blocks).to(tl.int64)
     image = plane // channels
     features = features_of(
-        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0
+        first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0, READING
     )
     out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)

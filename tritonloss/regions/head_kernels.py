@@ -11,11 +11,25 @@ whose pivots give the determinant while M^-1 A and A^T M^-1 A are accumulated. N
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from .._engine.sums import Sums, comes_last, leave, total
 from .features import SIZES
+
+
+class Moments(NamedTuple):
+    """Sums over all regions: of products of two places, and of each place. Rows are the first."""
+
+    ee: Any
+    ey: Any
+    yy: Any
+    e_sum: Any
+    y_sum: Any
+    count: Any
+
 
 # --- device functions -----------------------------------------------------------------------------
 
@@ -37,14 +51,74 @@ def _pivot(tile, info, rows, columns, k, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def _load_moments(moments_ptr, rows, columns, mask, chunks, SIDE: tl.constexpr):
-    """A block of the moments, the chunks added up in order."""
-    values = tl.load(moments_ptr + rows * SIDE + columns, mask=mask, other=0.0)
-    for chunk in tl.range(1, chunks):
-        values += tl.load(
-            moments_ptr + chunk * (SIDE * SIDE) + rows * SIDE + columns, mask=mask, other=0.0
-        )
-    return values
+def _of_matrix(moments_ptr, rows, columns, inside, chunks, AREA: tl.constexpr):
+    """The moments as they stand in a matrix, the chunks added up in order."""
+    SIDE: tl.constexpr = 2 * AREA + 1
+    zero = rows * 0 + columns * 0
+    ee = zero.to(tl.float64)
+    ey = ee
+    yy = ee
+    e_sum = (rows * 0).to(tl.float64)
+    y_sum = e_sum
+    count = tl.zeros((1, 1), tl.float64)
+    scalar = tl.zeros((1, 1), tl.int32)
+    for chunk in tl.range(0, chunks):
+        matrix = moments_ptr + chunk * (SIDE * SIDE)
+        own = matrix + rows * SIDE
+        labels = own + AREA * SIDE
+        ee += tl.load(own + columns, mask=inside, other=0.0)
+        ey += tl.load(own + columns + AREA, mask=inside, other=0.0)
+        yy += tl.load(labels + columns + AREA, mask=inside, other=0.0)
+        e_sum += tl.load(own + 2 * AREA, mask=rows < AREA, other=0.0)
+        y_sum += tl.load(labels + 2 * AREA, mask=rows < AREA, other=0.0)
+        count += tl.load(matrix + SIDE * SIDE - 1 + scalar)
+    return Moments(ee=ee, ey=ey, yy=yy, e_sum=e_sum, y_sum=y_sum, count=count)
+
+
+@triton.jit
+def _of_cells(
+    cells_ptr, rows, columns, inside, regions, REGION: tl.constexpr, CELLS: tl.constexpr
+):  # fmt: skip
+    """The moments as sums of cells: see lag_sums.py."""
+    SPAN: tl.constexpr = 2 * REGION - 1
+    KIND: tl.constexpr = REGION * SPAN
+    LAGS: tl.constexpr = 4 * KIND + 2
+    zero = rows * 0 + columns * 0
+    up, left = rows // REGION + zero, rows % REGION + zero
+    down, right = columns // REGION + zero, columns % REGION + zero
+    dy = tl.abs(down - up)
+    # Of two of a kind the upper is the older, and in one row the left.
+    turned = (down < up) | ((down == up) & (right < left))
+    own = dy * SPAN + tl.where(turned, left - right, right - left) + REGION - 1
+    own_cell = (tl.maximum(up, down) * SPAN + tl.where(turned, right, left)) * LAGS
+    # Of a residual and a label the upper is the older, and in one row the label.
+    after = down > up
+    mixed = dy * SPAN + tl.where(after, right - left, left - right) + REGION - 1
+    mixed += tl.where(after, 3 * KIND, 2 * KIND)
+    mixed_cell = (tl.maximum(up, down) * SPAN + tl.where(after, left, right)) * LAGS
+    plain_cell = (rows // REGION * SPAN + rows % REGION) * LAGS
+
+    ee = zero.to(tl.float64)
+    ey = ee
+    yy = ee
+    e_sum = (rows * 0).to(tl.float64)
+    y_sum = e_sum
+    # R x R cells, and the core's columns that its strips have left.
+    for k in tl.range(0, REGION * REGION + CELLS - SPAN * SPAN):
+        is_cell = k < REGION * REGION
+        place = k // REGION * SPAN + k % REGION
+        first = tl.where(is_cell, place, k - REGION * REGION + SPAN * SPAN) * LAGS
+        first = cells_ptr + first
+        of_own = own + tl.where(is_cell, own_cell, 0)
+        ee += tl.load(first + of_own, mask=inside, other=0.0)
+        yy += tl.load(first + of_own + KIND, mask=inside, other=0.0)
+        of_mixed = mixed + tl.where(is_cell, mixed_cell, 0)
+        ey += tl.load(first + of_mixed, mask=inside, other=0.0)
+        plain = first + 4 * KIND + tl.where(is_cell, plain_cell, 0)
+        e_sum += tl.load(plain, mask=rows < REGION * REGION, other=0.0)
+        y_sum += tl.load(plain + 1, mask=rows < REGION * REGION, other=0.0)
+    count = tl.zeros((1, 1), tl.float64) + regions
+    return Moments(ee=ee, ey=ey, yy=yy, e_sum=e_sum, y_sum=y_sum, count=count)
 
 
 @triton.jit
@@ -72,7 +146,7 @@ def _store_loss(
 
 @triton.jit(do_not_specialize=SIZES)
 def _rmi_head_kernel(
-    moments_ptr,  # [N * C, chunks, 2 d + 1, 2 d + 1] float64
+    moments_ptr,  # [N * C, chunks, 2 d + 1, 2 d + 1] float64, or [N * C, CELLS, lags]
     center_ptr,  # [N * C], if CENTRED: then p - center takes the place of y in the moments
     partials_ptr,  # [2, parts]: sums of the cross entropy and of the valid pixels
     info_ptr,  # [N * C] int32
@@ -82,7 +156,7 @@ def _rmi_head_kernel(
     scratch_ptr,
     tickets_ptr,
     programs,
-    chunks,
+    chunks,  # or of CELLS how many regions there are
     parts,
     images,
     epsilon,
@@ -93,35 +167,43 @@ def _rmi_head_kernel(
     CELL: tl.constexpr,
     MEAN: tl.constexpr,
     CENTRED: tl.constexpr,
+    CELLS: tl.constexpr,
+    MIDDLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """CELL: by how much the pooled maps are to be divided. BLOCK parts are added up at a time."""
+    """MIDDLE: what has been taken from labels. CELL: by how much the maps are to be divided.
+
+    BLOCK parts are added up at a time.
+    """
     AREA: tl.constexpr = REGION * REGION
     SIDE: tl.constexpr = 2 * AREA + 1
     WIDTH: tl.constexpr = triton.next_power_of_2(AREA)
     matrix = tl.program_id(0).to(tl.int64)
-    moments = moments_ptr + matrix * chunks * (SIDE * SIDE)
     index = tl.arange(0, WIDTH)
     rows = index[:, None]
     columns = index[None, :]
     inside = (rows < AREA) & (columns < AREA)
+    if CELLS > 0:
+        LAGS: tl.constexpr = 4 * REGION * (2 * REGION - 1) + 2
+        cells = moments_ptr + matrix * (CELLS * LAGS)
+        moments = _of_cells(cells, rows, columns, inside, chunks, REGION, CELLS)
+    else:
+        matrices = moments_ptr + matrix * chunks * (SIDE * SIDE)
+        moments = _of_matrix(matrices, rows, columns, inside, chunks, AREA)
 
     # A constant becomes float32 unless it is made float64 here.
     cell = tl.full((1, 1), CELL, tl.float64)
     one = tl.full((1, 1), 1.0, tl.float64)
     scalar = tl.zeros((1, 1), tl.int32)
-    count = _load_moments(moments, scalar + 2 * AREA, scalar + 2 * AREA, scalar == 0, chunks, SIDE)
+    count = moments.count
     regions = tl.maximum(count, 1.0)
     scale = 1.0 / (regions if MEAN else one)
-    e_sum = _load_moments(moments, rows, scalar + 2 * AREA, rows < AREA, chunks, SIDE) / cell
-    y_sum = _load_moments(moments, rows + AREA, scalar + 2 * AREA, rows < AREA, chunks, SIDE) / cell
+    e_sum = moments.e_sum / cell
+    y_sum = moments.y_sum / cell
     area = cell * cell
-    ee = _load_moments(moments, rows, columns, inside, chunks, SIDE) / area
-    ey = _load_moments(moments, rows, columns + AREA, inside, chunks, SIDE) / area
-    yy = _load_moments(moments, rows + AREA, columns + AREA, inside, chunks, SIDE) / area
-    ee = (ee - e_sum * tl.trans(e_sum) / regions) * scale
-    ey = (ey - e_sum * tl.trans(y_sum) / regions) * scale
-    yy = (yy - y_sum * tl.trans(y_sum) / regions) * scale
+    ee = (moments.ee / area - e_sum * tl.trans(e_sum) / regions) * scale
+    ey = (moments.ey / area - e_sum * tl.trans(y_sum) / regions) * scale
+    yy = (moments.yy / area - y_sum * tl.trans(y_sum) / regions) * scale
     if CENTRED:  # what was read as y is p - center; with y = p - e:
         pp = yy
         py = pp - tl.trans(ey)
@@ -131,6 +213,7 @@ def _rmi_head_kernel(
     else:
         pp = ee + ey + tl.trans(ey) + yy
         py = ey + yy
+        y_sum = tl.where(rows < AREA, y_sum + regions * MIDDLE, 0.0)
     e_row = tl.trans(e_sum)
     y_row = tl.trans(y_sum)
 

@@ -20,11 +20,15 @@ from .._core.prepared_launch import kind, prepared
 from .._engine.planes import compute_dtype
 from .._engine.strip_launch import ignored_class
 from .features import Reading
+from .lag_sums import Strip
 
 # See is_small.
 _FEW_REGIONS = 32 * 32
 _FEW_PIXELS = 128 * 128
 _few_regions = _FEW_REGIONS
+
+# How many columns a lane of the lag sums of logits owns, as many as do not spill.
+_SHARED_COLUMNS = {1: 4, 2: 4, 3: 4, 4: 2, 5: 1}
 
 _T = TypeVar("_T")
 
@@ -211,14 +215,23 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return max(channels, 1) * height * width, height * width if channels else 0, width, 1
 
 
-def feature_arguments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
-    """Launch arguments of a kernel that reads features, but for the maps themselves."""
+def is_flat(*maps: torch.Tensor) -> bool:
+    """Whether the pixels of every row lie side by side."""
+    return all(tensor.stride(-1) == 1 for tensor in maps)
+
+
+def feature_arguments(plan: Plan, *maps: torch.Tensor) -> dict[str, Any]:
+    """Launch arguments of a kernel that reads features of logits and labels, but for these two.
+
+    What follows them among the maps is written in the same way.
+    """
+    logits, target = maps[:2]
     of_maps = contiguous_strides(plan.map_shape)
     return {
         "first_strides": of_maps if plan.has_maps else strides(logits),
         "second_strides": of_maps if plan.has_maps else strides(target),
         "channels": plan.classes,
-        "READING": plan.reading,
+        "READING": plan.reading._replace(flat=plan.has_maps or is_flat(*maps)),
         "enable_fp_fusion": True,
     }
 
@@ -236,6 +249,24 @@ def configuration_of(
         layout="contiguous" if logits.is_contiguous() else "strided",
         heuristic={"num_warps": 4, **heuristic},
     )
+
+
+def core_strip(operator: str, plan: Plan, logits: torch.Tensor) -> dict[str, Any]:
+    """A program's strip and its warps, of "rmi_moments" or "rmi_gradient"."""
+    region = plan.options.region_size
+    columns, lanes = 1, 128
+    if not plan.has_maps:
+        # Neighbouring columns share the sigmoids beside them, if a row has so many.
+        columns = _SHARED_COLUMNS[region] if plan.columns >= 2 * region + 2 else 1
+        operator, lanes = f"{operator}_of_logits", 32 if columns > 1 else 128
+    elif operator == "rmi_moments" and region == 4:
+        lanes = 256  # with 128, ptxas stops at 168 registers and spills two
+    launch = configuration_of(
+        operator, plan, logits, region, LANES=lanes, ROWS=64, num_warps=lanes // 32
+    )
+    lanes, rows = int(launch["LANES"]), int(launch["ROWS"])
+    strip = Strip(region, region, columns, lanes, rows, columns - 1)
+    return {"STRIP": strip, "num_warps": int(launch["num_warps"])}
 
 
 def cells_and_warps(pool_size: int) -> tuple[int, int]:

@@ -7,6 +7,8 @@ neither probabilities nor one-hot labels reach memory at full resolution.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -29,6 +31,23 @@ from .features import (
 FACTORS = tl.constexpr(64)
 # Beyond it sigmoids are 0 and 1, and logits need not be told from infinite ones.
 LARGE = tl.constexpr(1e38)
+
+
+class Map(NamedTuple):
+    """A map of all images and channels."""
+
+    pointer: Any
+    strides: Any
+
+
+class Corners(NamedTuple):
+    """The four pixels around cells: where they are, their shares of p, and whether valid."""
+
+    rows: Any
+    columns: Any
+    shares: Any
+    are_valid: Any
+
 
 # --- device functions -----------------------------------------------------------------------------
 
@@ -75,6 +94,91 @@ def _hat(pixel, pixels, cells):
     return cell, tl.maximum(intervals - distance, 0)
 
 
+@triton.jit
+def _leave_entropy(
+    partials, parts, logits, target, size, LANES: tl.constexpr, ROWS: tl.constexpr,
+    IGNORED: tl.constexpr,
+):  # fmt: skip
+    """Stores the sums of a strip's cross entropy and of its valid pixels."""
+    dtype: tl.constexpr = partials.dtype.element_ty
+    channels, height, width = size
+    bands, blocks = tl.cdiv(height, ROWS), tl.cdiv(width, LANES)
+    image = (tl.program_id(0) // (bands * blocks)).to(tl.int64)
+    first_row = tl.program_id(0) // blocks % bands * ROWS
+    column = tl.program_id(0) % blocks * LANES + tl.arange(0, LANES)
+    labels = plane_of(target.pointer, target.strides, image, 0)
+
+    entropy = tl.zeros((LANES,), dtype)
+    valid = tl.zeros((LANES,), dtype)
+    for i in tl.range(0, tl.minimum(ROWS, height - first_row)):
+        row = first_row + i
+        label = load_label(labels, row, column, column < width, channels, IGNORED)
+        valid += tl.where(label >= 0, 1.0, 0.0)
+        for block in tl.range(0, channels, FACTORS):
+            product = tl.full((LANES,), 1.0, dtype)
+            for channel in tl.range(block, tl.minimum(block + FACTORS, channels)):
+                of_class = plane_of(logits.pointer, logits.strides, image, channel)
+                pixels = pointer_to(of_class, row, column)
+                u = tl.load(pixels, mask=label >= 0, other=float("-inf")).to(dtype) * LOG2_E
+                _, excess, factor, rest = miss_of(u, label == channel)
+                entropy += excess * LN_2 + rest
+                product *= factor
+            entropy += tl.log(product)
+    tl.store(partials, tl.sum(entropy))
+    tl.store(partials + parts, tl.sum(valid))
+
+
+@triton.jit
+def _corners_of_cells(target, cells, size, steps, dtype: tl.constexpr, IGNORED: tl.constexpr):
+    """(label of the nearest pixel, the four pixels around, whether one read is invalid)."""
+    cell_row, cell, pooled_height, pooled_width = cells
+    channels, height, width = size
+    mask = cell < pooled_width
+    top, row_share = _nearest_place(cell_row, height, pooled_height)
+    left, column_share = _nearest_place(cell, width, pooled_width)
+    down = row_share.to(dtype) / tl.maximum(pooled_height - 1, 1).to(dtype)
+    right = column_share.to(dtype) / tl.maximum(pooled_width - 1, 1).to(dtype)
+    # In float32, as torch.nn.functional.interpolate finds the nearest pixel.
+    nearest_row = tl.minimum((cell_row.to(tl.float32) * steps[0]).to(tl.int32), height - 1)
+    nearest_column = tl.minimum((cell.to(tl.float32) * steps[1]).to(tl.int32), width - 1)
+    nearest = load_label(target, nearest_row, nearest_column, mask, channels, IGNORED)
+
+    rows = ()
+    columns = ()
+    shares = ()
+    are_valid = ()
+    touched = mask & (nearest < 0)
+    for k in tl.static_range(4):
+        share = (down if k >= 2 else 1.0 - down) * (right if k % 2 == 1 else 1.0 - right)
+        row = tl.minimum(top + k // 2, height - 1)
+        column = tl.minimum(left + k % 2, width - 1)
+        label = load_label(target, row, column, mask, channels, IGNORED)
+        touched = touched | (mask & (label < 0) & (share > 0))
+        rows = rows + (row,)
+        columns = columns + (column,)
+        shares = shares + (share,)
+        are_valid = are_valid + (label >= 0,)
+    return nearest, Corners(rows=rows, columns=columns, shares=shares, are_valid=are_valid), touched
+
+
+@triton.jit
+def _sampled_residual(logits, corners, positive, mask, dtype: tl.constexpr):
+    """The residual of an interpolated p."""
+    p = tl.zeros(positive.shape, dtype)
+    rest = tl.zeros(positive.shape, dtype)  # 1 - p
+    for k in tl.static_range(4):
+        u = load_scaled(logits, corners.rows[k], corners.columns[k], mask, dtype)
+        u = tl.where(corners.are_valid[k], u, float("-inf"))  # p = 0
+        larger, smaller = sigmoid_pair(u)
+        # Selected: where it has no share, a pixel that is NaN does no harm.
+        share = corners.shares[k]
+        p += tl.where(share > 0, tl.where(u >= 0, larger, smaller) * share, 0.0)
+        rest += tl.where(share > 0, tl.where(u >= 0, smaller, larger) * share, 0.0)
+    larger, smaller = complements(tl.minimum(p, rest))
+    wrong = tl.where((rest <= p) != positive, larger, smaller)
+    return tl.where(positive, -wrong, wrong)
+
+
 # --- kernels: forward -----------------------------------------------------------------------------
 
 
@@ -100,11 +204,12 @@ def _rmi_pool_kernel(
     MAXIMUM: tl.constexpr,
     DROP: tl.constexpr,
     IGNORED: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     """CELLS cells of a row; the classes are shared out along the third axis of the grid."""
     dtype: tl.constexpr = residual_ptr.dtype.element_ty
     image, cell_row, cell, column, inside = _cell_program(cell_rows, SIZE, SIDE, CELLS)
-    target = plane_of(target_ptr, target_strides, image, 0)
+    target = plane_of(target_ptr, target_strides, image, 0, FLAT)
     stored = cell < tl.where(cell_row < pooled_height, pooled_width, 0)
     offset = cell_row.to(tl.int64) * pooled_width + cell
 
@@ -126,7 +231,7 @@ def _rmi_pool_kernel(
     product = tl.full((CELLS, SIDE), 1.0, dtype)
     factors = 0
     for channel in tl.range(tl.program_id(2), channels, tl.num_programs(2)):
-        logits = plane_of(logits_ptr, logits_strides, image, channel)
+        logits = plane_of(logits_ptr, logits_strides, image, channel, FLAT)
         residual = tl.zeros((CELLS, SIDE), dtype)
         largest = tl.full((CELLS, SIDE), float("-inf"), dtype)
         count = tl.zeros((CELLS, SIDE), dtype)
@@ -184,35 +289,12 @@ def _rmi_cross_entropy_kernel(
     ROWS: tl.constexpr,
     IGNORED: tl.constexpr,
 ):
-    """The cross entropy alone, where no pooling pass reads all pixels."""
-    dtype: tl.constexpr = partials_ptr.dtype.element_ty
-    image = tl.program_id(0).to(tl.int64)
-    first_row = tl.program_id(1) * ROWS
-    column = tl.program_id(2) * LANES + tl.arange(0, LANES)
-    target = plane_of(target_ptr, target_strides, image, 0)
-
-    entropy = tl.zeros((LANES,), dtype)
-    valid = tl.zeros((LANES,), dtype)
-    for i in tl.range(0, tl.minimum(ROWS, height - first_row)):
-        row = first_row + i
-        label = load_label(target, row, column, column < width, channels, IGNORED)
-        valid += tl.where(label >= 0, 1.0, 0.0)
-        for block in tl.range(0, channels, FACTORS):
-            product = tl.full((LANES,), 1.0, dtype)
-            for channel in tl.range(block, tl.minimum(block + FACTORS, channels)):
-                logits = plane_of(logits_ptr, logits_strides, image, channel)
-                pixels = pointer_to(logits, row, column)
-                u = tl.load(pixels, mask=label >= 0, other=float("-inf")).to(dtype) * LOG2_E
-                _, excess, factor, rest = miss_of(u, label == channel)
-                entropy += excess * LN_2 + rest
-                product *= factor
-            entropy += tl.log(product)
-
-    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
-    program += tl.program_id(0)
-    tl.store(partials_ptr + program, tl.sum(entropy))
-    tl.store(partials_ptr + programs + program, tl.sum(valid))
+    """The cross entropy alone, where no other pass reads all pixels."""
+    size = (channels, height, width)
+    logits = Map(pointer=logits_ptr, strides=logits_strides)
+    target = Map(pointer=target_ptr, strides=target_strides)
+    partials = partials_ptr + tl.program_id(0)
+    _leave_entropy(partials, tl.num_programs(0), logits, target, size, LANES, ROWS, IGNORED)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -222,6 +304,7 @@ def _rmi_sample_kernel(
     residual_ptr,  # [N, C, h, w]: p - y, p interpolated, y of the nearest pixel
     labels_ptr,  # [N, C, h, w]: y
     touched_ptr,  # [N, h, w]: whether an invalid pixel was read, if DROP
+    partials_ptr,  # [2, parts]: sums of the cross entropy and of the valid pixels
     logits_strides,
     target_strides,
     channels,
@@ -231,64 +314,42 @@ def _rmi_sample_kernel(
     pooled_width,
     row_step,  # pixels per cell
     column_step,
+    parts,
     LANES: tl.constexpr,
+    ROWS: tl.constexpr,
     DROP: tl.constexpr,
     IGNORED: tl.constexpr,
 ):
+    """Cells read at a place; the first `parts` programs add up the cross entropy instead."""
     dtype: tl.constexpr = residual_ptr.dtype.element_ty
-    image = (tl.program_id(0) // pooled_height).to(tl.int64)
-    cell_row = tl.program_id(0) % pooled_height
-    cell = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    mask = cell < pooled_width
-    target = plane_of(target_ptr, target_strides, image, 0)
-    offset = cell_row.to(tl.int64) * pooled_width + cell
-
-    top, row_share = _nearest_place(cell_row, height, pooled_height)
-    left, column_share = _nearest_place(cell, width, pooled_width)
-    down = row_share.to(dtype) / tl.maximum(pooled_height - 1, 1).to(dtype)
-    right = column_share.to(dtype) / tl.maximum(pooled_width - 1, 1).to(dtype)
-    # In float32, as torch.nn.functional.interpolate finds the nearest pixel.
-    nearest_row = tl.minimum((cell_row.to(tl.float32) * row_step).to(tl.int32), height - 1)
-    nearest_column = tl.minimum((cell.to(tl.float32) * column_step).to(tl.int32), width - 1)
-    nearest = load_label(target, nearest_row, nearest_column, mask, channels, IGNORED)
-
-    rows = ()
-    columns = ()
-    shares = ()
-    are_valid = ()
-    touched = mask & (nearest < 0)
-    for k in tl.static_range(4):
-        share = (down if k >= 2 else 1.0 - down) * (right if k % 2 == 1 else 1.0 - right)
-        row = tl.minimum(top + k // 2, height - 1)
-        column = tl.minimum(left + k % 2, width - 1)
-        label = load_label(target, row, column, mask, channels, IGNORED)
-        touched = touched | (mask & (label < 0) & (share > 0))
-        rows = rows + (row,)
-        columns = columns + (column,)
-        shares = shares + (share,)
-        are_valid = are_valid + (label >= 0,)
-    if DROP:
-        whole = touched_ptr + image * pooled_height * pooled_width
-        tl.store(whole + offset, touched.to(tl.uint8), mask=mask)
-
-    for channel in tl.range(0, channels):
-        logits = plane_of(logits_ptr, logits_strides, image, channel)
-        positive = nearest == channel
-        p = tl.zeros((LANES,), dtype)
-        rest = tl.zeros((LANES,), dtype)  # 1 - p
-        for k in tl.static_range(4):
-            u = load_scaled(logits, rows[k], columns[k], mask, dtype)
-            u = tl.where(are_valid[k], u, float("-inf"))  # p = 0
-            larger, smaller = sigmoid_pair(u)
-            # Selected: where it has no share, a pixel that is NaN does no harm.
-            share = shares[k]
-            p += tl.where(share > 0, tl.where(u >= 0, larger, smaller) * share, 0.0)
-            rest += tl.where(share > 0, tl.where(u >= 0, smaller, larger) * share, 0.0)
-        larger, smaller = complements(tl.minimum(p, rest))
-        wrong = tl.where((rest <= p) != positive, larger, smaller)
-        plane = (image * channels + channel) * pooled_height * pooled_width
-        tl.store(residual_ptr + plane + offset, tl.where(positive, -wrong, wrong), mask=mask)
-        tl.store(labels_ptr + plane + offset, positive.to(tl.float16), mask=mask)
+    logits = Map(pointer=logits_ptr, strides=logits_strides)
+    target = Map(pointer=target_ptr, strides=target_strides)
+    size = (channels, height, width)
+    program = tl.program_id(0) - parts
+    blocks = tl.cdiv(pooled_width, LANES)
+    image = (program // (pooled_height * blocks)).to(tl.int64)
+    cell_row = program // blocks % pooled_height
+    cell = program % blocks * LANES + tl.arange(0, LANES)
+    cells = (cell_row, cell, pooled_height, pooled_width)
+    if program < 0:
+        partials = partials_ptr + tl.program_id(0)
+        _leave_entropy(partials, parts, logits, target, size, LANES, ROWS, IGNORED)
+    else:
+        labels = plane_of(target_ptr, target_strides, image, 0)
+        steps = (row_step, column_step)
+        nearest, corners, touched = _corners_of_cells(labels, cells, size, steps, dtype, IGNORED)
+        mask = cell < pooled_width
+        offset = cell_row.to(tl.int64) * pooled_width + cell
+        if DROP:
+            whole = touched_ptr + image * pooled_height * pooled_width
+            tl.store(whole + offset, touched.to(tl.uint8), mask=mask)
+        for channel in tl.range(0, channels):
+            of_class = plane_of(logits_ptr, logits_strides, image, channel)
+            positive = nearest == channel
+            residual = _sampled_residual(of_class, corners, positive, mask, dtype)
+            plane = (image * channels + channel) * pooled_height * pooled_width
+            tl.store(residual_ptr + plane + offset, residual, mask=mask)
+            tl.store(labels_ptr + plane + offset, positive.to(tl.float16), mask=mask)
 
 
 # --- kernels: backward ----------------------------------------------------------------------------
@@ -319,11 +380,12 @@ def _rmi_expand_kernel(
     CELLS: tl.constexpr,
     MAXIMUM: tl.constexpr,
     IGNORED: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     """Spreads a cell's gradient over its pixels, or gives it to the first of the largest."""
     dtype: tl.constexpr = statistics_ptr.dtype.element_ty
     image, cell_row, cell, column, inside = _cell_program(cell_rows, SIZE, SIDE, CELLS)
-    target = plane_of(target_ptr, target_strides, first_image + image, 0)
+    target = plane_of(target_ptr, target_strides, first_image + image, 0, FLAT)
     stored = cell < tl.where(cell_row < pooled_height, pooled_width, 0)
     offset = cell_row.to(tl.int64) * pooled_width + cell
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
@@ -335,8 +397,8 @@ def _rmi_expand_kernel(
 
     for channel in tl.range(tl.program_id(2), channels, tl.num_programs(2)):
         own = first_class + channel
-        logits = plane_of(logits_ptr, logits_strides, first_image + image, own)
-        grad_logits = plane_of(grad_logits_ptr, grad_logits_strides, first_image + image, own)
+        logits = plane_of(logits_ptr, logits_strides, first_image + image, own, FLAT)
+        grad_logits = plane_of(grad_logits_ptr, grad_logits_strides, first_image + image, own, FLAT)
         plane = (image * channels + channel) * pooled_height * pooled_width
         gradient = tl.load(grad_pooled_ptr + plane + offset, mask=stored, other=0.0)[:, None]
         first = tl.full((CELLS, 1), 0, tl.int32)

@@ -331,6 +331,7 @@ def _row_candidates(lanes: int, rows: int, warps: int) -> list[Configuration]:
     sizes += [(lanes, other, warps) for other in (rows // 2, rows // 4, 2 * rows)]
     sizes += [(lanes // 2, rows, warps // 2), (2 * lanes, rows, 2 * warps)]
     sizes += [(lanes // 2, rows // 2, warps // 2), (lanes // 2, rows, warps)]
+    sizes = [size for size in sizes if size[0] >= 32 and size[2] >= 1]
     return [{"LANES": a, "ROWS": b, "num_warps": c} for a, b, c in sizes]
 
 
@@ -355,7 +356,7 @@ def _tuning_pass(
     def backward(options: Options, loss: torch.Tensor, saved: Saved) -> torch.Tensor:
         return backward_pass(options, loss, logits, target, saved)
 
-    if operator in ("rmi_pool", "rmi_cross_entropy", "rmi_moments"):
+    if operator in ("rmi_pool", "rmi_cross_entropy") or operator.startswith("rmi_moments"):
         return lambda: [(loss, saved.residual) for loss, saved in map(forward, choices)]
     if operator == "rmi_sample":
         return lambda: [backward(options, *forward(options)) for options in choices]
@@ -371,17 +372,21 @@ def tuning_cases() -> list[TuningCase]:
     for region, size in ((3, 4), (2, 2), (5, 8), (4, 3)):
         cells = _cell_candidates(size)
         of_cells = (pooled._replace(pool_size=size),)
-        # Pooled maps and logits share an entry: what is best for both together is kept.
-        of_regions = (whole._replace(region_size=region), pooled._replace(region_size=region))
+        of_maps = (pooled._replace(region_size=region),)
+        of_logits = (whole._replace(region_size=region),)
         moments = (256, 64, 8) if region == 4 else (128, 64, 4)
+        narrow = (128, 64, 4) if region == 5 else (32, 64, 1)
         choices += [
             ("rmi_pool", size, of_cells, cells),
             ("rmi_expand", size, of_cells, cells),
-            ("rmi_moments", region, of_regions, _row_candidates(*moments)),
-            ("rmi_gradient", region, of_regions, _row_candidates(128, 64, 4)),
+            ("rmi_moments", region, of_maps, _row_candidates(*moments)),
+            ("rmi_gradient", region, of_maps, _row_candidates(128, 64, 4)),
+            ("rmi_moments_of_logits", region, of_logits, _row_candidates(*narrow)),
+            ("rmi_gradient_of_logits", region, of_logits, _row_candidates(*narrow)),
         ]
         if region == 3:
-            choices.append(("rmi_cross_entropy", 1, (whole,), _row_candidates(256, 8, 4)))
+            dropped = (whole._replace(ignore="drop"),)
+            choices.append(("rmi_cross_entropy", 1, dropped, _row_candidates(256, 8, 4)))
         if size in (4, 2):
             sampled = (pooled._replace(pooling="nearest", pool_size=size),)
             choices.append(("rmi_sample", size, sampled, _lane_candidates(128)))

@@ -1,0 +1,149 @@
+"""Sums of products by the distance of their two pixels, which the moments of regions are made of.
+
+A region of R x R pixels holds R^2 residuals e and R^2 labels y. Their moments are sums over all
+regions of products of two pixels at a fixed distance, a lag (dy, dx) of which there are (2R - 1)^2:
+all pairs of one lag differ only in which pixels near the border they leave out. So each lag is
+summed once over the core of the map, and once over each row, each column and each corner of a frame
+R - 1 pixels wide: instead of 2 R^4 products per pixel 2 (2R - 1)^2.
+
+Cells: a product lies in the cell of its newer pixel's row and its older pixel's column. Rows fall
+into 2R - 1 classes, the R - 1 uppermost, all of the core, and the R - 1 lowest; so do columns. The
+regions that hold a pair of pixels at places (a, b) and (a', b') keep its products in the R x R
+cells from (a', b) on, so that a moment is a sum of R^2 cells; the head adds them up.
+
+Lags: four kinds of R x (2R - 1), older times newer: e e, y y, y e and e y, of which those with
+dy = 0 are there once; then the plain sums of e and of y.
+
+Where sums are float32, p less its approximate mean takes the place of y (load_pair).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+# Which kinds of lags are summed: all, e e and y y, or y e and e y.
+ALL = tl.constexpr(0)
+OWN = tl.constexpr(1)
+CROSS = tl.constexpr(2)
+
+
+class Strip(NamedTuple):
+    """The part of a map that a program goes through, known when a kernel is compiled."""
+
+    region: int
+    depth: int  # how many dy at once: all R, or one
+    columns: int  # neighbouring ones that one lane owns
+    lanes: int
+    rows: int
+    spare: int  # columns of the core that its strips leave to lines, at the most
+
+
+class Row(NamedTuple):
+    """Both features of some pixels: tuples of blocks [lanes]."""
+
+    e: Any
+    y: Any
+    wide: Any  # y in the dtype of e
+
+
+# --- device functions -----------------------------------------------------------------------------
+
+
+@triton.jit
+def no_sums(KINDS: tl.constexpr, STRIP: tl.constexpr, total: tl.constexpr, labels: tl.constexpr):
+    """Sums of nothing, by lag, and last those of e and of y; ``labels`` is the dtype of y y."""
+    COUNT: tl.constexpr = STRIP.depth * (2 * STRIP.region - 1)
+    FIRST: tl.constexpr = 2 * COUNT if KINDS == CROSS else 0
+    LAST: tl.constexpr = 2 * COUNT if KINDS == OWN else 4 * COUNT
+    LANES: tl.constexpr = STRIP.lanes
+    sums = ()
+    for q in tl.static_range(FIRST, LAST):
+        if q // COUNT == 1:
+            sums = sums + (tl.zeros((LANES,), labels),)
+        else:
+            sums = sums + (tl.zeros((LANES,), total),)
+    return sums + (tl.zeros((LANES,), total), tl.zeros((LANES,), labels))
+
+
+@triton.jit
+def with_products(sums, older, newer, KINDS: tl.constexpr, STRIP: tl.constexpr):
+    """The sums with the products of a row and what is above it, for all columns of a lane.
+
+    Older are the lane's own columns, row by row upwards; newer those of the row itself with R - 1
+    more on both sides. Of its products with itself those that come twice are left out.
+    """
+    REGION: tl.constexpr = STRIP.region
+    DEPTH: tl.constexpr = STRIP.depth
+    COLUMNS: tl.constexpr = STRIP.columns
+    SPAN: tl.constexpr = 2 * REGION - 1
+    COUNT: tl.constexpr = DEPTH * SPAN
+    FIRST: tl.constexpr = 2 * COUNT if KINDS == CROSS else 0
+    LAST: tl.constexpr = 2 * COUNT if KINDS == OWN else 4 * COUNT
+    result = ()
+    for q in tl.static_range(FIRST, LAST):
+        value = sums[q - FIRST]
+        if (
+            DEPTH < REGION
+            or q // SPAN % DEPTH > 0
+            or q // COUNT == 2
+            or (q // COUNT < 2 and q % SPAN >= REGION - 1)
+        ):
+            for v in tl.static_range(COLUMNS):
+                if q // COUNT == 0:
+                    value += older.e[q // SPAN * COLUMNS + v] * newer.e[q % SPAN + v]
+                elif q // COUNT == 1:
+                    value += older.y[(q - COUNT) // SPAN * COLUMNS + v] * newer.y[q % SPAN + v]
+                elif q // COUNT == 2:
+                    value += (
+                        older.wide[(q - 2 * COUNT) // SPAN * COLUMNS + v] * newer.e[q % SPAN + v]
+                    )
+                else:
+                    value += (
+                        older.e[(q - 3 * COUNT) // SPAN * COLUMNS + v] * newer.wide[q % SPAN + v]
+                    )
+        result = result + (value,)
+    e = sums[LAST - FIRST]
+    y = sums[LAST - FIRST + 1]
+    for v in tl.static_range(COLUMNS):
+        e += older.e[v]
+        y += older.y[v]
+    return result + (e, y)
+
+
+@triton.jit
+def store_sums(pointer, sums, mine, first_dy, KINDS: tl.constexpr, STRIP: tl.constexpr):
+    """Stores the sums of all lanes that are ``mine``, in the order of their lags.
+
+    At once: a store for each would compile for minutes.
+    """
+    REGION: tl.constexpr = STRIP.region
+    DEPTH: tl.constexpr = STRIP.depth
+    SPAN: tl.constexpr = 2 * REGION - 1
+    COUNT: tl.constexpr = DEPTH * SPAN
+    FIRST: tl.constexpr = 2 * COUNT if KINDS == CROSS else 0
+    LAST: tl.constexpr = 2 * COUNT if KINDS == OWN else 4 * COUNT
+    PLAIN: tl.constexpr = 4 * REGION * SPAN
+    lag = tl.arange(0, triton.next_power_of_2(PLAIN + 2))
+    values = tl.zeros(lag.shape, tl.float64)
+    stored = lag < 0
+    for q in tl.static_range(FIRST, LAST):
+        if (
+            DEPTH < REGION
+            or q // SPAN % DEPTH > 0
+            or q // COUNT == 2
+            or (q // COUNT < 2 and q % SPAN >= REGION - 1)
+        ):
+            is_it = lag == first_dy * SPAN + q // COUNT * (REGION * SPAN) + q % COUNT
+            value = tl.where(mine, sums[q - FIRST], 0.0).to(tl.float64)
+            values = tl.where(is_it, tl.sum(value), values)
+            stored = stored | is_it
+    if KINDS != CROSS:
+        for k in tl.static_range(2):
+            is_it = lag == tl.where(first_dy == 0, PLAIN + k, -1)
+            value = tl.where(mine, sums[LAST - FIRST + k], 0.0).to(tl.float64)
+            values = tl.where(is_it, tl.sum(value), values)
+            stored = stored | is_it
+    tl.store(pointer + lag, values, mask=stored)
