@@ -395,6 +395,8 @@ def ssim_heuristic(operator: str, options: Options) -> Configuration:
         )
         if operator == "ssim_backward" and window_size > 7 and isinstance(options, ImageOptions):
             configuration["COLUMNS"] = 2  # the adjoint of four maps would not fit the registers
+        if operator == "ssim_backward" and window_size == 7:
+            configuration["UNROLL"] = 1  # ptxas keeps to 168 registers, for a spill of 16 bytes
         return configuration
     configuration = strip_heuristic(4 if window_size <= 5 else 2 if window_size <= 11 else 1)
     if operator == "ssim_backward" and window_size > 21:
