@@ -167,12 +167,13 @@ def tuning_cases() -> list[TuningCase]:
     """What ``python -m tritonloss tune`` measures for this slice."""
     cases = []
     for window_size in (11, 7):
+        options = ImageOptions(window_size, 1.5, 1.0, "zeros", mapped=False)
         for dtype in (torch.float32, torch.bfloat16):
             for operator in ("ssim_forward", "ssim_backward"):
                 forward_only = operator == "ssim_forward"
                 sized = functools.partial(_tuning_pass, window_size, dtype, forward_only)
                 run = functools.partial(sized, (16, 3, 512, 512), "contiguous")
-                candidates = strip_candidates(ssim_heuristic(operator, window_size, False))
+                candidates = strip_candidates(ssim_heuristic(operator, options))
                 arguments = (3, window_size, dtype, "contiguous", run, candidates)
                 cases.append(TuningCase(operator, *arguments, sized=sized))
     return cases

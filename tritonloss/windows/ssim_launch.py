@@ -385,11 +385,19 @@ def rows_of(strip: Strip, height: int, others: int, wanted: int) -> int:
     return 2 * -(-height // (2 * strips))
 
 
-def ssim_heuristic(operator: str, window_size: int, careful: bool) -> Configuration:
+def ssim_heuristic(operator: str, options: Options) -> Configuration:
     """The operator's own choice."""
-    if not careful:
+    window_size = options.window_size
+    if not options.careful:
         # In the backward pass so many strips have to fit into the scratch as run at a time.
-        return strip_heuristic(4, ROWS=144 if operator == "ssim_backward" else 256, UNROLL=2)
+        configuration = strip_heuristic(
+            4, ROWS=256 if operator == "ssim_forward" else 144, UNROLL=2
+        )
+        if operator == "ssim_backward" and window_size > 7 and isinstance(options, ImageOptions):
+            configuration["COLUMNS"] = 2  # the adjoint of four maps would not fit the registers
+        if operator == "ssim_backward" and window_size == 7:
+            configuration["UNROLL"] = 1  # ptxas keeps to 168 registers, for a spill of 16 bytes
+        return configuration
     configuration = strip_heuristic(4 if window_size <= 5 else 2 if window_size <= 11 else 1)
     if operator == "ssim_backward" and window_size > 21:
         # With four warps ptxas keeps to 168 registers, for a spill of 8 bytes.
@@ -399,9 +407,8 @@ def ssim_heuristic(operator: str, window_size: int, careful: bool) -> Configurat
 
 
 def _configuration(operator: str, x: torch.Tensor, options: Options) -> Configuration:
-    window_size = options.window_size
-    heuristic = ssim_heuristic(operator, window_size, options.careful)
-    return strip_configuration(operator, x, window_size, heuristic)
+    heuristic = ssim_heuristic(operator, options)
+    return strip_configuration(operator, x, options.window_size, heuristic)
 
 
 def _second_strides(y: torch.Tensor, strip: Strip) -> Strides | LabelStrides:
