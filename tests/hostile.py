@@ -103,7 +103,7 @@ OF_IMAGES: dict[str, dict[str, Loss]] = {
 }
 LOSSES = {**OF_LABELS, **OF_IMAGES}
 # How many maps of a loss the backward pass must at least have been handed spoilt.
-SAVED = {"cross_entropy": 2, "focal_loss": 2, "margin_calibrated": 2, "rmi": 3}
+SAVED = {"cross_entropy": 1, "focal_loss": 1, "margin_calibrated": 2, "rmi": 3}
 
 
 # --- what is hostile ------------------------------------------------------------------------------
