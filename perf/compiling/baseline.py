@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from perf.compiling.counting import TOTAL
@@ -44,7 +43,7 @@ class Kept(NamedTuple):
     spill_bytes: int
     shared_bytes: int
     instructions: int | None
-    counts: Mapping[str, float] = MappingProxyType({})
+    counts: dict[str, float] = {}
     loops: tuple[float | None, ...] = ()
 
     @property

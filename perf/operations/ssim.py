@@ -205,7 +205,10 @@ _KERNELS = {
         ),
     ),
 }
-_OPERATORS = ("ssim_forward", "ssim_backward")
+_OPERATORS = (
+    "ssim_forward", "ssim_backward", "ssim_loss_backward", "ssim_careful_forward",
+    "ssim_careful_backward",
+)  # fmt: skip
 OPERATIONS = (
     Operation(
         name="ssim_loss",

@@ -396,7 +396,7 @@ def tuning_cases() -> list[TuningCase]:
             functools.partial(sized, (2, 19, 512, 1024), "contiguous"), candidates,
             sized=sized, layouts=("contiguous", "strided"),
         )
-        for operator, window, options, candidates in choices
         for dtype in (torch.float32, torch.bfloat16)
+        for operator, window, options, candidates in choices
         for sized in [functools.partial(_tuning_pass, operator, options, dtype)]
     ]  # fmt: skip

@@ -191,8 +191,8 @@ def _tails(window: Window) -> tuple[float, ...]:
 def tuning_cases() -> list[TuningCase]:
     """What ``python -m tritonloss tune`` measures for this slice."""
     passes = (
-        ("gaussian_statistics_forward", _tuning_forward, _forward_heuristic),
-        ("gaussian_statistics_backward", _tuning_backward, _backward_heuristic),
+        ("gaussian_statistics_forward", _tuning_forward, _forward_candidates),
+        ("gaussian_statistics_backward", _tuning_backward, _backward_candidates),
     )
     return [
         TuningCase(
@@ -202,13 +202,27 @@ def tuning_cases() -> list[TuningCase]:
             dtype,
             "contiguous",
             functools.partial(run, window_size, dtype, (2, 19, 512, 1024), "contiguous"),
-            strip_candidates(heuristic(window_size)),
+            candidates(window_size),
             sized=functools.partial(run, window_size, dtype),
+            sized_candidates=functools.partial(candidates, window_size),
         )
         for window_size in (3, 7, 11, 5, 9)
         for dtype in (torch.float32, torch.bfloat16)
-        for operator, run, heuristic in passes
+        for operator, run, candidates in passes
     ]
+
+
+def _forward_candidates(
+    window_size: int, classes: int = 19, layout: str = "contiguous"
+) -> list[Configuration]:
+    in_lanes = layout == "channels_last" and classes > 1
+    return strip_candidates(_forward_heuristic(window_size, in_lanes))
+
+
+def _backward_candidates(
+    window_size: int, classes: int = 19, layout: str = "contiguous"
+) -> list[Configuration]:
+    return strip_candidates(_backward_heuristic(window_size))
 
 
 def _tuning_forward(

@@ -37,6 +37,7 @@ from .ssim_launch import (
     Results,
     empty_gradients,
     empty_results,
+    operator_of,
     ssim_backward,
     ssim_forward,
     ssim_heuristic,
@@ -166,34 +167,33 @@ def ssim(
 def tuning_cases() -> list[TuningCase]:
     """What ``python -m tritonloss tune`` measures for this slice."""
     cases = []
-    for window_size in (11, 7):
-        options = ImageOptions(window_size, 1.5, 1.0, "zeros", mapped=False)
+    for window_size, mapped in ((11, False), (7, False), (11, True)):
+        options = ImageOptions(window_size, 1.5, 1.0, "zeros", mapped)
         for dtype in (torch.float32, torch.bfloat16):
-            for operator in ("ssim_forward", "ssim_backward"):
-                forward_only = operator == "ssim_forward"
-                sized = functools.partial(_tuning_pass, window_size, dtype, forward_only)
+            for direction in ("forward", "backward"):
+                sized = functools.partial(_tuning_pass, options, dtype, direction)
                 run = functools.partial(sized, (16, 3, 512, 512), "contiguous")
-                candidates = strip_candidates(ssim_heuristic(operator, options))
+                candidates = strip_candidates(ssim_heuristic(direction, options))
+                operator = operator_of(direction, options)
                 arguments = (3, window_size, dtype, "contiguous", run, candidates)
                 cases.append(TuningCase(operator, *arguments, sized=sized))
     return cases
 
 
 def _tuning_pass(
-    window_size: int,
+    options: ImageOptions,
     dtype: torch.dtype,
-    forward_only: bool,
+    direction: str,
     shape: Shape,
     layout: str,
     device: torch.device,
 ) -> Launch:
     x = random_map(shape, layout, dtype, device)
     y = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
-    options = ImageOptions(window_size, 1.5, 1.0, "zeros", mapped=False)
-    if forward_only:
+    if direction == "forward":
         return lambda: _image_forward(x, y, options)
-    mean, scale = _image_forward(x, y, options)
-    return lambda: _image_backward(torch.ones_like(mean), scale, x, y, True, options)
+    result, scale = _image_forward(x, y, options)
+    return lambda: _image_backward(torch.ones_like(result), scale, x, y, True, options)
 
 
 def _two_images(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -168,7 +168,7 @@ def _forward_plan(
 ) -> _ForwardPlan:
     comparison = options.comparison(x, y)
     shape = _out_shape(x, options)
-    configuration = _configuration("ssim_forward", x, options)
+    configuration = _configuration("forward", x, options)
     moved = (x, y, result) if options.mapped else (x, y)
     (programs,), launch = strip_launch(shape, configuration, options.padding, *moved)
     strip = launch["STRIP"]
@@ -253,7 +253,7 @@ def _backward_plan(tensors: tuple[torch.Tensor, ...], options: Options) -> _Back
     moved = [x, y, some, grad_x]
     moved += [grad] if kinds.mapped else []
     moved += [grad_y] if kinds.both else []
-    configuration = _configuration("ssim_backward", x, options)
+    configuration = _configuration("backward", x, options)
     out = _Tiles.of(out_shape, channels, min(units, most), configuration, options.padding, moved)
     if options.padding == "reflect":
         configuration["COLUMNS"] = 1  # only the streamed row folds the images outside back in
@@ -385,30 +385,38 @@ def rows_of(strip: Strip, height: int, others: int, wanted: int) -> int:
     return 2 * -(-height // (2 * strips))
 
 
-def ssim_heuristic(operator: str, options: Options) -> Configuration:
+def operator_of(direction: str, options: Options) -> str:
+    """The name under which configurations of a pass are kept."""
+    if options.careful:
+        return f"ssim_careful_{direction}"
+    # Gradients to two images take other registers than one to logits.
+    of_loss = direction == "backward" and isinstance(options, LossOptions)
+    return "ssim_loss_backward" if of_loss else f"ssim_{direction}"
+
+
+def ssim_heuristic(direction: str, options: Options) -> Configuration:
     """The operator's own choice."""
     window_size = options.window_size
+    backward = direction == "backward"
     if not options.careful:
         # In the backward pass so many strips have to fit into the scratch as run at a time.
-        configuration = strip_heuristic(
-            4, ROWS=256 if operator == "ssim_forward" else 144, UNROLL=2
-        )
-        if operator == "ssim_backward" and window_size > 7 and isinstance(options, ImageOptions):
+        configuration = strip_heuristic(4, ROWS=144 if backward else 256, UNROLL=2)
+        if backward and window_size > 7 and isinstance(options, ImageOptions):
             configuration["COLUMNS"] = 2  # the adjoint of four maps would not fit the registers
-        if operator == "ssim_backward" and window_size == 7:
+        if backward and window_size == 7:
             configuration["UNROLL"] = 1  # ptxas keeps to 168 registers, for a spill of 16 bytes
         return configuration
     configuration = strip_heuristic(4 if window_size <= 5 else 2 if window_size <= 11 else 1)
-    if operator == "ssim_backward" and window_size > 21:
+    if backward and window_size > 21:
         # With four warps ptxas keeps to 168 registers, for a spill of 8 bytes.
         configuration["LANES"] = 2 * int(configuration["LANES"])
         configuration["num_warps"] = 8
     return configuration
 
 
-def _configuration(operator: str, x: torch.Tensor, options: Options) -> Configuration:
-    heuristic = ssim_heuristic(operator, options)
-    return strip_configuration(operator, x, options.window_size, heuristic)
+def _configuration(direction: str, x: torch.Tensor, options: Options) -> Configuration:
+    heuristic = ssim_heuristic(direction, options)
+    return strip_configuration(operator_of(direction, options), x, options.window_size, heuristic)
 
 
 def _second_strides(y: torch.Tensor, strip: Strip) -> Strides | LabelStrides:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from kernels_reference.ssim import ssim_loss as ssim_loss_reference
 
 from .._core import checks
 from .._core.backend import serves_triton
+from .._core.configurations import Launch, Shape, TuningCase
 from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._core.operator import Operator
-from .ssim_launch import LossOptions, Results, empty_results, ssim_backward, ssim_forward
+from .._core.tuning_inputs import random_labels, random_map
+from .._engine.strip_launch import strip_candidates
+from .ssim_launch import (
+    LossOptions,
+    Results,
+    empty_results,
+    operator_of,
+    ssim_backward,
+    ssim_forward,
+    ssim_heuristic,
+)
 
 FORMS = ("full", "contrast_structure")
 
@@ -148,6 +161,29 @@ def _check_options(
     checks.check_range("c1", c1, 1e-20, 1e20)
     checks.check_range("c2", c2, 1e-20, 1e20)
     checks.check_ignore_index(ignore_index, classes)
+
+
+def tuning_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` measures for this slice; the rest is that of images."""
+    cases = []
+    for window_size in (11, 7):
+        options = LossOptions(True, window_size, 1.5, 1e-4, 9e-4, checks.IGNORE_INDEX)
+        for dtype in (torch.float32, torch.bfloat16):
+            sized = functools.partial(_tuning_pass, options, dtype)
+            run = functools.partial(sized, (4, 19, 512, 1024), "contiguous")
+            candidates = strip_candidates(ssim_heuristic("backward", options))
+            arguments = (19, window_size, dtype, "contiguous", run, candidates)
+            cases.append(TuningCase(operator_of("backward", options), *arguments, sized=sized))
+    return cases
+
+
+def _tuning_pass(
+    options: LossOptions, dtype: torch.dtype, shape: Shape, layout: str, device: torch.device
+) -> Launch:
+    logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
+    target = random_labels(shape, device)
+    result, scale = _loss_forward(logits, target, options)
+    return lambda: _loss_backward(torch.ones_like(result), scale, logits, target, options)
 
 
 # --- module ---------------------------------------------------------------------------------------
