@@ -37,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "shipped_sizes: with programs of the size that ships")
+    config.addinivalue_line("markers", "thorough: of the tools, too slow for the short part")
     config.addinivalue_line("markers", "large: takes tens of GiB of a GPU's memory")
 
 
@@ -44,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part = config.getoption("--part")
     if part is not None:
-        short = covering(items)
+        short = covering([item for item in items if not item.get_closest_marker("thorough")])
         config.hook.pytest_deselected(items=[i for i in items if (i in short) != (part == "short")])
         items[:] = [item for item in items if (item in short) == (part == "short")]
     share = config.getoption("--share")

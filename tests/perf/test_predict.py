@@ -69,6 +69,7 @@ def test_predictions_say_what_they_are(
             predict.main(wrong)
 
 
+@pytest.mark.thorough
 @pytest.mark.compile_only
 def test_heuristics_are_what_the_model_prefers() -> None:
     """No candidate with the same schedule and registers to spare is predicted 10 % faster."""

@@ -67,6 +67,7 @@ GPU = ["-m", "perf", "gpu", "--steps", "rows", "report", "--ops", "focal_loss", 
 
 
 @signals
+@pytest.mark.thorough
 def test_a_stopped_run_on_a_gpu_machine_keeps_its_rows(
     number: signal.Signals, tmp_path: Path
 ) -> None:
@@ -99,6 +100,7 @@ def processes_about(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.thorough
 def test_a_step_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its time over, it is asked to end, and killed if it does not; the run goes on."""
     monkeypatch.setattr(gpu, "GRACE_S", 0.2)
@@ -140,6 +142,7 @@ def test_measuring_goes_on_in_a_new_process(
     run.close()
 
 
+@pytest.mark.thorough
 def test_a_step_that_writes_no_more_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +183,7 @@ sys.exit(__main__.main(["tune", "--out", sys.argv[1]]))
 
 
 @signals
+@pytest.mark.thorough
 def test_stopped_tuning_keeps_its_configurations(number: signal.Signals, tmp_path: Path) -> None:
     path = tmp_path / "cpu.json"
 

@@ -49,6 +49,7 @@ def ran(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.compile_only
 def test_a_second_process_with_the_unpacked_cache_compiles_nothing(tmp_path: Path) -> None:
     archive, script = tmp_path / "cache.tar.xz", tmp_path / "second.py"

@@ -173,6 +173,7 @@ def test_a_spent_budget_leaves_cases_out(
     assert "1 cases are left out" in "\n".join(said) and ask() == HEURISTIC
 
 
+@pytest.mark.thorough
 @pytest.mark.compile_only
 def test_candidates_are_compiled_and_filtered_in_a_pool() -> None:
     """In a process without the interpreter, as on a machine with a GPU."""
@@ -202,6 +203,7 @@ def test_candidates_are_compiled_and_filtered_in_a_pool() -> None:
     subprocess.run([sys.executable, path], cwd=ROOT, env=environment, check=True)
 
 
+@pytest.mark.thorough
 @pytest.mark.compile_only
 def test_the_tuner_compiles_nothing_in_its_own_process(tmp_path: Path) -> None:
     """Neither kernels nor the C launchers of Triton 3.6, on a stand-in for the driver."""
