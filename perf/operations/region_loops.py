@@ -77,6 +77,10 @@ def _of_cells(given: Given) -> float:
     return float(region**2 + given["CELLS"] - (2 * region - 1) ** 2)
 
 
+def _rows_of_entropy(given: Given) -> float:
+    return float(given["ROWS"] * given["parts"] / given["PROGRAMS"])
+
+
 def _regions(given: Given) -> float:
     return float(given["window_rows"] * given["window_columns"])
 
@@ -116,8 +120,25 @@ KERNELS = {
             LoopNotes("classes", ".channel", lambda g: g["ROWS"] * g["channels"]),
         ),
     ),
+    # The first programs add up the cross entropy, the others sample; here on average over all.
     "_rmi_sample_kernel": KernelNotes(
-        share_of_the_map, (LoopNotes("classes", ".channel", lambda g: g["channels"]),)
+        share_of_the_map,
+        (
+            LoopNotes("rows", "_leave_entropy.i", _rows_of_entropy),
+            LoopNotes(
+                "blocks",
+                "_leave_entropy.block",
+                lambda g: _rows_of_entropy(g) * -(-g["channels"] // FACTORS.value),
+            ),
+            LoopNotes(
+                "classes of pixels",
+                "_leave_entropy.channel",
+                lambda g: _rows_of_entropy(g) * g["channels"],
+            ),
+            LoopNotes(
+                "classes", ".channel", lambda g: g["channels"] * (1 - g["parts"] / g["PROGRAMS"])
+            ),
+        ),
     ),
     "_rmi_sample_backward_kernel": KernelNotes(
         lambda given: _lanes(given) * given["channels"],

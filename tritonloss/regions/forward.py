@@ -225,7 +225,9 @@ def _lag_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Lag
     bands = triton.cdiv(plan.rows - span + 1, strip.rows)
     blocks = triton.cdiv(plan.columns - span + 1, strip.lanes * strip.columns)
     strips = bands * blocks
-    line = strip._replace(depth=region if region < 4 else 1, columns=1, lanes=32, rows=1)
+    # Larger regions have more lags, and more corners, than the registers of one warp are for.
+    depth, warps = (region, 1) if region < 4 else (1, 2)
+    line = strip._replace(depth=depth, columns=1, lanes=32 * warps, rows=1)
     lines = (4 * (region - 1) + strip.spare + 1) * (region // line.depth)
     programs = 0 if plan.has_maps else plan.planes * (strips + lines)
     arguments = feature_arguments(plan, logits, target)
@@ -235,7 +237,7 @@ def _lag_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Lag
     # All sums of a region of 4 would not fit the registers: two programs for each strip.
     grid = (plan.planes, bands, blocks if region < 4 else 2 * blocks)
     core = {**arguments, "bands": bands, **launch}
-    frame = {**arguments, "strips": strips, "STRIP": line, "num_warps": 1}
+    frame = {**arguments, "strips": strips, "STRIP": line, "num_warps": warps}
     return _LagMoments(
         plan,
         reading,
@@ -315,7 +317,7 @@ def _direct_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _
             "REGION": plan.options.region_size,
             "BLOCK": 32,
             "DROP": plan.options.drops,
-            "num_warps": 8,
+            "num_warps": 4,
         },
     )
     return _DirectMoments(plan, regions, products, chunks)

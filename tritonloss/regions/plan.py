@@ -282,13 +282,14 @@ def cell_arguments(operator: str, plan: Plan, logits: torch.Tensor) -> dict[str,
     """Launch arguments of a kernel whose tiles are pooling cells."""
     size = plan.options.side
     cells, warps = cells_and_warps(size)
+    maximum = plan.options.pools and plan.options.pooling == "max"
     if plan.arithmetic == torch.float64:
-        cells = max(cells // 2, 1)  # twice as many would spill
+        cells = max(cells // (4 if maximum else 2), 1)  # twice as many would spill
     return {
         "cell_rows": triton.cdiv(plan.height + size // 2, size),
         "SIZE": size,
         "SIDE": triton.next_power_of_2(size),
-        "MAXIMUM": plan.options.pools and plan.options.pooling == "max",
+        "MAXIMUM": maximum,
         **configuration_of(operator, plan, logits, size, CELLS=cells, num_warps=warps),
         "enable_fp_fusion": True,
     }
