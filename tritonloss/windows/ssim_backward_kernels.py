@@ -100,7 +100,7 @@ class Units(NamedTuple):
 @triton.jit
 def _wait_for(counter_ptr, count):
     """Return when the counter has come to count; what was stored before is seen from then on."""
-    seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    seen = count - 1
     while seen < count:
         seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()

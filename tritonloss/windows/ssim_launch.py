@@ -405,6 +405,8 @@ def ssim_heuristic(direction: str, options: Options) -> Configuration:
             configuration["COLUMNS"] = 2  # the adjoint of four maps would not fit the registers
         if backward and window_size == 7:
             configuration["UNROLL"] = 1  # ptxas keeps to 168 registers, for a spill of 16 bytes
+        if not backward and window_size <= 3 and options.padding == "valid":
+            configuration["UNROLL"] = 1  # or to 72, for one of 8
         return configuration
     configuration = strip_heuristic(4 if window_size <= 5 else 2 if window_size <= 11 else 1)
     if backward and window_size > 21:
