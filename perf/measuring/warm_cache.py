@@ -3,7 +3,7 @@
 What `make gpu` launches is compiled on the stand-in for the driver (``stand_in.py``): the cases of
 the report, the examples of the self-test, and the candidates of each operator's first tuning case.
 An archive holds what launching needs and no intermediate form. Triton's key is a hash of its own
-files, the compiled library among them: an archive serves the wheel that it was made for, and says
+files, the compiled library among them: an archive is for the wheel that it was made for, and says
 which that is. ``python -m perf gpu-cache make | unpack | fill``.
 """
 

@@ -1,6 +1,6 @@
 """The walk of pixelwise losses over logits that are there as they are: where pixels and logits lie.
 
-One walk serves several losses at once: ``Terms`` holds what each of them is, and every block of
+One walk is for several losses at once: ``Terms`` holds what each of them is, and every block of
 logits is read once for all of them.
 """
 

@@ -85,7 +85,7 @@ def strip_program(channels, tiles_x, tiles_y, STRIP: tl.constexpr):
     """The program, from its number.
 
     In a channels_last map neighbouring addresses are channels, so there the lanes run over them and
-    one program serves all; otherwise a program has one channel, and channels follow each other, so
+    one program has all; otherwise a program has one channel, and channels follow each other, so
     that the labels they share stay in the cache.
     """
     LANES: tl.constexpr = STRIP.lanes

@@ -177,7 +177,7 @@ def binary_cross_entropy(
         target: integer labels [N, H, W], uint8 to int64: 0 to C - 1, or 0 and 1 if C is 1.
         pos_weight: w, a weight for the positive term of each class, floating-point [C], or None for
             1. It gets no gradient.
-        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255,
+        ignore_index: label of pixels that are ignored, any integer or None. Default 255,
             which has to be given where there are more than 255 classes and it is one of them. Other
             labels out of range raise on the CPU; on a GPU, where looking would synchronise, they
             count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.

@@ -191,7 +191,7 @@ def cross_entropy(
         target: integer labels [N, H, W], uint8 to int64.
         weight: a weight for each class, floating-point [C], or None for 1. It gets no gradient.
         label_smoothing: s, in [0, 1]. Default 0.
-        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255,
+        ignore_index: label of pixels that are ignored, any integer or None. Default 255,
             which has to be given where there are more than 255 classes and it is one of them. Other
             labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they
             count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.

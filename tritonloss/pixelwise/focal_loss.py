@@ -185,7 +185,7 @@ def focal_loss(
             them, or None for 1. It gets no gradient.
         detach_weight: True holds (1 - p_t)^gamma constant in the gradient. Default False: the full
             gradient.
-        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255,
+        ignore_index: label of pixels that are ignored, any integer or None. Default 255,
             which has to be given where there are more than 255 classes and it is one of them. Other
             labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they
             count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.

@@ -151,7 +151,7 @@ def margin_calibrated_loss(
             the CPU (an infinite offset makes the loss infinite, or constant if "margin"); on a GPU,
             where looking would synchronise, and under torch.compile nobody looks.
         variant: "paper" (default), "released" or "margin"; above is when to take which.
-        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255,
+        ignore_index: label of pixels that are ignored, any integer or None. Default 255,
             which has to be given where there are more than 255 classes and it is one of them. Other
             labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they
             count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.

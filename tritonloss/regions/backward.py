@@ -1,7 +1,7 @@
 """Backward pass of region mutual information: which kernels it runs, on what, in which order.
 
 The gradient to the probabilities that the regions are made of, and from there to the logits. The
-mathematics stands in region_mutual_information.py.
+mathematics is documented in region_mutual_information.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Forward pass of region mutual information: which kernels it runs, on what, in which order.
 
 Logits and labels are read into maps and a cross entropy, the maps become moments, and the head
-makes the loss of both. The mathematics stands in region_mutual_information.py.
+makes the loss of both. The mathematics is documented in region_mutual_information.py.
 """
 
 from __future__ import annotations

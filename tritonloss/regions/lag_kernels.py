@@ -1,6 +1,6 @@
 """Kernels of region mutual information: lag sums over the core of a map and over its frame.
 
-What lags and cells are, stands in lag_sums.py. Of logits these kernels add up the cross entropy,
+Lags and cells are documented in lag_sums.py. Of logits these kernels add up the cross entropy,
 too: nothing else would read them.
 """
 

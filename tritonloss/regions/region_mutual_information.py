@@ -343,7 +343,7 @@ def _tuning_pass(
     layout: str,
     device: torch.device,
 ) -> Launch:
-    """The passes that have the operator, with each of the options that its entry serves."""
+    """The passes that have the operator, with each of the options that its entry is used for."""
     # All that is not contiguous is "strided"; of such logits those in channels_last are common.
     memory = "channels_last" if layout == "strided" else layout
     logits = random_map(shape, memory, dtype, device).sub_(0.5).mul_(8)

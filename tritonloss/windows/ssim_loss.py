@@ -95,7 +95,7 @@ def ssim_loss(
         sigma: standard deviation of the window in pixels, 0.001 to 1e6. Default 1.5.
         c1: stability of the luminance term, 1e-20 to 1e20. Default 0.01^2.
         c2: stability of the contrast-structure term, 1e-20 to 1e20. Default 0.03^2.
-        ignore_index: label of pixels that take part in nothing, any integer or None. Default 255,
+        ignore_index: label of pixels that are ignored, any integer or None. Default 255,
             which has to be given where there are more than 255 classes and it is one of them. Other
             labels out of range raise on the CPU; on a GPU they count as ignored unless
             TRITONLOSS_CHECK_LABELS=1 is set.

@@ -132,7 +132,7 @@ def structural_similarity_loss(
             the image count for the cross entropy only.
         hard_mining: False keeps all valid samples (f = 1). Default True.
         reweight: False sets e = 1 once the hard samples are chosen. Default True.
-        ignore_index: label of pixels that take part in nothing (0 to the window, like padding), any
+        ignore_index: label of pixels that are ignored (0 to the window, like padding), any
             integer or None. Default 255, which has to be given where there are more than 255
             classes and it is one of them. Other labels out of range raise on the CPU; on a GPU,
             where looking would synchronise, they count as ignored unless TRITONLOSS_CHECK_LABELS=1
