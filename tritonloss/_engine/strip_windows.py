@@ -161,7 +161,7 @@ def _sums_about_one(values, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS
 def _sums_about_each(values, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr):
     """(values, sums w d, sums w d^2) for deviations d from each window's centre value.
 
-    A difference of two neighbours is part of two windows: as one's right tap and as the other's left.
+    A difference of two neighbours is in two windows: as one's right tap and as the other's left.
     """
     RADIUS: tl.constexpr = WINDOW // 2
     centres = ()
