@@ -247,21 +247,26 @@ def check_class_weights(
     """
     if optional and weight is None:
         return
-
-    def accepted() -> str:
-        shape = "(C,)" if logits is None else (logits.shape[1],)
-        or_none = " or None" if optional else ""
-        return f"{name} must be {or_number}a floating-point tensor of shape {shape}{or_none}"
-
     if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"{accepted()}; got {_type(weight)}")
+        accepted = _weights_accepted(name, logits, optional, or_number)
+        raise TypeError(f"{accepted}; got {_type(weight)}")
     check_dense(weight, name)
     if weight.dtype not in _FLOATING:
-        raise TypeError(f"{accepted()}; got {described(weight)}")
-    if weight.dim() != 1 or (logits is not None and weight.shape[0] != logits.shape[1]):
-        raise ValueError(f"{accepted()}; got {described(weight)}")
+        accepted = _weights_accepted(name, logits, optional, or_number)
+        raise TypeError(f"{accepted}; got {described(weight)}")
+    if weight.dim() != 1 or (logits is not None and weight.size(0) != logits.size(1)):
+        accepted = _weights_accepted(name, logits, optional, or_number)
+        raise ValueError(f"{accepted}; got {described(weight)}")
     if logits is not None:
         _check_device(logits, "logits", weight, name)
+
+
+def _weights_accepted(
+    name: str, logits: torch.Tensor | None, optional: bool, or_number: str
+) -> str:
+    shape = "(C,)" if logits is None else (logits.shape[1],)
+    or_none = " or None" if optional else ""
+    return f"{name} must be {or_number}a floating-point tensor of shape {shape}{or_none}"
 
 
 def check_window_size(window_size: int, name: str = "window_size") -> None:

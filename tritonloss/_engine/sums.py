@@ -25,6 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .._core import backend
+
 # Programs of a group: two for a lane of four warps.
 _GROUP = tl.constexpr(256)
 
@@ -141,9 +143,10 @@ def tickets(count: int, device: torch.device) -> torch.Tensor:
     """At least ``count`` zeros that no other stream's kernels count on."""
     # A captured graph may run on any stream: it gets tickets of its own, and zeroes them itself.
     # Where the interpreter runs a kernel may break off in the middle and leave tickets behind.
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if backend.INTERPRETED or is_captured:
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device, triton.runtime.driver.active.get_current_stream(device.index))
+    key = (device, triton.runtime.driver.active.get_current_stream(device.index or 0))
     found = _kept.get(key)
     if found is None or found.numel() < count:
         found = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)

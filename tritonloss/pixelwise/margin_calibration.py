@@ -17,6 +17,7 @@ saved, 12 for float64 (``margins.py`` says which, and why).
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -72,10 +73,14 @@ def _term(
     options: Options,
     save: bool,
 ) -> Term:
+    return Term(LOSS, _compiled(options.variant, logits.size(1), save), (), own, other)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(variant: str, classes: int, save: bool) -> Compiled:
     # A penalty's share in the loss: the released code has a mean over the other classes.
-    share = 1.0 / logits.size(1) if options.variant == "released" else 1.0
-    compiled = Compiled(options.variant, 1.0, share, save)
-    return Term(LOSS, compiled, own_table=own, other_table=other)
+    share = 1.0 / classes if variant == "released" else 1.0
+    return Compiled(variant, 1.0, share, save)
 
 
 MARGIN_CALIBRATED = pixelwise_operator(LOSS, Options, _term)

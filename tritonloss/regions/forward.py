@@ -226,7 +226,7 @@ def _lag_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Lag
     blocks = triton.cdiv(plan.columns - span + 1, strip.lanes * strip.columns)
     strips = bands * blocks
     # Larger regions have more lags, and more corners, than the registers of one warp are for.
-    depth, warps = (region, 1) if region < 4 else (1, 2)
+    depth, warps = (region, 1) if region < 4 else (1, 4 if region > 4 and plan.has_maps else 2)
     line = strip._replace(depth=depth, columns=1, lanes=32 * warps, rows=1)
     lines = (4 * (region - 1) + strip.spare + 1) * (region // line.depth)
     programs = 0 if plan.has_maps else plan.planes * (strips + lines)
