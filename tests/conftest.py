@@ -13,6 +13,10 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 
+# Tests run side by side: a process each, and those that it starts, and one thread in each of them.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 if not HAS_GPU:
     # Triton replaces its own library's functions at import: after that the setting does nothing.
     assert "triton" not in sys.modules

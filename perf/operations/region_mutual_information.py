@@ -123,16 +123,13 @@ SHIPPED = variations(
             "options": {"region_size": region, "pooling": None},
             "everywhere": False,
         }
-        for region in (1, 2, 3, 4, 5)
+        for region in (1, 2, 4, 5)
     ),
-    *(
-        {
-            "labels": "int64",
-            "options": {"region_size": 4, "precision": "float32", **pooling},
-            "everywhere": False,
-        }
-        for pooling in ({}, {"pooling": None})
-    ),
+    {
+        "labels": "int64",
+        "options": {"region_size": 4, "precision": "float32"},
+        "everywhere": False,
+    },
     *({"dtype": dtype, "everywhere": False} for dtype in ("bfloat16", "float16")),
     {"labels": "int64", "everywhere": False},
     *({"layout": layout, "everywhere": False} for layout in ("channels_last", "strided")),
@@ -166,10 +163,6 @@ _REGIONS = (1, 2, 3, 4, 5)
 _UNPOOLED: dict[str, Any] = {"pooling": None}
 RARE = rarely(
     SHIPPED[0],
-    *(
-        {"labels": "int64", "options": {**_UNPOOLED, "region_size": region}}
-        for region in (1, 2, 4, 5)
-    ),
     *(
         {"labels": labels, "options": {**_UNPOOLED, "region_size": region}}
         for labels in ("int16", "int32")
