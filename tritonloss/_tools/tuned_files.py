@@ -93,7 +93,8 @@ def _replace(path: Path, document: dict[str, Any]) -> None:
         os.chmod(draft, 0o644)
         os.replace(draft, path)
     except BaseException:
-        os.unlink(draft)
+        with suppress(FileNotFoundError):  # it has taken the file's place already
+            os.unlink(draft)
         raise
 
 
