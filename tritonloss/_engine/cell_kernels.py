@@ -21,11 +21,9 @@ from .cell_walk import (
 )
 from .cells import (
     Axis,
-    cells_of_row,
+    cells_at,
     further,
-    labels_of_image,
     nodes_around,
-    place_of,
     shares_of_columns,
     shares_of_rows,
     wide,
@@ -66,27 +64,27 @@ def _upsampled_forward_kernel(
     """Reads the labels once, and the logits once for the rows and columns that a lane has."""
     COUNT: tl.constexpr = len(TERMS.start)
     PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
-    # Side by side are blocks of cells, then chunks of columns, bands of rows, rows of cells.
+    # Side by side are blocks of cells, then chunks of columns and bands of rows in them.
     program = tl.program_id(0)
     block = program % sizes.blocks
     program = program // sizes.blocks
     chunk = program % CELLS.chunks
     program = program // CELLS.chunks
     band = program % sizes.bands
-    program = program // sizes.bands
-    row = program % (sizes.height + 1)
-    image = (program // (sizes.height + 1)).to(tl.int64)
+    image = (program // sizes.bands).to(tl.int64)
+    index = block * TILE.pixels + tl.arange(0, TILE.pixels)
+    row = index // (sizes.width + 1)
+    column = index - row * (sizes.width + 1)
 
     rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
     columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
-    index = block * TILE.pixels + tl.arange(0, TILE.pixels)
-    cells = cells_of_row(rows, columns, image, row, index, sizes)
-    cells = further(cells, band * CELLS.rows, chunk * CELLS.columns)
-    labels = labels_of_image(target_ptr, target_strides, image)
+    target = (target_ptr, target_strides)
+    cells = cells_at((rows, columns), row, column, target, image, sizes)
+    cells = further(cells, band * CELLS.rows, chunk * CELLS.columns, sizes)
     # A loss whose sums do not ask for the labels keeps none of them: they are loaded once more.
     walk = Forward(
-        nodes=nodes_around(logits_ptr, logits_strides, image, row, index, sizes),
-        pixels=of_pixels(load_pixel_of, (labels, cells), TERMS, TILE, CELLS),
+        nodes=nodes_around(logits_ptr, logits_strides, image, row, column, sizes),
+        pixels=of_pixels(load_pixel_of, (cells, sizes), TERMS, TILE, CELLS),
         given=of_each(given_to, (own_ptrs, other_ptrs, numbers), TERMS, TILE),
         row_shares=shares_of_rows(rows, cells, CELLS),
         column_shares=shares_of_columns(columns, cells, CELLS),
@@ -95,15 +93,15 @@ def _upsampled_forward_kernel(
 
     walk = Forward(
         nodes=walk.nodes,
-        pixels=of_pixels(load_pixel_of, (labels, cells), TERMS, TILE, CELLS),
+        pixels=of_pixels(load_pixel_of, (cells, sizes), TERMS, TILE, CELLS),
         given=walk.given,
         row_shares=walk.row_shares,
         column_shares=walk.column_shares,
     )
     places = ()
     for k in tl.static_range(PIXELS):
-        y = cells.top + k // CELLS.columns
-        places = places + (place_of(cells, y, k % CELLS.columns, sizes),)
+        row_of_pixels = further(cells, k // CELLS.columns, k % CELLS.columns, sizes)
+        places = places + (row_of_pixels.place,)
     values, totals = finish_pixels(states, walk, places, map_ptrs, TERMS, TILE, CELLS)
     if REDUCTION == "none":
         for k in tl.static_range(PIXELS):
@@ -148,7 +146,6 @@ def _upsampled_backward_kernel(
     """Walks down a strip of cells with one block of classes; writes every node's gradient once."""
     COUNT: tl.constexpr = len(TERMS.start)
     BLOCKS: tl.constexpr = (TILE.classes + TILE.unroll - 1) // TILE.unroll
-    dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
     # Side by side are blocks of classes, which share labels and maps, then of cells.
     program = tl.program_id(0)
     class_block = program % BLOCKS
@@ -162,13 +159,14 @@ def _upsampled_backward_kernel(
     first_class = tl.minimum(unseen, TILE.classes - TILE.unroll)
     # The last lane is there for the left neighbour's right nodes.
     lane = tl.arange(0, TILE.pixels)
-    index = block * (TILE.pixels - 1) + lane
+    column = block * (TILE.pixels - 1) + lane
 
+    rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
+    columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
     scales = ()
     for k in tl.static_range(COUNT):
         scales = scales + ((tl.load(scale_ptr + k) if REDUCED else shares[k]),)
     walk = Backward(
-        labels=labels_of_image(target_ptr, target_strides, image),
         given=of_each(given_to, (own_ptrs, other_ptrs, numbers), TERMS, TILE),
         map_ptrs=map_ptrs,
         upstream=Upstream(
@@ -177,12 +175,12 @@ def _upsampled_backward_kernel(
             column_stride=wide(upstream_strides[2]),
             scales=scales,
         ),
-        row_axis=Axis(starts=row_starts_ptr, shares=row_shares_ptr),
-        column_axis=Axis(starts=column_starts_ptr, shares=column_shares_ptr),
+        row_axis=rows,
+        column_axis=columns,
         sizes=sizes,
     )
     gradient = Gradient(
-        pointer=grad_ptr + image * grad_strides[0] + index * wide(grad_strides[3]),
+        pointer=grad_ptr + image * grad_strides[0] + column * wide(grad_strides[3]),
         row_stride=wide(grad_strides[2]),
         class_stride=wide(grad_strides[1]),
         end=tl.minimum(sizes.width - block * (TILE.pixels - 1), TILE.pixels - 1),
@@ -194,9 +192,9 @@ def _upsampled_backward_kernel(
     end_row = tl.minimum(first_row + CELLS.nodes, sizes.height)
     waiting = nothing_waits(TILE)
     for row in tl.range(first_row, end_row + 1):
-        cells = cells_of_row(walk.row_axis, walk.column_axis, image, row, index, sizes)
-        nodes = nodes_around(logits_ptr, logits_strides, image, row, index, sizes)
+        cells = cells_at((rows, columns), row, column, (target_ptr, target_strides), image, sizes)
+        nodes = nodes_around(logits_ptr, logits_strides, image, row, column, sizes)
         sums = sums_of_cells(walk, nodes, cells, first_class, TERMS, TILE, CELLS)
         complete, waiting = join_rows(waiting, sums, row, sizes, TILE)
         if row > first_row:
-            store_nodes(gradient, complete, row - 1, index, sizes, TILE)
+            store_nodes(gradient, complete, row - 1, column, sizes, TILE)

@@ -208,7 +208,7 @@ def cell_heuristic(direction: str, most: int) -> Configuration:
         columns = min(triton.next_power_of_2(most), _MOST_PIXELS)
         # Cells are about as high as wide.
         rows = min(_MOST_PIXELS // columns, triton.next_power_of_2(most))
-        return {"COLUMNS": columns, "ROWS": rows, "UNROLL": 4, "num_warps": 4}
+        return {"COLUMNS": columns, "ROWS": rows, "UNROLL": 8, "num_warps": 4}
     columns = min(triton.next_power_of_2(most), _MOST_COLUMNS)
     # One warp: what neighbouring lanes exchange never leaves it.
     return {"COLUMNS": columns, "ROWS": 16, "UNROLL": 4, "num_warps": 1}
@@ -242,8 +242,8 @@ def _forward_launch(
     columns, rows = int(configuration["COLUMNS"]), int(configuration["ROWS"])
     chunks, bands = triton.cdiv(widest, columns), triton.cdiv(highest, rows)
     tile = _tile(configuration, logits)
-    blocks = triton.cdiv(logits.size(3) + 1, tile.pixels)
-    programs = blocks * chunks * bands * (logits.size(2) + 1) * logits.size(0)
+    blocks = triton.cdiv((logits.size(2) + 1) * (logits.size(3) + 1), tile.pixels)
+    programs = blocks * chunks * bands * logits.size(0)
     classes = logits.size(1)
     return programs, {
         "sizes": _sizes(logits, target, blocks, bands),

@@ -11,10 +11,9 @@ from .cells import (
     along_row,
     factors_between,
     further,
-    load_nodes,
+    load_corner,
     load_pixel,
     look_up_between,
-    place_of,
     shares_of_columns,
 )
 from .pixel_walk import add, add_again, finish, join, of_each, slope, start, store_maps
@@ -27,14 +26,13 @@ class Forward(NamedTuple):
     nodes: Any
     pixels: Any  # a tuple of the lane's pixels, row after row
     given: Any
-    row_shares: Any  # of every row the share of the nodes below, scalars
-    column_shares: Any  # of every column that of the right nodes, [cells]
+    row_shares: Any  # of every row the share of the nodes below, [cells]
+    column_shares: Any  # of every column that of the right nodes
 
 
 class Backward(NamedTuple):
     """What a backward pass needs at every pixel."""
 
-    labels: Any
     given: Any
     map_ptrs: Any  # [N, H, W] each
     upstream: Any
@@ -55,7 +53,7 @@ class Upstream(NamedTuple):
 class Row(NamedTuple):
     """A row of pixels in a row of cells, with a block of classes."""
 
-    y: Any
+    y: Any  # in the map of labels
     share: Any  # of the nodes below
     lefts: Any  # of every class the left logit, [cells]
     steps: Any  # and the step to the right one
@@ -90,9 +88,9 @@ def load_pixel_of(
     arguments, K: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr
 ):
     """One of a lane's pixels, for ``of_pixels``."""
-    labels, cells = arguments
-    row = cells.top + K // CELLS.columns
-    return load_pixel(labels, cells, row, K % CELLS.columns, TILE, CELLS)
+    cells, sizes = arguments
+    row = further(cells, K // CELLS.columns, 0, sizes)
+    return load_pixel(row, K % CELLS.columns, TILE, CELLS)
 
 
 @triton.jit
@@ -144,10 +142,10 @@ def _add_block(
 
 @triton.jit
 def _load_corners(nodes, first, COUNT: tl.constexpr, TILE: tl.constexpr):
-    """The logits at the nodes around each cell, of every class of a block."""
+    """The logits and steps of each cell, of every class of a block."""
     corners = ()
     for j in tl.static_range(COUNT):
-        corners = corners + (load_nodes(nodes, tl.full((), j, tl.int32) + first, TILE),)
+        corners = corners + (load_corner(nodes, first + j, TILE),)
     return corners
 
 
@@ -233,7 +231,7 @@ def finish_pixels(
 def sums_of_cells(
     walk, nodes, cells, first, TERMS: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr
 ):
-    """What the pixels of a row of cells add to the nodes, of the block that begins with ``first``."""
+    """What the pixels of a row of cells add to the nodes, of the block that begins at ``first``."""
     corners = _load_corners(nodes, first, TILE.unroll, TILE)
     nothing = _zeros(TILE)
     sums = NodeSums(left=nothing, right=nothing, below_left=nothing, below_right=nothing)
@@ -246,12 +244,13 @@ def sums_of_cells(
             lefts = lefts + (left,)
             steps = steps + (step,)
         row = Row(y=y, share=share, lefts=lefts, steps=steps, first=first)
+        in_cells = further(cells, y - cells.top, 0, walk.sizes)
         in_row = (nothing, nothing)
         if CELLS.chunks == 1:
-            in_row = _add_chunk(in_row, walk, nodes, cells, row, TERMS, TILE, CELLS)
+            in_row = _add_chunk(in_row, walk, nodes, in_cells, row, TERMS, TILE, CELLS)
         else:
             for chunk in tl.range(0, CELLS.chunks):
-                here = further(cells, 0, chunk * CELLS.columns)
+                here = further(in_cells, 0, chunk * CELLS.columns, walk.sizes)
                 in_row = _add_chunk(in_row, walk, nodes, here, row, TERMS, TILE, CELLS)
         sums = _add_row(sums, in_row, share)
     return sums
@@ -265,7 +264,7 @@ def _add_chunk(
     shares = shares_of_columns(walk.column_axis, cells, CELLS)
     all_sums, right_sums = in_row
     for k in tl.static_range(CELLS.columns):
-        pixel = load_pixel(walk.labels, cells, row.y, k, TILE, CELLS)
+        pixel = load_pixel(cells, k, TILE, CELLS)
         factors = _factors(walk, nodes, (cells, row, pixel), (k, shares[k]), TERMS, TILE)
         block = _block_in_row(row, shares[k])
         more = ()
@@ -289,7 +288,7 @@ def _factors(walk, nodes, here, column, TERMS: tl.constexpr, TILE: tl.constexpr)
     dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
     cells, row, pixel = here
     number, column_share = column
-    place = place_of(cells, row.y, number, walk.sizes)
+    place = cells.place + number
     upstream = walk.upstream
     offsets = (cells.first + number) * upstream.column_stride
     pointer = upstream.pointer + row.y * upstream.row_stride
@@ -402,7 +401,6 @@ def of_pixels(
     Written out: elements of a tuple that grows lose their names under Triton 3.6.
     """
     COUNT: tl.constexpr = CELLS.rows * CELLS.columns
-    tl.static_assert(COUNT in (1, 2, 4, 8, 16), "a lane has 1, 2, 4, 8 or 16 pixels at once")
     if COUNT == 1:
         results = (FUNCTION(arguments, 0, TERMS, TILE, CELLS),)
     elif COUNT == 2:
@@ -429,6 +427,7 @@ def of_pixels(
             FUNCTION(arguments, 7, TERMS, TILE, CELLS),
         )
     else:
+        tl.static_assert(COUNT == 16, "a lane has 1, 2, 4, 8 or 16 pixels at once")
         results = (
             FUNCTION(arguments, 0, TERMS, TILE, CELLS),
             FUNCTION(arguments, 1, TERMS, TILE, CELLS),

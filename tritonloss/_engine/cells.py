@@ -46,36 +46,8 @@ class Sizes(NamedTuple):
     width: Any
     rows: Any  # of the labels
     columns: Any
-    blocks: Any  # of cells, side by side
+    blocks: Any  # of cells
     bands: Any  # of rows of pixels in the highest cell; going back, strips of rows of nodes
-
-
-class Nodes(NamedTuple):
-    """The four nodes around each cell of a row of cells."""
-
-    above: Any  # pointer to the upper two's row, at the first class
-    below: Any
-    left: Any  # [cells], offsets in a row
-    right: Any
-    stride: Any  # from class to class
-
-
-class Cells(NamedTuple):
-    """A row of cells, or the part of it that a program is at."""
-
-    image: Any
-    first: Any  # [cells], the first column of pixels
-    end: Any  # [cells], one more than the last
-    top: Any  # the first row of pixels
-    bottom: Any  # one more than the last
-
-
-class Labels(NamedTuple):
-    """Where the labels of an image lie."""
-
-    pointer: Any
-    row_stride: Any
-    column_stride: Any
 
 
 class Axis(NamedTuple):
@@ -83,6 +55,28 @@ class Axis(NamedTuple):
 
     starts: Any  # [nodes + 2], of every cell the first pixel
     shares: Any  # [pixels], of the later node
+
+
+class Nodes(NamedTuple):
+    """The four nodes around each cell, [cells] each: pointers to their logits of class 0."""
+
+    above_left: Any
+    above_right: Any
+    below_left: Any
+    below_right: Any
+    stride: Any  # from class to class
+
+
+class Cells(NamedTuple):
+    """What is left of a program's cells, from a row and a column of each cell's pixels on."""
+
+    first: Any  # [cells], the column
+    end: Any  # [cells], one more than the last column; ``first`` where no row is left
+    top: Any  # the row: [cells], or scalar if the cells have one row
+    bottom: Any  # one more than the last row
+    label: Any  # [cells], pointers to the label of the first pixel
+    place: Any  # [cells], where that pixel is in a map [N, H, W]
+    strides: Any  # of the labels: from row to row, from column to column
 
 
 # --- where a program is ---------------------------------------------------------------------------
@@ -95,56 +89,63 @@ def wide(stride):
 
 
 @triton.jit
-def labels_of_image(target_ptr, strides, image):
-    """Where the labels of an image lie."""
-    return Labels(
-        pointer=target_ptr + image * strides[0],
-        row_stride=wide(strides[1]),
-        column_stride=wide(strides[2]),
-    )
+def cells_at(axes, row, column, target, image, sizes):
+    """The cells of an image in these rows, scalar or [cells], and columns [cells] of cells.
 
-
-@triton.jit
-def cells_of_row(row_axis, column_axis, image, row, index, sizes):
-    """The cells of a row."""
-    cell = tl.minimum(index, sizes.width)
-    first = tl.load(column_axis.starts + cell)
-    end = tl.load(column_axis.starts + cell + 1)
+    Cells beyond the image have no pixels. ``target`` is (pointer, strides).
+    """
+    row_axis, column_axis = axes
+    target_ptr, target_strides = target
+    here = tl.minimum(row, sizes.height)
+    top = tl.load(row_axis.starts + here)
+    bottom = tl.load(row_axis.starts + here + 1)
+    bottom = tl.where(row <= sizes.height, bottom, top)
+    here = tl.minimum(column, sizes.width)
+    first = tl.load(column_axis.starts + here)
+    end = tl.load(column_axis.starts + here + 1)
+    end = tl.where(column <= sizes.width, end, first)
+    strides = (wide(target_strides[1]), wide(target_strides[2]))
+    start = target_ptr + image * target_strides[0]
     return Cells(
-        image=image,
         first=first,
-        end=tl.where(index <= sizes.width, end, first),
-        top=tl.load(row_axis.starts + row),
-        bottom=tl.load(row_axis.starts + row + 1),
+        end=end,
+        top=top,
+        bottom=bottom,
+        label=start + top * strides[0] + first * strides[1],
+        place=(image * sizes.rows + top) * sizes.columns + first,
+        strides=strides,
     )
 
 
 @triton.jit
-def further(cells, rows, columns):
-    """What is left of cells after so many rows and columns of their pixels."""
+def further(cells, rows, columns, sizes):
+    """What is left of the cells after so many rows and columns more."""
+    top = cells.top + rows
+    first = cells.first + columns
     return Cells(
-        image=cells.image,
-        first=cells.first + columns,
-        end=cells.end,
-        top=cells.top + rows,
+        first=first,
+        end=tl.where(top < cells.bottom, cells.end, first),
+        top=top,
         bottom=cells.bottom,
+        label=cells.label + rows * cells.strides[0] + columns * cells.strides[1],
+        place=cells.place + rows * wide(sizes.columns) + columns,
+        strides=cells.strides,
     )
 
 
 @triton.jit
-def nodes_around(logits_ptr, strides, image, row, index, sizes):
-    """The nodes around the cells of a row of cells; no index leaves the map."""
+def nodes_around(logits_ptr, strides, image, row, column, sizes):
+    """The nodes around the cells in these rows and columns of cells; no index leaves the map."""
     start = logits_ptr + image * strides[0]
-    above = tl.minimum(tl.maximum(row - 1, 0), sizes.height - 1)
-    below = tl.minimum(row, sizes.height - 1)
-    left = tl.minimum(tl.maximum(index - 1, 0), sizes.width - 1)
-    right = tl.minimum(index, sizes.width - 1)
-    row_stride, column_stride = wide(strides[2]), wide(strides[3])
+    above = tl.minimum(tl.maximum(row - 1, 0), sizes.height - 1) * wide(strides[2])
+    below = tl.minimum(row, sizes.height - 1) * wide(strides[2])
+    left = tl.minimum(tl.maximum(column - 1, 0), sizes.width - 1) * wide(strides[3])
+    right = tl.minimum(column, sizes.width - 1) * wide(strides[3])
     return Nodes(
-        above=start + above * row_stride,
-        below=start + below * row_stride,
-        left=left * column_stride,
-        right=right * column_stride,
+        above_left=start + above + left,
+        above_right=start + above + right,
+        below_left=start + below + left,
+        below_right=start + below + right,
         stride=wide(strides[1]),
     )
 
@@ -161,7 +162,7 @@ def shares_of_columns(axis, cells, CELLS: tl.constexpr):
 
 @triton.jit
 def shares_of_rows(axis, cells, CELLS: tl.constexpr):
-    """Of every row of a lane the share of the nodes below, a tuple of scalars."""
+    """Of every row of a lane the share of the nodes below, a tuple of [cells]."""
     shares = ()
     for r in tl.static_range(CELLS.rows):
         row = cells.top + r
@@ -170,23 +171,14 @@ def shares_of_rows(axis, cells, CELLS: tl.constexpr):
 
 
 @triton.jit
-def place_of(cells, row, column, sizes):
-    """Where the pixels in a row and a column of each cell lie in a map [N, H, W] side by side."""
-    start = (cells.image * sizes.rows + row) * sizes.columns
-    return start + (cells.first + column)
-
-
-@triton.jit
-def load_pixel(labels, cells, row, column, TILE: tl.constexpr, CELLS: tl.constexpr):
-    """The pixels in a row and, counted from the cell's first, a column; labels sanitised."""
-    x = cells.first + column
-    inside = x < tl.where(row < cells.bottom, cells.end, cells.first)
+def load_pixel(cells, column, TILE: tl.constexpr, CELLS: tl.constexpr):
+    """The pixels in the first row and in a column, counted from the first; labels sanitised."""
+    inside = cells.first + column < cells.end
     if CELLS.near:
-        offsets = x
+        pointers = cells.label + column
     else:
-        offsets = x * labels.column_stride
-    pointer = labels.pointer + row * labels.row_stride
-    loaded = tl.load(pointer + offsets, mask=inside, other=0)
+        pointers = cells.label + column * cells.strides[1]
+    loaded = tl.load(pointers, mask=inside, other=0)
     # As a tensor: labels of eight bits may be fewer than the classes, and are widened then.
     classes = tl.full((), 2 if CELLS.binary else TILE.classes, tl.int32)
     label = sanitised_label(loaded, inside, classes, CELLS.ignored)
@@ -198,29 +190,34 @@ def load_pixel(labels, cells, row, column, TILE: tl.constexpr, CELLS: tl.constex
 
 
 @triton.jit
-def load_nodes(nodes, index, TILE: tl.constexpr):
-    """The logits of a class, scalar or [cells]: (above left, above right, below left, right)."""
+def load_corner(nodes, index, TILE: tl.constexpr):
+    """Of a class, scalar or [cells], (logit above left, step down, step right, step of that down).
+
+    Where a node's logit is not finite, it is that of the whole cell: a step between an infinite
+    logit and a finite one would make NaN of both.
+    """
     dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
-    offset = index.to(tl.int64) * nodes.stride
-    above_left = tl.load(nodes.above + offset + nodes.left).to(dtype)
-    above_right = tl.load(nodes.above + offset + nodes.right).to(dtype)
-    below_left = tl.load(nodes.below + offset + nodes.left).to(dtype)
-    below_right = tl.load(nodes.below + offset + nodes.right).to(dtype)
-    return above_left, above_right, below_left, below_right
+    offset = index * nodes.stride
+    above_left = tl.load(nodes.above_left + offset).to(dtype)
+    above_right = tl.load(nodes.above_right + offset).to(dtype)
+    below_left = tl.load(nodes.below_left + offset).to(dtype)
+    below_right = tl.load(nodes.below_right + offset).to(dtype)
+    total = (above_left + above_right) + (below_left + below_right)
+    is_finite = tl.abs(total) < float("inf")
+    step = above_right - above_left
+    return (
+        tl.where(is_finite, above_left, total),
+        tl.where(is_finite, below_left - above_left, 0.0),
+        tl.where(is_finite, step, 0.0),
+        tl.where(is_finite, (below_right - below_left) - step, 0.0),
+    )
 
 
 @triton.jit
-def along_row(logits, share):
-    """(left logit, step to the right one) in a row of pixels with this share of the nodes below.
-
-    Of an infinite left logit and a finite right one, the step is finite: left + share * step has to
-    be infinite too, and not NaN.
-    """
-    above_left, above_right, below_left, below_right = logits
-    left = above_left * (1.0 - share) + below_left * share
-    right = above_right * (1.0 - share) + below_right * share
-    step = right - tl.where(tl.abs(left) == float("inf"), 0.0, left)
-    return left, step
+def along_row(corner, share):
+    """(left logit, step to the right) in a row of pixels with this share of the nodes below."""
+    logit, down, step, step_down = corner
+    return logit + share * down, step + share * step_down
 
 
 @triton.jit
@@ -229,8 +226,8 @@ def look_up_between(nodes, index, row_share, column_share, TILE: tl.constexpr):
 
     Whatever the class has become, it leads to no foreign memory.
     """
-    logits = load_nodes(nodes, nearest_class(index, TILE), TILE)
-    left, step = along_row(logits, row_share)
+    corner = load_corner(nodes, nearest_class(index, TILE), TILE)
+    left, step = along_row(corner, row_share)
     return tl.where(index >= 0, left + column_share * step, 0.0)
 
 
