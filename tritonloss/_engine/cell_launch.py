@@ -71,8 +71,11 @@ def axis_tables(
     if nodes == pixels:  # PyTorch copies
         place = pixel
     before = numpy.minimum(numpy.floor(numpy.maximum(place, 0)), nodes - 1)
-    shares = numpy.clip(numpy.maximum(place, 0) - before, 0, 1).astype(real)
+    shares = numpy.clip(numpy.maximum(place, 0) - before, 0, 1)
     cells = numpy.where(place < 0, 0, before + 1).astype(numpy.int64)
+    # Beyond the outermost nodes a cell has the same node twice. The share is chosen so that no sum
+    # of gradients is for a node that is not there.
+    shares = numpy.where(cells == 0, 1, numpy.where(cells == nodes, 0, shares)).astype(real)
     starts = numpy.searchsorted(cells, numpy.arange(nodes + 2))
     most = int(numpy.diff(starts).max())
     return AxisTables(
@@ -173,7 +176,6 @@ def launch_cells_backward(
             "target_strides": target.stride(),
             "grad_strides": grad_logits.stride(),
             "TERMS": terms_of(terms, logits, walk, save=True),
-            "REDUCED": reduced,
             **arguments,
         }
         return PreparedLaunch(_upsampled_backward_kernel, (programs,), constants, aligned=False)
@@ -211,7 +213,7 @@ def cell_heuristic(direction: str, most: int) -> Configuration:
         return {"COLUMNS": columns, "ROWS": rows, "UNROLL": 8, "num_warps": 4}
     columns = min(triton.next_power_of_2(most), _MOST_COLUMNS)
     # One warp: what neighbouring lanes exchange never leaves it.
-    return {"COLUMNS": columns, "ROWS": 16, "UNROLL": 4, "num_warps": 1}
+    return {"COLUMNS": columns, "ROWS": 16, "UNROLL": 5, "num_warps": 1}
 
 
 def _configuration(
@@ -281,7 +283,9 @@ def _backward_launch(
 
 def _tile(configuration: Configuration, logits: torch.Tensor) -> Tile:
     """A lane owns a cell: to the losses it is a pixel."""
-    unroll = min(int(configuration["UNROLL"]), logits.size(1))
+    # Blocks of one size, as far as that goes: going back, all are made of the same number.
+    blocks = triton.cdiv(logits.size(1), int(configuration["UNROLL"]))
+    unroll = triton.cdiv(logits.size(1), blocks)
     return Tile(
         pixels=int(configuration["num_warps"]) * warp_size(),
         lanes=1,
@@ -312,6 +316,7 @@ def _cell_tile(
         near=target.stride(2) == 1,
         ignored=labels["IGNORED"],
         binary=labels["BINARY"],
+        reduced=walk.reduction != "none",
     )
 
 
