@@ -25,28 +25,29 @@ class Operator:
 
     What the operator takes and keeps is read from the launchers' signatures:
 
-    - ``forward(*inputs, options, save) -> results``: its tensors are the operator's inputs.
-      ``options`` and ``save``, whether a backward pass may follow, only if it asks for them.
+    - ``forward(*inputs, options, save) -> results``: its tensors are the operator's inputs. It is
+      given ``options``, and ``save`` (whether a backward pass may follow), if it has parameters of
+      these names.
     - ``backward(...)``: ``grad_<result>`` is an upstream gradient; a parameter that is called like
       an input or a result is saved for it; ``wants_<input>`` says whether that input needs a
       gradient; ``options`` as above. It returns the gradient, or a tuple if there are several.
 
     Args:
-        name: of the custom operators, and of the operator in messages.
-        forward: the launcher of the forward pass. A result that is not there is None; where there
-            has to be a tensor it is an empty one.
+        name: the name of the custom operators, and of the operator in messages.
+        forward: the launcher of the forward pass. A result that it does not have is None; custom
+            operators return an empty tensor for it.
         backward: the launcher of the backward pass.
-        allocate: like ``forward``; only dtype and shape of the results count.
+        allocate: like ``forward``, but only dtype and shape of its results count.
         results: a NamedTuple of the tensors that ``forward`` returns.
         options: a NamedTuple of numbers, strings and flags, or None if there is none.
         returned: how many results a caller gets; the others are for the backward pass.
         differentiable: names of the inputs with a gradient, in the order of ``backward``.
         allocate_gradient: like ``backward``; by default the gradient is like the first input.
         reuse: like ``backward``, and may ask for more of what was saved. It writes the gradient
-            into a saved tensor, so only a graph's first backward pass is its own, and that only
-            where ``can_reuse``. None from it leaves the work to ``backward``.
-        batched: every tensor has leading batch dimensions, of which vmap may make one more; without
-            them a mapped operator is launched for one slice after the other.
+            into a saved tensor. It is therefore called for a graph's first backward pass only, and
+            returns None where ``can_reuse`` was not so: ``backward`` then does the work.
+        batched: whether every tensor has leading batch dimensions, to which vmap may add one. Where
+            it has not, a mapped operator is launched for one element of the batch after the other.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Operator:
         if strangers:
             raise TypeError(f"backward of {name} asks for {sorted(strangers)}, which is not there")
 
-        # Classes of its own, for the names that autograd shows.
+        # Every operator has classes of its own, for the names that autograd shows.
         title = "".join(part.capitalize() for part in name.split("_"))
         self.function: Any = type(title, (_Forward,), {})
         self.transformed_function: Any = type(title, (_TransformedForward,), {})
@@ -120,7 +121,7 @@ class Operator:
     def run_forward(
         self, tensors: Sequence[Tensor | None], options: Any, save: bool
     ) -> tuple[Any, ...]:
-        """All results, from the launcher or, where it would not see data, the custom operator."""
+        """All results: from the launcher, or from the custom operator where there is no data."""
         if not _holds_data(tensors):
             return tuple(self.forward(*tensors, *((save,) if self._saves else ()), *options))
         return tuple(self._forward(*tensors, **self._extras(options, save)))
@@ -134,7 +135,7 @@ class Operator:
         *,
         reuse: bool = False,
     ) -> tuple[Tensor, ...]:
-        """The gradients, from the launcher or the custom operator in the same way."""
+        """The gradients, from the launcher or the custom operator, as in run_forward."""
         count = len(self.saved)
         tensors = (*grads, *saved[:count])
         if not _holds_data(tensors):
@@ -148,7 +149,7 @@ class Operator:
         return self._tupled(self._backward(**given) if found is None else found)
 
     def both_passes(self, *tensors: Tensor | None, options: Any = ()) -> tuple[Tensor, ...]:
-        """What a caller gets and the gradients under upstream gradients of 1, without autograd."""
+        """(*returned results, *gradients) for upstream gradients of 1, without autograd."""
         results = self.run_forward(tensors, options, True)
         grads = [torch.ones_like(results[position]) for position in self._grad_positions]
         wants = [True] * len(self.wants)
@@ -158,14 +159,15 @@ class Operator:
     def of_saved(
         self, tensors: Sequence[Tensor | None], results: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """What the backward pass asks for."""
+        """The inputs and results that the backward pass asks for."""
         known = (*tensors, *results)
         return [known[position] for position in self._saved_positions]
 
     def of_grads(self, grads: Sequence[Tensor | None]) -> list[Tensor] | None:
         """The upstream gradients that the backward pass asks for; None if there is none at all.
 
-        Results of which one is used and the other not are of one shape: its zeros take no memory.
+        Where one of several results is used and another is not, they have one shape. The gradient
+        of the unused one is zeros that take no memory.
         """
         wanted = [grads[position] for position in self._grad_positions]
         there = [grad for grad in wanted if grad is not None]
@@ -185,11 +187,11 @@ class Operator:
         return tuple(places)
 
     def of_wants(self, needed: Sequence[bool]) -> list[bool]:
-        """The flags that the backward pass asks for, of inputs that need a gradient or do not."""
+        """The flags that the backward pass asks for: whether an input needs a gradient."""
         return [needed[position] for position in self._want_positions]
 
     def not_differentiable(self, results: Sequence[Tensor]) -> list[Tensor]:
-        """Of the first results those that no gradient comes back from."""
+        """Those of the first results that no gradient comes back from."""
         return [r for i, r in enumerate(results) if i not in self._grad_positions]
 
     def _extras(self, options: Any, save: bool | None = None) -> dict[str, Any]:
@@ -203,7 +205,7 @@ class Operator:
         return torch.empty_like(given[self.inputs[0]])
 
     def _declare(self, allocate: Callable[..., Any], allocate_gradient: Callable[..., Any]) -> None:
-        """The custom operators, for tensors without data."""
+        """Declare the custom operators, for tensors without data."""
         fields = typing.get_type_hints(self.options) if self.options is not None else {}
         hints = typing.get_type_hints(self._forward)
         tensors = {name: hints.get(name, Tensor) for name in self.inputs}
@@ -243,7 +245,7 @@ class Operator:
         self._differentiate(len(save) + len(fields), made)
 
     def _differentiate(self, extras: int, options: Callable[..., Any]) -> None:
-        """The gradient of the custom operators; ``extras`` arguments come after the inputs."""
+        """Declare the custom operators' gradient; ``extras`` arguments come after the inputs."""
         count = len(self.inputs)
         first_option = count + self._saves
 
@@ -260,7 +262,7 @@ class Operator:
         self.backward.register_autograd(gradient_of_gradient)
 
     def _returned(self, gradients: Any) -> Any:
-        """As the schema of the custom operator has it: a single tensor stands alone."""
+        """The gradients as the custom operator's schema has them: a tuple, or a single tensor."""
         gradients = self._tupled(gradients)
         return gradients if len(gradients) > 1 else gradients[0]
 
@@ -268,7 +270,7 @@ class Operator:
 def is_transformed() -> bool:
     """Whether a transform of torch.func is at work, which hides whether a tensor needs a gradient.
 
-    Here and in _holds_data the private names are the only ways to ask.
+    PyTorch has no public function that tells, neither here nor for what _holds_data asks.
     """
     return bool(torch._C._are_functorch_transforms_active())
 
@@ -284,7 +286,7 @@ def _apply_eagerly(function: Any, *arguments: Any) -> Any:
     return function.apply(*arguments)
 
 
-# Not traced, also in what torch.compile leaves uncompiled.
+# Never traced, not even by the part of torch.compile that runs code uncompiled.
 _apply: Callable[..., Any] = torch.compiler.disable(  # type: ignore[no-untyped-call]
     _apply_eagerly,
     reason="tritonloss: transforms of torch.func cannot be compiled around a loss; use "
@@ -293,10 +295,10 @@ _apply: Callable[..., Any] = torch.compiler.disable(  # type: ignore[no-untyped-
 
 
 def _holds_data(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a launcher would see the tensors' data, and nobody else wants to see a call.
+    """Whether a launcher would see the tensors' data, and no dispatch mode wants to see the call.
 
-    Of an imaginary part of a conjugate the data lacks the sign: PyTorch puts it right on the way to
-    a custom operator.
+    The imaginary part of a conjugate is a tensor whose data lacks the sign (``is_neg``): PyTorch
+    puts the sign in on the way to a custom operator.
     """
     if torch._C._len_torch_dispatch_stack() > 0:
         return False
@@ -309,7 +311,7 @@ def _holds_data(tensors: Sequence[Tensor | None]) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-# What autograd's is_grads_batched makes of upstream gradients.
+# Whether a tensor is what autograd's is_grads_batched makes of upstream gradients.
 _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -317,7 +319,7 @@ _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedten
 
 
 class _Forward(torch.autograd.Function):
-    """Arguments: operator, save, options, *inputs."""
+    """The operator in autograd. Arguments: operator, save, options, *inputs."""
 
     @staticmethod
     def forward(ctx: Any, operator: Operator, save: bool, options: Any, *tensors: Any) -> Any:
@@ -336,7 +338,7 @@ class _Forward(torch.autograd.Function):
 
 
 class _TransformedForward(_Forward):
-    """The same for transforms of torch.func; to apply it costs the host several times more."""
+    """_Forward for the transforms of torch.func; it takes the host several times longer."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -394,9 +396,10 @@ def _keep(
     outputs: Sequence[Tensor],
     save: bool = True,
 ) -> None:
-    """What the backward pass needs. Nothing is made for results that nobody used.
+    """Keep in ``ctx`` what the backward pass needs.
 
-    ``outputs`` are the results that autograd hears of: each costs the host time.
+    ``outputs`` are the results that autograd is told of, each of which costs the host time. No
+    zeros are made as gradients of results that nobody used.
     """
     ctx.set_materialize_grads(False)
     others = operator.not_differentiable(outputs)
@@ -433,7 +436,7 @@ def _mapped(
     dims: Sequence[int | None],
     tensors: Sequence[Any],
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The results of every slice, and that their first dimension counts the slices."""
+    """(results of all slices of the batch, their batch dimensions: the first of each)."""
     given = list(zip(tensors, dims, strict=True))
     if operator.batched:
         results = function(
