@@ -19,7 +19,7 @@ from .planes import compute_dtype, ignored_class
 from .sums import sums_over
 
 REDUCTIONS = ("mean", "sum", "none")
-# Classes of a bundle in channels_last.
+# Classes of a bundle where neighbouring addresses are classes (channels_last).
 _LAST_BUNDLE = 64
 
 
@@ -27,12 +27,13 @@ class Loss(NamedTuple):
     """A pixelwise loss as its launchers know it.
 
     Attributes:
-        name: of its operator; configurations are kept under it.
+        name: the name of its operator, under which configurations are kept.
         record: its device functions.
-        saved: of logits, the dtypes of the maps for the backward pass.
-        unroll: classes of a lane in one block of the forward pass, where there are so many.
-        held: up to so many classes of a lane stay in registers, to be gone through twice.
-        binary: whether one class is allowed, with labels 0 and 1.
+        saved: (logits) -> the dtypes of the maps for the backward pass.
+        unroll: classes of a lane in one block of the forward pass, if there are that many.
+        held: the most classes of a lane that stay in registers, for a loss that goes through them
+            twice; 0 for the others.
+        binary: whether a single class is allowed, with labels 0 and 1.
     """
 
     name: str
@@ -80,14 +81,14 @@ class Kept(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """How pixels of logits and labels are gone through, whatever the losses."""
+    """The options that all losses of a walk share."""
 
     ignore_index: int | None
     reduction: str
 
 
 class Made(NamedTuple):
-    """What a forward launch fills: shapes and dtypes."""
+    """The shapes and dtypes of the tensors that a forward launch fills."""
 
     loss: tuple[int, ...]
     scale: int
@@ -97,17 +98,17 @@ class Made(NamedTuple):
 
 
 def made(losses: Sequence[Loss], logits: torch.Tensor, reduction: str, save: bool) -> Made:
-    """The tensors that a forward launch fills."""
+    """The shapes and dtypes of the tensors that a forward launch fills."""
     images, _, height, width = logits.shape
     pixels = (images, height, width)
     dtypes = tuple(dtype for loss in losses for dtype in loss.saved(logits)) if save else ()
-    # A map needs no scale, and what nobody fills is not there.
+    # With a map there is no scale: no kernel would fill it.
     shape, scales = (pixels, 0) if reduction == "none" else ((), len(losses))
     return Made(shape, scales, pixels, compute_dtype(logits.dtype), dtypes)
 
 
 def allocated(made: Made, logits: torch.Tensor) -> tuple[torch.Tensor, Kept]:
-    """The tensors, on the device of ``logits``."""
+    """(loss, what is kept): these tensors, on the device of ``logits``."""
     loss = logits.new_empty(made.loss, dtype=made.dtype)
     scale = logits.new_empty(made.scale, dtype=made.dtype)
     maps = tuple([logits.new_empty(made.pixels, dtype=dtype) for dtype in made.maps])
@@ -120,7 +121,7 @@ def allocated(made: Made, logits: torch.Tensor) -> tuple[torch.Tensor, Kept]:
 def launch_forward(
     terms: tuple[Term, ...], logits: torch.Tensor, target: torch.Tensor, walk: Walk, save: bool
 ) -> tuple[torch.Tensor, Kept]:
-    """The sum of the losses, and what their backward pass needs if ``save``."""
+    """(the sum of the losses, what their backward pass needs if ``save``)."""
     losses = [term.loss for term in terms]
     if logits.numel() == 0:  # no program runs, and so none comes last
         loss, kept = allocated(made(losses, logits, walk.reduction, save), logits)
@@ -138,7 +139,7 @@ def launch_forward(
             **_labels(losses, logits, target, walk.ignore_index),
             **arguments,
         }
-        # Of whole grains the maps are aligned, and so is all that is allocated here.
+        # With a grain above 1 logits and labels are aligned; what is allocated here always is.
         aligned = arguments["TILE"].grain > 1
         launch = PreparedLaunch(_pixelwise_forward_kernel, grid, constants, aligned)
         return launch, grid[0], made(losses, logits, walk.reduction, save)
@@ -214,9 +215,10 @@ def launch_backward(
 
 
 def _key(terms: tuple[Term, ...]) -> tuple[Any, ...]:
-    """What a launch depends on of its terms.
+    """All of its terms that a launch depends on.
 
-    The records stay alive in what is prepared, so that their addresses are theirs.
+    A record is known by its address. The prepared launch keeps it alive, so that no other record
+    ever has that address.
     """
     return tuple(
         (
@@ -231,7 +233,7 @@ def _key(terms: tuple[Term, ...]) -> tuple[Any, ...]:
 def _tables(
     terms: tuple[Term, ...], logits: torch.Tensor
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """The tables as the kernels read them: [C] side by side, or anything where there is none."""
+    """(own, other) tables as kernels read them, contiguous [C]; the logits for a missing one."""
     own = tuple([_table(term.own_table, logits) for term in terms])
     other = tuple([_table(term.other_table, logits) for term in terms])
     return own, other
@@ -255,7 +257,7 @@ def _numbers(terms: tuple[Term, ...]) -> dict[str, Any]:
 def _terms(terms: tuple[Term, ...], logits: torch.Tensor, save: bool) -> Terms:
     records = [term.loss.record for term in terms]
     counts = tuple(len(term.loss.saved(logits)) if save else 0 for term in terms)
-    # Where there is no second pass its functions are not called.
+    # A loss without a second pass gets ``add`` for the functions of that pass; none is called.
     fields = {
         name: tuple(getattr(record, name) or record.add for record in records)
         for name in Record._fields
@@ -342,10 +344,10 @@ def pixel_heuristic(losses: Sequence[Loss], direction: str, logits: torch.Tensor
     most = min(loss.unroll for loss in losses)
     held = max(loss.held for loss in losses)
     if _classes_in_lanes(logits):
-        # Every lane of a pixel does all that is to do once per pixel: few classes, few lanes.
+        # Every lane of a pixel repeats what is done once per pixel: few classes get few lanes.
         lanes = 8 if classes > 32 else min(4, triton.next_power_of_2(classes))
         slots = triton.cdiv(classes, lanes)
-        # Every value has an address of its own in registers.
+        # Every value has an address of its own, in registers of its own.
         pixels = 4 if slots <= 8 else 2
         unroll = most if forward else 4 if lanes == 8 else 8
     else:
@@ -380,15 +382,16 @@ def _launch(
         heuristic=pixel_heuristic(losses, direction, logits),
     )
     warps, lanes = int(configuration["num_warps"]), int(configuration["CLASS_LANES"])
-    # A slot is in one bundle.
+    # No more lanes than a bundle has classes, so that a slot is within one bundle.
     pixels, lanes = int(configuration["PIXELS"]), min(lanes, _LAST_BUNDLE) if in_lanes else 1
     flat = is_contiguous if lanes == 1 else _is_flat(True, logits, target, *grads)
     grain = 1
     if lanes == 1:
         per_lane = max(pixels // (warps * warp_size()), 1)
         grain = _grain(per_lane, logits, target, *grads) if flat else 1
-        # Without whole aligned grains a lane's neighbouring pixels would be moved one by one, each
-        # time across as many cache lines as if they were apart: one pixel per lane is better.
+        # Without whole aligned grains a lane's neighbouring pixels would be moved one by one. Every
+        # such move would touch as many cache lines as if the pixels were apart: one pixel per lane
+        # is better.
         pixels = pixels if grain > 1 else min(pixels, warps * warp_size())
     size = logits.size(2) * logits.size(3)
     classes = logits.size(1)
@@ -412,7 +415,7 @@ def _launch(
 def _labels(
     losses: Sequence[Loss], logits: torch.Tensor, target: torch.Tensor, ignore_index: int | None
 ) -> dict[str, Any]:
-    """The kernels' arguments that tell which labels count."""
+    """The kernels' arguments that say which labels count: IGNORED and BINARY."""
     binary = logits.size(1) == 1 and all(loss.binary for loss in losses)
     classes = 2 if binary else logits.size(1)
     return {"IGNORED": ignored_class(ignore_index, classes, target.dtype), "BINARY": binary}
@@ -426,8 +429,9 @@ def _classes_in_lanes(logits: torch.Tensor) -> bool:
 def _bundles(logits: torch.Tensor, lanes: int, unroll: int) -> tuple[int, int]:
     """(classes of a bundle, slots of any block that are in one bundle).
 
-    There are at most 32 bundles of 256 classes. Going forward every bundle takes two instructions;
-    going back all of its classes are read once more, which costs less where lanes share them.
+    256 classes make at most 32 bundles, whose numbers take five bits. In the forward pass a bundle
+    costs two instructions. In the backward pass all classes of one bundle are read once more, which
+    costs less where lanes share them.
     """
     classes = logits.size(1)
     bundle = _LAST_BUNDLE if _classes_in_lanes(logits) else 8 if classes > 64 else 4
@@ -439,7 +443,7 @@ def _bundles(logits: torch.Tensor, lanes: int, unroll: int) -> tuple[int, int]:
 def _is_flat(
     in_lanes: bool, logits: torch.Tensor, target: torch.Tensor, *maps: torch.Tensor
 ) -> bool:
-    """Whether the pixels of every map lie at even distances, in one run where that is needed."""
+    """Whether the pixels of every map lie at even distances, and side by side unless in_lanes."""
     width = logits.size(3)
     if target.stride(2) != 1 or target.stride(1) != width:
         return False
@@ -452,7 +456,7 @@ def _is_flat(
 
 
 def _grain(per_lane: int, *maps: torch.Tensor) -> int:
-    """How many neighbouring pixels of flat maps can be moved at once: 1, or up to ``per_lane``."""
+    """How many neighbouring pixels of flat maps are moved at once: 1, 2 or 4, up to per_lane."""
     grain = min(per_lane, 4) if all(is_aligned(tensor) for tensor in maps) else 1
     while grain > 1:
         strides = [stride for tensor in maps for stride in tensor.stride()[:-2]]
