@@ -21,8 +21,8 @@ from .kernels import (
     _solve_kernel,
 )
 
-# The largest order in lanes: a factorisation is unrolled, and takes two seconds to compile for order
-# 9, ten seconds for order 12.
+# The largest order in lanes. A factorisation is unrolled: it takes two seconds to compile for order
+# 9, and ten seconds for order 12.
 LARGEST_IN_LANES = 9
 
 
