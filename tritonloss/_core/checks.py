@@ -153,7 +153,7 @@ def _without_transforms(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_offsets(offsets: torch.Tensor, name: str) -> None:
-    """``offsets`` must be finite and not negative; only those on a CPU that hold data are seen."""
+    """``offsets`` must be finite and not negative; only data on a CPU is looked at."""
     if offsets.device.type != "cpu" or not _holds_data(offsets):
         return
     classes = offsets.shape[-1]

@@ -237,6 +237,7 @@ def is_outdated(entry: dict[str, Any]) -> bool:
 
 
 def _tuned_configuration(entry: str, name: str, heuristic: Configuration) -> Configuration | None:
+    """The configuration tuned for an entry or a neighbour of it; None if there is none to use."""
     if name not in _tables:
         _tables[name] = _read_table(name)
     table = _tables[name]
@@ -277,6 +278,7 @@ def _parts(entry: str) -> tuple[str, int, str]:
 
 
 def _read_table(name: str) -> dict[str, dict[str, Any]]:
+    """The entries, by name, of a device's files; the user's go before the shipped ones."""
     table: dict[str, dict[str, Any]] = {}
     for path in reversed(tuned_files(name)):
         try:
@@ -311,6 +313,7 @@ def _is_configuration(value: object) -> bool:
 
 
 def _is_reach(value: object) -> bool:
+    """Whether ``value`` is a list of buckets of classes."""
     return isinstance(value, list) and all(type(bucket) is int for bucket in value)
 
 
@@ -325,6 +328,7 @@ def _version() -> str:
 
 
 def _warn(what: str, reason: str) -> None:
+    """Warn that something of a tuned file is ignored, and why."""
     warnings.warn(
         f"tritonloss ignores {what}: {reason}. `python -m tritonloss tune` writes a new one.",
         stacklevel=2,

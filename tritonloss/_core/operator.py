@@ -45,7 +45,7 @@ class Operator:
         allocate_gradient: like ``backward``; by default the gradient is like the first input.
         reuse: like ``backward``, and may ask for more of what was saved. It writes the gradient
             into a saved tensor. It is therefore called for a graph's first backward pass only, and
-            returns None where ``can_reuse`` was not so: ``backward`` then does the work.
+            returns None if there was no ``can_reuse``: ``backward`` then does the work.
         batched: whether every tensor has leading batch dimensions, to which vmap may add one. Where
             it has not, a mapped operator is launched for one element of the batch after the other.
     """
@@ -286,7 +286,7 @@ def _apply_eagerly(function: Any, *arguments: Any) -> Any:
     return function.apply(*arguments)
 
 
-# Never traced, not even by the part of torch.compile that runs code uncompiled.
+# Not to be traced, not even where torch.compile has left the caller itself uncompiled.
 _apply: Callable[..., Any] = torch.compiler.disable(  # type: ignore[no-untyped-call]
     _apply_eagerly,
     reason="tritonloss: transforms of torch.func cannot be compiled around a loss; use "

@@ -240,6 +240,7 @@ def _tables(
 
 
 def _table(table: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    """A table as the kernels read it: contiguous and aligned; the logits for a missing one."""
     if table is None:
         return logits
     if table.is_contiguous() and is_aligned(table):
@@ -248,6 +249,7 @@ def _table(table: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
 
 
 def _numbers(terms: tuple[Term, ...]) -> dict[str, Any]:
+    """The kernels' arguments that are numbers of the losses."""
     return {
         "numbers": tuple(term.numbers for term in terms),
         "shares": tuple(float(term.share) for term in terms),
@@ -255,6 +257,7 @@ def _numbers(terms: tuple[Term, ...]) -> dict[str, Any]:
 
 
 def _terms(terms: tuple[Term, ...], logits: torch.Tensor, save: bool) -> Terms:
+    """The losses as the walk knows them; their maps are stored if ``save``."""
     records = [term.loss.record for term in terms]
     counts = tuple(len(term.loss.saved(logits)) if save else 0 for term in terms)
     # A loss without a second pass gets ``add`` for the functions of that pass; none is called.

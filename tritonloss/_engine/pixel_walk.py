@@ -147,6 +147,7 @@ def _slot_mask(inside, exists, TILE: tl.constexpr):
 
 @triton.jit
 def _slot_pointers(view, SLOT: tl.constexpr, TILE: tl.constexpr):
+    """Pointers to the values of a slot, [pixels] or [pixels, lanes]."""
     LANES: tl.constexpr = TILE.lanes
     if LANES == 1:
         pointers = view.pointer + SLOT * view.stride + view.offsets
@@ -286,6 +287,7 @@ def write_gradients(factors, views, pixel, given, full, TERMS: tl.constexpr, TIL
 
 @triton.jit
 def _write_block(factors, block, grad_view, pixel, given, TERMS: tl.constexpr, TILE: tl.constexpr):
+    """Store the gradient of a block's logits: the sum of all losses' slopes."""
     valid = for_classes(pixel.label >= 0, TILE)
     for j in tl.static_range(len(block.logits)):
         gradient = _slope(factors, block, j, given, TERMS, 0, TILE)

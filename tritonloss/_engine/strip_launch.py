@@ -116,6 +116,7 @@ def ignored_class(ignore_index: int | None, classes: int, dtype: torch.dtype) ->
 
 
 def _in_grains(tensor: torch.Tensor, strip: Strip) -> tuple[int, ...]:
+    """The tensor's strides, all but the last in units of the strip's grain."""
     return (*(stride // strip.grain for stride in tensor.stride()[:-1]), tensor.stride(-1))
 
 

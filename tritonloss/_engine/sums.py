@@ -96,6 +96,7 @@ def _add_up(sums, first, size, result):
 
 @triton.jit
 def _element(sums, row, index):
+    """Pointer to an element of a row, by its index; -1 is the total."""
     # 32 bits hold the index: more programs than that would have more pixels than there is memory.
     return sums.scratch + ((index + 1) * sums.rows + row)
 

@@ -74,6 +74,7 @@ def export(source: Path, directory: Path) -> Path:
 
 
 def _document(name: str, entries: dict[str, Any]) -> dict[str, Any]:
+    """A tuned file of this version for the device called ``name``."""
     return {
         "schema": configurations.SCHEMA,
         "gpu": name,
@@ -85,6 +86,7 @@ def _document(name: str, entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def _replace(path: Path, document: dict[str, Any]) -> None:
+    """Write a draft beside the file, and let it take the file's place in one step."""
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=_DRAFT)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -310,6 +310,7 @@ def _tune_cases(
 
 
 def _prepare_reach(case: TuningCase, entry: dict[str, Any], sieve: Sieve | None) -> None:
+    """Begin to compile a winner for the other numbers of classes that it is checked for."""
     if sieve:
         sieve.prepare(case.key, _within_reach(case), entry["configuration"])
 
@@ -352,6 +353,7 @@ def _sorted(outcome: Outcome) -> list[tuple[float, Configuration]]:
 
 
 def _report(title: str, outcome: Outcome, say: Say) -> None:
+    """Say what was measured for a case, and why candidates were dropped."""
     say(f"{title}: {_summary(outcome)}")
     if LAUNCHES in outcome.timers:
         say(f"    timed by {_timers(outcome)}: no graph could be captured")

@@ -95,6 +95,7 @@ def _at_shapes(cases: Sequence[TuningCase], shapes: Sequence[Shape]) -> list[Tun
 
 
 def _distinct(cases: Sequence[TuningCase]) -> list[TuningCase]:
+    """The first case of every key."""
     first: dict[str, TuningCase] = {}
     for case in cases:
         first.setdefault(case.key, case)

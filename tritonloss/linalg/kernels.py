@@ -165,6 +165,7 @@ def _cholesky_lanes_kernel(
     ORDER: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    """The lower triangular factor L of A = L L^T, with zeros above its diagonal, and info."""
     matrix = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     mask = matrix < batch
     factor, _, info = _factor_in_lanes(matrix_ptr, matrix, mask, strides, ORDER)
@@ -189,6 +190,7 @@ def _logdet_lanes_kernel(
     ORDER: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    """The sum of the pivots' logarithms."""
     matrix = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     mask = matrix < batch
     _, pivots, info = _factor_in_lanes(matrix_ptr, matrix, mask, strides, ORDER)
@@ -212,6 +214,7 @@ def _cholesky_tile_kernel(
     MATRICES: tl.constexpr,
     SIDE: tl.constexpr,
 ):
+    """The lower triangular factor L of A = L L^T, with zeros above its diagonal, and info."""
     tiles = _tiles_of(tl.program_id(0), batch, MATRICES, SIDE)
     matrix, rows, columns, mask = tiles
     tile = _load_tile(matrix_ptr, strides, tiles, order, order, True)
@@ -236,6 +239,7 @@ def _logdet_tile_kernel(
     MATRICES: tl.constexpr,
     SIDE: tl.constexpr,
 ):
+    """The sum of the pivots' logarithms."""
     tiles = _tiles_of(tl.program_id(0), batch, MATRICES, SIDE)
     matrix, rows, columns, mask = tiles
     tile = _load_tile(matrix_ptr, strides, tiles, order, order, True)
@@ -262,7 +266,7 @@ def _solve_kernel(
     IDENTITY: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Scale A^-1 B for a block of columns, from one factorisation; B = I gives the inverse."""
+    """The product scale A^-1 B, for a block of columns; B = I gives the inverse."""
     tiles = _tiles_of(tl.program_id(0) // blocks, batch, MATRICES, SIDE)
     matrix, rows, across, mask = tiles
     tile = _load_tile(matrix_ptr, strides, tiles, order, order, True)

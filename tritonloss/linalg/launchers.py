@@ -219,6 +219,7 @@ def _tile_launch(operator: str, matrices: torch.Tensor) -> tuple[int, dict[str, 
 
 
 def _configuration(operator: str, matrices: torch.Tensor) -> Configuration:
+    """The launch configuration of an operator, by the order of the matrices."""
     order = matrices.size(-1)
     return launch_configuration(
         operator,

@@ -66,6 +66,7 @@ def _nothing(tensor: torch.Tensor) -> torch.Tensor:
 def _solve_gradients(
     grad_result: torch.Tensor, result: torch.Tensor, A: torch.Tensor, wants_A: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gradient of A, gradient of B); that of A has no elements if it is not wanted."""
     grad_right = launchers.solve(A, grad_result, None)
     return launchers.solve_backward(grad_right, result) if wants_A else _nothing(A), grad_right
 
@@ -73,6 +74,7 @@ def _solve_gradients(
 def _empty_solve_gradients(
     result: torch.Tensor, A: torch.Tensor, wants_A: bool, **_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tensors of the shapes that _solve_gradients returns."""
     return _like(A) if wants_A else _nothing(A), _like(result)
 
 
@@ -258,6 +260,7 @@ def _check_right(A: torch.Tensor, B: torch.Tensor) -> None:
 
 
 def _random_matrices(order: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Positive definite matrices [16384, order, order], the same at every call."""
     half = torch.empty((16384, order, order), dtype=dtype, device=device)
     if device.type != "meta":
         half.normal_(generator=torch.Generator(device).manual_seed(0))
@@ -265,6 +268,7 @@ def _random_matrices(order: int, dtype: torch.dtype, device: torch.device) -> to
 
 
 def _case(operator: str, order: int, dtype: torch.dtype, run: Callable[..., Any]) -> TuningCase:
+    """The tuning case of ``run`` on matrices of one order; the heuristic is its first candidate."""
     first = launchers.heuristic(operator, order, dtype)
     in_lanes = launchers.in_lanes(operator, order)
     name = "LANES" if in_lanes else "MATRICES"

@@ -72,6 +72,7 @@ def _start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """The sum of softplus(z) with a block of classes, without the pixel's own."""
     own = for_classes(pixel.own, TILE)
     # Summed within the block first: one sum over a thousand classes would lose its last digits.
     linear = tl.zeros_like(state.others)

@@ -84,6 +84,7 @@ def _start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """The statistics with a block of classes; those of the smoothing move with the largest."""
     softmax = SoftmaxState(largest=state.largest, bundle=state.bundle, total=state.total)
     added = softmax_add(softmax, block, pixel, given, OPTIONS, TILE)
     if OPTIONS.smoothed:

@@ -149,6 +149,7 @@ class _Rooms(NamedTuple):
 
 
 def _rooms(plan: Plan, grad_logits: torch.Tensor) -> _Rooms:
+    """The rooms of a plan; all planes are the last ones if none can wait."""
     images, classes = plan.images, plan.classes
     all_last = _Rooms(_Share(0, 0, 0, 0), _Share(0, images, 0, classes), 0, 0)
     axis = 0 if images > 1 else 1
@@ -208,6 +209,7 @@ class _LagGradient(NamedTuple):
 
 
 def _lag_gradient(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -> _LagGradient:
+    """The launches of the gradient by correlation; ``arguments`` are those of both maps."""
     options, planes = plan.options, plan.planes
     region = options.region_size
     span = 2 * region - 1

@@ -64,6 +64,7 @@ class _Forward(NamedTuple):
 
 
 def _forward(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Forward:
+    """The steps of a plan."""
     moments: _LagMoments | _DirectMoments
     if plan.is_direct:
         moments = _direct_moments(plan, logits, target)
@@ -141,6 +142,7 @@ def _read(plan: Plan, logits: torch.Tensor, target: torch.Tensor, programs: int)
 
 
 def _sample(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -> _Read:
+    """The step that reads cells at a place; its first programs add up the cross entropy."""
     size = plan.options.pool_size
     launch = configuration_of("rmi_sample", plan, logits, size, LANES=128, num_warps=2)
     blocks = triton.cdiv(plan.columns, int(launch["LANES"]))
@@ -215,6 +217,7 @@ class _LagMoments(NamedTuple):
 
 
 def _lag_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _LagMoments:
+    """The step that sums by lags: the launch over the core, and that over the frame."""
     region = plan.options.region_size
     span = 2 * region - 1
     lags = 4 * region * span + 2
@@ -289,6 +292,7 @@ class _DirectMoments(NamedTuple):
 
 
 def _direct_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _DirectMoments:
+    """The step that forms every product of every region, or of those that are kept."""
     rows, columns = plan.region_rows, plan.region_columns
     chunks = min(16, triton.cdiv(rows * columns, 1024))
     shared = {"window_rows": rows, "window_columns": columns}
@@ -357,6 +361,7 @@ class _Head(NamedTuple):
 
 
 def _head(plan: Plan, parts: int, form: dict[str, Any]) -> _Head:
+    """The last step, for so many partial sums of the cross entropy and moments of a form."""
     options = plan.options
     warps = {1: 1, 5: 4}.get(options.region_size, 2)
     in_double = plan.arithmetic == torch.float64

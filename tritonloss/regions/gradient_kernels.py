@@ -182,6 +182,7 @@ def _rmi_interior_kernel(
 
     rows = tl.minimum(STRIP.rows, height - REGION + 1 - first_row)
     for i in tl.range(0, rows + 2 * (REGION - 1)):
+        # feed a row to all unfinished rows that it belongs to
         row = first_row + i - (REGION - 1)
         own = ()
         for s in tl.static_range(SPAN - 1 + COLUMNS):
@@ -256,6 +257,7 @@ def _rmi_border_kernel(
     out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
 
+    # where the program's pixels are: rows first, then what columns have beside them
     pixel = tl.program_id(1) * LANES + tl.arange(0, LANES)
     in_rows = BAND * width
     beside = pixel - in_rows
@@ -323,6 +325,7 @@ def _rmi_direct_gradient_kernel(
     window_columns = width - REGION + 1
     weights = weights_ptr + plane * ((2 * AREA + 1) * AREA)
 
+    # region after region that holds the pixel: its weights times its features
     pixel = tl.program_id(0) % blocks * LANES + tl.arange(0, LANES)
     mask = pixel < height * width
     row = pixel // width

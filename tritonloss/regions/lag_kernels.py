@@ -219,6 +219,7 @@ def _add_line(
     SIDE: tl.constexpr = 2 * (REGION - 1)
     SPAN: tl.constexpr = 2 * REGION - 1
     LAGS: tl.constexpr = 4 * REGION * SPAN + 2
+    # where the line is, and the cell that its sums go to
     height, width = size
     is_row = line < SIDE
     spare = line - 2 * SIDE  # the number of a column that strips left; negative in the frame
@@ -233,6 +234,7 @@ def _add_line(
     cell = tl.where(is_row, of_line * SPAN + REGION - 1, (REGION - 1) * SPAN + of_line)
     cell = tl.where(spare >= 0, SPAN * SPAN + spare, cell)
 
+    # along the line: its features and those around it, their products
     sums = no_sums(ALL, STRIP, tl.float64, tl.float64)
     entropy = tl.zeros((LANES,), dtype)
     valid = tl.zeros((LANES,), tl.int32)
@@ -355,14 +357,14 @@ def _rmi_frame_kernel(
     dtype: tl.constexpr = partials_ptr.dtype.element_ty
     entropy = tl.zeros((1,), dtype)
     valid = tl.zeros((1,), tl.int32)
-    if line < LINES:
+    if line < LINES:  # a line
         if LINES > 0:
             of_line, count = _add_line(
                 features, cells, size, line, share * STRIP.depth, STRIP, READING
             )
             entropy += of_line.to(dtype)
             valid += count
-    else:
+    else:  # the corners, and the core's total in the middle cell
         BLOCK: tl.constexpr = 32 if REGION < 4 else 8  # larger regions have more corners
         for start in tl.range(share * BLOCK, LAGS, BLOCK * SHARES):
             lag = start + tl.arange(0, BLOCK)

@@ -83,6 +83,7 @@ def with_products(sums, older, newer, KINDS: tl.constexpr, STRIP: tl.constexpr):
     COUNT: tl.constexpr = DEPTH * SPAN
     FIRST: tl.constexpr = 2 * COUNT if KINDS == CROSS else 0
     LAST: tl.constexpr = 2 * COUNT if KINDS == OWN else 4 * COUNT
+    # the sums of every lag, by kind, dy and dx
     result = ()
     for q in tl.static_range(FIRST, LAST):
         value = sums[q - FIRST]
@@ -106,6 +107,7 @@ def with_products(sums, older, newer, KINDS: tl.constexpr, STRIP: tl.constexpr):
                         older.e[(q - 3 * COUNT) // SPAN * COLUMNS + v] * newer.wide[q % SPAN + v]
                     )
         result = result + (value,)
+    # the plain sums, of the row itself
     e = sums[LAST - FIRST]
     y = sums[LAST - FIRST + 1]
     for v in tl.static_range(COLUMNS):

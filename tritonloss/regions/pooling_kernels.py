@@ -270,6 +270,7 @@ def _rmi_pool_kernel(
             factors = 0
     entropy += tl.log(product)
 
+    # the program's partial sums; valid pixels are counted by one share of the classes only
     programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
     program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
     program += tl.program_id(0)
@@ -392,6 +393,7 @@ def _rmi_expand_kernel(
     stored = cell < tl.where(cell_row < pooled_height, pooled_width, 0)
     offset = cell_row.to(tl.int64) * pooled_width + cell
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
+    # labels of the cells, for all classes
     labels = ()
     for j in tl.static_range(SIZE):
         row = cell_row * SIZE + j - SIZE // 2

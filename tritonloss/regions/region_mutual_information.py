@@ -93,6 +93,7 @@ def _backward(
 
 
 def _empty_results(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Results:
+    """Tensors of the shapes and dtypes that a forward pass returns."""
     plan = plan_of(options, logits, target)
     map_shape = plan.map_shape if plan.has_maps else (0,)
     return Results(

@@ -81,6 +81,7 @@ def _backward_heuristic(window_size: int) -> Configuration:
 
 
 def _gaussian_statistics_forward(x: torch.Tensor, options: Options) -> Results:
+    """Mean and variance of every window of x."""
     results = _empty_statistics(x, options)
     launch = prepared(
         ("gaussian_statistics forward", kind(x), options),
@@ -124,6 +125,7 @@ def _gaussian_statistics_backward(
     mean: torch.Tensor,
     options: Options,
 ) -> torch.Tensor:
+    """The gradient of x, from those of mean and variance."""
     grad_x = torch.empty_like(x)
     maps = (grad_mean, grad_variance, x, mean)
     launch = prepared(

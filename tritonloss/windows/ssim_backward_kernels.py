@@ -245,6 +245,7 @@ def _store_coefficients(
     UNROLL: tl.constexpr = STRIP.unroll
     SHIFT: tl.constexpr = 0 if WINDOW.padding == "valid" else -(WINDOW.size // 2)
     pair, history = begun(pair, program, upstream.rows, SIMILARITY, WINDOW, STRIP)
+    # row by row: moments, then the coefficients of the windows that are complete
     rows = tl.minimum(upstream.rows, upstream.height - program.first_row) + (SIZE - 1)
     for i in tl.range(0, rows, UNROLL):
         for j in tl.static_range(UNROLL):

@@ -77,6 +77,7 @@ def _bit_of(label, first_class):
 
 @triton.jit
 def _either(a, b):
+    """All bits of both."""
     return a | b
 
 

@@ -63,6 +63,7 @@ def _forward_strip(
         differences, pixels, history = next_row(
             i, history, maps, program, SAMPLING, WINDOW, STRIP, PRESENT
         )
+        # the pixels of the complete row, which count from the strip's first row on
         number = program.first_row + i - RADIUS
         lowest_label = tl.where(i >= RADIUS, 0, ABOVE_ALL)
         kept = ()
