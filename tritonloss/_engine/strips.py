@@ -155,7 +155,7 @@ def below(plane, row, STRIP: tl.constexpr):
 
 @triton.jit
 def source_row(row, height, PADDING: tl.constexpr):
-    """The image row that stands at ``row`` of the padded image; outside [0, height) for zeros."""
+    """The image row that is at ``row`` of the padded image; outside [0, height) for zeros."""
     if PADDING == "reflect":
         row = tl.abs(row)
         row = height - 1 - tl.abs(height - 1 - row)
@@ -178,7 +178,7 @@ def row_limit(row, height, width):
 
 @triton.jit
 def source_column(column, limit, PADDING: tl.constexpr):
-    """(source, exists): the image column that stands at ``column`` of the padded image."""
+    """(source, exists): the image column that is at ``column`` of the padded image."""
     if PADDING == "reflect":
         column = tl.abs(column)
         column = tl.minimum(column, 2 * (limit - 1) - column)

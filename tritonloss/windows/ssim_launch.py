@@ -29,7 +29,7 @@ from .ssim_moments import Similarity
 
 # The bytes of the coefficient maps that exist at a time, unless a single plane has more.
 SCRATCH_BYTES = 256 * 2**20
-# How many programs a large GPU runs at a time, two on each of 132 processors; and twice as many.
+# How many programs a large GPU runs at a time, two on each of 132 processors; about twice as many.
 AT_A_TIME = 264
 ENOUGH = 500
 # The smallest constants for plain sums, whose error is 1e-7 for probabilities.
@@ -94,7 +94,7 @@ class ImageOptions(NamedTuple):
     def careful(self) -> bool:
         """Whether single pixels are returned, or plain sums are not for the window's size.
 
-        The constants, which are in proportion to the images, need no look.
+        The constants do not matter: they are in proportion to the images.
         """
         return self.mapped or self.window_size not in SIZES_OF_SUMS
 

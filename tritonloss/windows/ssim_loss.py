@@ -165,7 +165,10 @@ def _check_options(
 
 
 def tuning_cases() -> list[TuningCase]:
-    """What ``python -m tritonloss tune`` measures: forward passes are tuned as those of images."""
+    """What ``python -m tritonloss tune`` measures for this slice: the backward pass.
+
+    The forward pass shares its configurations with that of images, which ``ssim.py`` tunes.
+    """
     cases = []
     for window_size in (11, 7):
         options = LossOptions(True, window_size, 1.5, 1e-4, 9e-4, checks.IGNORE_INDEX)
