@@ -102,8 +102,7 @@ class Ranking:
 
     @property
     def excess(self) -> float | None:
-        """By which share the heuristic takes longer than the best, by the model; 0 if it is best.
-        """
+        """The heuristic's predicted time beyond the best one's, as a share of the best one's."""
         best = self.predictions[0].microseconds(self.target)
         mine = self.heuristic.microseconds(self.target)
         return None if best is None or mine is None else mine / best - 1
