@@ -1,4 +1,4 @@
-"""Region mutual information: kernels in the interpreter against the reference in float64."""
+"""Region mutual information: the kernels against the reference and the released code."""
 
 from __future__ import annotations
 
@@ -61,9 +61,6 @@ def released_code(logits: Tensor, target: Tensor, bce_weight: float = 0.5) -> Te
     return bce_weight * entropy / (valid.sum() + 1) + (1 - bce_weight) * (rmi / 9).mean(0).sum()
 
 
-# --- three ways -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("ignore", ["zero", "drop"])
 @pytest.mark.parametrize(
     ("pooling", "pool_size", "shape"),
@@ -96,7 +93,7 @@ def test_every_region(region_size: int, pooling: str | None, device: torch.devic
     size = 2 * region_size + 1
     scale = 2 if pooling else 1
     if region_size == 5 and pooling is not None:
-        region_size = 4  # the larger the slower in the interpreter; each kernel has both once
+        region_size = 4  # 5 is slow in the interpreter: it is tested without pooling
     logits, target = segmentation_case((1, 1, scale * size, scale * (size + 2)), device=device)
     check(
         logits, target, region_size=region_size, pooling=pooling, pool_size=2, epsilon=1e-3
@@ -154,9 +151,6 @@ def test_float32_sums(options: dict[str, Any], device: torch.device) -> None:
     logits, target = segmentation_case((1, 2, 9, 12), device=device)
     target[:] = torch.where(target == 255, 0, target)
     check(logits, target, precision="float32", tolerance=1e-4, **options)
-
-
-# --- precision ------------------------------------------------------------------------------------
 
 
 def test_both_forms_of_the_reference() -> None:
@@ -256,9 +250,6 @@ def test_rare_and_absent_classes(device: torch.device) -> None:
     assert loss.item() == pytest.approx(0.5 * math.log(1e-6), rel=1e-5)
 
 
-# --- shapes ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
@@ -296,9 +287,6 @@ def test_every_pixel_is_in_the_cross_entropy(device: torch.device) -> None:
     torch.testing.assert_close(gradient, (logits.sigmoid() - y) * valid / valid.sum())
 
 
-# --- labels ---------------------------------------------------------------------------------------
-
-
 @WAYS
 def test_every_label_dtype(options: dict[str, Any], device: torch.device) -> None:
     logits, target = segmentation_case((1, 1, 7, 8), device=device)
@@ -330,7 +318,7 @@ def test_labels_out_of_range(
     if device.type == "cpu":
         with pytest.raises(ValueError, match=rf"target .*got 2 labels .*{outside} \(2x\)"):
             rmi_loss(logits, target, **SMALL)
-    # Where nobody looked they count as ignored.
+    # Where labels are not checked, those count as ignored.
     monkeypatch.setattr(checks, "check_labels_in_range", lambda *_: None)
     loss, gradient = kernel_gradient(logits, target, **SMALL)
     expected = kernel_gradient(logits, target.where(target != outside, 255), **SMALL)
@@ -369,9 +357,6 @@ def test_ignored_pixels_do_no_harm(
     assert torch.equal(loss, expected[0]) and torch.equal(gradient, expected[1])
 
 
-# --- extremes -------------------------------------------------------------------------------------
-
-
 @WAYS
 def test_what_is_not_finite_is_not_hidden(options: dict[str, Any], device: torch.device) -> None:
     logits, target = segmentation_case((1, 1, 7, 8), ignore_index=None, device=device)
@@ -402,9 +387,6 @@ def test_info(device: torch.device) -> None:
             if backend == "triton":
                 _, info = rmi_loss(logits, target, return_info=True, **SMALL)
                 assert info[1, 0] == 1 and info.count_nonzero() == 1
-
-
-# --- published ------------------------------------------------------------------------------------
 
 
 def test_the_released_code(device: torch.device) -> None:

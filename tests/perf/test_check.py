@@ -203,9 +203,6 @@ def test_committed_baselines_are_about_what_is_here(path: Path, tmp_path: Path) 
     assert copy[about:] == path.read_text().splitlines()[about:]
 
 
-# --- launches -------------------------------------------------------------------------------------
-
-
 def test_another_number_of_launches_fails_and_names_the_loss(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

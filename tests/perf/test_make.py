@@ -86,9 +86,6 @@ def test_memory_is_counted_for_every_number_of_classes(monkeypatch: pytest.Monke
     assert len(full.report.memory) > len(quick.report.memory)
 
 
-# --- Ctrl-C ---------------------------------------------------------------------------------------
-
-
 def test_interrupted_interpreting_keeps_what_was_checked() -> None:
     made = making()
     work = [("focal_loss", 0), *[("ssim", index % 2) for index in range(50)]]
@@ -165,7 +162,7 @@ PARTS = ("copy", "count_memory", "measure_host", "look_up_code", "measure")
 def test_an_interrupted_report_is_written(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever it was at, and it names all that is missing."""
+    """Whatever part it was at. The report names all that is missing."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -180,9 +177,6 @@ def test_an_interrupted_report_is_written(
     assert all(what in page for what in missing)
     assert (tmp_path / "report.html").exists() and (tmp_path / "rows.csv").exists()
     assert str(tmp_path) in capsys.readouterr().out
-
-
-# --- progress -------------------------------------------------------------------------------------
 
 
 def test_progress_in_a_log_file() -> None:
@@ -290,9 +284,6 @@ def test_quick_report_end_to_end(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "gaussian statistics" in page and "sm_90" in page
     assert (tmp_path / "report.md").read_text().startswith("# tritonloss")
-
-
-# --- rows -----------------------------------------------------------------------------------------
 
 
 def test_on_a_gpu_the_kernels_come_first_and_then_what_compares_the_headlines() -> None:

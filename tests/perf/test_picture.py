@@ -107,7 +107,7 @@ def test_it_is_well_formed_and_readable_in_light_and_dark() -> None:
     assert "@media (prefers-color-scheme: dark)" in text and "as Inductor fuses for a CPU" in text
     assert ">1.01</text>" in text and ">17.0</text>" in text
     assert ">4.25</text>" in text
-    # for those who do not see it
+    # the text for those who do not see the picture
     assert "some loss 1.01, torch.compile 4.25, eager PyTorch 17.0" in text
     light, dark = text.split("@media")[0], text.split("@media")[1].split("</style>")[0]
     coloured = re.findall(r"^ *([\w.]+) \{[^}]*(?:fill|stroke): #", dark, re.MULTILINE)

@@ -41,7 +41,7 @@ def test_every_dtype(variant: str, dtype: torch.dtype, layout: str, device: torc
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("classes", [2, 3, 4, 8, 9, 16, 17, 33])
 def test_every_number_of_classes(classes: int, layout: str, device: torch.device) -> None:
-    """All classes held in one block, and gone through twice in several."""
+    """All classes are held in one block, or gone through twice in several."""
     logits, target = segmentation_case((1, classes, 3, 5), device=device)
     for variant in ("paper", "margin"):
         check(as_layout(logits, layout), target, variant=variant)
@@ -204,7 +204,7 @@ def test_what_is_not_a_number_is_not_hidden(
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("left", [[0, 8], [8, 0], [3, 4], [0], [8]])
 def test_masked_classes(left: list[int], variant: str, layout: str, device: torch.device) -> None:
-    """-inf in all classes but one or two: the next best is one of them, of no weight."""
+    """-inf in all classes but one or two: where the next best is masked, it has no weight."""
     logits = torch.full((1, 9, 2, 3), -float("inf"), device=device)
     for place, index in enumerate(left):
         logits[:, index] = 0.5 - place

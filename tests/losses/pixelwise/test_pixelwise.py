@@ -283,7 +283,7 @@ def test_labels_out_of_range(
                 pytest.raises(ValueError, match=rf"target .*got 2 labels .*{outside} \(2x\)"),
             ):
                 loss(logits, target)
-    # Where nobody looked they count as ignored.
+    # Where labels are not checked, those count as ignored.
     monkeypatch.setattr(checks, "check_labels_in_range", lambda *_: None)
     found = kernel_gradient(loss, logits, target)
     expected = kernel_gradient(loss, logits, target.where(target != outside, 255))
