@@ -44,7 +44,7 @@ _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # for Linux's prctl
 
 @dataclass
 class Run:
-    """One run: what it has to say, what has failed, and whether it was asked to stop."""
+    """One run: its log, the steps that have failed, and whether it was asked to stop."""
 
     out: Path
     limit_s: float
@@ -242,7 +242,7 @@ def _report(run: Run, step: str, fresh: bool) -> bool:
         command += ["--out", str(run.out), *more]
         command += ["--ops", *run.ops] if run.ops else []
         (status,) = run.step(step, [command], run.end_of(step), growing=run.out / "rows.csv")
-        # A process that died could not say so of the case that it was at: the next one gives it up.
+        # A process that died has left no rows of the case that it was at: the next one gives it up.
         died = run.stalled or status in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS)
         if run.stopped or not (died or status == GPU_LOST):
             return status not in (0, 130, -signal.SIGTERM)

@@ -74,8 +74,8 @@ def share_of(items: list[pytest.Item], index: int, count: int) -> list[pytest.It
 def covering(items: list[pytest.Item]) -> set[pytest.Item]:
     """At least one case of every test, and together each value of each parameter.
 
-    What one test has shown of a parameter, say a layout, another one of the same name need not show
-    again.
+    A value that one test has shown, for example a layout, need not be shown again by another test
+    with a parameter of the same name.
     """
     cases_of: dict[str, dict[pytest.Item, set[tuple[str, str]]]] = {}
     for item in items:

@@ -16,8 +16,8 @@ from torch import Tensor
 import kernels_reference
 import tritonloss
 
-# What rounding may cost, relative to the largest element. In float64 and float32 that is for sums in
-# another order than the yardstick's. In 16 bits it is for the rounding of the result itself; the
+# What rounding may cost, relative to the largest element. In float64 and float32 that is for sums
+# in another order than the yardstick's. In 16 bits it is for the rounding of the result itself; the
 # interpreter truncates to bfloat16 and does not round.
 ROUNDING = {
     torch.float64: 1e-10,

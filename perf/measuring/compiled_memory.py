@@ -33,7 +33,7 @@ class CompiledMemory:
 
 
 def of_compiled(asked: Sequence[tuple[Operation, Case]]) -> CompiledMemory:
-    """The memory of these cases, of which each is of another operation."""
+    """The memory of these cases, one of each operation."""
     found = CompiledMemory()
     for operation, case in asked:
         try:

@@ -3,8 +3,8 @@
 Nothing is computed and nothing is estimated. Eager's peak is every tensor that autograd holds,
 counted on torch's meta device. The kernels' peak is what the public function and its backward pass
 ask of the CPU's allocator, with every launch left out: what is allocated is never touched, so it
-takes no memory. Not counted are the GPU allocator's rounding, and what an eager operation allocates
-within itself.
+takes no memory. The GPU allocator's rounding is not counted, nor is what an eager operation
+allocates within itself.
 """
 
 from __future__ import annotations

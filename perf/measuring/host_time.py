@@ -33,7 +33,7 @@ from perf.measuring.memory import tally
 from perf.operations.contract import operations
 from perf.text import plain
 
-# So many calls in a row are timed together, and so often.
+# How many calls in a row are timed together, and how often that is done.
 _CALLS, _REPEATS = 10, 30
 _OTHER_SHAPE, _MORE_MATRICES = (2, 19, 80, 96), (3, 19, 64, 64)
 BARE = "bare autograd.Function"

@@ -50,7 +50,7 @@ def count(names: Sequence[str] | None = None) -> Launches:
 
 
 def has_images(operation: Operation) -> bool:
-    """Whether the operation is about maps; of matrices there is no large size to ask about."""
+    """Whether the operation is about maps, which may be large; a matrix is no map."""
     return type(operation.cases[0].shape) is Shape
 
 

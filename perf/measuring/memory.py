@@ -1,4 +1,4 @@
-"""Peak memory of a computation, as an allocator says or counted by tensors; PyTorch's own work."""
+"""Peak memory of a computation, from an allocator or counted; and PyTorch's own work in it."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class Choice:
     budget_s: float | None = None
     compile: bool = False  # even what the baseline knows
     rows_only: bool = False  # no memory, host time, machine code or interpreter
-    give_up_one: bool = False  # not the first case without rows: it has ended a process
+    give_up_one: bool = False  # leave out the first case without rows: it has ended a process
 
     def cases(self, operation: Operation, on_gpu: bool) -> list[Case]:
         """The operation's cases that are asked for: on a CPU the first few, if quick the first."""

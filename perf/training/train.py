@@ -150,7 +150,7 @@ class Block(nn.Sequential):
 class Network(nn.Module):
     """A U-Net of three levels.
 
-    The head is drawn last, so that the body starts the same whatever a loss's channels are.
+    The head is drawn last, so that the body starts the same however many classes there are.
     """
 
     def __init__(self, channels: int, width: int) -> None:
