@@ -36,7 +36,7 @@ def with_more(ways: Ways, more: Mapping[str, Mapping[str, Mapping[str, Any]]]) -
     """The ways, and more ways through the same functions.
 
     `more` has, by a function's name and then by what is special about the call, the fields that
-    differ from the function's first example. Only `options` are not taken over from it.
+    differ from the function's first example. Only `options` and `way` are not taken over from it.
     """
     first = one_of_each(ways.values())
     found = dict(ways)

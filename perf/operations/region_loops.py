@@ -52,7 +52,7 @@ def _strip_halo(given: Given) -> float:
 
 
 def _frame_programs(given: Given) -> float:
-    """Of a plane: one for each line, and one for the rest; all of them for each share."""
+    """Programs for one share of a plane's lags: one for each line, and one for the rest."""
     return 2 * _side(given) + given["STRIP.spare"] + 1
 
 

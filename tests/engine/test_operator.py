@@ -77,7 +77,7 @@ def test_grad_and_vjp(loss: Callable[[Tensor], Tensor], maps: Tensor) -> None:
 
 
 def test_jacobian_of_a_map(maps: Tensor) -> None:
-    """Every pixel's own gradient, found by a vmap over the backward pass."""
+    """jacrev finds every pixel's own gradient by a vmap over the backward pass."""
     x = maps[0]
 
     def values(x: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def test_batched_upstream_gradients(maps: Tensor) -> None:
 
 
 def test_forward_mode_raises_in_words(loss: Callable[[Tensor], Tensor], maps: Tensor) -> None:
-    """Never a number: the operators have no forward-mode derivative."""
+    """The operators have no forward-mode derivative and must never give a number for one."""
     x = maps[0]
     with pytest.raises(RuntimeError, match="no forward-mode derivative"):
         torch.func.jvp(loss, (x,), (x,))
@@ -162,7 +162,7 @@ def test_second_derivatives_of_transforms_raise_in_words(maps: Tensor) -> None:
 
 
 def test_make_fx(quick_loss: Callable[[Tensor], Tensor], maps: Tensor) -> None:
-    """A traced graph holds the operators, and computes the same of other numbers."""
+    """A traced graph holds the operators, and is right for other inputs, too."""
     for function in (quick_loss, torch.func.grad(quick_loss)):
         graph = make_fx(function)(maps[0])
         assert any("tritonloss" in str(node.target) for node in graph.graph.nodes)
@@ -181,7 +181,7 @@ def test_fake_tensors(loss: Callable[[Tensor], Tensor], maps: Tensor) -> None:
 
 
 def test_transforms_inside_torch_compile(maps: Tensor) -> None:
-    """An error that says what to do, or the right result outside the graph; never a number."""
+    """They raise an error that says what to do, or give the right result outside the graph."""
     loss = LOSSES["cross_entropy"]
     torch._dynamo.reset()
     with pytest.raises(Exception, match="use torch.compile inside of torch.func.grad"):

@@ -32,7 +32,7 @@ def numbers_of(example: Example) -> dict[str, Any]:
 
 @pytest.mark.parametrize("way", list(reversed(DISTINCT.values())), ids=lambda way: way.name)
 def test_the_reference_compiles_with_symbolic_sizes(way: Example) -> None:
-    """Several sizes in a row, in one graph, with options that come in as arguments."""
+    """Several sizes go through one graph, with options that come in as arguments."""
     torch._dynamo.reset()
     options = numbers_of(way)
 

@@ -76,7 +76,7 @@ def test_every_dtype(dtype: torch.dtype, padding: str, device: torch.device) -> 
     ids=str,
 )
 def test_every_shape(shape: tuple[int, ...], padding: str, device: torch.device) -> None:
-    """Odd, prime, H != W, wider and higher than a program's strip."""
+    """Sizes are odd, prime, wider and higher than a program's strip, with H != W."""
     check_three_way(statistics(3, padding=padding), image(*shape).to(device))
 
 
@@ -171,7 +171,7 @@ def test_flat_areas_beside_steps_keep_their_digits(
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.3, -1e4, 3e18])
 def test_constant_maps(value: float, device: torch.device) -> None:
-    """No window sees a difference: mean exact to rounding, variance exactly 0."""
+    """No window sees a difference: the mean is exactly the value, the variance exactly 0."""
     x = torch.full((1, 1, 6, 7), value, device=device, requires_grad=True)
     with tritonloss.use_backend("triton"):
         mean, variance = tritonloss.gaussian_statistics(x, 5, padding="replicate")

@@ -109,7 +109,7 @@ def test_moments_and_weights(moments: str, bce_weight: float, device: torch.devi
 
 @pytest.mark.parametrize("pooling", ["avg", None])
 def test_several_programs(pooling: str | None, device: torch.device) -> None:
-    """Bands of rows, blocks of columns, and chunks of the direct moments."""
+    """There are several bands of rows, blocks of columns, and chunks of the direct moments."""
     logits, target = segmentation_case((1, 2, 8, 22), device=device)
     scale = 2 if pooling else 1
     logits, target = logits.repeat_interleave(scale, 2), target.repeat_interleave(scale, 1)
@@ -165,7 +165,10 @@ def test_both_forms_of_the_reference() -> None:
 
 @pytest.mark.parametrize("scale", [4.0, 12.0, 50.0])
 def test_confident_logits(scale: float, device: torch.device) -> None:
-    """Within 2e-4 per log-determinant and never NaN, right and wrong, from unsure to saturated."""
+    """The loss is within 2e-4 per log-determinant and never NaN, from unsure to saturated logits.
+
+    Most of the logits are right, and those of an area are wrong.
+    """
     _, target = segmentation_case((1, 2, 12, 16), ignore_index=None, device=device)
     positive = target[:, None] == torch.arange(2, device=device).view(1, -1, 1, 1)
     logits = torch.where(positive, scale, -scale)

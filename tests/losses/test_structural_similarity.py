@@ -111,7 +111,7 @@ def test_share_of_the_cross_entropy_has_the_digits_of_float64(device: torch.devi
     "shape", [(1, 1, 3, 3), (3, 1, 5, 3), (1, 2, 3, 139), (2, 1, 11, 66), (1, 5, 7, 4)], ids=str
 )
 def test_every_shape(shape: tuple[int, ...], padding: str, device: torch.device) -> None:
-    """Odd, prime, one class, H != W, wider and higher than a program's strip."""
+    """Sizes are odd, prime, wider and higher than a program's strip, with H != W and one class."""
     check(*settled_case(shape, padding=padding, margin=1e-4, device=device), padding=padding)
 
 
@@ -155,7 +155,7 @@ def test_every_layout_of_labels(layout: str, device: torch.device) -> None:
 
 
 def test_unaligned_maps(schedule: str, device: torch.device) -> None:
-    """Views that begin in the middle of a chunk: moved column by column."""
+    """Views that begin in the middle of a chunk are moved column by column."""
     logits, target = segmentation_case((1, 2, 5, 12), device=device)
     moved = torch.empty(logits.numel() + 1, device=device)[1:].view_as(logits).copy_(logits)
     labels = torch.empty(target.numel() + 1, dtype=target.dtype, device=device)[1:]

@@ -102,7 +102,7 @@ def processes_about(folder: Path) -> list[str]:
 
 @pytest.mark.thorough
 def test_a_step_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its time over, it is asked to end, and killed if it does not; the run goes on."""
+    """When its time is over it is asked to end, and killed if it does not. The run goes on."""
     monkeypatch.setattr(gpu, "GRACE_S", 0.2)
     (tmp_path / "stubborn.py").write_text(
         "import signal, time\n"

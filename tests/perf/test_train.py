@@ -53,7 +53,7 @@ def test_every_loss_sees_the_same_crops_and_weights() -> None:
 
 
 def test_every_loss_has_the_same_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cross entropy for the first fifth of the steps: each loss takes over the same network."""
+    """The first fifth of the steps has cross entropy: each loss takes over the same network."""
     settings = train.Settings(steps=5, batch=2, crop=24, width=4)
     assert train.Settings().warm_up == train.Settings().steps // 5 and settings.warm_up == 1
     scenes = photographs()

@@ -83,7 +83,7 @@ def test_blocks_need_not_be_bundles(unroll: int, device: torch.device) -> None:
 
 
 def test_a_gradient_of_another_layout(device: torch.device) -> None:
-    """Going forward neighbouring addresses are classes, going back they are pixels."""
+    """Neighbouring addresses are classes in the logits, and pixels in their gradient."""
     column = torch.randn(1, 70, 3, 1, device=device).to(memory_format=torch.channels_last)
     logits = column.detach().expand(-1, -1, -1, 12).requires_grad_()
     target = labels_of(logits)
@@ -111,7 +111,7 @@ def test_equal_logits(classes: int, device: torch.device) -> None:
 def test_pixels_without_a_value_have_no_gradient(
     loss: Loss, value: float, layout: str, device: torch.device
 ) -> None:
-    """NaN in all classes of the pixel, and nowhere else."""
+    """Their gradient is NaN in all classes, and no other pixel's is."""
     logits = with_the_largest_everywhere(19, 0.0, device)
     logits[0, :, 1, 5] = value
     if value > 0 or value != value:
