@@ -220,7 +220,8 @@ class Operation:
         cases: what the report measures, the most telling first.
         shipped: what the compile-only table compiles; one case for each way a kernel is built.
         kernels: kernel name -> how to read its machine code, for every kernel that is launched.
-        operators: names of configurations, for forcing small launches in the interpreter.
+        operators: names of configurations, for forcing small launches in the interpreter. Of an
+            operation with several schedules the first one chooses the schedule.
         excused: elements of the first input's gradient where rounding may flip a decision, so
             that no kernel could agree with float64; None where there is no such thing.
         libraries: other people's implementations, name -> adapter in perf/operations/peers.py.

@@ -140,7 +140,7 @@ _IGNORED = 255
 
 
 def _imported(name: str) -> Any:
-    """A module.
+    """The module of that name.
 
     Raises:
         ImportError: it is not installed, or what it stands on does not fit this PyTorch.

@@ -187,7 +187,7 @@ def test_confident_logits(scale: float, device: torch.device) -> None:
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_right_to_a_millionth(precision: str, device: torch.device) -> None:
-    """Without pooling, where p - y is 1e-6 and its moments are what is left of those of y."""
+    """Without pooling p - y is 1e-6 here, and its moments are what is left of those of y."""
     random = torch.Generator().manual_seed(4)
     target = torch.randint(0, 2, (1, 23, 37), generator=random, dtype=torch.uint8)
     target[0, 5:12, 6:20], target[0, 14:, 20:] = 1, 0
@@ -216,7 +216,7 @@ def test_right_to_a_millionth(precision: str, device: torch.device) -> None:
 def test_constant_maps(
     logit: float, precision: str, options: dict[str, Any], device: torch.device
 ) -> None:
-    """Zero variance over bands of many rows: no NaN, and p that depends on no label."""
+    """Variances are 0 over bands of many rows: there is no NaN, and p depends on no label."""
     target = segmentation_case((1, 2, 72, 24), ignore_index=None, device=device)[1]
     logits = torch.full((1, 2, 72, 24), logit, device=device)
     options = {"precision": precision, "bce_weight": 0.0, **options}
