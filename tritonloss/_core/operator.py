@@ -11,6 +11,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NoReturn
 
 import torch
@@ -73,6 +74,7 @@ class Operator:
         forward_names = list(inspect.signature(forward).parameters)
         self._saves = "save" in forward_names
         self.inputs = tuple(n for n in forward_names if n not in ("options", "save"))
+        self._for_forward = _picker(forward_names, (*self.inputs, "options", "save"))
         self.differentiable = differentiable or self.inputs[:1]
         self._positions = tuple(self.inputs.index(name) for name in self.differentiable)
 
@@ -86,10 +88,12 @@ class Operator:
         self._grad_positions = [self.results.index(n.removeprefix(_GRAD)) for n in self.grads]
         self._want_positions = [self.inputs.index(n.removeprefix(_WANTS)) for n in self.wants]
         self._given: tuple[str, ...] = (*self.grads, *self.saved, *self.wants)
-        self._saved_positions = [known.index(n) for n in (*self.saved, *self.reused)]
-        strangers = set(names) - {*self.grads, *self.saved, *self.wants, "options"}
+        strangers = set(names) - {*self._given, "options"}
         if strangers:
             raise TypeError(f"backward of {name} asks for {sorted(strangers)}, which is not there")
+        self._for_backward = _picker(names, (*self._given, "options"))
+        self._for_reuse = _picker(reused, (*self._given, "options", *self.reused))
+        self._of_saved = _picker((*self.saved, *self.reused), known)
 
         # Classes of its own, for the names that autograd shows.
         title = "".join(part.capitalize() for part in name.split("_"))
@@ -118,12 +122,12 @@ class Operator:
         return False
 
     def run_forward(
-        self, tensors: Sequence[Tensor | None], options: Any, save: bool
+        self, tensors: Sequence[Tensor | None], options: Any, save: bool, holds_data: bool
     ) -> tuple[Any, ...]:
         """All results, from the launcher or, where it would not see data, the custom operator."""
-        if not _holds_data(tensors):
+        if not holds_data:
             return tuple(self.forward(*tensors, *((save,) if self._saves else ()), *options))
-        return tuple(self._forward(*tensors, **self._extras(options, save)))
+        return tuple(self._forward(*self._for_forward((*tensors, options, save))))
 
     def run_backward(
         self,
@@ -133,23 +137,27 @@ class Operator:
         options: Any,
         *,
         reuse: bool = False,
+        holds_data: bool = False,
     ) -> tuple[Tensor, ...]:
-        """The gradients, from the launcher or the custom operator in the same way."""
+        """The gradients, from the launcher or the custom operator in the same way.
+
+        ``holds_data`` says that the saved tensors do, as the forward pass has seen.
+        """
         count = len(self.saved)
         tensors = (*grads, *saved[:count])
-        if not _holds_data(tensors):
+        if not _holds_data(grads if holds_data else tensors):
             return self._tupled(self.backward(*tensors, *wants, *options))
-        given = dict(zip(self._given, (*tensors, *wants), strict=True))
-        if self.options is not None:
-            given["options"] = options
+        given = (*tensors, *wants, options)
         found = None
         if reuse and self._reuse is not None:
-            found = self._reuse(**given, **dict(zip(self.reused, saved[count:], strict=True)))
-        return self._tupled(self._backward(**given) if found is None else found)
+            found = self._reuse(*self._for_reuse((*given, *saved[count:])))
+        if found is None:
+            found = self._backward(*self._for_backward(given))
+        return self._tupled(found)
 
     def both_passes(self, *tensors: Tensor | None, options: Any = ()) -> tuple[Tensor, ...]:
         """What a caller gets and the gradients under upstream gradients of 1, without autograd."""
-        results = self.run_forward(tensors, options, True)
+        results = self.run_forward(tensors, options, True, _holds_data(tensors))
         grads = [torch.ones_like(results[position]) for position in self._grad_positions]
         wants = [True] * len(self.wants)
         gradients = self.run_backward(grads, self.of_saved(tensors, results), wants, options)
@@ -157,10 +165,9 @@ class Operator:
 
     def of_saved(
         self, tensors: Sequence[Tensor | None], results: Sequence[Tensor]
-    ) -> list[Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         """What the backward pass asks for."""
-        known = (*tensors, *results)
-        return [known[position] for position in self._saved_positions]
+        return self._of_saved((*tensors, *results))
 
     def of_grads(self, grads: Sequence[Tensor | None]) -> list[Tensor] | None:
         """The upstream gradients that the backward pass asks for; None if there is none at all.
@@ -321,9 +328,11 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operator: Operator, save: bool, options: Any, *tensors: Any) -> Any:
-        results = operator.run_forward(tensors, options, save)
+        holds_data = _holds_data(tensors)
+        results = operator.run_forward(tensors, options, save, holds_data)
         returned = results[: operator.returned]
         _keep(ctx, operator, tensors, results, options, returned, save)
+        ctx.holds_data = holds_data
         return returned
 
     @staticmethod
@@ -342,7 +351,8 @@ class _TransformedForward(_Forward):
     def forward(  # type: ignore[override]
         operator: Operator, save: bool, options: Any, *tensors: Any
     ) -> Any:
-        return _filled(operator.run_forward(tensors, options, save))
+        holds_data = _holds_data(tensors)
+        return _filled(operator.run_forward(tensors, options, save, holds_data))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -402,7 +412,7 @@ def _keep(
     others = operator.not_differentiable(outputs)
     if others:
         ctx.mark_non_differentiable(*others)
-    ctx.operator, ctx.options, ctx.is_first = operator, options, True
+    ctx.operator, ctx.options, ctx.is_first, ctx.holds_data = operator, options, True, False
     if save:
         ctx.save_for_backward(*operator.of_saved(tensors, results))
 
@@ -421,7 +431,9 @@ def _gradients_of(ctx: Any, grads: Sequence[Tensor | None], skipped: int) -> tup
         gradients = _apply(function, operator, ctx.options, wants, *upstream, *saved)
     else:
         reuse, ctx.is_first = ctx.is_first, False
-        gradients = operator.run_backward(upstream, saved, wants, ctx.options, reuse=reuse)
+        gradients = operator.run_backward(
+            upstream, saved, wants, ctx.options, reuse=reuse, holds_data=ctx.holds_data
+        )
     placed: tuple[Any, ...] = operator.placed(gradients, needed)
     return placed
 
@@ -463,6 +475,16 @@ def _reverse_mode_only(operator: Operator) -> NoReturn:
 
 
 # --- custom operators -----------------------------------------------------------------------------
+
+
+def _picker(
+    names: Sequence[str], known: Sequence[str]
+) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Takes the values of ``known``, and gives those of ``names`` in their order."""
+    positions = [known.index(name) for name in names]
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda values: tuple([values[position] for position in positions])
 
 
 def _sign(function: Any, arguments: dict[str, Any], returned: Any) -> None:
