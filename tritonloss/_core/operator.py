@@ -122,12 +122,12 @@ class Operator:
         return False
 
     def run_forward(
-        self, tensors: Sequence[Tensor | None], options: Any, save: bool, holds_data: bool
-    ) -> tuple[Any, ...]:
-        """All results, from the launcher or, where it would not see data, the custom operator."""
-        if not holds_data:
-            return tuple(self.forward(*tensors, *((save,) if self._saves else ()), *options))
-        return tuple(self._forward(*self._for_forward((*tensors, options, save))))
+        self, tensors: Sequence[Tensor | None], options: Any, save: bool
+    ) -> tuple[tuple[Any, ...], bool]:
+        """All results, and whether they are the launcher's; if it sees no data, the operator's."""
+        if _holds_data(tensors):
+            return tuple(self._forward(*self._for_forward((*tensors, options, save)))), True
+        return tuple(self.forward(*tensors, *((save,) if self._saves else ()), *options)), False
 
     def run_backward(
         self,
@@ -137,15 +137,12 @@ class Operator:
         options: Any,
         *,
         reuse: bool = False,
-        holds_data: bool = False,
+        launched: bool = False,
     ) -> tuple[Tensor, ...]:
-        """The gradients, from the launcher or the custom operator in the same way.
-
-        ``holds_data`` says that the saved tensors do, as the forward pass has seen.
-        """
+        """The gradients, likewise; ``saved`` hold data if the forward pass was launched."""
         count = len(self.saved)
         tensors = (*grads, *saved[:count])
-        if not _holds_data(grads if holds_data else tensors):
+        if not _holds_data(grads if launched else tensors):
             return self._tupled(self.backward(*tensors, *wants, *options))
         given = (*tensors, *wants, options)
         found = None
@@ -157,7 +154,7 @@ class Operator:
 
     def both_passes(self, *tensors: Tensor | None, options: Any = ()) -> tuple[Tensor, ...]:
         """What a caller gets and the gradients under upstream gradients of 1, without autograd."""
-        results = self.run_forward(tensors, options, True, _holds_data(tensors))
+        results, _ = self.run_forward(tensors, options, True)
         grads = [torch.ones_like(results[position]) for position in self._grad_positions]
         wants = [True] * len(self.wants)
         gradients = self.run_backward(grads, self.of_saved(tensors, results), wants, options)
@@ -328,11 +325,10 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operator: Operator, save: bool, options: Any, *tensors: Any) -> Any:
-        holds_data = _holds_data(tensors)
-        results = operator.run_forward(tensors, options, save, holds_data)
+        results, launched = operator.run_forward(tensors, options, save)
         returned = results[: operator.returned]
         _keep(ctx, operator, tensors, results, options, returned, save)
-        ctx.holds_data = holds_data
+        ctx.launched = launched
         return returned
 
     @staticmethod
@@ -351,8 +347,7 @@ class _TransformedForward(_Forward):
     def forward(  # type: ignore[override]
         operator: Operator, save: bool, options: Any, *tensors: Any
     ) -> Any:
-        holds_data = _holds_data(tensors)
-        return _filled(operator.run_forward(tensors, options, save, holds_data))
+        return _filled(operator.run_forward(tensors, options, save)[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -412,14 +407,14 @@ def _keep(
     others = operator.not_differentiable(outputs)
     if others:
         ctx.mark_non_differentiable(*others)
-    ctx.operator, ctx.options, ctx.is_first, ctx.holds_data = operator, options, True, False
+    ctx.operator, ctx.options, ctx.is_first, ctx.launched = operator, options, True, False
     if save:
         ctx.save_for_backward(*operator.of_saved(tensors, results))
 
 
 def _gradients_of(ctx: Any, grads: Sequence[Tensor | None], skipped: int) -> tuple[Any, ...]:
     """A gradient or None for every input; ``skipped`` arguments come before the inputs."""
-    operator = ctx.operator
+    operator: Operator = ctx.operator
     upstream = operator.of_grads(grads)
     if upstream is None:
         return (None,) * len(operator.inputs)
@@ -432,10 +427,9 @@ def _gradients_of(ctx: Any, grads: Sequence[Tensor | None], skipped: int) -> tup
     else:
         reuse, ctx.is_first = ctx.is_first, False
         gradients = operator.run_backward(
-            upstream, saved, wants, ctx.options, reuse=reuse, holds_data=ctx.holds_data
+            upstream, saved, wants, ctx.options, reuse=reuse, launched=ctx.launched
         )
-    placed: tuple[Any, ...] = operator.placed(gradients, needed)
-    return placed
+    return operator.placed(gradients, needed)
 
 
 def _mapped(
@@ -477,14 +471,10 @@ def _reverse_mode_only(operator: Operator) -> NoReturn:
 # --- custom operators -----------------------------------------------------------------------------
 
 
-def _picker(
-    names: Sequence[str], known: Sequence[str]
-) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """Takes the values of ``known``, and gives those of ``names`` in their order."""
-    positions = [known.index(name) for name in names]
-    if len(positions) > 1:
-        return itemgetter(*positions)
-    return lambda values: tuple([values[position] for position in positions])
+def _picker(names: Sequence[str], known: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """Gives the values of ``names``, in their order, of a tuple of those of ``known``."""
+    at = [known.index(name) for name in names]
+    return itemgetter(*at) if len(at) > 1 else lambda values: tuple([values[i] for i in at])
 
 
 def _sign(function: Any, arguments: dict[str, Any], returned: Any) -> None:
