@@ -72,13 +72,12 @@ def check_logits(logits: torch.Tensor, name: str = "logits") -> None:
 def check_target(logits: torch.Tensor, target: torch.Tensor) -> None:
     """``target`` must hold integers [N, H, W] that match ``logits``, on the same device."""
     images, _, height, width = logits.shape
-    expected = (images, height, width)
     if not isinstance(target, torch.Tensor):
         raise TypeError(f"{_labels_accepted(logits)}; got {_type(target)}")
     check_dense(target, "target")
     if target.dtype not in _INTEGERS:
         raise TypeError(f"{_labels_accepted(logits)}; got {described(target)}")
-    if tuple(target.shape) != expected:
+    if target.shape != (images, height, width):
         raise ValueError(f"{_labels_accepted(logits)}; got {described(target)}")
     _check_device(logits, "logits", target, "target")
 
@@ -254,7 +253,7 @@ def check_class_weights(
     if weight.dtype not in _FLOATING:
         accepted = _weights_accepted(name, logits, optional, or_number)
         raise TypeError(f"{accepted}; got {described(weight)}")
-    if weight.dim() != 1 or (logits is not None and weight.size(0) != logits.size(1)):
+    if weight.shape != (logits.shape[1],) if logits is not None else weight.dim() != 1:
         accepted = _weights_accepted(name, logits, optional, or_number)
         raise ValueError(f"{accepted}; got {described(weight)}")
     if logits is not None:

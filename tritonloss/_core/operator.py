@@ -11,6 +11,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NoReturn
 
 import torch
@@ -74,6 +75,7 @@ class Operator:
         forward_names = list(inspect.signature(forward).parameters)
         self._saves = "save" in forward_names
         self.inputs = tuple(n for n in forward_names if n not in ("options", "save"))
+        self._for_forward = _picker(forward_names, (*self.inputs, "options", "save"))
         self.differentiable = differentiable or self.inputs[:1]
         self._positions = tuple(self.inputs.index(name) for name in self.differentiable)
 
@@ -87,10 +89,12 @@ class Operator:
         self._grad_positions = [self.results.index(n.removeprefix(_GRAD)) for n in self.grads]
         self._want_positions = [self.inputs.index(n.removeprefix(_WANTS)) for n in self.wants]
         self._given: tuple[str, ...] = (*self.grads, *self.saved, *self.wants)
-        self._saved_positions = [known.index(n) for n in (*self.saved, *self.reused)]
-        strangers = set(names) - {*self.grads, *self.saved, *self.wants, "options"}
+        strangers = set(names) - {*self._given, "options"}
         if strangers:
             raise TypeError(f"backward of {name} asks for {sorted(strangers)}, which is not there")
+        self._for_backward = _picker(names, (*self._given, "options"))
+        self._for_reuse = _picker(reused, (*self._given, "options", *self.reused))
+        self._of_saved = _picker((*self.saved, *self.reused), known)
 
         # Every operator has classes of its own, for the names that autograd shows.
         title = "".join(part.capitalize() for part in name.split("_"))
@@ -120,11 +124,11 @@ class Operator:
 
     def run_forward(
         self, tensors: Sequence[Tensor | None], options: Any, save: bool
-    ) -> tuple[Any, ...]:
-        """All results: from the launcher, or from the custom operator where there is no data."""
-        if not _holds_data(tensors):
-            return tuple(self.forward(*tensors, *((save,) if self._saves else ()), *options))
-        return tuple(self._forward(*tensors, **self._extras(options, save)))
+    ) -> tuple[tuple[Any, ...], bool]:
+        """All results, and whether they are the launcher's; if it sees no data, the operator's."""
+        if _holds_data(tensors):
+            return tuple(self._forward(*self._for_forward((*tensors, options, save)))), True
+        return tuple(self.forward(*tensors, *((save,) if self._saves else ()), *options)), False
 
     def run_backward(
         self,
@@ -134,23 +138,24 @@ class Operator:
         options: Any,
         *,
         reuse: bool = False,
+        launched: bool = False,
     ) -> tuple[Tensor, ...]:
-        """The gradients, from the launcher or the custom operator, as in run_forward."""
+        """The gradients, likewise; ``saved`` hold data if the forward pass was launched."""
         count = len(self.saved)
         tensors = (*grads, *saved[:count])
-        if not _holds_data(tensors):
+        if not _holds_data(grads if launched else tensors):
             return self._tupled(self.backward(*tensors, *wants, *options))
-        given = dict(zip(self._given, (*tensors, *wants), strict=True))
-        if self.options is not None:
-            given["options"] = options
+        given = (*tensors, *wants, options)
         found = None
         if reuse and self._reuse is not None:
-            found = self._reuse(**given, **dict(zip(self.reused, saved[count:], strict=True)))
-        return self._tupled(self._backward(**given) if found is None else found)
+            found = self._reuse(*self._for_reuse((*given, *saved[count:])))
+        if found is None:
+            found = self._backward(*self._for_backward(given))
+        return self._tupled(found)
 
     def both_passes(self, *tensors: Tensor | None, options: Any = ()) -> tuple[Tensor, ...]:
-        """(*returned results, *gradients) for upstream gradients of 1, without autograd."""
-        results = self.run_forward(tensors, options, True)
+        """What a caller gets and the gradients under upstream gradients of 1, without autograd."""
+        results, _ = self.run_forward(tensors, options, True)
         grads = [torch.ones_like(results[position]) for position in self._grad_positions]
         wants = [True] * len(self.wants)
         gradients = self.run_backward(grads, self.of_saved(tensors, results), wants, options)
@@ -158,10 +163,9 @@ class Operator:
 
     def of_saved(
         self, tensors: Sequence[Tensor | None], results: Sequence[Tensor]
-    ) -> list[Tensor | None]:
-        """The inputs and results that the backward pass asks for."""
-        known = (*tensors, *results)
-        return [known[position] for position in self._saved_positions]
+    ) -> tuple[Tensor | None, ...]:
+        """What the backward pass asks for."""
+        return self._of_saved((*tensors, *results))
 
     def of_grads(self, grads: Sequence[Tensor | None]) -> list[Tensor] | None:
         """The upstream gradients that the backward pass asks for; None if there is none at all.
@@ -323,9 +327,10 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operator: Operator, save: bool, options: Any, *tensors: Any) -> Any:
-        results = operator.run_forward(tensors, options, save)
+        results, launched = operator.run_forward(tensors, options, save)
         returned = results[: operator.returned]
         _keep(ctx, operator, tensors, results, options, returned, save)
+        ctx.launched = launched
         return returned
 
     @staticmethod
@@ -344,7 +349,7 @@ class _TransformedForward(_Forward):
     def forward(  # type: ignore[override]
         operator: Operator, save: bool, options: Any, *tensors: Any
     ) -> Any:
-        return _filled(operator.run_forward(tensors, options, save))
+        return _filled(operator.run_forward(tensors, options, save)[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -405,14 +410,14 @@ def _keep(
     others = operator.not_differentiable(outputs)
     if others:
         ctx.mark_non_differentiable(*others)
-    ctx.operator, ctx.options, ctx.is_first = operator, options, True
+    ctx.operator, ctx.options, ctx.is_first, ctx.launched = operator, options, True, False
     if save:
         ctx.save_for_backward(*operator.of_saved(tensors, results))
 
 
 def _gradients_of(ctx: Any, grads: Sequence[Tensor | None], skipped: int) -> tuple[Any, ...]:
     """A gradient or None for every input; ``skipped`` arguments come before the inputs."""
-    operator = ctx.operator
+    operator: Operator = ctx.operator
     upstream = operator.of_grads(grads)
     if upstream is None:
         return (None,) * len(operator.inputs)
@@ -424,9 +429,10 @@ def _gradients_of(ctx: Any, grads: Sequence[Tensor | None], skipped: int) -> tup
         gradients = _apply(function, operator, ctx.options, wants, *upstream, *saved)
     else:
         reuse, ctx.is_first = ctx.is_first, False
-        gradients = operator.run_backward(upstream, saved, wants, ctx.options, reuse=reuse)
-    placed: tuple[Any, ...] = operator.placed(gradients, needed)
-    return placed
+        gradients = operator.run_backward(
+            upstream, saved, wants, ctx.options, reuse=reuse, launched=ctx.launched
+        )
+    return operator.placed(gradients, needed)
 
 
 def _mapped(
@@ -466,6 +472,12 @@ def _reverse_mode_only(operator: Operator) -> NoReturn:
 
 
 # --- custom operators -----------------------------------------------------------------------------
+
+
+def _picker(names: Sequence[str], known: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """Gives the values of ``names``, in their order, of a tuple of those of ``known``."""
+    at = [known.index(name) for name in names]
+    return itemgetter(*at) if len(at) > 1 else lambda values: tuple([values[i] for i in at])
 
 
 def _sign(function: Any, arguments: dict[str, Any], returned: Any) -> None:

@@ -77,7 +77,7 @@ class Kept(NamedTuple):
     """What a forward launch leaves to the backward one."""
 
     scale: torch.Tensor  # [terms], what the gradient of a value is multiplied by; [0] for a map
-    maps: tuple[torch.Tensor, ...]  # [N, H, W] each
+    maps: tuple[torch.Tensor, ...]  # [N, H, W] each; those beyond what the losses save are ignored
 
 
 class Walk(NamedTuple):
@@ -88,31 +88,33 @@ class Walk(NamedTuple):
 
 
 class Made(NamedTuple):
-    """The shapes and dtypes of the tensors that a forward launch fills."""
+    """A tensor that a forward launch fills."""
 
-    loss: tuple[int, ...]
-    scale: int
-    pixels: tuple[int, ...]
-    dtype: torch.dtype  # of loss and scale
-    maps: tuple[torch.dtype, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # said in full: PyTorch is quicker with them than without
+    dtype: torch.dtype
 
 
-def made(losses: Sequence[Loss], logits: torch.Tensor, reduction: str, save: bool) -> Made:
-    """The shapes and dtypes of the tensors that a forward launch fills."""
+def made(
+    losses: Sequence[Loss], logits: torch.Tensor, reduction: str, save: bool
+) -> tuple[Made, ...]:
+    """The tensors that a forward launch fills: the loss, the scales and the maps."""
     images, _, height, width = logits.shape
-    pixels = (images, height, width)
-    dtypes = tuple(dtype for loss in losses for dtype in loss.saved(logits)) if save else ()
-    # With a map there is no scale: no kernel would fill it.
-    shape, scales = (pixels, 0) if reduction == "none" else ((), len(losses))
-    return Made(shape, scales, pixels, compute_dtype(logits.dtype), dtypes)
+    pixels, strides = (images, height, width), (height * width, width, 1)
+    dtype = compute_dtype(logits.dtype)
+    if reduction == "none":  # needs no scale, and what nobody fills is not there
+        loss, scales = Made(pixels, strides, dtype), 0
+    else:
+        loss, scales = Made((), (), dtype), len(losses)
+    dtypes = [dtype for loss in losses for dtype in loss.saved(logits)] if save else []
+    maps = [Made(pixels, strides, dtype) for dtype in dtypes]
+    return loss, Made((scales,), (1,), dtype), *maps
 
 
-def allocated(made: Made, logits: torch.Tensor) -> tuple[torch.Tensor, Kept]:
-    """(loss, what is kept): these tensors, on the device of ``logits``."""
-    loss = logits.new_empty(made.loss, dtype=made.dtype)
-    scale = logits.new_empty(made.scale, dtype=made.dtype)
-    maps = tuple([logits.new_empty(made.pixels, dtype=dtype) for dtype in made.maps])
-    return loss, Kept(scale, maps)
+def allocated(made: tuple[Made, ...], logits: torch.Tensor) -> tuple[torch.Tensor, Kept]:
+    """The tensors, on the device of ``logits``."""
+    loss, scale, *maps = [logits.new_empty_strided(s, t, dtype=dtype) for s, t, dtype in made]
+    return loss, Kept(scale, tuple(maps))
 
 
 # --- launchers ------------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ def launch_forward(
         loss, kept = allocated(made(losses, logits, walk.reduction, save), logits)
         return loss.zero_(), kept._replace(scale=kept.scale.zero_())
 
-    def prepare() -> tuple[PreparedLaunch, int, Made]:
+    def prepare() -> tuple[PreparedLaunch, int, tuple[Made, ...]]:
         grid, arguments = _launch(losses, "forward", logits, target)
         constants = {
             **_numbers(terms),
@@ -179,27 +181,28 @@ def launch_backward(
     grad_logits = torch.empty_like(logits)
     own, other = _tables(terms, logits)
 
-    def prepare() -> PreparedLaunch:
-        grid, launch = _launch(losses, "backward", logits, target, grad_logits)
+    def prepare() -> tuple[PreparedLaunch, int]:
+        grid, arguments = _launch(losses, "backward", logits, target, grad_logits)
         reduced = walk.reduction != "none"
         constants = {
             **_numbers(terms),
             "upstream_strides": (0, 0, 0) if reduced else upstream.stride(),
-            "logits_strides": _strides(logits, launch["TILE"]),
-            "target_strides": _strides(target, launch["TILE"]),
-            "grad_strides": _strides(grad_logits, launch["TILE"]),
+            "logits_strides": _strides(logits, arguments["TILE"]),
+            "target_strides": _strides(target, arguments["TILE"]),
+            "grad_strides": _strides(grad_logits, arguments["TILE"]),
             "TERMS": _terms(terms, logits, save=True),
             "REDUCED": reduced,
             **_labels(losses, logits, target, walk.ignore_index),
-            **launch,
+            **arguments,
         }
-        aligned = launch["TILE"].grain > 1 and (reduced or is_aligned(upstream))
-        return PreparedLaunch(_pixelwise_backward_kernel, grid, constants, aligned)
+        aligned = arguments["TILE"].grain > 1 and (reduced or is_aligned(upstream))
+        launch = PreparedLaunch(_pixelwise_backward_kernel, grid, constants, aligned)
+        return launch, sum(constants["TERMS"].maps)
 
     # The gradient's layout follows from that of the logits.
     upstream_kind = kind(upstream) if walk.reduction == "none" else None
     key = (_key(terms), kind(logits), kind(target), upstream_kind, walk)
-    launch = prepared(key, prepare)
+    launch, maps = prepared(key, prepare)
     with device_guard(logits):
         launch(
             upstream_ptr=upstream,
@@ -208,7 +211,7 @@ def launch_backward(
             target_ptr=target,
             own_ptrs=own,
             other_ptrs=other,
-            map_ptrs=kept.maps,
+            map_ptrs=kept.maps[:maps],
             grad_ptr=grad_logits,
         )
     return grad_logits
@@ -220,14 +223,13 @@ def _key(terms: tuple[Term, ...]) -> tuple[Any, ...]:
     A record is known by its address. The prepared launch keeps it alive, so that no other record
     ever has that address.
     """
-    return tuple(
+    return tuple([
         (
-            term.loss.name, id(term.loss.record), term.options, term.numbers, term.share,
-            None if term.own_table is None else term.own_table.dtype,
-            None if term.other_table is None else term.other_table.dtype,
+            loss.name, id(loss.record), options, numbers, share,
+            None if own is None else own.dtype, None if other is None else other.dtype,
         )
-        for term in terms
-    )  # fmt: skip
+        for loss, options, numbers, own, other, share in terms
+    ])  # fmt: skip
 
 
 def _tables(
@@ -243,7 +245,7 @@ def _table(table: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
     """A table as the kernels read it: contiguous and aligned; the logits for a missing one."""
     if table is None:
         return logits
-    if table.is_contiguous() and is_aligned(table):
+    if table.is_contiguous() and table.data_ptr() % 16 == 0:
         return table
     return table.clone(memory_format=torch.contiguous_format)
 
@@ -319,7 +321,7 @@ def pixelwise_operator(
     ) -> torch.Tensor:
         terms = (term(logits, own_table, other_table, options, True),)
         walk = Walk(options.ignore_index, options.reduction)
-        kept = Kept(scale, (first, second)[: len(loss.saved(logits))])
+        kept = Kept(scale, (first, second))
         return launch_backward(terms, grad_loss, kept, logits, target, walk)
 
     def allocate(

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 from .._core import backend
 
@@ -115,18 +116,24 @@ def _takes_last(ticket_ptr, count):
 
 # --- launchers ------------------------------------------------------------------------------------
 
-# The tickets of every device and stream. They are kept, because each kernel puts them back to 0.
-_kept: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+class Room(NamedTuple):
+    """What the kernels of one stream use for their sums, one kernel after the other."""
+
+    scratch: torch.Tensor
+    tickets: torch.Tensor
+
+
+# Of every device and stream, as large as was ever needed, at most a few numbers per program. Kept
+# because only the kernels themselves put the tickets back to 0, and to spare the host allocations.
+_kept: dict[tuple[torch.device, int], Room] = {}
 
 
 def sums_over(programs: int, rows: int, device: torch.device) -> dict[str, Any]:
     """Arguments of a kernel that has ``rows`` sums: scratch_ptr, tickets_ptr and programs."""
     elements, groups = sizes(programs)
-    return {
-        "scratch_ptr": torch.empty(1 + elements, rows, dtype=torch.float64, device=device),
-        "tickets_ptr": tickets(groups, device),
-        "programs": programs,
-    }
+    room = _room((1 + elements) * rows, groups, device)
+    return {"scratch_ptr": room.scratch, "tickets_ptr": room.tickets, "programs": programs}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -143,14 +150,28 @@ def sizes(programs: int) -> tuple[int, int]:
 
 def tickets(count: int, device: torch.device) -> torch.Tensor:
     """At least ``count`` zeros that no other stream's kernels count on."""
-    # A captured graph may run on any stream: it gets tickets of its own, and zeroes them itself.
-    # A kernel in the interpreter may break off in the middle and leave its tickets above 0.
+    return _room(0, count, device).tickets
+
+
+def _room(elements: int, tickets: int, device: torch.device) -> Room:
+    """At least so much room for the current stream."""
+    # A captured graph may run on any stream: it gets room of its own, whose tickets it zeroes.
+    # Where the interpreter runs a kernel may break off in the middle and leave tickets behind.
     is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if backend.INTERPRETED or is_captured:
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device, triton.runtime.driver.active.get_current_stream(device.index or 0))
-    found = _kept.get(key)
-    if found is None or found.numel() < count:
-        found = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-        _kept[key] = found
-    return found
+        return _new_room(elements, tickets, device)
+    key = (device, driver.active.get_current_stream(device.index or 0))
+    room = _kept.get(key)
+    if room is None:
+        room = _kept[key] = _new_room(4096, 1024, device)
+    most, count = room.scratch.numel(), room.tickets.numel()
+    if elements > most or tickets > count:
+        room = _kept[key] = _new_room(max(elements, most), max(tickets, count), device)
+    return room
+
+
+def _new_room(elements: int, tickets: int, device: torch.device) -> Room:
+    return Room(
+        torch.empty(elements, dtype=torch.float64, device=device),
+        torch.zeros(tickets, dtype=torch.int32, device=device),
+    )

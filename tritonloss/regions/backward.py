@@ -331,4 +331,5 @@ def _expand(plan: Plan, share: _Share, arguments: dict[str, Any]) -> PreparedLau
         grid: tuple[int, ...] = (share.images * plan.height, blocks)
         return PreparedLaunch(_rmi_sample_backward_kernel, grid, {**arguments, **own})
     grid = cell_grid(share.images, share.classes, plan.width, arguments)
-    return PreparedLaunch(_rmi_expand_kernel, grid, {**arguments, **own})
+    # Cells begin anywhere: they are moved pixel by pixel.
+    return PreparedLaunch(_rmi_expand_kernel, grid, {**arguments, **own}, aligned=False)

@@ -131,7 +131,8 @@ def _read(plan: Plan, logits: torch.Tensor, target: torch.Tensor, programs: int)
         cells = cell_arguments("rmi_pool", plan, logits)
         cells["FLAT"] = is_flat(logits, target)
         grid = cell_grid(plan.images, plan.classes, plan.width, cells)
-        pool = PreparedLaunch(_rmi_pool_kernel, grid, {**arguments, **cells})
+        # Cells begin anywhere: they are moved pixel by pixel.
+        pool = PreparedLaunch(_rmi_pool_kernel, grid, {**arguments, **cells}, aligned=False)
         return _Read(plan, pool, math.prod(grid))
     if plan.has_maps:
         return _sample(plan, logits, arguments)

@@ -194,7 +194,8 @@ def _forward_plan(
         "MAPPED": options.mapped,
         **launch,
     }
-    return _ForwardPlan(PreparedLaunch(_ssim_forward_kernel, (programs,), arguments), programs)
+    forward = PreparedLaunch(_ssim_forward_kernel, (programs,), arguments, strip.grain > 1)
+    return _ForwardPlan(forward, programs)
 
 
 # --- backward -------------------------------------------------------------------------------------
@@ -304,7 +305,8 @@ def _backward_plan(tensors: tuple[torch.Tensor, ...], options: Options) -> _Back
         "num_warps": warps,
         "enable_fp_fusion": True,
     }
-    launch = PreparedLaunch(_ssim_backward_kernel, (programs,), arguments)
+    aligned = own.strip.grain > 1
+    launch = PreparedLaunch(_ssim_backward_kernel, (programs,), arguments, aligned)
     return _BackwardPlan(launch, scratch, in_lanes, 2 * units + 2)
 
 
