@@ -154,7 +154,7 @@ class Operator:
         return self._tupled(found)
 
     def both_passes(self, *tensors: Tensor | None, options: Any = ()) -> tuple[Tensor, ...]:
-        """What a caller gets and the gradients under upstream gradients of 1, without autograd."""
+        """(*returned results, *gradients) for upstream gradients of 1, without autograd."""
         results, _ = self.run_forward(tensors, options, True)
         grads = [torch.ones_like(results[position]) for position in self._grad_positions]
         wants = [True] * len(self.wants)
@@ -164,7 +164,7 @@ class Operator:
     def of_saved(
         self, tensors: Sequence[Tensor | None], results: Sequence[Tensor]
     ) -> tuple[Tensor | None, ...]:
-        """What the backward pass asks for."""
+        """The inputs and results that the backward pass asks for."""
         return self._of_saved((*tensors, *results))
 
     def of_grads(self, grads: Sequence[Tensor | None]) -> list[Tensor] | None:

@@ -37,7 +37,7 @@ def prepared(key: Hashable, prepare: Callable[[], _T]) -> _T:
 
 
 def kind(tensor: torch.Tensor) -> Hashable:
-    """All that a launch depends on of a tensor, but its address."""
+    """All of a tensor that a launch depends on, except its address."""
     aligned = tensor.data_ptr() % 16 == 0
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.device, aligned
 

@@ -112,7 +112,7 @@ def made(
 
 
 def allocated(made: tuple[Made, ...], logits: torch.Tensor) -> tuple[torch.Tensor, Kept]:
-    """The tensors, on the device of ``logits``."""
+    """(loss, what is kept): these tensors, on the device of ``logits``."""
     loss, scale, *maps = [logits.new_empty_strided(s, t, dtype=dtype) for s, t, dtype in made]
     return loss, Kept(scale, tuple(maps))
 
