@@ -304,8 +304,7 @@ def load_wide(features, row, column, READING: tl.constexpr, SHIFT: tl.constexpr 
         else:
             larger = 1.0 - smaller
             smaller = smaller.to(tl.float64)
-            # By how much the larger sigmoid is more than 1/2.
-            beyond = tl.full((1,), 0.5, tl.float64) - smaller
+            beyond = tl.full((1,), 0.5, tl.float64) - smaller  # of the larger sigmoid, above 1/2
             e = with_sign(beyond, z) - y.to(tl.float64)
         excess = tl.where((z >= 0) != positive, size, 0.0)
         seen = Seen(e=e, y=y, excess=excess, smaller=smaller, larger=larger)

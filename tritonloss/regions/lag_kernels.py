@@ -32,8 +32,8 @@ def _add_core(
 ):  # fmt: skip
     """Stores lag sums of some kinds over a strip of the core; returns its cross entropy.
 
-    The older R - 1 rows stay in registers. What the columns leave that are no whole number of
-    lanes' chunks is the frame kernel's.
+    The older R - 1 rows stay in registers. Columns that make no whole chunk of a lane are left to
+    the frame kernel.
     """
     element: tl.constexpr = features.first.pointer.dtype.element_ty
     dtype: tl.constexpr = tl.float64 if element == tl.float64 else tl.float32
@@ -59,7 +59,7 @@ def _add_core(
     product = tl.full((LANES,), 1.0, tl.float64)
 
     rows = tl.minimum(STRIP.rows, height - REGION + 1 - first_row)
-    # Rows that grow older move from register to register: of two at a time half as often.
+    # A row that grows older moves to other registers: with two rows a round half as often.
     AT_ONCE: tl.constexpr = 2 if COLUMNS == 4 and REGION == 3 and total == tl.float64 else 1
     for i in tl.range(0, rows, loop_unroll_factor=AT_ONCE):
         new_e = ()
@@ -151,9 +151,9 @@ def _rmi_lags_kernel(
     STRIP: tl.constexpr,
     READING: tl.constexpr,
 ):
-    """Lag sums over the core. The products are float32, their sums float64, or float32 if centred.
+    """Lag sums over the core: in float64, or if centred in float32.
 
-    Those of a region of 4 would not fit the registers: there a program has half of all kinds.
+    From regions of 4 on not all of them fit the registers: a program has half of the kinds.
     """
     SPAN: tl.constexpr = 2 * STRIP.region - 1
     LAGS: tl.constexpr = 4 * STRIP.region * SPAN + 2
@@ -336,7 +336,7 @@ def _rmi_frame_kernel(
 ):
     """A line of the frame for each program, and for the last one all corners and the core's sum.
 
-    Where a region is so large that a line has too many sums, each dy has programs of its own.
+    Of large regions a line has too many sums for a program: each dy has programs of its own.
     """
     REGION: tl.constexpr = STRIP.region
     LINES: tl.constexpr = 4 * (REGION - 1) + STRIP.spare

@@ -14,7 +14,9 @@ cells from (a', b) on, so that a moment is a sum of R^2 cells; the head adds the
 Lags: four kinds of R x (2R - 1), older times newer: e e, y y, y e and e y, of which those with
 dy = 0 are there once; then the plain sums of e and of y.
 
-Where sums are float32, p less its approximate mean takes the place of y (load_pair).
+Where sums are float32, p less its approximate mean takes the place of y (load_pair). Lanes of
+several columns then keep what a sum rounds away, and take it off the next row's products (Kahan):
+their sums have as many more terms.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ ALL = tl.constexpr(0)
 OWN = tl.constexpr(1)
 CROSS = tl.constexpr(2)
 
-# How products are added: one by one, those of a row first, or with what rounding took away.
+# How a lane's products are added: one by one; those of a row first; so, and with compensation.
 PLAIN = tl.constexpr(0)
 BY_ROWS = tl.constexpr(1)
 COMPENSATED = tl.constexpr(2)
@@ -59,7 +61,10 @@ class Row(NamedTuple):
 
 @triton.jit
 def no_sums(KINDS: tl.constexpr, STRIP: tl.constexpr, total: tl.constexpr, labels: tl.constexpr):
-    """Sums of nothing, by lag, and last those of e and of y; ``labels`` is the dtype of y y."""
+    """Sums of nothing, by lag, then those of e and of y; last what was rounded away, where kept.
+
+    ``labels`` is the dtype of y y.
+    """
     COUNT: tl.constexpr = STRIP.depth * (2 * STRIP.region - 1)
     FIRST: tl.constexpr = 2 * COUNT if KINDS == CROSS else 0
     LAST: tl.constexpr = 2 * COUNT if KINDS == OWN else 4 * COUNT
@@ -81,7 +86,7 @@ def no_sums(KINDS: tl.constexpr, STRIP: tl.constexpr, total: tl.constexpr, label
 def _with_row(
     total, missed, older, newer, LAG: tl.constexpr, SUMMATION: tl.constexpr, STRIP: tl.constexpr
 ):  # fmt: skip
-    """(total, what it has rounded away) with the products of a lag of all columns of a lane."""
+    """(total, by how much rounding made it too large) with a lag's products of a lane's columns."""
     COLUMNS: tl.constexpr = STRIP.columns
     SPAN: tl.constexpr = 2 * STRIP.region - 1
     DOWN: tl.constexpr = LAG // SPAN % STRIP.depth * COLUMNS
@@ -117,7 +122,7 @@ def with_products(sums, older, newer, KINDS: tl.constexpr, STRIP: tl.constexpr):
     COUNT: tl.constexpr = DEPTH * SPAN
     FIRST: tl.constexpr = 2 * COUNT if KINDS == CROSS else 0
     LAST: tl.constexpr = 2 * COUNT if KINDS == OWN else 4 * COUNT
-    CAREFUL: tl.constexpr = COLUMNS > 1 and older.wide[0].dtype == tl.float32
+    CAREFUL: tl.constexpr = COLUMNS > 1 and older.wide[0].dtype == tl.float32  # as in no_sums
     SUMMATION: tl.constexpr = COMPENSATED if CAREFUL else PLAIN
     result = ()
     lost = ()
@@ -130,10 +135,10 @@ def with_products(sums, older, newer, KINDS: tl.constexpr, STRIP: tl.constexpr):
             or q // COUNT == 2
             or (q // COUNT < 2 and q % SPAN >= REGION - 1)
         ):
-            if q // COUNT == 0:
+            if q // COUNT == 0:  # into the inverse of p's moments e e does not go
                 value, missed = _with_row(value, missed, older.e, newer.e, q, PLAIN, STRIP)
             elif q // COUNT == 1:
-                # Each label with itself is the same: a row adds a single constant.
+                # Of logits y y is 1 / 4 for each pixel and itself: a row adds a single constant.
                 value, missed = _with_row(
                     value, missed, older.y, newer.y, q,
                     BY_ROWS if SUMMATION == PLAIN and q % COUNT == REGION - 1 else SUMMATION, STRIP,
