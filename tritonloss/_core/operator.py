@@ -1,8 +1,8 @@
 """An operator declared once, from its launchers: gradient, transforms and torch.compile follow.
 
-Outside torch.compile an operator is a ``torch.autograd.Function`` around its launchers. Where
-tensors hold no data, in torch.compile, torch.export and under fake tensors, it is a pair of custom
-operators, ``tritonloss::<name>_forward`` and ``tritonloss::<name>_backward``.
+Outside torch.compile it is a ``torch.autograd.Function`` around its launchers. Where tensors hold no
+data (torch.compile, torch.export, fake tensors) it is a pair of custom operators,
+``tritonloss::<name>_forward`` and ``tritonloss::<name>_backward``.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ class Operator:
 
     Args:
         name: the name of the custom operators, and of the operator in messages.
-        forward: the launcher of the forward pass. A result that it does not have is None; custom
-            operators return an empty tensor for it.
+        forward: the launcher of the forward pass. A result may be None: to custom operators, empty.
         backward: the launcher of the backward pass.
         allocate: like ``forward``, but only dtype and shape of its results count.
         results: a NamedTuple of the tensors that ``forward`` returns.
@@ -44,9 +43,8 @@ class Operator:
         returned: how many results a caller gets; the others are for the backward pass.
         differentiable: names of the inputs with a gradient, in the order of ``backward``.
         allocate_gradient: like ``backward``; by default the gradient is like the first input.
-        reuse: like ``backward``, and may ask for more of what was saved. It writes the gradient
-            into a saved tensor. It is therefore called for a graph's first backward pass only, and
-            returns None if there was no ``can_reuse``: ``backward`` then does the work.
+        reuse: like ``backward``, but it writes the gradient into a saved tensor: called for a
+            graph's first backward pass only. It returns None to leave the work to ``backward``.
         batched: whether every tensor has leading batch dimensions, to which vmap may add one. Where
             it has not, a mapped operator is launched for one element of the batch after the other.
     """

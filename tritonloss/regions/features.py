@@ -190,7 +190,7 @@ def complements(smaller):
 
 @triton.jit
 def consistent_residual(u, positive):
-    """The residual p - y of a scaled logit, from complements."""
+    """The residual p - y of a scaled logit, made of ``complements``."""
     larger, smaller = complements(smaller_sigmoid(tl.exp2(-tl.abs(u))))
     wrong = tl.where((u >= 0) != positive, larger, smaller)
     return tl.where(positive, -wrong, wrong)
