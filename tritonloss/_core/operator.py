@@ -1,8 +1,8 @@
 """An operator declared once, from its launchers: gradient, transforms and torch.compile follow.
 
-Outside torch.compile it is a ``torch.autograd.Function`` around its launchers. Where tensors hold no
-data (torch.compile, torch.export, fake tensors) it is a pair of custom operators,
-``tritonloss::<name>_forward`` and ``tritonloss::<name>_backward``.
+Outside torch.compile an operator is a ``torch.autograd.Function`` around its launchers. Where
+tensors hold no data, in torch.compile, torch.export and under fake tensors, it is a pair of custom
+operators, ``tritonloss::<name>_forward`` and ``tritonloss::<name>_backward``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from .custom_operators import custom_operator, filled, several, signed
 
 _WANTS = "wants_"
 _GRAD = "grad_"
@@ -215,10 +217,10 @@ class Operator:
         made = self.options or tuple
 
         def forward(*arguments: Any) -> tuple[Tensor, ...]:
-            return _filled(self._forward(**forward_arguments(arguments)))
+            return filled(self._forward(**forward_arguments(arguments)))
 
         def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-            return _filled(allocate(**forward_arguments(arguments)))
+            return filled(allocate(**forward_arguments(arguments)))
 
         def backward(*arguments: Any) -> Any:
             return self._returned(self._backward(**backward_arguments(arguments)))
@@ -237,13 +239,13 @@ class Operator:
             return given | self._extras(made(*arguments[len(self._given) :]))
 
         save = {"save": bool} if self._saves else {}
-        _sign(forward, tensors | save | fields, _several(len(self.results)))
+        signed(forward, tensors | save | fields, several(len(self.results)))
         upstream = dict.fromkeys(self.grads, Tensor)
         wants = dict.fromkeys(self.wants, bool)
         count = len(self.differentiable)
-        _sign(backward, upstream | saved | wants | fields, _several(count) if count > 1 else Tensor)
-        self.forward = _custom(f"{self.name}_forward", forward, forward_fake)
-        self.backward = _custom(f"{self.name}_backward", backward, backward_fake)
+        signed(backward, upstream | saved | wants | fields, several(count) if count > 1 else Tensor)
+        self.forward = custom_operator(f"{self.name}_forward", forward, forward_fake)
+        self.backward = custom_operator(f"{self.name}_backward", backward, backward_fake)
         self._differentiate(len(save) + len(fields), made)
 
     def _differentiate(self, extras: int, options: Callable[..., Any]) -> None:
@@ -347,7 +349,7 @@ class _TransformedForward(_Forward):
     def forward(  # type: ignore[override]
         operator: Operator, save: bool, options: Any, *tensors: Any
     ) -> Any:
-        return _filled(operator.run_forward(tensors, options, save)[0])
+        return filled(operator.run_forward(tensors, options, save)[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -469,33 +471,7 @@ def _reverse_mode_only(operator: Operator) -> NoReturn:
     )
 
 
-# --- custom operators -----------------------------------------------------------------------------
-
-
 def _picker(names: Sequence[str], known: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
     """Gives the values of ``names``, in their order, of a tuple of those of ``known``."""
     at = [known.index(name) for name in names]
     return itemgetter(*at) if len(at) > 1 else lambda values: tuple([values[i] for i in at])
-
-
-def _sign(function: Any, arguments: dict[str, Any], returned: Any) -> None:
-    """Give a function of ``*arguments`` the signature that torch.library reads a schema from."""
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(n, kind, annotation=t) for n, t in arguments.items()]
-    function.__signature__ = inspect.Signature(parameters, return_annotation=returned)
-
-
-def _filled(results: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """The results with an empty tensor in every place where there is none."""
-    there = next(result for result in results if result is not None)
-    return tuple(there.new_empty(0) if result is None else result for result in results)
-
-
-def _several(count: int) -> Any:
-    return tuple.__class_getitem__((Tensor,) * count)
-
-
-def _custom(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    operator = torch.library.custom_op(f"tritonloss::{name}", function, mutates_args=())
-    operator.register_fake(fake)
-    return operator
