@@ -2,9 +2,13 @@
 
 A program owns a strip of an image: a number of lanes, each with a chunk of neighbouring columns, a
 number of rows high. It walks down the rows and keeps what the rows above contribute in registers,
-so that each value is loaded once per strip (neighbouring columns come from the cache), with no
-shared memory and no barrier. Tuples hold one tensor [lanes] per column of a chunk; histories hold
-several rows of them, oldest first.
+so that each value is loaded once per strip (neighbouring columns come from the cache). Tuples hold
+one tensor [lanes] per column of a chunk; histories hold several rows of them, oldest first.
+
+Chunks are loaded and stored whole. Where rows begin anywhere, those of odd widths or of parts of
+larger maps, aligned chunks are loaded and the columns chosen out of them (``shifted_columns``), and
+lanes exchange their columns before they store them (``_dealt``): all that a warp moves at a time
+lies side by side. Only there is shared memory used.
 
 ``strip_windows.py`` holds the arithmetic of windows, ``strip_launch.py`` how strips are launched.
 """
