@@ -95,12 +95,14 @@ def test_rows_that_begin_anywhere(
     """Every place of a chunk is a row's first: the rows begin an odd number of elements apart."""
     generator = torch.Generator().manual_seed(0)
     count = 3
+    # Triton 3.6 interprets no constant of bfloat16 but 0.
+    other = 0 if dtype == torch.bfloat16 else 7
     for width, offset in ((2, 3), (8, 1), (130, 2)):
         values = torch.randint(1, 100, (1, 1, 5, width), generator=generator).to(dtype)
-        padded = F.pad(values.double(), (6, 8), value=7)
+        padded = F.pad(values.double(), (6, 8), value=other)
         expected = [padded[..., 6 + shift + j :][..., :width] for j in range(count)]
         x = unaligned(values.to(device), offset)
-        found = moved(x, shift, count, columns, other=7)
+        found = moved(x, shift, count, columns, other)
         assert torch.equal(found.double().cpu(), torch.cat(expected, 1)), (width, offset)
 
 
