@@ -73,9 +73,9 @@ def strip_launch(
 ) -> tuple[tuple[int], dict[str, Any]]:
     """(grid, arguments) of a kernel that covers maps of ``shape`` [N, C, H, W] with strips.
 
-    ``maps`` are all the tensors it moves, the one that decides on channels_last first. ``fitted``
-    says whether programs may have fewer warps than they are configured for wherever that leaves
-    fewer lanes beyond the last column; else that is done for maps narrower than a program.
+    ``maps`` are all tensors that it loads or stores. The first decides whether lanes are channels.
+    ``fitted`` says whether programs may have fewer warps than they are configured for wherever that
+    leaves fewer lanes beyond the last column; else that is done for maps narrower than a program.
     """
     images, channels, height, width = shape
     columns, rows = int(configuration["COLUMNS"]), int(configuration["ROWS"])

@@ -365,7 +365,7 @@ def load_columns(
         for j in tl.static_range(CHUNKS):
             exists = is_below(start + (FIRST + j) * COLUMNS, row.limit)
             mask = tl.broadcast_to(exists[:, None], (LANES, COLUMNS))
-            # Added to the pointer, where it is part of the instruction.
+            # A constant added to the pointer is part of the load instruction.
             block = tl.load(pointer + (FIRST + j) * COLUMNS, mask=mask, other=REST)
             loaded = split_columns(block, LANES, COLUMNS)
             for v in tl.static_range(COLUMNS):

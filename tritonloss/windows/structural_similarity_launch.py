@@ -299,7 +299,7 @@ def _stored_plan(
     )
     moved = (logits, target, stored)
     if grain_of(int(configuration["COLUMNS"]), *moved) == 1 and not channels_in_lanes(logits):
-        configuration["COLUMNS"] = 1  # there is no window: so neighbouring lanes are neighbours
+        configuration["COLUMNS"] = 1  # so that neighbouring lanes have neighbouring pixels
     grid, launch = strip_launch(logits.shape, configuration, "zeros", *moved, fitted=True)
     arguments = {
         "logits_strides": strides(logits, launch["STRIP"]),
