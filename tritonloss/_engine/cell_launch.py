@@ -329,5 +329,12 @@ def _sizes(
     logits: torch.Tensor, target: torch.Tensor, blocks: int, highest: int, rows: int
 ) -> Sizes:
     """Of ``blocks`` of cells, the highest of which has so many rows, a lane ``rows`` at once."""
-    height, width = logits.shape[2:]
-    return Sizes(height, width, *target.shape[1:], blocks, triton.cdiv(highest, rows), highest)
+    return Sizes(
+        height=logits.size(2),
+        width=logits.size(3),
+        rows=target.size(1),
+        columns=target.size(2),
+        blocks=blocks,
+        bands=triton.cdiv(highest, rows),
+        highest=highest,
+    )
