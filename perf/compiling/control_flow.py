@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from perf.compiling.source_loops import Lines, Place, around, places_of, told_apart
 
-# What takes them (engine's sums), or nobody can tell; other loops may wait for other programs.
+# Atomic loops of these functions take tickets, or of an unknown one; others wait for programs.
 _TICKETS = ("comes_last", "_add_up", "")
 _MOVES = ("LDG", "STG", "LDS", "STS", "LD", "ST")
 _AMD_MOVES = re.compile(r"(global|buffer|flat|ds)_(load|store|read|write)")

@@ -114,7 +114,7 @@ def counts(read: Reading | None, code: MachineCode) -> Counts:
     cases: dict[str, str | None] = {}
     unaccounted = []
     for group in _by_place(code.loops):
-        # Versions without the loops within it are for there being no rounds of those.
+        # A version without the loops within it is for when those loops make no round.
         group = [loop for loop in group if loop.start in outer] or group
         notes = known[group[0].start]
         if notes is None:
@@ -160,7 +160,7 @@ def _by_place(loops: Sequence[Loop]) -> list[list[Loop]]:
     """The loops that the compiler has made of each loop of the source."""
     groups: dict[object, list[Loop]] = {}
     for loop in loops:
-        # What nobody can place stays alone.
+        # A loop whose place is not known stays alone.
         groups.setdefault(loop.place if loop.place.function else loop.start, []).append(loop)
     return list(groups.values())
 

@@ -1,6 +1,6 @@
-"""Distinct kernels that a loss has compiled over images of many sizes, counted without compiling.
+"""How many kernels a loss needs for images of many sizes, counted without compiling them.
 
-Every one of them costs seconds at the first image that needs it.
+Each of them costs seconds at the first image that needs it.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def collect(layout: str, names: Sequence[str] | None = None) -> dict[str, Distin
 
 
 def count(layout: str, names: Sequence[str] | None = None) -> dict[str, Distinct]:
-    """The same, in this process, whose losses take CPU tensors for a GPU's from now on.
+    """The same, in this process, in which losses take CPU tensors for a GPU's from then on.
 
-    "crops" are of any layout, contiguous maps and parts of larger ones that begin anywhere.
+    "crops" are contiguous maps, and parts of larger ones that begin anywhere, at random.
     """
     torch.set_num_threads(1)
     stand_in.adopt(guard=lambda device: nullcontext())
@@ -82,12 +82,12 @@ def _call(operation: Operation, layout: str, sizes: random.Random) -> Call:
 
 
 def _whole(like: Tensor) -> Tensor:
-    """Memory that nobody touches, and so takes none."""
+    """A CPU tensor like the given one, in memory that is never touched and so takes no space."""
     return torch.empty_like(like, device="cpu")
 
 
 def _crop(sizes: random.Random) -> Callable[[Tensor], Tensor]:
-    """Makes each map a part of a larger one, or a whole one."""
+    """A function that makes of each map a part of a larger one, or a whole one."""
     top, left = sizes.randint(0, 9), sizes.randint(0, 9)
 
     def crop(like: Tensor) -> Tensor:
