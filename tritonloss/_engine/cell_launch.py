@@ -6,7 +6,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 import triton
 
@@ -60,28 +59,25 @@ def axis_tables(
     nodes: int, pixels: int, align_corners: bool, dtype: torch.dtype, device: torch.device
 ) -> AxisTables:
     """The tables of an axis, by the arithmetic of PyTorch's interpolation in ``dtype``."""
-    real = numpy.float64 if dtype == torch.float64 else numpy.float32
-    pixel = numpy.arange(pixels, dtype=real)
-    if align_corners:
-        scale = real(nodes - 1) / real(pixels - 1) if pixels > 1 else real(0)
-        place = scale * pixel
-    else:
-        scale = real(nodes) / real(pixels)
-        place = scale * (pixel + real(0.5)) - real(0.5)
+    pixel = torch.arange(pixels, dtype=dtype)
+    sizes = torch.tensor((nodes, pixels), dtype=dtype)
     if nodes == pixels:  # PyTorch copies
         place = pixel
-    before = numpy.minimum(numpy.floor(numpy.maximum(place, 0)), nodes - 1)
-    shares = numpy.clip(numpy.maximum(place, 0) - before, 0, 1)
-    cells = numpy.where(place < 0, 0, before + 1).astype(numpy.int64)
+    elif align_corners:
+        place = pixel * ((sizes[0] - 1) / (sizes[1] - 1))
+    else:
+        place = (pixel + 0.5) * (sizes[0] / sizes[1]) - 0.5
+    before = place.clamp(min=0).floor().clamp(max=nodes - 1)
+    shares = (place.clamp(min=0) - before).clamp(0, 1)
+    cells = torch.where(place < 0, 0, before + 1).long()
     # Beyond the outermost nodes a cell has the same node twice. The share is chosen so that no sum
     # of gradients is for a node that is not there.
-    shares = numpy.where(cells == 0, 1, numpy.where(cells == nodes, 0, shares)).astype(real)
-    starts = numpy.searchsorted(cells, numpy.arange(nodes + 2))
-    most = int(numpy.diff(starts).max())
+    shares = torch.where(cells == 0, 1, torch.where(cells == nodes, 0, shares))
+    starts = torch.searchsorted(cells, torch.arange(nodes + 2)).int()
     return AxisTables(
-        torch.from_numpy(starts.astype(numpy.int32)).to(device, non_blocking=True),
-        torch.from_numpy(shares).to(device, non_blocking=True),
-        most,
+        starts.to(device, non_blocking=True),
+        shares.to(device, non_blocking=True),
+        int(starts.diff().max()),
     )
 
 
@@ -321,4 +317,6 @@ def _cell_tile(
 
 
 def _sizes(logits: torch.Tensor, target: torch.Tensor, blocks: int, bands: int) -> Sizes:
-    return Sizes(*logits.shape[2:], *target.shape[1:], blocks, bands)
+    height, width = logits.shape[2:]
+    rows, columns = target.shape[1:]
+    return Sizes(height, width, rows, columns, blocks, bands)
