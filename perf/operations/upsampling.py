@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import kernels_reference
+from kernels_reference.base import at_labels
 from perf.operations import margin_calibration
 from perf.operations.contract import (
     Case,
@@ -28,6 +29,7 @@ from perf.operations.contract import (
     share_of_the_map,
     variations,
 )
+from perf.operations.cross_entropy import torch_cross_entropy as cross_entropy_at_labels
 from tritonloss import functional
 from tritonloss._core.operator import Operator
 from tritonloss.pixelwise import binary_cross_entropy, cross_entropy, focal_loss
@@ -46,18 +48,29 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
     return random_map(low_resolution(case), device), random_labels(case, device)
 
 
-def with_offsets(case: Case, device: torch.device) -> tuple[Any, ...]:
-    """The same, and the offsets of the margins."""
-    logits, labels = inputs(case, device)
-    return logits, labels, margin_calibration.offsets(case.shape.classes, device)
+def torch_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    upsample: str | None = None,
+    align_corners: bool = False,
+    **options: Any,
+) -> Tensor:
+    """PyTorch's own: interpolated logits, and its cross entropy of them."""
+    interpolated = at_labels(logits, target, upsample, align_corners)
+    return cross_entropy_at_labels(interpolated, target, **options)
 
 
-def launch(operator: Operator, defaults: Any) -> Callable[[Case, tuple[Any, ...]], None]:
-    """Forward and backward launchers of a loss with such options."""
+def launch(
+    operator: Operator, defaults: Any, offsets: bool = False
+) -> Callable[[Case, tuple[Tensor, ...]], None]:
+    """Forward and backward launchers of a loss with such options, with `offsets` of margins."""
 
-    def launched(case: Case, tensors: tuple[Any, ...]) -> None:
-        logits, target, *tables = tensors
-        own, other = tables[0] if tables else (None, None)
+    def launched(case: Case, tensors: tuple[Tensor, ...]) -> None:
+        logits, target = tensors
+        own, other = (
+            margin_calibration.offsets(logits.size(1), logits.device) if offsets else (None, None)
+        )
         options = defaults._replace(ignore_index=255, **case.options)
         operator.both_passes(logits, target, own, other, options=options)
 
@@ -241,7 +254,7 @@ OPERATIONS = (
     _operation(
         "cross_entropy",
         functional.cross_entropy,
-        kernels_reference.cross_entropy,
+        torch_cross_entropy,
         cross_entropy.CROSS_ENTROPY,
         cross_entropy.Options(),
         goals=(
@@ -272,11 +285,11 @@ OPERATIONS = (
     ),
     _operation(
         "margin_calibrated_loss",
-        functional.margin_calibrated_loss,
-        kernels_reference.margin_calibrated_loss,
+        margin_calibration.function,
+        margin_calibration.eager,
         margin.MARGIN_CALIBRATED,
         margin.Options(),
-        inputs=with_offsets,
+        launch=launch(margin.MARGIN_CALIBRATED, margin.Options(), offsets=True),
         kernels=TWO_PASSES,
         cases=CASES[:3],
         goals=memory_goals("Margin-calibrated loss of upsampled logits", 8),
