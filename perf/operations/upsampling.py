@@ -87,7 +87,7 @@ def floor(case: Case) -> Floor:
 # --- cases ----------------------------------------------------------------------------------------
 
 _STREETS = Shape("cityscapes", 4, 19, 1024, 2048)
-_ROOMS = Shape("ade20k, 16 images", 16, 150, 512, 512)
+_ROOMS = Shape("ade20k-16", 16, 150, 512, 512)
 _THINGS = Shape("coco-stuff", 4, 171, 640, 640)
 _OPTIONS = {"upsample": "bilinear"}
 BASE = Case(_STREETS, labels="uint8", options=_OPTIONS, ratio=4)
