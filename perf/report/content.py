@@ -15,8 +15,8 @@ from perf.compiling.facts import MAIN_TARGET, KernelFacts, pivoted
 from perf.compiling.targets import TARGETS
 from perf.measuring.counted import CountedMemory
 from perf.measuring.rows import Row
-from perf.report.page import Bars, Block, Card, Page, Paragraph, Picture, Section, Table
 from perf.report import upsampled
+from perf.report.page import Bars, Block, Card, Page, Paragraph, Picture, Section, Table
 from perf.report.picture import share_of_compiled
 from perf.report.report import Report
 from perf.report.sections import of_the_losses
