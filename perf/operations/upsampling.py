@@ -240,6 +240,8 @@ def _operation(
         "cases": CASES,
         "shipped": (*SHIPPED, *AROUND),
         "kernels": KERNELS,
+        # Going forward, a row of each cell at once; going back, of nodes.
+        "small_launch": {"ROWS": 1, "num_warps": 1},
     }
     return Operation(
         name=f"{name}_upsampled",
