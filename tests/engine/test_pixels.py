@@ -90,7 +90,11 @@ def slope(factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE
     return tl.where(is_own, 0.0, 2 * factors.scale * tl.maximum(block.logits[SLOT], 0.0))
 
 
-SQUARES = Loss("squares", Record(start, add, finish, factors, slope, no_lookups), lambda logits: ())
+SQUARES = Loss(
+    "squares",
+    Record(start, add, finish, factors, slope, no_lookups),
+    lambda logits, interpolated: (),
+)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -206,10 +206,10 @@ def cell_heuristic(direction: str, most: int) -> Configuration:
         columns = min(triton.next_power_of_2(most), _MOST_PIXELS)
         # Cells are about as high as wide.
         rows = min(_MOST_PIXELS // columns, triton.next_power_of_2(most))
-        return {"COLUMNS": columns, "ROWS": rows, "UNROLL": 8, "num_warps": 4}
+        return {"PIXEL_COLUMNS": columns, "PIXEL_ROWS": rows, "UNROLL": 8, "num_warps": 4}
     columns = min(triton.next_power_of_2(most), _MOST_COLUMNS)
     # One warp: what neighbouring lanes exchange never leaves it.
-    return {"COLUMNS": columns, "ROWS": 16, "UNROLL": 5, "num_warps": 1}
+    return {"PIXEL_COLUMNS": columns, "NODE_ROWS": 16, "UNROLL": 5, "num_warps": 1}
 
 
 def _configuration(
@@ -237,7 +237,7 @@ def _forward_launch(
 ) -> tuple[int, dict[str, Any]]:
     """(programs, arguments) of the kernel that goes forward."""
     configuration = _configuration(losses, "forward", logits, widest)
-    columns, rows = int(configuration["COLUMNS"]), int(configuration["ROWS"])
+    columns, rows = int(configuration["PIXEL_COLUMNS"]), int(configuration["PIXEL_ROWS"])
     chunks, bands = triton.cdiv(widest, columns), triton.cdiv(highest, rows)
     tile = _tile(configuration, logits)
     blocks = triton.cdiv((logits.size(2) + 1) * (logits.size(3) + 1), tile.pixels)
@@ -262,7 +262,7 @@ def _backward_launch(
 ) -> tuple[int, dict[str, Any]]:
     """(programs, arguments) of the kernel that goes back."""
     configuration = _configuration(losses, "backward", logits, widest)
-    columns, nodes = int(configuration["COLUMNS"]), int(configuration["ROWS"])
+    columns, nodes = int(configuration["PIXEL_COLUMNS"]), int(configuration["NODE_ROWS"])
     chunks = triton.cdiv(widest, columns)
     tile = _tile(configuration, logits)
     blocks = triton.cdiv(logits.size(3), tile.pixels - 1)
