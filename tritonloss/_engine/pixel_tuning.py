@@ -35,9 +35,9 @@ def pixel_candidates(
     return [c for i, c in enumerate(candidates) if c not in candidates[:i]]
 
 
-def cell_candidates(direction: str, ratio: int) -> list[Configuration]:
+def cell_candidates(loss: Loss, direction: str, ratio: int) -> list[Configuration]:
     """The heuristic for a whole ratio, and its neighbours."""
-    heuristic = cell_heuristic(direction, ratio)
+    heuristic = cell_heuristic([loss], direction, ratio)
     columns, unroll = int(heuristic["PIXEL_COLUMNS"]), int(heuristic["UNROLL"])
     warps = int(heuristic["num_warps"])
     changes: list[Configuration] = [{"PIXEL_COLUMNS": columns // 2}]
@@ -45,15 +45,16 @@ def cell_candidates(direction: str, ratio: int) -> list[Configuration]:
     changes += [{"num_warps": warps * 2}]
     if direction == "forward":
         rows = int(heuristic["PIXEL_ROWS"])
-        changes += [{"PIXEL_ROWS": rows // 2}, {"num_warps": warps // 2}]
+        changes += [{"PIXEL_ROWS": max(rows // 2, 1)}, {"num_warps": warps // 2}]
     else:
         nodes = int(heuristic["NODE_ROWS"])
         changes += [{"NODE_ROWS": nodes // 2}, {"NODE_ROWS": nodes * 2}]
-    return [heuristic, *({**heuristic, **change} for change in changes)]
+    candidates = [heuristic, *({**heuristic, **change} for change in changes)]
+    return [c for i, c in enumerate(candidates) if c not in candidates[:i]]
 
 
 def pixel_cases(loss: Loss, operator: Operator, options: Any, tables: int = 0) -> list[TuningCase]:
-    """The tuning cases of a loss with these options, and so many tables."""
+    """The tuning cases of a loss with these options and this number of tables."""
     whole = _whole_cases(loss, operator, options, tables)
     headlines = 4  # both directions and dtypes of one size
     upsampled = _upsampled_cases(loss, operator, options, tables)
@@ -61,7 +62,7 @@ def pixel_cases(loss: Loss, operator: Operator, options: Any, tables: int = 0) -
 
 
 def _upsampled_cases(loss: Loss, operator: Operator, options: Any, tables: int) -> list[TuningCase]:
-    """Of logits that are interpolated: few, for other numbers of classes are asked by their reach."""
+    """The cases of interpolated logits: few, as tuned ones are checked for other classes too."""
     classes, options = 19, options._replace(upsample="bilinear")
     cases = []
     for ratio, dtype in ((4, torch.float32), (4, torch.bfloat16), (8, torch.float32)):
@@ -77,7 +78,7 @@ def _upsampled_cases(loss: Loss, operator: Operator, options: Any, tables: int) 
                 dtype,
                 "contiguous",
                 run,
-                cell_candidates(direction, ratio),
+                cell_candidates(loss, direction, ratio),
             )
             for direction in ("forward", "backward")
         ]
@@ -121,7 +122,7 @@ def _tuning_pass(
     device: torch.device,
     ratio: int = 1,
 ) -> Launch:
-    """Both passes for labels of a shape, and logits of a layout that are so many times smaller."""
+    """A launch of both passes, for labels of a shape and logits smaller by the ratio."""
     batch, classes, height, width = shape
     smaller = (batch, classes, height // ratio, width // ratio)
     logits = random_map(smaller, layout, dtype, device).sub_(0.5).mul_(8)
