@@ -1,4 +1,4 @@
-"""The functional forms of all losses."""
+"""All losses as functions, and the similarity ``ssim`` that one of them is made of."""
 
 from .pixelwise.binary_cross_entropy import binary_cross_entropy
 from .pixelwise.cross_entropy import cross_entropy

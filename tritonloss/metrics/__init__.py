@@ -1,1 +1,1 @@
-"""What is counted of labels."""
+"""Counts of labels, and the margin offsets that follow from them."""
