@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from perf.measuring import interpreted
 from perf.measuring.compiled_memory import CompiledMemory
 from perf.measuring.counted import CountedMemory
 from perf.operations.contract import operations
@@ -32,6 +33,13 @@ def test_every_loss_of_upsampled_logits_is_committed_in_both_sizes() -> None:
     assert losses == {name for name, _ in asked} and len(asked) == 2 * len(losses)
     keys = {upsampled.key(*pair) for pair in asked}
     assert {*committed.compiled.shares, *committed.compiled.left_out} == keys
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(op.name for op, _ in upsampled.asked()))
+def test_the_report_checks_them_in_the_interpreter(name: str) -> None:
+    operation = operations([name])[0]
+    parity = interpreted.judge(operation, operation.cases[0].tiny())
+    assert parity.passed, parity
 
 
 def test_upsampled_losses_take_a_twelfth_of_the_memory_at_the_most() -> None:
