@@ -68,7 +68,9 @@ def axis_tables(
     elif align_corners:
         place = pixel * ((sizes[0] - 1) / (sizes[1] - 1))
     else:
-        place = (pixel + 0.5) * (sizes[0] / sizes[1]) - 0.5
+        # PyTorch's is a fused multiply-add, rounded once: in 53 bits the product is exact.
+        place = (pixel + 0.5).double() * (sizes[0] / sizes[1]).double() - 0.5
+        place = place.to(dtype)
     before = place.clamp(min=0).floor().clamp(max=nodes - 1)
     shares = (place.clamp(min=0) - before).clamp(0, 1)
     cells = torch.where(place < 0, 0, before + 1).long()

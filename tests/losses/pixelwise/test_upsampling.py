@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -28,7 +29,7 @@ from tests.losses.pixelwise.upsampled import UPSAMPLED, Size, margins, upsampled
 from tests.oracle import LAYOUTS, as_layout, check_three_way
 from tests.slices import operators_with
 from tritonloss._core import configurations
-from tritonloss.functional import binary_cross_entropy, cross_entropy
+from tritonloss.functional import binary_cross_entropy, cross_entropy, focal_loss
 
 pytestmark = pytest.mark.parity
 
@@ -47,7 +48,6 @@ SIZES: dict[str, tuple[Size, Size]] = {
     "one node": ((1, 1), (5, 7)),
     "one row": ((1, 6), (3, 7)),
     "one column": ((5, 1), (7, 4)),
-    "one pixel": ((1, 1), (1, 1)),
     "several programs": ((3, 40), (4, 43)),
 }
 
@@ -78,6 +78,11 @@ def loss(request: pytest.FixtureRequest) -> Loss:
 def test_every_ratio(loss: Loss, size: str, align_corners: bool, device: torch.device) -> None:
     logits, target = upsampled_case(*SIZES[size], device=device)
     check(loss, logits, target, align_corners=align_corners, **BILINEAR)
+
+
+def test_one_pixel(loss: Loss, device: torch.device) -> None:
+    logits, target = upsampled_case((1, 1), (1, 1), dtype=torch.float64, device=device)
+    check(loss, logits, target, **BILINEAR)
 
 
 @pytest.mark.parametrize("size", ["1.5", "4", "8"])
@@ -259,11 +264,33 @@ def test_no_pixels(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_extreme_logits(loss: Loss, dtype: torch.dtype, device: torch.device) -> None:
-    """A logit between two of 1e4 is rounded to 2^-10, and its probability so by half of that."""
+    """A logit of 1e4, or a log-sum-exp, is rounded by up to 2^-24 of it, and probabilities so."""
     logits, target = upsampled_case((3, 4), (7, 9), dtype=dtype, device=device)
     function = partial(loss, target=target, **BILINEAR)
-    check_three_way(function, 1e4 * logits.sign(), gradient_tolerance=2.0**-11)
-    check_three_way(function, torch.full_like(logits, -1e4))
+    for extreme in (1e4 * logits.sign(), torch.full_like(logits, -1e4)):
+        check_three_way(function, extreme, gradient_tolerance=1e4 * 2.0**-24)
+
+
+@pytest.mark.parametrize("shift", [0.0, 30.0, -1e4])
+@pytest.mark.parametrize("loss", [cross_entropy, focal_loss], ids=named)
+def test_probabilities_have_the_digits_of_their_log_sum(
+    loss: Loss, shift: float, device: torch.device
+) -> None:
+    """The one number per pixel is rounded by 2^-24 of it: so much is each probability off."""
+    logits, target = upsampled_case((2, 3), (6, 9), classes=5, device=device)
+    logits = (64 * logits).round() / 64 + shift  # without a rounding
+    options = {"reduction": "sum", "ignore_index": None, **BILINEAR}
+    target = target.where(target != 255, 0)
+    _, gradient = kernel_gradient(loss, logits, target, **options)
+    leaf = logits.double().requires_grad_()
+    with tritonloss.use_backend("reference"):
+        value = loss(leaf, target, **options)
+    (truth,) = torch.autograd.grad(value, leaf)
+    node = torch.ones_like(leaf).requires_grad_()
+    at_labels = F.interpolate(node, target.shape[1:], mode="bilinear")
+    (weights,) = torch.autograd.grad(at_labels.sum(), node)  # of all pixels of a node
+    largest = logits.abs().max().item() + math.log(5)
+    assert ((gradient - truth).abs() <= 3 * (8 + largest) * 2.0**-24 * weights).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e4])
