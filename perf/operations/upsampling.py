@@ -46,18 +46,19 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
     return random_map(low_resolution(case), device), random_labels(case, device)
 
 
-def with_offsets(case: Case, device: torch.device) -> tuple[Any, ...]:
-    """The same, and the offsets of the margins."""
-    logits, labels = inputs(case, device)
-    return logits, labels, margin_calibration.offsets(case.shape.classes, device)
+def no_tables(classes: int, device: torch.device) -> tuple[None, None]:
+    """What most losses know of the classes."""
+    return None, None
 
 
-def launch(operator: Operator, defaults: Any) -> Callable[[Case, tuple[Any, ...]], None]:
+def launch(
+    operator: Operator, defaults: Any, tables: Callable[[int, torch.device], Any] = no_tables
+) -> Callable[[Case, tuple[Tensor, ...]], None]:
     """Forward and backward launchers of a loss with such options."""
 
-    def launched(case: Case, tensors: tuple[Any, ...]) -> None:
-        logits, target, *tables = tensors
-        own, other = tables[0] if tables else (None, None)
+    def launched(case: Case, tensors: tuple[Tensor, ...]) -> None:
+        logits, target = tensors
+        own, other = tables(logits.size(1), logits.device)
         options = defaults._replace(ignore_index=255, **case.options)
         operator.both_passes(logits, target, own, other, options=options)
 
@@ -272,11 +273,11 @@ OPERATIONS = (
     ),
     _operation(
         "margin_calibrated_loss",
-        functional.margin_calibrated_loss,
-        kernels_reference.margin_calibrated_loss,
+        margin_calibration.function,
+        margin_calibration.eager,
         margin.MARGIN_CALIBRATED,
         margin.Options(),
-        inputs=with_offsets,
+        launch=launch(margin.MARGIN_CALIBRATED, margin.Options(), margin_calibration.offsets),
         kernels=TWO_PASSES,
         cases=CASES[:3],
         goals=memory_goals("Margin-calibrated loss of upsampled logits", 8),
