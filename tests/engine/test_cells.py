@@ -1,4 +1,4 @@
-"""Where the pixels of an axis lie between its nodes: by PyTorch's own arithmetic, to the last bit."""
+"""Where the pixels of an axis lie between its nodes: PyTorch's own arithmetic, to the last bit."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ LIMITS: list[Limit] = [
         for window in (1, 3, 5, 7, 9, 11, 15, 31)
         for dtype in BOTH
     ),
-    # Logits of a quarter of the resolution take 4.75 bytes per pixel of the labels, in bfloat16 half
-    # of it: 1.8421 and 2.6842. Of 150 classes they take 37.5: 1.1067.
+    # Logits of a quarter of the resolution take 4.75 bytes per pixel of the labels, half in
+    # bfloat16: 1.8421, 2.6842. Of 150 classes they take 37.5: 1.1067.
     *(
         (f"{loss}_upsampled", {}, CITYSCAPES, *most)
         for loss in ("cross_entropy", "focal_loss")
