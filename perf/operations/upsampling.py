@@ -61,16 +61,19 @@ def torch_cross_entropy(
     return cross_entropy_at_labels(interpolated, target, **options)
 
 
+def no_tables(classes: int, device: torch.device) -> tuple[None, None]:
+    """What most losses know of the classes."""
+    return None, None
+
+
 def launch(
-    operator: Operator, defaults: Any, offsets: bool = False
+    operator: Operator, defaults: Any, tables: Callable[[int, torch.device], Any] = no_tables
 ) -> Callable[[Case, tuple[Tensor, ...]], None]:
-    """Forward and backward launchers of a loss with such options, with `offsets` of margins."""
+    """Forward and backward launchers of a loss with such options."""
 
     def launched(case: Case, tensors: tuple[Tensor, ...]) -> None:
         logits, target = tensors
-        own, other = (
-            margin_calibration.offsets(logits.size(1), logits.device) if offsets else (None, None)
-        )
+        own, other = tables(logits.size(1), logits.device)
         options = defaults._replace(ignore_index=255, **case.options)
         operator.both_passes(logits, target, own, other, options=options)
 
@@ -140,7 +143,7 @@ def _rows_of_cells(given: Given) -> float:
 
 
 def _rows_of_pixels(given: Given) -> float:
-    return _rows_of_cells(given) * given["sizes.rows"] / given["sizes.height"]
+    return _rows_of_cells(given) * given["sizes.highest"]
 
 
 def _chunks(given: Given) -> float:
@@ -154,8 +157,8 @@ def _class_loop(name: str) -> LoopNotes:
 _BACKWARD = KernelNotes(
     share_of_the_map,
     (
-        LoopNotes("rows of cells", "_upsampled_backward_kernel.row", _rows_of_cells),
-        LoopNotes("rows of pixels", "sums_of_cells.y", _rows_of_pixels),
+        LoopNotes("rows of cells", "_upsampled_backward_kernel.i", _rows_of_cells),
+        LoopNotes("rows of pixels", "sums_of_cells.r", _rows_of_pixels),
         LoopNotes("chunks of columns", "sums_of_cells.chunk", _chunks),
     ),
 )
@@ -291,7 +294,7 @@ OPERATIONS = (
         margin_calibration.eager,
         margin.MARGIN_CALIBRATED,
         margin.Options(),
-        launch=launch(margin.MARGIN_CALIBRATED, margin.Options(), offsets=True),
+        launch=launch(margin.MARGIN_CALIBRATED, margin.Options(), margin_calibration.offsets),
         kernels=TWO_PASSES,
         cases=CASES[:3],
         goals=memory_goals("Margin-calibrated loss of upsampled logits", 8),

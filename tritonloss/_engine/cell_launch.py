@@ -68,7 +68,9 @@ def axis_tables(
     elif align_corners:
         place = pixel * ((sizes[0] - 1) / (sizes[1] - 1))
     else:
-        place = (pixel + 0.5) * (sizes[0] / sizes[1]) - 0.5
+        # PyTorch's is a fused multiply-add, rounded once: in 53 bits the product is exact.
+        place = (pixel + 0.5).double() * (sizes[0] / sizes[1]).double() - 0.5
+        place = place.to(dtype)
     before = place.clamp(min=0).floor().clamp(max=nodes - 1)
     shares = (place.clamp(min=0) - before).clamp(0, 1)
     cells = torch.where(place < 0, 0, before + 1).long()
@@ -165,7 +167,9 @@ def launch_cells_backward(
     own, other = tables_of(terms, logits)
 
     def prepare() -> tuple[PreparedLaunch, int]:
-        programs, arguments = _backward_launch(losses, logits, target, walk, columns.most)
+        programs, arguments = _backward_launch(
+            losses, logits, target, walk, rows.most, columns.most
+        )
         reduced = walk.reduction != "none"
         constants = {
             **numbers_of(terms),
@@ -250,7 +254,7 @@ def _forward_launch(
     programs = blocks * chunks * bands * logits.size(0)
     classes = logits.size(1)
     return programs, {
-        "sizes": _sizes(logits, target, blocks, bands),
+        "sizes": _sizes(logits, target, blocks, highest, rows),
         "full": (classes - 1) // tile.unroll * tile.unroll,
         "TILE": tile,
         "CELLS": _cell_tile(losses, logits, target, walk, (rows, columns, chunks, 1)),
@@ -264,6 +268,7 @@ def _backward_launch(
     logits: torch.Tensor,
     target: torch.Tensor,
     walk: Walk,
+    highest: int,
     widest: int,
 ) -> tuple[int, dict[str, Any]]:
     """(programs, arguments) of the kernel that goes back."""
@@ -271,11 +276,11 @@ def _backward_launch(
     columns, nodes = int(configuration["PIXEL_COLUMNS"]), int(configuration["NODE_ROWS"])
     chunks = triton.cdiv(widest, columns)
     tile = _tile(configuration, logits)
-    blocks = triton.cdiv(logits.size(3), tile.pixels - 1)
     strips = triton.cdiv(logits.size(2), nodes)
+    blocks = triton.cdiv(strips * (logits.size(3) + 1), tile.pixels - 1)
     class_blocks = triton.cdiv(logits.size(1), tile.unroll)
-    return class_blocks * blocks * strips * logits.size(0), {
-        "sizes": _sizes(logits, target, blocks, strips),
+    return class_blocks * blocks * logits.size(0), {
+        "sizes": _sizes(logits, target, blocks, highest, rows=1),
         "TILE": tile,
         "CELLS": _cell_tile(losses, logits, target, walk, (1, columns, chunks, nodes)),
         "num_warps": int(configuration["num_warps"]),
@@ -322,7 +327,9 @@ def _cell_tile(
     )
 
 
-def _sizes(logits: torch.Tensor, target: torch.Tensor, blocks: int, bands: int) -> Sizes:
+def _sizes(
+    logits: torch.Tensor, target: torch.Tensor, blocks: int, highest: int, rows: int
+) -> Sizes:
+    """Of ``blocks`` of cells, the highest of which has so many rows, a lane ``rows`` at once."""
     height, width = logits.shape[2:]
-    rows, columns = target.shape[1:]
-    return Sizes(height, width, rows, columns, blocks, bands)
+    return Sizes(height, width, *target.shape[1:], blocks, triton.cdiv(highest, rows), highest)
