@@ -105,26 +105,29 @@ CASES = variations(
     {"options": {"align_corners": True}, "against_compile": False},
 )
 _ONCE = {"everywhere": False}
+# Those that goals are about; the first is compiled for all targets.
 SHIPPED = variations(
     replace(BASE, everywhere=True),
-    {"ratio": 8},
-    {"ratio": 2, **_ONCE},
-    {"ratio": 16, **_ONCE},
+    {"ratio": 8, **_ONCE},
     {"ratio": 3.3, **_ONCE},
     {"shape": _THINGS, **_ONCE},
     {"shape": _THINGS, "ratio": 8, **_ONCE},
-    {"dtype": "bfloat16", **_ONCE},
-    {"layout": "channels_last", **_ONCE},
 )
-AROUND = (
-    *variations(replace(BASE, everywhere=False), {"options": {"reduction": "none"}})[1:],
-    *rarely(
-        BASE,
-        {"dtype": "float16"},
-        {"labels": "int64"},
-        {"dtype": "float64"},
-        {"options": {"align_corners": True}},
-    ),
+# What changes the code around the loss, whatever the loss.
+AROUND = variations(
+    replace(BASE, everywhere=False),
+    {"dtype": "bfloat16"},
+    {"layout": "channels_last"},
+    {"options": {"reduction": "none"}},
+)[1:]
+RARE = rarely(
+    BASE,
+    {"ratio": 2},
+    {"ratio": 16},
+    {"dtype": "float16"},
+    {"labels": "int64"},
+    {"dtype": "float64"},
+    {"options": {"align_corners": True}},
 )
 
 # --- how to read the machine code -----------------------------------------------------------------
@@ -241,7 +244,7 @@ def _operation(
         "launch": launch(operator, defaults),
         "floor": floor,
         "cases": CASES,
-        "shipped": (*SHIPPED, *AROUND),
+        "shipped": (*SHIPPED, *RARE),
         "kernels": KERNELS,
         # Going forward, a row of each cell at once; going back, of nodes.
         "small_launch": {"ROWS": 1, "num_warps": 1},
@@ -262,6 +265,7 @@ OPERATIONS = (
         torch_cross_entropy,
         cross_entropy.CROSS_ENTROPY,
         cross_entropy.Options(),
+        shipped=(*SHIPPED, *AROUND, *RARE),
         goals=(
             *code_goals("Cross entropy of upsampled logits", _SOFTMAX),
             *memory_goals("Cross entropy of upsampled logits", 4),
@@ -286,6 +290,7 @@ OPERATIONS = (
         focal_loss.FOCAL,
         focal_loss.Options(),
         cases=CASES[:3],
+        shipped=(SHIPPED[0], *rarely(BASE, {"ratio": 8}), *RARE),
         goals=memory_goals("Focal loss of upsampled logits", 4),
     ),
     _operation(
@@ -297,6 +302,7 @@ OPERATIONS = (
         launch=launch(margin.MARGIN_CALIBRATED, margin.Options(), margin_calibration.offsets),
         kernels=TWO_PASSES,
         cases=CASES[:3],
+        shipped=(SHIPPED[0], *rarely(BASE, {"ratio": 8}), *RARE),
         goals=memory_goals("Margin-calibrated loss of upsampled logits", 8),
     ),
 )
