@@ -238,12 +238,14 @@ def zeros(plane, STRIP: tl.constexpr):
 
 @triton.jit
 def load_columns(
-    plane, row, STRIP: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr, PADDING: tl.constexpr
-):
+    plane, row, STRIP: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr,
+    PADDING: tl.constexpr, OTHER: tl.constexpr = 0,
+):  # fmt: skip
     """(values, inside): COUNT columns of one row from SHIFT columns after each chunk's first.
 
-    ``inside`` tells which of them exist; the others are loaded as 0. Chunks are loaded whole, one
-    wide instruction each, where the strip's grain says so; else every column on its own.
+    ``inside`` tells which of them exist; the others are OTHER, or may be anything if it is None.
+    Chunks are loaded whole, one wide instruction each, where the strip's grain says so; else every
+    column on its own.
     """
     LANES: tl.constexpr = STRIP.lanes
     COLUMNS: tl.constexpr = STRIP.columns
@@ -260,7 +262,7 @@ def load_columns(
             exists = is_below(start + (FIRST + j) * COLUMNS, row.limit)
             mask = tl.broadcast_to(exists[:, None], (LANES, COLUMNS))
             # Added to the pointer, where it is part of the instruction.
-            block = tl.load(pointer + (FIRST + j) * COLUMNS, mask=mask, other=0)
+            block = tl.load(pointer + (FIRST + j) * COLUMNS, mask=mask, other=OTHER)
             loaded = split_columns(block, LANES, COLUMNS)
             for v in tl.static_range(COLUMNS):
                 if j * COLUMNS + v >= SKIP and j * COLUMNS + v < SKIP + COUNT:
@@ -270,7 +272,7 @@ def load_columns(
         for j in tl.static_range(COUNT):
             source, exists = source_column(row.chunk * COLUMNS + (SHIFT + j), row.limit, PADDING)
             pointer = row_ptr + source * plane.column_stride
-            values = values + (tl.load(pointer, mask=exists, other=0),)
+            values = values + (tl.load(pointer, mask=exists, other=OTHER),)
             inside = inside + (exists,)
     return values, inside
 
