@@ -350,7 +350,8 @@ def _store_gradients(
             for v in tl.static_range(COLUMNS):
                 x = values.x[v]
                 d = values.d[v]
-                if SIMILARITY.from_logits:
+                if SIMILARITY.from_logits and not SIMILARITY.careful:
+                    # To all its digits. Beside small constants it has to be what the means saw.
                     d = tl.where(values.y[v] > 0.5, negated(values.rest[v]), x)
                 # The first two nearly cancel.
                 residual_part = found.slope_d[v] * d
