@@ -81,7 +81,7 @@ def test_small_constants_take_care(constant: dict[str, float], device: torch.dev
 
 
 def test_gradients_of_confident_logits_keep_their_digits(device: torch.device) -> None:
-    """p (1 - p) and p - 1 are taken from 1 - p as such: 1 less a float32 p has lost half of them."""
+    """p (1 - p) and p - 1 are taken from 1 - p as such: 1 less a float32 p has lost half of it."""
     target = labels().to(device)
     z = 12 * (2.0 * (target == 1)[:, None].roll(1, -1) - 1) + noise(0.05).to(device)
     truth, found = (

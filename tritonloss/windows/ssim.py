@@ -13,7 +13,9 @@ at a time, into a scratch, and lets the window's adjoint read them back from the
 launch (``ssim_backward_kernels.py``).
 
 Where single pixels are shown (the map), constants are small or windows wide, the moments are those
-of ``ssim_moments.py``; elsewhere the plain sums of ``ssim_sums.py`` are right enough.
+of ``ssim_moments.py``; elsewhere the plain sums of ``ssim_sums.py`` are right enough. The loss's
+values are evaluated once for all lanes that see them (``ssim_values.py``), which takes 8 KiB of
+memory for each program.
 """
 
 from __future__ import annotations

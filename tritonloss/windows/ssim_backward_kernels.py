@@ -8,7 +8,11 @@ is a plane, or in channels_last some channels of an image), and one launch goes 
 
 A program takes the next tile of the list when it starts. What it may have to wait for has then been
 taken before: the gradients of a unit wait for its coefficients, and coefficients for the gradients
-of the unit whose place in the ring they take. Each tile's work is its own, so that the bits do not
+of the unit whose place in the ring they take. A program that has started keeps its processor until
+it ends, so that the first tile that is not done never waits. A counter is raised, with release,
+after a barrier behind the stores, and read, with acquire, before a barrier in front of the loads:
+that orders what all threads of both programs do. The last program to end has seen all others do
+their last count, and sets the counters to 0. Each tile's work is its own, so that the bits do not
 depend on the order.
 """
 
@@ -225,10 +229,9 @@ def _coefficients_of(
     mean_y = mean_x - mean_d
     to_structure = (2.0 * SQUARE) * scale * found.inverse_e
     if SIMILARITY.full:
-        # 1 - u is next to 0 where one map's mean is: taken as such it would have lost its digits,
-        # and so would m_d - u m_x, which is m_d (m_y (m_x + m_y) + C1) / D.
-        to_structure = to_structure * ((2.0 * mean_x * mean_y + C1) * found.inverse_d)
+        to_structure = to_structure * found.similar
         to_luminance = 2.0 * scale * found.inverse_d * (1.0 - found.structure)
+        # m_d - u m_x loses its digits where m_y is 0: it is m_d (m_y (m_x + m_y) + C1) / D.
         to_means = to_luminance * (mean_d * found.inverse_d)
         direct_x = to_means * (mean_y * (mean_x + mean_y) + C1)
         direct_y = -to_means * (mean_x * (mean_x + mean_y) + C1)

@@ -278,6 +278,7 @@ class Dissimilarities(NamedTuple):
     """Of one column."""
 
     luminance: Any  # u = 1 - S_1
+    similar: Any  # 1 - u, which is next to 0 where one map's mean is: not a difference
     structure: Any  # v = 1 - S_2
     inverse_d: Any  # 1 / (m_x^2 + m_y^2 + C1)
     inverse_e: Any  # 1 / (s_x + s_y + C2), in the variances' unit
@@ -290,11 +291,13 @@ def dissimilarities(moments, v: tl.constexpr, SIMILARITY: tl.constexpr, SQUARE: 
     C2: tl.constexpr = SIMILARITY.c2 * SQUARE
     mean_x = moments.mean_x[v]
     mean_d = moments.mean_d[v]
-    mean_y = mean_x - mean_d
-    inverse_d = inverse(mean_x * mean_x + mean_y * mean_y + C1)
+    squared = mean_d * mean_d
+    twice_product = 2.0 * mean_x * (mean_x - mean_d) + C1
+    inverse_d = inverse(squared + twice_product)
     inverse_e = inverse(moments.both[v] + C2)
     return Dissimilarities(
-        luminance=mean_d * mean_d * inverse_d,
+        luminance=squared * inverse_d,
+        similar=twice_product * inverse_d,
         structure=moments.residual[v] * inverse_e,
         inverse_d=inverse_d,
         inverse_e=inverse_e,

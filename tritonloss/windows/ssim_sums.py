@@ -1,14 +1,16 @@
 """Window moments of a pair of maps from plain sums about a pivot: four separable filters, no more.
 
 A variance E[q^2] - E[q]^2 is as wrong as the rounding of E[q^2], whose window sums err by 4e-7 at
-the most and 1e-9 on average. With q = d - pivot that is 5e-4 q^2 of the default C2: nothing where a
-class is predicted well, whose d is next to 0, and nothing where all is of one level, which is the
-pivot then. In between, near an edge, gradients lose up to 6e-5 of the largest one, where moments in
-two levels lose 1e-5. Smaller constants need those, of ``ssim_moments.py``.
+the most and 1e-9 on average. That is 5e-4 q^2 of the default C2: nothing where q is next to 0, and
+up to that share of a coefficient where it is not, in a window that is flat itself. No pivot is near
+to both sides of an edge. So gradients near edges lose up to 6e-5 of the largest one, where moments
+in two levels lose 1e-5, and small constants need those, of ``ssim_moments.py``.
 
-Nothing cancels where the maps are nearly alike, since the second moments are those of d = x - y and
-a product. With c the covariance of x and y, s_x + s_y = s_d + 2 c. Of images the product is x y; of
-the loss it is y d, for a label's variance is E[y] (1 - E[y]), and c = s_y + c_yd.
+Of images q is d = x - y, less a mean of each lane's. Nothing cancels where they are nearly alike:
+with c the covariance of x and y, s_x + s_y = s_d + 2 c. The sums are those of x, d, x y and d^2.
+
+Of the loss q is d, about 0, or x, about its middle: see ``pivoted``. The sums are those of y, q,
+y q and q^2. The variance of a label is E[y] (1 - E[y]), c = c_yd + s_y, and s_d = s_x + s_y - 2 c.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import triton.language as tl
 
 from .._engine.math import plus
 from .._engine.strip_windows import filtered_column, filtered_row, repeated, window_of
-from .._engine.strips import zeros
+from .._engine.strips import widened, zeros
 from .ssim_moments import Pair, PairMoments, empty_history, next_moments
 from .ssim_values import leave_row, pivoted, row_values
 
@@ -137,12 +139,14 @@ def _moments_of(sums, pair, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
 
 @triton.jit
 def _with_ones(pair, WINDOW: tl.constexpr):
-    """The pair with the sum of a window that is 1 everywhere, taken as all sums are."""
+    """The pair with the sum of a window that is 1 everywhere, taken as all sums are.
+
+    Compilers know it and its inverse.
+    """
     SIZE: tl.constexpr = WINDOW.size
     ALONG: tl.constexpr = WINDOW.along
     DOWN: tl.constexpr = WINDOW.down
-    dtype: tl.constexpr = tl.float64 if pair.x.pointer.dtype.element_ty == tl.float64 else tl.float32
-    one = tl.full((), 1.0, dtype)
+    one = widened(tl.full((), 1.0, pair.x.pointer.dtype.element_ty))
     row = one * ALONG[0]
     for j in tl.static_range(1, SIZE):
         row = plus(row, one, ALONG[j])

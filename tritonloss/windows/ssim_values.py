@@ -153,11 +153,13 @@ def row_values(
     """The Values in all columns that a lane's windows see of row i of the strip."""
     COUNT: tl.constexpr = STRIP.columns + WINDOW.size - 1
     if SIMILARITY.exchanged:
-        tl.debug_barrier()  # row i is there, and row i - 1 has been read
+        # Row i is there, and row i - 1 has been read. The next one first: values that have been found
+        # would take registers meanwhile.
+        tl.debug_barrier()
+        leave_row(i + 1, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
         y = _found(i, pair, 0, STRIP, SHIFT, COUNT)
         d = _found(i, pair, 1, STRIP, SHIFT, COUNT)
         values = RowValues(first=y, other=d, d=d)
-        leave_row(i + 1, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
     else:
         row = _row(i, pair, program, WINDOW, SHIFT)
         values = _columns(pair, row, program.channel, SIMILARITY, WINDOW, STRIP, SHIFT, COUNT)
