@@ -215,8 +215,8 @@ def _forward_plan(
         "MAPPED": options.mapped,
         **launch,
     }
-    launch = PreparedLaunch(_ssim_forward_kernel, (programs,), arguments)
-    return _ForwardPlan(launch, programs, _exchanged(comparison, strip, programs))
+    kernel = PreparedLaunch(_ssim_forward_kernel, (programs,), arguments)
+    return _ForwardPlan(kernel, programs, _exchanged(comparison, strip, programs))
 
 
 # --- backward -------------------------------------------------------------------------------------

@@ -153,8 +153,8 @@ def row_values(
     """The Values in all columns that a lane's windows see of row i of the strip."""
     COUNT: tl.constexpr = STRIP.columns + WINDOW.size - 1
     if SIMILARITY.exchanged:
-        # Row i is there, and row i - 1 has been read. The next one comes first: meanwhile the values
-        # of this one would take registers.
+        # Row i is there, and row i - 1 has been read. The next one comes first: meanwhile the
+        # values of this one would take registers.
         tl.debug_barrier()
         leave_row(i + 1, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
         y = _found(i, pair, 0, STRIP, SHIFT, COUNT)
