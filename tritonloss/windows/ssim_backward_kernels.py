@@ -283,7 +283,7 @@ def _store_coefficients(
                 if SIMILARITY.from_logits:
                     scale = tl.where(valid[v], scale, 0.0)
                 else:
-                    scale = -scale  # of the similarity
+                    scale = -scale  # the upstream gradient is that of the similarity
                 found = _coefficients_of(moments, v, scale, SIMILARITY, SQUARE)
                 maps_x = maps_x + (found.constant_x,)
                 maps_both = maps_both + (found.slope_both,)

@@ -75,7 +75,7 @@ class LossOptions(NamedTuple):
         return small or self.window_size not in SIZES_OF_SUMS
 
     def comparison(self, x: torch.Tensor, y: torch.Tensor, strip: Strip) -> Comparison:
-        """What the kernels are compiled for, of logits and labels."""
+        """What the kernels are compiled for, given logits and labels."""
         ignored = ignored_class(self.ignore_index, x.size(1), y.dtype)
         crowded = y.dtype == torch.uint8 and x.size(1) > 255
         exchanged = not self.careful and is_exchanged(strip, self.window_size)
@@ -110,7 +110,7 @@ class ImageOptions(NamedTuple):
         return self.mapped or self.window_size not in SIZES_OF_SUMS
 
     def comparison(self, x: torch.Tensor, y: torch.Tensor, strip: Strip) -> Comparison:
-        """What the kernels are compiled for."""
+        """What the kernels are compiled for, given two images."""
         c1, c2 = (0.01 * self.data_range) ** 2, (0.03 * self.data_range) ** 2
         similarity = Similarity(
             from_logits=False,

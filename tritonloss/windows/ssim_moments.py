@@ -287,7 +287,7 @@ class Dissimilarities(NamedTuple):
 
 @triton.jit
 def dissimilarities(moments, v: tl.constexpr, SIMILARITY: tl.constexpr, SQUARE: tl.constexpr):
-    """Both factors' dissimilarities in column v, and what they were divided by."""
+    """The Dissimilarities of column v: 1 - S_1, 1 - S_2 and their inverse divisors (Eq. 6)."""
     C1: tl.constexpr = SIMILARITY.c1
     C2: tl.constexpr = SIMILARITY.c2 * SQUARE
     mean_x = moments.mean_x[v]

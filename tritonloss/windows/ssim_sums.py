@@ -68,7 +68,8 @@ def _empty_sums(pair, WINDOW: tl.constexpr, STRIP: tl.constexpr):
 def _filtered(values, history, DOWN: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr):
     """(finished sums, history) of one moment, along the row and down the rows at once.
 
-    One moment after the other: the row's sums of all four would take registers that are not there.
+    It is called for one moment after the other: there are not enough registers for the row sums of
+    all four.
     """
     SIZE: tl.constexpr = WINDOW.size
     ALONG: tl.constexpr = WINDOW.along
@@ -177,7 +178,7 @@ def begun(
     pair, program, rows, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr,
     SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """(pair, history) for the first of a strip's rows."""
+    """(pair, history) before the first row of a strip."""
     if SIMILARITY.careful:
         history = empty_history(pair, WINDOW, STRIP)
     else:

@@ -133,7 +133,7 @@ def _is_valid(label, inside, pair, SIMILARITY: tl.constexpr):
 
 @triton.jit
 def valid_columns(pair, row, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
-    """Whether the chunk's own pixels are valid."""
+    """Whether each pixel of a chunk is valid: a tensor [lanes] per column."""
     COLUMNS: tl.constexpr = STRIP.columns
     labels, inside = _labels(pair, row, STRIP, 0, COLUMNS)
     valids = ()
