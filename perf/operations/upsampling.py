@@ -106,6 +106,8 @@ AROUND = (
     *rarely(
         BASE,
         {"dtype": "float16"},
+        {"labels": "int16"},
+        {"labels": "int32"},
         {"labels": "int64"},
         {"dtype": "float64"},
         {"options": {"align_corners": True}},
