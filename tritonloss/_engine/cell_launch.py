@@ -332,4 +332,5 @@ def _sizes(
 ) -> Sizes:
     """Of ``blocks`` of cells, the highest of which has so many rows, a lane ``rows`` at once."""
     height, width = logits.shape[2:]
-    return Sizes(height, width, *target.shape[1:], blocks, triton.cdiv(highest, rows), highest)
+    bands = triton.cdiv(highest, rows)
+    return Sizes(height, width, target.size(1), target.size(2), blocks, bands, highest)
