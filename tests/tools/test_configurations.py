@@ -188,9 +188,9 @@ def test_a_compiled_loss_uses_the_tuned_file(cache: Path, device: torch.device) 
     used: list[Any] = []
     launch = gaussian_statistics.strip_launch
 
-    def seen(shape: Any, configuration: Any, *others: Any) -> Any:
+    def seen(shape: Any, configuration: Any, *others: Any, **named: Any) -> Any:
         used.append(configuration)
-        return launch(shape, configuration, *others)
+        return launch(shape, configuration, *others, **named)
 
     compiled = torch.compile(tritonloss.gaussian_statistics, fullgraph=True, backend="aot_eager")
     with pytest.MonkeyPatch.context() as patch:
