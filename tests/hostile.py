@@ -23,6 +23,7 @@ from torch import Tensor
 import tritonloss
 from tests.oracle import LAYOUTS, as_layout, assert_no_worse, segmentation_case
 from tests.slices import (
+    DIFFERENTIABLE,
     EXAMPLES,
     OF_MAPS,
     as_a_number,
@@ -63,7 +64,9 @@ def _matrices(x: Tensor, _: Tensor) -> Tensor:
     square = x.flatten(1, 2)
     A = square.mT @ square + torch.eye(square.size(2), device=x.device, dtype=x.dtype)
     total = torch.zeros((), device=x.device)
-    for function in dict.fromkeys(e.function for n, e in EXAMPLES.items() if n not in OF_MAPS):
+    for function in dict.fromkeys(
+        e.function for n, e in DIFFERENTIABLE.items() if n not in OF_MAPS
+    ):
         given = (A, square.mT)[: len(inspect.signature(function).parameters)]
         results = function(*given)
         for result in [results] if isinstance(results, Tensor) else results:

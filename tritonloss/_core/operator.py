@@ -21,7 +21,7 @@ _GRAD = "grad_"
 
 
 class Operator:
-    """A differentiable operator, made of a launcher for each direction.
+    """An operator, made of a launcher for each direction.
 
     What the operator takes and keeps is read from the launchers' signatures:
 
@@ -35,7 +35,7 @@ class Operator:
         name: of the custom operators, and of the operator in messages.
         forward: the launcher of the forward pass. A result that is not there is None; where there
             has to be a tensor it is an empty one.
-        backward: the launcher of the backward pass.
+        backward: the launcher of the backward pass, or None: no result has a gradient.
         allocate: like ``forward``; only dtype and shape of the results count.
         results: a NamedTuple of the tensors that ``forward`` returns.
         options: a NamedTuple of numbers, strings and flags, or None if there is none.
@@ -54,7 +54,7 @@ class Operator:
         name: str,
         *,
         forward: Callable[..., Any],
-        backward: Callable[..., Any],
+        backward: Callable[..., Any] | None,
         allocate: Callable[..., Any],
         results: type[Any],
         options: type[Any] | None = None,
@@ -69,11 +69,12 @@ class Operator:
         self.returned = returned
         self.batched = batched
         self.results = tuple(results._fields)
+        backward = backward or _no_gradient
         self._forward, self._backward, self._reuse = forward, backward, reuse
         forward_names = list(inspect.signature(forward).parameters)
         self._saves = "save" in forward_names
         self.inputs = tuple(n for n in forward_names if n not in ("options", "save"))
-        self.differentiable = differentiable or self.inputs[:1]
+        self.differentiable = differentiable or self.inputs[: backward is not _no_gradient]
         self._positions = tuple(self.inputs.index(name) for name in self.differentiable)
 
         names = list(inspect.signature(backward).parameters)
@@ -234,11 +235,13 @@ class Operator:
 
         save = {"save": bool} if self._saves else {}
         _sign(forward, tensors | save | fields, _several(len(self.results)))
+        self.forward = _custom(f"{self.name}_forward", forward, forward_fake)
+        count = len(self.differentiable)
+        if not count:
+            return
         upstream = dict.fromkeys(self.grads, Tensor)
         wants = dict.fromkeys(self.wants, bool)
-        count = len(self.differentiable)
         _sign(backward, upstream | saved | wants | fields, _several(count) if count > 1 else Tensor)
-        self.forward = _custom(f"{self.name}_forward", forward, forward_fake)
         self.backward = _custom(f"{self.name}_backward", backward, backward_fake)
         self._differentiate(len(save) + len(fields), made)
 
@@ -278,6 +281,10 @@ def can_reuse(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or is_transformed() or not _holds_data((tensor,)):
         return False
     return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _no_gradient() -> NoReturn:
+    raise AssertionError("an operator without a gradient has no backward pass")
 
 
 def _apply_eagerly(function: Any, *arguments: Any) -> Any:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 
 from .._core.backend import device_guard
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
@@ -115,7 +115,7 @@ def launch_prediction(logits: torch.Tensor) -> torch.Tensor:
     return prediction
 
 
-def empty_prediction(logits: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+def empty_prediction(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """A map [N, *size] for classes, in the narrowest integer of uint8 and int32."""
     dtype = torch.uint8 if logits.size(1) <= 256 else torch.int32
     return logits.new_empty((logits.size(0), *size), dtype=dtype)
@@ -135,4 +135,4 @@ def _terms(is_binary: bool) -> Terms:
 
 def _bins(classes: int) -> int:
     """A histogram's size for all pairs of classes; not fewer than a warp has lanes."""
-    return max(triton.next_power_of_2(classes * classes), 64)
+    return max(1 << (classes * classes - 1).bit_length(), 64)
