@@ -24,7 +24,6 @@ from .._engine.pixels import (
     Pixel,
     class_of,
     for_classes,
-    largest_of_lanes,
     no_class_yet,
     nothing_yet,
     smallest_of_lanes,
@@ -86,13 +85,17 @@ def largest_place(state, TILE: tl.constexpr):
     if TILE.lanes == 1:
         place = state.place
     else:
-        is_nan = state.logit != state.logit
-        spoilt = largest_of_lanes(is_nan.to(tl.int32), TILE) > 0
-        number = tl.where(is_nan, float("-inf"), state.logit)
-        largest = number == for_classes(largest_of_lanes(number, TILE), TILE)
-        found = tl.where(for_classes(spoilt, TILE), is_nan, largest)
+        largest = for_classes(tl.reduce(state.logit, 1, _larger), TILE)
+        # Nothing equals a NaN, so that where there is one only such lanes are left.
+        found = (state.logit == largest) | (state.logit != state.logit)
         place = smallest_of_lanes(tl.where(found, state.place, _NO_CLASS), TILE)
     return place
+
+
+@triton.jit
+def _larger(a, b):
+    """The larger number; NaN if one of them is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 # --- counting -------------------------------------------------------------------------------------
