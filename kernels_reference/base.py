@@ -5,11 +5,24 @@ A map of one channel is a binary one: its labels are 0 and 1, and 1 is what belo
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype the arithmetic is done in: float32, or float64 for float64 input."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def at_labels(logits: Tensor, target: Tensor, upsample: str | None, align_corners: bool) -> Tensor:
+    """The logits at the size of the labels: interpolated, or as they are if upsample is None."""
+    if upsample is None:
+        return logits
+    return F.interpolate(
+        logits.to(working_dtype(logits.dtype)),
+        size=target.shape[1:],
+        mode=upsample,
+        align_corners=align_corners,
+    )
 
 
 def valid_pixels(target: Tensor, classes: int, ignore_index: int | None) -> Tensor:

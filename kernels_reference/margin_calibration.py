@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels_reference.base import one_hot, reduced, sanitised, valid_pixels
+from kernels_reference.base import at_labels, one_hot, reduced, sanitised, valid_pixels
 
 _LN_2 = 0.6931471805599453
 
@@ -17,8 +17,11 @@ def margin_calibrated_loss(
     variant: str = "paper",
     ignore_index: int | None = 255,
     reduction: str = "mean",
+    upsample: str | None = None,
+    align_corners: bool = False,
 ) -> Tensor:
     """Sum over classes of a penalty on the margin, Eq. 16-18 ("paper") or Eq. 9 ("margin")."""
+    logits = at_labels(logits, target, upsample, align_corners)
     classes = logits.size(1)
     valid = valid_pixels(target, classes, ignore_index)
     scores = sanitised(logits, valid)

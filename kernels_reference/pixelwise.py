@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels_reference.base import one_hot, reduced, sanitised, valid_pixels
+from kernels_reference.base import at_labels, one_hot, reduced, sanitised, valid_pixels
 
 
 def cross_entropy(
@@ -15,8 +15,11 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int | None = 255,
     reduction: str = "mean",
+    upsample: str | None = None,
+    align_corners: bool = False,
 ) -> Tensor:
     """(1 - s) w_t (-log p_t) + (s / C) sum_k w_k (-log p_k); the mean divides by the sum of w_t."""
+    logits = at_labels(logits, target, upsample, align_corners)
     classes = logits.size(1)
     valid = valid_pixels(target, classes, ignore_index)
     negative_log_p = -sanitised(logits, valid).log_softmax(1)
@@ -39,8 +42,11 @@ def binary_cross_entropy(
     pos_weight: Tensor | None = None,
     ignore_index: int | None = 255,
     reduction: str = "mean",
+    upsample: str | None = None,
+    align_corners: bool = False,
 ) -> Tensor:
     """w_t softplus(-z_t) + sum over the other classes of softplus(z_k); mean over valid pixels."""
+    logits = at_labels(logits, target, upsample, align_corners)
     classes = logits.size(1)
     valid = valid_pixels(target, classes, ignore_index)
     own = one_hot(target, classes)
@@ -60,8 +66,11 @@ def focal_loss(
     detach_weight: bool = False,
     ignore_index: int | None = 255,
     reduction: str = "mean",
+    upsample: str | None = None,
+    align_corners: bool = False,
 ) -> Tensor:
     """-a_t (1 - p_t)^gamma log p_t over the softmax; mean over valid pixels."""
+    logits = at_labels(logits, target, upsample, align_corners)
     classes = logits.size(1)
     valid = valid_pixels(target, classes, ignore_index)
     own = one_hot(target, classes)

@@ -81,6 +81,7 @@ class Case:
     labels: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     schedule: str | None = None  # forced on operations that have several
+    ratio: float | None = None  # of logits that are interpolated: the shape is that of the labels
     against_compile: bool = False  # torch.compile takes long to compile: only where asked for
     everywhere: bool = False  # compiled for all targets in the short compile-only table too
     rare: bool = False  # compiled in the full table only
@@ -94,7 +95,7 @@ class Case:
     @property
     def parameters(self) -> str:
         """All that tells this case from others of its shape, dtype and layout, in one text."""
-        given = {"labels": self.labels, "schedule": self.schedule}
+        given = {"labels": self.labels, "schedule": self.schedule, "ratio": self.ratio}
         named = {name: value for name, value in given.items() if value is not None}
         return " ".join(f"{name}={value}" for name, value in {**named, **self.options}.items())
 

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tests.oracle import as_layout, segmentation_case
-from tritonloss._engine.pixel_launch import Loss, Term, Walk, launch_backward, launch_forward
+from tritonloss._engine.pixel_launch import launch_backward, launch_forward
+from tritonloss._engine.pixel_terms import Loss, Term, Walk
 from tritonloss._engine.pixel_walk import run_of_pixels
 from tritonloss._engine.pixels import (
     Record,

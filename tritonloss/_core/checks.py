@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import math
 import numbers
+import operator
 import os
 from collections.abc import Sequence
 
@@ -69,25 +70,61 @@ def check_logits(logits: torch.Tensor, name: str = "logits") -> None:
         raise ValueError(f"{accepted} with C of at least 1; got {described(logits)}")
 
 
-def check_target(logits: torch.Tensor, target: torch.Tensor) -> None:
-    """``target`` must hold integers [N, H, W] that match ``logits``, on the same device."""
-    images, _, height, width = logits.shape
-    expected = (images, height, width)
+def check_target(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    upsample: str | None = None,
+    *,
+    can_upsample: bool = False,
+) -> None:
+    """``target`` must hold integers [N, H, W] that match ``logits``, on the same device.
+
+    With ``upsample`` the labels may be as many as they like, of no fewer rows and columns than the
+    logits. ``can_upsample``: whether the loss has that option, for the message.
+    """
     if not isinstance(target, torch.Tensor):
-        raise TypeError(f"{_labels_accepted(logits)}; got {_type(target)}")
+        raise TypeError(f"{_labels_accepted(logits, upsample)}; got {_type(target)}")
     check_dense(target, "target")
     if target.dtype not in _INTEGERS:
-        raise TypeError(f"{_labels_accepted(logits)}; got {described(target)}")
-    if tuple(target.shape) != expected:
-        raise ValueError(f"{_labels_accepted(logits)}; got {described(target)}")
+        raise TypeError(f"{_labels_accepted(logits, upsample)}; got {described(target)}")
+    images, _, height, width = logits.shape
+    shape = tuple(target.shape)
+    if upsample is None:
+        if shape != (images, height, width):
+            hint = ""
+            if can_upsample and _covers(shape, (images, height, width)):
+                hint = '; upsample="bilinear" is for labels of a higher resolution than the logits'
+            raise ValueError(f"{_labels_accepted(logits)}; got {described(target)}{hint}")
+    elif not _covers(shape, (images, height, width)):
+        raise ValueError(f"{_labels_accepted(logits, upsample)}; got {described(target)}")
     _check_device(logits, "logits", target, "target")
 
 
-def _labels_accepted(logits: torch.Tensor) -> str:
+def _covers(shape: tuple[int, ...], smallest: tuple[int, int, int]) -> bool:
+    """Whether labels of this shape have no fewer rows and columns, of as many images."""
+    return len(shape) == 3 and shape[0] == smallest[0] and all(map(operator.ge, shape, smallest))
+
+
+def _labels_accepted(logits: torch.Tensor, upsample: str | None = None) -> str:
+    images, _, height, width = logits.shape
+    if upsample is None:
+        shape = f"{(images, height, width)}"
+    else:
+        shape = f"({images}, H, W) with H of at least {height} and W of at least {width}"
     return (
-        f"target must hold integer labels of shape {(logits.shape[0], *logits.shape[2:])} "
+        f"target must hold integer labels of shape {shape} "
         f"to match logits of shape {tuple(logits.shape)}"
     )
+
+
+def check_upsample(upsample: str | None, align_corners: bool) -> None:
+    """``upsample`` must be "bilinear" or None, and ``align_corners`` of that alone."""
+    if upsample is None and align_corners is False:
+        return
+    check_option("upsample", upsample, ("bilinear",), or_none=True)
+    check_flag("align_corners", align_corners)
+    if align_corners and upsample is None:
+        raise ValueError('align_corners must be False without upsample="bilinear"; got True')
 
 
 def check_ignore_index(ignore_index: int | None, classes: int | None = None) -> None:

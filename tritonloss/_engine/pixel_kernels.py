@@ -15,6 +15,7 @@ from .pixel_walk import (
     look_up,
     of_each,
     run_of_pixels,
+    store_maps,
     view_of,
     write_gradients,
 )
@@ -70,7 +71,7 @@ def _pixelwise_forward_kernel(
     in_all = tl.zeros_like(own)
     for k in tl.static_range(COUNT):
         value, weight, saved = finish(states[k], own, pixel, given[k], TERMS, k, TILE)
-        _store_maps(map_ptrs, position, saved, pixel, TERMS, k)
+        store_maps(map_ptrs, position, saved, pixel, TERMS, k)
         value = tl.where(valid, value, 0.0)
         if REDUCTION == "none":
             in_all += shares[k] * value
@@ -82,20 +83,11 @@ def _pixelwise_forward_kernel(
     else:
         leave(sums, 2 * COUNT, tl.sum(tl.where(valid, 1.0, 0.0)))
         if comes_last(sums):
-            _store_loss(loss_ptr, scale_ptr, sums, shares, COUNT, REDUCTION)
+            store_loss(loss_ptr, scale_ptr, sums, shares, COUNT, REDUCTION)
 
 
 @triton.jit
-def _store_maps(map_ptrs, position, saved, pixel, TERMS: tl.constexpr, K: tl.constexpr):
-    """Store what a loss leaves to the backward pass."""
-    FIRST: tl.constexpr = TERMS.first_map[K]
-    COUNT: tl.constexpr = TERMS.maps[K]
-    for i in tl.static_range(COUNT):
-        tl.store(map_ptrs[FIRST + i] + position, saved[i], mask=pixel.inside)
-
-
-@triton.jit
-def _store_loss(loss_ptr, scale_ptr, sums, shares, COUNT: tl.constexpr, REDUCTION: tl.constexpr):
+def store_loss(loss_ptr, scale_ptr, sums, shares, COUNT: tl.constexpr, REDUCTION: tl.constexpr):
     """Store the loss and the scale of every term's gradient."""
     loss = tl.zeros((), tl.float64)
     valid = total(sums, 2 * COUNT)

@@ -2,116 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 
 from .._core.backend import device_guard, warp_size
 from .._core.configurations import Configuration, launch_configuration
-from .._core.operator import Operator
 from .._core.prepared_launch import PreparedLaunch, is_aligned, kind, prepared
 from .pixel_kernels import _pixelwise_backward_kernel, _pixelwise_forward_kernel
-from .pixel_walk import Terms
-from .pixels import Record, Tile
-from .planes import compute_dtype, ignored_class
+from .pixel_terms import (
+    Kept,
+    Loss,
+    Made,
+    Term,
+    Walk,
+    allocated,
+    key_of,
+    labels_of,
+    made,
+    numbers_of,
+    tables_of,
+    terms_of,
+)
+from .pixels import Tile
 from .sums import sums_over
 
-REDUCTIONS = ("mean", "sum", "none")
 # Classes of a bundle in channels_last.
 _LAST_BUNDLE = 64
-
-
-class Loss(NamedTuple):
-    """A pixelwise loss as its launchers know it.
-
-    Attributes:
-        name: of its operator; configurations are kept under it.
-        record: its device functions.
-        saved: of logits, the dtypes of the maps for the backward pass.
-        unroll: classes of a lane in one block of the forward pass, where there are so many.
-        held: up to so many classes of a lane stay in registers, to be gone through twice.
-        binary: whether one class is allowed, with labels 0 and 1.
-    """
-
-    name: str
-    record: Record
-    saved: Callable[[torch.Tensor], tuple[torch.dtype, ...]]
-    unroll: int = 8
-    held: int = 0
-    binary: bool = False
-
-
-class Term(NamedTuple):
-    """A loss with what it was given, as a part of a sum.
-
-    Attributes:
-        loss: the loss.
-        options: a NamedTuple of what its kernels are compiled for.
-        numbers: what its device functions get at run time.
-        own_table: [C], a number for a pixel's own class, or None.
-        other_table: [C], a number for the other classes, or None.
-        share: what the loss is multiplied by.
-    """
-
-    loss: Loss
-    options: Any
-    numbers: tuple[float, ...] = ()
-    own_table: torch.Tensor | None = None
-    other_table: torch.Tensor | None = None
-    share: float = 1.0
-
-
-class Results(NamedTuple):
-    """What the operator of a single loss returns."""
-
-    loss: torch.Tensor  # [], or [N, H, W]
-    scale: torch.Tensor  # [1], or [0] for a map
-    first: torch.Tensor | None  # the maps for the backward pass, [N, H, W]
-    second: torch.Tensor | None
-
-
-class Kept(NamedTuple):
-    """What a forward launch leaves to the backward one."""
-
-    scale: torch.Tensor  # [terms], what the gradient of a value is multiplied by; [0] for a map
-    maps: tuple[torch.Tensor, ...]  # [N, H, W] each
-
-
-class Walk(NamedTuple):
-    """How pixels of logits and labels are gone through, whatever the losses."""
-
-    ignore_index: int | None
-    reduction: str
-
-
-class Made(NamedTuple):
-    """What a forward launch fills: shapes and dtypes."""
-
-    loss: tuple[int, ...]
-    scale: int
-    pixels: tuple[int, ...]
-    dtype: torch.dtype  # of loss and scale
-    maps: tuple[torch.dtype, ...]
-
-
-def made(losses: Sequence[Loss], logits: torch.Tensor, reduction: str, save: bool) -> Made:
-    """The tensors that a forward launch fills."""
-    images, _, height, width = logits.shape
-    pixels = (images, height, width)
-    dtypes = tuple(dtype for loss in losses for dtype in loss.saved(logits)) if save else ()
-    # A map needs no scale, and what nobody fills is not there.
-    shape, scales = (pixels, 0) if reduction == "none" else ((), len(losses))
-    return Made(shape, scales, pixels, compute_dtype(logits.dtype), dtypes)
-
-
-def allocated(made: Made, logits: torch.Tensor) -> tuple[torch.Tensor, Kept]:
-    """The tensors, on the device of ``logits``."""
-    loss = logits.new_empty(made.loss, dtype=made.dtype)
-    scale = logits.new_empty(made.scale, dtype=made.dtype)
-    maps = tuple([logits.new_empty(made.pixels, dtype=dtype) for dtype in made.maps])
-    return loss, Kept(scale, maps)
 
 
 # --- launchers ------------------------------------------------------------------------------------
@@ -123,30 +42,30 @@ def launch_forward(
     """The sum of the losses, and what their backward pass needs if ``save``."""
     losses = [term.loss for term in terms]
     if logits.numel() == 0:  # no program runs, and so none comes last
-        loss, kept = allocated(made(losses, logits, walk.reduction, save), logits)
+        loss, kept = allocated(made(losses, logits, target, walk, save), logits)
         return loss.zero_(), kept._replace(scale=kept.scale.zero_())
 
     def prepare() -> tuple[PreparedLaunch, int, Made]:
         grid, arguments = _launch(losses, "forward", logits, target)
         constants = {
-            **_numbers(terms),
+            **numbers_of(terms),
             "logits_strides": _strides(logits, arguments["TILE"]),
             "target_strides": _strides(target, arguments["TILE"]),
             "programs": grid[0],
-            "TERMS": _terms(terms, logits, save),
+            "TERMS": terms_of(terms, logits, walk, save),
             "REDUCTION": walk.reduction,
-            **_labels(losses, logits, target, walk.ignore_index),
+            **labels_of(losses, logits, target, walk.ignore_index),
             **arguments,
         }
         # Of whole grains the maps are aligned, and so is all that is allocated here.
         aligned = arguments["TILE"].grain > 1
         launch = PreparedLaunch(_pixelwise_forward_kernel, grid, constants, aligned)
-        return launch, grid[0], made(losses, logits, walk.reduction, save)
+        return launch, grid[0], made(losses, logits, target, walk, save)
 
-    key = (_key(terms), kind(logits), kind(target), walk, save)
+    key = (key_of(terms), kind(logits), kind(target), walk, save)
     launch, programs, filled = prepared(key, prepare)
     loss, kept = allocated(filled, logits)
-    own, other = _tables(terms, logits)
+    own, other = tables_of(terms, logits)
     rows = 2 * len(terms) + 1 if walk.reduction != "none" else 0
     with device_guard(logits):
         sums = sums_over(programs, rows, logits.device)
@@ -176,20 +95,20 @@ def launch_backward(
     """The gradient of the logits."""
     losses = [term.loss for term in terms]
     grad_logits = torch.empty_like(logits)
-    own, other = _tables(terms, logits)
+    own, other = tables_of(terms, logits)
 
     def prepare() -> PreparedLaunch:
         grid, launch = _launch(losses, "backward", logits, target, grad_logits)
         reduced = walk.reduction != "none"
         constants = {
-            **_numbers(terms),
+            **numbers_of(terms),
             "upstream_strides": (0, 0, 0) if reduced else upstream.stride(),
             "logits_strides": _strides(logits, launch["TILE"]),
             "target_strides": _strides(target, launch["TILE"]),
             "grad_strides": _strides(grad_logits, launch["TILE"]),
-            "TERMS": _terms(terms, logits, save=True),
+            "TERMS": terms_of(terms, logits, walk, save=True),
             "REDUCED": reduced,
-            **_labels(losses, logits, target, walk.ignore_index),
+            **labels_of(losses, logits, target, walk.ignore_index),
             **launch,
         }
         aligned = launch["TILE"].grain > 1 and (reduced or is_aligned(upstream))
@@ -197,7 +116,7 @@ def launch_backward(
 
     # The gradient's layout follows from that of the logits.
     upstream_kind = kind(upstream) if walk.reduction == "none" else None
-    key = (_key(terms), kind(logits), kind(target), upstream_kind, walk)
+    key = (key_of(terms), kind(logits), kind(target), upstream_kind, walk)
     launch = prepared(key, prepare)
     with device_guard(logits):
         launch(
@@ -211,125 +130,6 @@ def launch_backward(
             grad_ptr=grad_logits,
         )
     return grad_logits
-
-
-def _key(terms: tuple[Term, ...]) -> tuple[Any, ...]:
-    """What a launch depends on of its terms.
-
-    The records stay alive in what is prepared, so that their addresses are theirs.
-    """
-    return tuple(
-        (
-            term.loss.name, id(term.loss.record), term.options, term.numbers, term.share,
-            None if term.own_table is None else term.own_table.dtype,
-            None if term.other_table is None else term.other_table.dtype,
-        )
-        for term in terms
-    )  # fmt: skip
-
-
-def _tables(
-    terms: tuple[Term, ...], logits: torch.Tensor
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """The tables as the kernels read them: [C] side by side, or anything where there is none."""
-    own = tuple([_table(term.own_table, logits) for term in terms])
-    other = tuple([_table(term.other_table, logits) for term in terms])
-    return own, other
-
-
-def _table(table: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
-    if table is None:
-        return logits
-    if table.is_contiguous() and is_aligned(table):
-        return table
-    return table.clone(memory_format=torch.contiguous_format)
-
-
-def _numbers(terms: tuple[Term, ...]) -> dict[str, Any]:
-    return {
-        "numbers": tuple(term.numbers for term in terms),
-        "shares": tuple(float(term.share) for term in terms),
-    }
-
-
-def _terms(terms: tuple[Term, ...], logits: torch.Tensor, save: bool) -> Terms:
-    records = [term.loss.record for term in terms]
-    counts = tuple(len(term.loss.saved(logits)) if save else 0 for term in terms)
-    # Where there is no second pass its functions are not called.
-    fields = {
-        name: tuple(getattr(record, name) or record.add for record in records)
-        for name in Record._fields
-    }
-    return Terms(
-        **fields,
-        twice=tuple(record.join is not None for record in records),
-        passes=2 if any(record.join is not None for record in records) else 1,
-        options=tuple(term.options for term in terms),
-        maps=counts,
-        first_map=tuple(sum(counts[:k]) for k in range(len(terms))),
-    )
-
-
-# --- operators ------------------------------------------------------------------------------------
-
-
-def pixelwise_operator(
-    loss: Loss,
-    options: type[Any],
-    term: Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None, Any, bool], Term],
-) -> Operator:
-    """The operator of a single loss.
-
-    Args:
-        loss: the loss.
-        options: a NamedTuple with ``ignore_index`` and ``reduction`` among its fields.
-        term: (logits, own table, other table, options, save) -> the loss as a term.
-    """
-
-    def results(value: torch.Tensor, kept: Kept) -> Results:
-        return Results(value, kept.scale, *kept.maps, *(None,) * (2 - len(kept.maps)))
-
-    def forward(
-        logits: torch.Tensor,
-        target: torch.Tensor,
-        own_table: torch.Tensor | None,
-        other_table: torch.Tensor | None,
-        options: Any,
-        save: bool,
-    ) -> Results:
-        terms = (term(logits, own_table, other_table, options, save),)
-        walk = Walk(options.ignore_index, options.reduction)
-        return results(*launch_forward(terms, logits, target, walk, save))
-
-    def backward(
-        grad_loss: torch.Tensor,
-        scale: torch.Tensor,
-        first: Any,
-        second: Any,
-        logits: torch.Tensor,
-        target: torch.Tensor,
-        own_table: torch.Tensor | None,
-        other_table: torch.Tensor | None,
-        options: Any,
-    ) -> torch.Tensor:
-        terms = (term(logits, own_table, other_table, options, True),)
-        walk = Walk(options.ignore_index, options.reduction)
-        kept = Kept(scale, (first, second)[: len(loss.saved(logits))])
-        return launch_backward(terms, grad_loss, kept, logits, target, walk)
-
-    def allocate(
-        logits: torch.Tensor, options: Any, save: bool, **_: torch.Tensor | None
-    ) -> Results:
-        return results(*allocated(made([loss], logits, options.reduction, save), logits))
-
-    return Operator(
-        loss.name,
-        forward=forward,
-        backward=backward,
-        allocate=allocate,
-        results=Results,
-        options=options,
-    )
 
 
 # --- configurations -------------------------------------------------------------------------------
@@ -407,15 +207,6 @@ def _launch(
         "num_warps": warps,
         "enable_fp_fusion": True,
     }
-
-
-def _labels(
-    losses: Sequence[Loss], logits: torch.Tensor, target: torch.Tensor, ignore_index: int | None
-) -> dict[str, Any]:
-    """The kernels' arguments that tell which labels count."""
-    binary = logits.size(1) == 1 and all(loss.binary for loss in losses)
-    classes = 2 if binary else logits.size(1)
-    return {"IGNORED": ignored_class(ignore_index, classes, target.dtype), "BINARY": binary}
 
 
 def _classes_in_lanes(logits: torch.Tensor) -> bool:

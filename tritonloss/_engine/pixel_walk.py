@@ -225,17 +225,17 @@ def fold(view, pixel, given, full, TERMS: tl.constexpr, TILE: tl.constexpr):
     enough.
     """
     COUNT: tl.constexpr = (TILE.classes + TILE.lanes - 1) // TILE.lanes
-    states = of_each(_start, (), TERMS, TILE)
+    states = of_each(start, (), TERMS, TILE)
     if COUNT <= TILE.unroll:
         block = _load_block(view, 0, pixel.inside, COUNT, TILE.classes, TILE)
-        states = of_each(_add, (states, block, pixel, given), TERMS, TILE)
-        states = of_each(_join, (states,), TERMS, TILE)
-        states = of_each(_add_again, (states, block, pixel, given), TERMS, TILE)
+        states = of_each(add, (states, block, pixel, given), TERMS, TILE)
+        states = of_each(join, (states,), TERMS, TILE)
+        states = of_each(add_again, (states, block, pixel, given), TERMS, TILE)
     else:
-        states = _fold_blocks(states, view, pixel, given, full, _add, TERMS, TILE)
+        states = _fold_blocks(states, view, pixel, given, full, add, TERMS, TILE)
         if TERMS.passes == 2:
-            states = of_each(_join, (states,), TERMS, TILE)
-            states = _fold_blocks(states, view, pixel, given, full, _add_again, TERMS, TILE)
+            states = of_each(join, (states,), TERMS, TILE)
+            states = _fold_blocks(states, view, pixel, given, full, add_again, TERMS, TILE)
     return states
 
 
@@ -288,13 +288,22 @@ def write_gradients(factors, views, pixel, given, full, TERMS: tl.constexpr, TIL
 def _write_block(factors, block, grad_view, pixel, given, TERMS: tl.constexpr, TILE: tl.constexpr):
     valid = for_classes(pixel.label >= 0, TILE)
     for j in tl.static_range(len(block.logits)):
-        gradient = _slope(factors, block, j, given, TERMS, 0, TILE)
+        gradient = slope(factors, block, j, given, TERMS, 0, TILE)
         for k in tl.static_range(1, len(TERMS.slope)):
-            gradient += _slope(factors, block, j, given, TERMS, k, TILE)
+            gradient += slope(factors, block, j, given, TERMS, k, TILE)
         # Selected, not multiplied by 0: an ignored pixel may hold an infinity.
         gradient = tl.where(valid, gradient, 0.0)
         mask = _slot_mask(pixel.inside, block.exists[j], TILE)
         tl.store(_slot_pointers(grad_view, j, TILE), gradient, mask=mask)
+
+
+@triton.jit
+def store_maps(map_ptrs, position, saved, pixel, TERMS: tl.constexpr, K: tl.constexpr):
+    """Store what a loss leaves to the backward pass."""
+    FIRST: tl.constexpr = TERMS.first_map[K]
+    COUNT: tl.constexpr = TERMS.maps[K]
+    for i in tl.static_range(COUNT):
+        tl.store(map_ptrs[FIRST + i] + position, saved[i], mask=pixel.inside)
 
 
 # --- the losses' own functions --------------------------------------------------------------------
@@ -338,20 +347,20 @@ def given_to(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr
 
 
 @triton.jit
-def _start(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+def start(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
     OPTIONS: tl.constexpr = TERMS.options[K]
     return TERMS.start[K](OPTIONS, TILE)
 
 
 @triton.jit
-def _add(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+def add(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
     OPTIONS: tl.constexpr = TERMS.options[K]
     states, block, pixel, given = arguments
     return TERMS.add[K](states[K], block, pixel, given[K], OPTIONS, TILE)
 
 
 @triton.jit
-def _join(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+def join(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
     OPTIONS: tl.constexpr = TERMS.options[K]
     (states,) = arguments
     if TERMS.twice[K]:
@@ -362,7 +371,7 @@ def _join(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _add_again(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+def add_again(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
     OPTIONS: tl.constexpr = TERMS.options[K]
     states, block, pixel, given = arguments
     if TERMS.twice[K]:
@@ -380,15 +389,22 @@ def finish(state, own, pixel, given, TERMS: tl.constexpr, K: tl.constexpr, TILE:
 
 
 @triton.jit
-def factors_of(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
-    """What the slopes of a loss share."""
-    OPTIONS: tl.constexpr = TERMS.options[K]
-    scales, maps, view, pixel, given = arguments
+def saved_by(maps, TERMS: tl.constexpr, K: tl.constexpr):
+    """What a loss has left to the backward pass, out of all maps."""
     FIRST: tl.constexpr = TERMS.first_map[K]
     COUNT: tl.constexpr = TERMS.maps[K]
     saved = ()
     for i in tl.static_range(COUNT):
         saved = saved + (maps[FIRST + i],)
+    return saved
+
+
+@triton.jit
+def factors_of(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+    """What the slopes of a loss share."""
+    OPTIONS: tl.constexpr = TERMS.options[K]
+    scales, maps, view, pixel, given = arguments
+    saved = saved_by(maps, TERMS, K)
     bundles = TERMS.bundles[K](saved, pixel, TILE)
     classes = TERMS.lookups[K](saved, pixel, TILE)
     looked_up = ()
@@ -400,7 +416,7 @@ def factors_of(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constex
 
 
 @triton.jit
-def _slope(
+def slope(
     factors, block, SLOT: tl.constexpr, given, TERMS: tl.constexpr, K: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip

@@ -24,10 +24,9 @@ _CONFIGURATION = ("columns", "lanes", "rows", "unroll")
 class Launch:
     """One `kernel[grid](...)`: the kernel's name, its constexprs, and what compiling gave.
 
-    A constexpr that is a named tuple stands under NAME.field for each of its fields. ``numbers``
-    are the integers among the other arguments, and GRID.0 to GRID.2, where they are known. What is
-    launched with the same ``signature``, by code that is the same in all ``modules``, is the same
-    machine code.
+    A named tuple stands under NAME.field for each of its fields. ``numbers`` are the integers among
+    the other arguments, and GRID.0 to GRID.2, where they are known. What is launched with the same
+    ``signature``, by code that is the same in all ``modules``, is the same machine code.
     """
 
     kernel: str
@@ -179,7 +178,8 @@ def _numbers(
     values = _values(kernel, args, kwargs) | true_arguments()
     names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
     axes = () if callable(grid) else (*grid, 1, 1)[:3]
-    return {name: values[name] for name in names if type(values.get(name)) is int} | {
+    given = _fields({name: values[name] for name in names if name in values})
+    return {name: value for name, value in given.items() if type(value) is int} | {
         f"GRID.{axis}": programs for axis, programs in enumerate(axes)
     }
 
@@ -191,11 +191,14 @@ def _values(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 
 def _constants(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     values = _values(kernel, args, kwargs)
-    constants: dict[str, Any] = {}
-    for parameter in kernel.params:
-        if parameter.is_constexpr and parameter.name in values:
-            value = values[parameter.name]
-            fields: dict[str, Any] = getattr(value, "_asdict", dict)()
-            constants |= {f"{parameter.name}.{field}": inner for field, inner in fields.items()}
-            constants |= {} if fields else {parameter.name: value}
-    return constants
+    names = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
+    return _fields({name: values[name] for name in names if name in values})
+
+
+def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, of each that is a named tuple its fields instead, as NAME.field."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        fields: dict[str, Any] = getattr(value, "_asdict", dict)()
+        found |= {f"{name}.{field}": inner for field, inner in fields.items()} or {name: value}
+    return found

@@ -22,7 +22,8 @@ from .._core.configurations import TuningCase
 from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._engine.math import LOG2_E, log_one_plus, sigmoid_base2, softplus_base2
-from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixelwise_operator
+from .._engine.pixel_operator import pixelwise_operator
+from .._engine.pixel_terms import REDUCTIONS, Loss, Term
 from .._engine.pixel_tuning import pixel_cases
 from .._engine.pixels import (
     Record,
@@ -40,6 +41,8 @@ class Options(NamedTuple):
 
     ignore_index: int | None = checks.IGNORE_INDEX
     reduction: str = "mean"
+    upsample: str | None = None
+    align_corners: bool = False
 
 
 class Compiled(NamedTuple):
@@ -115,7 +118,7 @@ def _slope(factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TIL
     return residual * tl.where(is_own, -factors.own_class, factors.other_class)
 
 
-def _saves_nothing(logits: torch.Tensor) -> tuple[torch.dtype, ...]:
+def _saves_nothing(logits: torch.Tensor, interpolated: bool) -> tuple[torch.dtype, ...]:
     return ()
 
 
@@ -158,6 +161,8 @@ def binary_cross_entropy(
     pos_weight: torch.Tensor | None = None,
     ignore_index: int | None = checks.IGNORE_INDEX,
     reduction: str = "mean",
+    upsample: str | None = None,
+    align_corners: bool = False,
 ) -> torch.Tensor:
     """Binary cross entropy of one sigmoid per class against the rest, from integer labels.
 
@@ -182,6 +187,12 @@ def binary_cross_entropy(
             labels out of range raise on the CPU; on a GPU, where looking would synchronise, they
             count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
         reduction: "mean" (default), "sum", or "none": [N, H, W], zero at ignored pixels.
+        upsample: "bilinear" if the target has a higher resolution than the logits, [N, H, W] with
+            H >= h and W >= w of logits [N, C, h, w], at any ratios: the loss of
+            ``F.interpolate(logits.float(), size=(H, W), mode="bilinear")``, which is never in
+            memory. Default None: the same size.
+        align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
+            False.
 
     Returns:
         The loss in float32 (float64 for float64 logits); the mean is 0 with zero gradient if no
@@ -204,15 +215,22 @@ def binary_cross_entropy(
         torch.Size([2, 32, 64])
     """
     checks.check_logits(logits)
-    checks.check_target(logits, target)
-    _check_options(pos_weight, ignore_index, reduction, logits)
+    checks.check_upsample(upsample, align_corners)
+    checks.check_target(logits, target, upsample, can_upsample=True)
+    _check_options(pos_weight, ignore_index, reduction, upsample, align_corners, logits)
     checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
     if not serves_triton(logits):
         return binary_cross_entropy_reference(
-            logits, target, pos_weight=pos_weight, ignore_index=ignore_index, reduction=reduction
+            logits,
+            target,
+            pos_weight=pos_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            upsample=upsample,
+            align_corners=align_corners,
         )
     pos_weight = None if pos_weight is None else checks.without_gradient(pos_weight)
-    options = Options(checks.plain_label(ignore_index), reduction)
+    options = Options(checks.plain_label(ignore_index), reduction, upsample, align_corners)
     return BINARY_CROSS_ENTROPY(logits, target, pos_weight, None, options=options)[0]
 
 
@@ -220,12 +238,15 @@ def _check_options(
     pos_weight: torch.Tensor | None,
     ignore_index: int | None,
     reduction: str,
+    upsample: str | None,
+    align_corners: bool,
     logits: torch.Tensor | None = None,
 ) -> None:
     """Without ``logits``, for any number of classes."""
     checks.check_class_weights("pos_weight", pos_weight, logits)
     checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
     checks.check_option("reduction", reduction, REDUCTIONS)
+    checks.check_upsample(upsample, align_corners)
 
 
 class BinaryCrossEntropyLoss(LossModule, function=binary_cross_entropy, check=_check_options):

@@ -22,7 +22,8 @@ from .._core.configurations import TuningCase
 from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._engine.math import LN_2
-from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixelwise_operator
+from .._engine.pixel_operator import pixelwise_operator
+from .._engine.pixel_terms import REDUCTIONS, Loss, Term
 from .._engine.pixel_tuning import pixel_cases
 from .._engine.pixels import Record, for_classes, no_lookups, nothing_yet, sum_of_lanes
 from .softmax import (
@@ -49,6 +50,8 @@ class Options(NamedTuple):
     label_smoothing: float = 0.0
     ignore_index: int | None = checks.IGNORE_INDEX
     reduction: str = "mean"
+    upsample: str | None = None
+    align_corners: bool = False
 
 
 class Compiled(NamedTuple):
@@ -172,6 +175,8 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int | None = checks.IGNORE_INDEX,
     reduction: str = "mean",
+    upsample: str | None = None,
+    align_corners: bool = False,
 ) -> torch.Tensor:
     """Cross entropy of the softmax, as :func:`torch.nn.functional.cross_entropy` defines it.
 
@@ -196,6 +201,12 @@ def cross_entropy(
             labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they
             count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
         reduction: "mean" (default), "sum", or "none": [N, H, W], zero at ignored pixels.
+        upsample: "bilinear" if the target has a higher resolution than the logits, [N, H, W] with
+            H >= h and W >= w of logits [N, C, h, w], at any ratios: the loss of
+            ``F.interpolate(logits.float(), size=(H, W), mode="bilinear")``, which is never in
+            memory. Default None: the same size.
+        align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
+            False.
 
     Returns:
         The loss in float32 (float64 for float64 logits). The gradient has the dtype of the logits.
@@ -219,9 +230,12 @@ def cross_entropy(
         torch.Size([2, 19, 32, 64])
     """
     checks.check_logits(logits)
-    checks.check_target(logits, target)
+    checks.check_upsample(upsample, align_corners)
+    checks.check_target(logits, target, upsample, can_upsample=True)
     checks.check_classes(logits)
-    _check_options(weight, label_smoothing, ignore_index, reduction, logits)
+    _check_options(
+        weight, label_smoothing, ignore_index, reduction, upsample, align_corners, logits
+    )
     checks.check_labels_in_range(target, logits.size(1), ignore_index)
     if not serves_triton(logits):
         return cross_entropy_reference(
@@ -231,9 +245,13 @@ def cross_entropy(
             label_smoothing=label_smoothing,
             ignore_index=ignore_index,
             reduction=reduction,
+            upsample=upsample,
+            align_corners=align_corners,
         )
     weight = None if weight is None else checks.without_gradient(weight)
-    options = Options(float(label_smoothing), checks.plain_label(ignore_index), reduction)
+    options = Options(
+        float(label_smoothing), checks.plain_label(ignore_index), reduction, upsample, align_corners
+    )
     return CROSS_ENTROPY(logits, target, weight, None, options=options)[0]
 
 
@@ -242,6 +260,8 @@ def _check_options(
     label_smoothing: float,
     ignore_index: int | None,
     reduction: str,
+    upsample: str | None,
+    align_corners: bool,
     logits: torch.Tensor | None = None,
 ) -> None:
     """Without ``logits``, for any number of classes."""
@@ -249,6 +269,7 @@ def _check_options(
     checks.check_range("label_smoothing", label_smoothing, 0.0, 1.0)
     checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
     checks.check_option("reduction", reduction, REDUCTIONS)
+    checks.check_upsample(upsample, align_corners)
 
 
 class CrossEntropyLoss(LossModule, function=cross_entropy, check=_check_options):

@@ -20,7 +20,8 @@ from .._core.configurations import TuningCase
 from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._engine.math import LOG2_E
-from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixelwise_operator
+from .._engine.pixel_operator import pixelwise_operator
+from .._engine.pixel_terms import REDUCTIONS, Loss, Term
 from .._engine.pixel_tuning import pixel_cases
 from .._engine.pixels import Record, own_class
 from .._engine.planes import compute_dtype
@@ -46,6 +47,8 @@ class Options(NamedTuple):
     detach_weight: bool = False
     ignore_index: int | None = checks.IGNORE_INDEX
     reduction: str = "mean"
+    upsample: str | None = None
+    align_corners: bool = False
 
 
 class Compiled(NamedTuple):
@@ -164,6 +167,8 @@ def focal_loss(
     detach_weight: bool = False,
     ignore_index: int | None = checks.IGNORE_INDEX,
     reduction: str = "mean",
+    upsample: str | None = None,
+    align_corners: bool = False,
 ) -> torch.Tensor:
     """Focal loss of the softmax: cross entropy that turns away from pixels it has learnt.
 
@@ -190,6 +195,12 @@ def focal_loss(
             labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they
             count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
         reduction: "mean" (default), "sum", or "none": [N, H, W], zero at ignored pixels.
+        upsample: "bilinear" if the target has a higher resolution than the logits, [N, H, W] with
+            H >= h and W >= w of logits [N, C, h, w], at any ratios: the loss of
+            ``F.interpolate(logits.float(), size=(H, W), mode="bilinear")``, which is never in
+            memory. Default None: the same size.
+        align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
+            False.
 
     Returns:
         The loss in float32 (float64 for float64 logits); the mean is 0 with zero gradient if no
@@ -211,9 +222,12 @@ def focal_loss(
         torch.Size([])
     """
     checks.check_logits(logits)
-    checks.check_target(logits, target)
+    checks.check_upsample(upsample, align_corners)
+    checks.check_target(logits, target, upsample, can_upsample=True)
     checks.check_classes(logits)
-    _check_options(gamma, alpha, detach_weight, ignore_index, reduction, logits)
+    _check_options(
+        gamma, alpha, detach_weight, ignore_index, reduction, upsample, align_corners, logits
+    )
     if alpha is not None and not isinstance(alpha, torch.Tensor):
         dtype = compute_dtype(logits.dtype)
         alpha = torch.full((logits.size(1),), float(alpha), dtype=dtype, device=logits.device)
@@ -227,6 +241,8 @@ def focal_loss(
             detach_weight=detach_weight,
             ignore_index=ignore_index,
             reduction=reduction,
+            upsample=upsample,
+            align_corners=align_corners,
         )
     alpha = None if alpha is None else checks.without_gradient(alpha)
     ignored = checks.plain_label(ignore_index)
@@ -240,6 +256,8 @@ def _check_options(
     detach_weight: bool,
     ignore_index: int | None,
     reduction: str,
+    upsample: str | None,
+    align_corners: bool,
     logits: torch.Tensor | None = None,
 ) -> None:
     """Without ``logits``, for any number of classes."""
@@ -251,6 +269,7 @@ def _check_options(
         checks.check_class_weights("alpha", alpha, logits, or_number="a number in [0, 1e6], ")
     checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
     checks.check_option("reduction", reduction, REDUCTIONS)
+    checks.check_upsample(upsample, align_corners)
 
 
 class FocalLoss(LossModule, function=focal_loss, check=_check_options):

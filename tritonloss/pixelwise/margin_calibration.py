@@ -32,7 +32,8 @@ from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example
 from .._core.loss_module import LossModule
-from .._engine.pixel_launch import REDUCTIONS, Loss, Term, pixelwise_operator
+from .._engine.pixel_operator import pixelwise_operator
+from .._engine.pixel_terms import REDUCTIONS, Loss, Term
 from .._engine.pixel_tuning import pixel_cases
 from .._engine.planes import compute_dtype
 from ..metrics.label_statistics import MarginOffsets
@@ -47,12 +48,14 @@ class Options(NamedTuple):
     variant: str = "paper"
     ignore_index: int | None = checks.IGNORE_INDEX
     reduction: str = "mean"
+    upsample: str | None = None
+    align_corners: bool = False
 
 
 # --- operator -------------------------------------------------------------------------------------
 
 
-def _saves(logits: torch.Tensor) -> tuple[torch.dtype, ...]:
+def _saves(logits: torch.Tensor, interpolated: bool) -> tuple[torch.dtype, ...]:
     """The classes of the two largest scores in 16 bits each, and the sum of the derivatives."""
     return torch.int32, compute_dtype(logits.dtype)
 
@@ -102,6 +105,8 @@ def margin_calibrated_loss(
     variant: str = "paper",
     ignore_index: int | None = checks.IGNORE_INDEX,
     reduction: str = "mean",
+    upsample: str | None = None,
+    align_corners: bool = False,
 ) -> torch.Tensor:
     """Margin-calibrated loss: a penalty on every class's margin, harder on rare classes.
 
@@ -161,6 +166,12 @@ def margin_calibrated_loss(
             labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they
             count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
         reduction: "mean" (default), "sum", or "none": [N, H, W], zero at ignored pixels.
+        upsample: "bilinear" if the target has a higher resolution than the logits, [N, H, W] with
+            H >= h and W >= w of logits [N, C, h, w], at any ratios: the loss of
+            ``F.interpolate(logits.float(), size=(H, W), mode="bilinear")``, which is never in
+            memory. Default None: the same size.
+        align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
+            False.
 
     Returns:
         The loss in float32 (float64 for float64 logits); the mean is 0 with zero gradient if no
@@ -184,9 +195,12 @@ def margin_calibrated_loss(
         torch.Size([])
     """
     checks.check_logits(logits)
-    checks.check_target(logits, target)
+    checks.check_upsample(upsample, align_corners)
+    checks.check_target(logits, target, upsample, can_upsample=True)
     checks.check_classes(logits, 1 << 16)
-    own, other = _check_options(offsets, variant, ignore_index, reduction, logits)
+    own, other = _check_options(
+        offsets, variant, ignore_index, reduction, upsample, align_corners, logits
+    )
     checks.check_labels_in_range(target, logits.size(1), ignore_index)
     if not serves_triton(logits):
         return margin_calibrated_loss_reference(
@@ -196,9 +210,11 @@ def margin_calibrated_loss(
             variant=variant,
             ignore_index=ignore_index,
             reduction=reduction,
+            upsample=upsample,
+            align_corners=align_corners,
         )
     own, other = checks.without_gradient(own), checks.without_gradient(other)
-    options = Options(variant, checks.plain_label(ignore_index), reduction)
+    options = Options(variant, checks.plain_label(ignore_index), reduction, upsample, align_corners)
     return MARGIN_CALIBRATED(logits, target, own, other, options=options)[0]
 
 
@@ -207,6 +223,8 @@ def _check_options(
     variant: str,
     ignore_index: int | None,
     reduction: str,
+    upsample: str | None,
+    align_corners: bool,
     logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The offsets, if all is right; without ``logits``, for any number of classes."""
@@ -221,6 +239,7 @@ def _check_options(
     checks.check_offsets(other, "offsets.other")
     checks.check_option("variant", variant, VARIANTS)
     checks.check_option("reduction", reduction, REDUCTIONS)
+    checks.check_upsample(upsample, align_corners)
     checks.check_ignore_index(ignore_index, own.shape[0])
     return own, other
 

@@ -6,6 +6,11 @@ alone, the log-sum-exp, would lose the digits of every probability where all log
 backward pass finds the largest logit again. The logarithm, from 0 to log2 C, takes the other 27 in
 fixed point, as many digits as it has in float32. Of more classes the two numbers are saved as they
 are, and so for float64.
+
+Interpolated logits are nowhere to be found again: to look for the largest would take a second pass
+over the classes. Of those log-sum-exp is saved alone, 4 bytes per pixel, which is off by 2^-24 of
+itself, as is every probability times log-sum-exp: 2e-6 where the logits are about 30. That is what
+the interpolation itself rounds off the logits. A second number would double the memory per pixel.
 """
 
 from __future__ import annotations
@@ -40,8 +45,10 @@ _NAN = tl.constexpr((1 << 27) - 1)
 _BUNDLES = tl.constexpr(32)
 
 
-def softmax_saves(logits: torch.Tensor) -> tuple[torch.dtype, ...]:
-    """The dtypes of what is saved: both in one number, or the largest logit and log2 of the sum."""
+def softmax_saves(logits: torch.Tensor, interpolated: bool) -> tuple[torch.dtype, ...]:
+    """The dtypes of what is saved: one number, or the largest logit and log2 of the sum."""
+    if interpolated:
+        return (compute_dtype(logits.dtype),)
     if logits.size(1) <= _PACKED_CLASSES.value and logits.dtype != torch.float64:
         return (torch.int32,)
     return logits.dtype, compute_dtype(logits.dtype)
@@ -115,7 +122,9 @@ def softmax_of_lanes(state, TILE: tl.constexpr):
 @triton.jit
 def softmax_saved(state, statistics, TILE: tl.constexpr):
     """What is saved of each pixel."""
-    if TILE.classes > _PACKED_CLASSES or TILE.double:
+    if TILE.bundle == 0:
+        saved = (statistics.largest * LOG2_E + statistics.log_sum,)
+    elif TILE.classes > _PACKED_CLASSES or TILE.double:
         saved = (statistics.largest, statistics.log_sum)
     else:
         is_largest = state.largest == for_classes(statistics.largest, TILE)
@@ -132,7 +141,7 @@ def softmax_saved(state, statistics, TILE: tl.constexpr):
 @triton.jit
 def softmax_bundles(saved, pixel, TILE: tl.constexpr):
     """The bundle with the largest logit, if that is not saved itself."""
-    if TILE.classes > _PACKED_CLASSES or TILE.double:
+    if TILE.bundle == 0 or TILE.classes > _PACKED_CLASSES or TILE.double:
         bundles = ()
     else:
         (word,) = saved
@@ -144,7 +153,10 @@ def softmax_bundles(saved, pixel, TILE: tl.constexpr):
 def softmax_again(saved, looked_up, TILE: tl.constexpr):
     """The statistics of each pixel, out of what is saved and the largest logits of its bundles."""
     dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
-    if TILE.classes > _PACKED_CLASSES or TILE.double:
+    if TILE.bundle == 0:
+        (log_sum,) = saved
+        largest = tl.zeros_like(log_sum)
+    elif TILE.classes > _PACKED_CLASSES or TILE.double:
         largest, log_sum = saved
         largest = largest.to(dtype)
         log_sum = log_sum.to(dtype)

@@ -1,0 +1,284 @@
+"""Cases, bytes and goals of the pixelwise losses over logits of a lower resolution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels_reference
+from perf.operations import margin_calibration
+from perf.operations.contract import (
+    Case,
+    CodeGoal,
+    Floor,
+    Given,
+    Goal,
+    KernelNotes,
+    LoopNotes,
+    Operation,
+    Shape,
+    random_labels,
+    random_map,
+    rarely,
+    share_of_the_map,
+    variations,
+)
+from tritonloss import functional
+from tritonloss._core.operator import Operator
+from tritonloss.pixelwise import binary_cross_entropy, cross_entropy, focal_loss
+from tritonloss.pixelwise import margin_calibration as margin
+
+
+def low_resolution(case: Case) -> Case:
+    """The case of the logits: as many pixels as the ratio leaves."""
+    assert case.ratio is not None
+    sizes = [math.ceil(size / case.ratio) for size in (case.shape.height, case.shape.width)]
+    return replace(case, shape=replace(case.shape, height=sizes[0], width=sizes[1]))
+
+
+def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
+    """Logits [N, C, h, w] and labels [N, H, W]."""
+    return random_map(low_resolution(case), device), random_labels(case, device)
+
+
+def with_offsets(case: Case, device: torch.device) -> tuple[Any, ...]:
+    """The same, and the offsets of the margins."""
+    logits, labels = inputs(case, device)
+    return logits, labels, margin_calibration.offsets(case, device)
+
+
+def launch(operator: Operator, defaults: Any) -> Callable[[Case, tuple[Any, ...]], None]:
+    """Forward and backward launchers of a loss with such options."""
+
+    def launched(case: Case, tensors: tuple[Any, ...]) -> None:
+        logits, target, *tables = tensors
+        own, other = tables[0] if tables else (None, None)
+        options = defaults._replace(ignore_index=255, **case.options)
+        operator.both_passes(logits, target, own, other, options=options)
+
+    return launched
+
+
+def floor(case: Case) -> Floor:
+    """Forward reads logits and labels: L + T, L of the low resolution. Backward: 2 L + T."""
+    logits = low_resolution(case).shape.elements * case.torch_dtype.itemsize
+    labels = case.shape.pixels * getattr(torch, str(case.labels)).itemsize
+    return Floor(forward=logits + labels, backward=2 * logits + labels)
+
+
+# --- cases ----------------------------------------------------------------------------------------
+
+_STREETS = Shape("cityscapes", 4, 19, 1024, 2048)
+_ROOMS = Shape("ade20k, 16 images", 16, 150, 512, 512)
+_THINGS = Shape("coco-stuff", 4, 171, 640, 640)
+_OPTIONS = {"upsample": "bilinear"}
+BASE = Case(_STREETS, labels="uint8", options=_OPTIONS, ratio=4)
+CASES = variations(
+    replace(BASE, against_compile=True),
+    {"shape": _ROOMS},
+    {"ratio": 8},
+    {"shape": _ROOMS, "ratio": 8},
+    {"dtype": "bfloat16"},
+    {"layout": "channels_last", "against_compile": False},
+    {"ratio": 3.3, "against_compile": False},
+    {"options": {"align_corners": True}, "against_compile": False},
+)
+_ONCE = {"everywhere": False}
+SHIPPED = variations(
+    replace(BASE, everywhere=True),
+    {"ratio": 8},
+    {"ratio": 2, **_ONCE},
+    {"ratio": 16, **_ONCE},
+    {"ratio": 3.3, **_ONCE},
+    {"shape": _THINGS, **_ONCE},
+    {"shape": _THINGS, "ratio": 8, **_ONCE},
+    {"dtype": "bfloat16", **_ONCE},
+    {"layout": "channels_last", **_ONCE},
+)
+AROUND = (
+    *variations(replace(BASE, everywhere=False), {"options": {"reduction": "none"}})[1:],
+    *rarely(
+        BASE,
+        {"dtype": "float16"},
+        {"labels": "int64"},
+        {"dtype": "float64"},
+        {"options": {"align_corners": True}},
+    ),
+)
+
+# --- how to read the machine code -----------------------------------------------------------------
+
+
+def _blocks(given: Given) -> float:
+    return float((given["TILE.classes"] - 1) // given["TILE.unroll"])
+
+
+def _completed(given: Given) -> float:
+    return _blocks(given) * given["TILE.unroll"] / given["TILE.classes"]
+
+
+def _rows_of_cells(given: Given) -> float:
+    return float(given["CELLS.nodes"] + 1)
+
+
+def _rows_of_pixels(given: Given) -> float:
+    return _rows_of_cells(given) * given["sizes.rows"] / given["sizes.height"]
+
+
+def _chunks(given: Given) -> float:
+    return _rows_of_pixels(given) * given["CELLS.chunks"]
+
+
+def _class_loop(name: str) -> LoopNotes:
+    return LoopNotes(name, "_fold_blocks", _blocks, share=_completed)
+
+
+_BACKWARD = KernelNotes(
+    share_of_the_map,
+    (
+        LoopNotes("rows of cells", "_upsampled_backward_kernel.row", _rows_of_cells),
+        LoopNotes("rows of pixels", "sums_of_cells.y", _rows_of_pixels),
+        LoopNotes("chunks of columns", "sums_of_cells.chunk", _chunks),
+    ),
+)
+KERNELS = {
+    "_upsampled_forward_kernel": KernelNotes(share_of_the_map, (_class_loop("classes"),)),
+    "_upsampled_backward_kernel": _BACKWARD,
+}
+TWO_PASSES = {
+    "_upsampled_forward_kernel": KernelNotes(
+        share_of_the_map, (_class_loop("top two"), _class_loop("penalties"))
+    ),
+    "_upsampled_backward_kernel": _BACKWARD,
+}
+
+# --- goals ----------------------------------------------------------------------------------------
+
+
+def code_goals(words: str, limits: dict[float, tuple[float, float]]) -> tuple[CodeGoal, ...]:
+    """Instructions per pixel and class of the whole kernels: of every ratio forward, backward."""
+    return tuple(
+        CodeGoal(
+            text=f"{words}, {direction}, {case.shape.classes} classes, ratio {case.ratio:g}: "
+            "instructions per pixel and class",
+            case=case,
+            kernel=f"_upsampled_{direction}_kernel",
+            loop="total",
+            at_most=most,
+        )
+        for case in SHIPPED
+        if case.dtype == "float32" and case.layout == "contiguous" and case.ratio in limits
+        for direction, most in zip(("forward", "backward"), limits[case.ratio], strict=True)
+    )
+
+
+def _extra(case: Case, per_pixel: float) -> float:
+    """MiB of the gradient and of so many bytes per pixel of the labels."""
+    gradient = low_resolution(case).shape.elements * case.torch_dtype.itemsize
+    return (gradient + per_pixel * case.shape.pixels) * 1.005 / 2**20
+
+
+def memory_goals(words: str, per_pixel: float) -> tuple[Goal, ...]:
+    """Extra memory: the gradient, and so many bytes per pixel of the labels."""
+    return tuple(
+        Goal(
+            f"{words}, {case.text}: extra MiB, the gradient and {per_pixel:g} bytes per pixel",
+            case,
+            "peak_delta_MiB",
+            at_most=_extra(case, per_pixel),
+        )
+        for case in CASES[:2]
+    )
+
+
+def _speed_goals(words: str) -> tuple[Goal, ...]:
+    return tuple(
+        Goal(f"{words}, {case.text}: speed against {rival}", case, column, at_least=times)
+        for case in CASES[:2]
+        for rival, column, times in (
+            ("eager", "speedup_vs_eager", 6.0),
+            ("torch.compile", "speedup_vs_compile", 4.0),
+        )
+    )
+
+
+# Any ratio may take one and a half times as many as the whole ones beside it.
+_SOFTMAX = {4: (12.5, 14.0), 8: (12.5, 10.0), 3.3: (18.75, 21.0)}
+_SIGMOID = {4: (13.5, 17.5), 8: (13.5, 14.0), 3.3: (20.25, 26.25)}
+
+
+def _operation(
+    name: str,
+    function: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    operator: Operator,
+    defaults: Any,
+    **more: Any,
+) -> Operation:
+    fields: dict[str, Any] = {
+        "inputs": inputs,
+        "launch": launch(operator, defaults),
+        "floor": floor,
+        "cases": CASES,
+        "shipped": (*SHIPPED, *AROUND),
+        "kernels": KERNELS,
+    }
+    return Operation(
+        name=f"{name}_upsampled",
+        function=function,
+        reference=reference,
+        operators=(f"{operator.name}_upsampled_forward", f"{operator.name}_upsampled_backward"),
+        **{**fields, **more},
+    )
+
+
+OPERATIONS = (
+    _operation(
+        "cross_entropy",
+        functional.cross_entropy,
+        kernels_reference.cross_entropy,
+        cross_entropy.CROSS_ENTROPY,
+        cross_entropy.Options(),
+        goals=(
+            *code_goals("Cross entropy of upsampled logits", _SOFTMAX),
+            *memory_goals("Cross entropy of upsampled logits", 4),
+            *_speed_goals("Cross entropy of upsampled logits"),
+        ),
+    ),
+    _operation(
+        "binary_cross_entropy",
+        functional.binary_cross_entropy,
+        kernels_reference.binary_cross_entropy,
+        binary_cross_entropy.BINARY_CROSS_ENTROPY,
+        binary_cross_entropy.Options(),
+        goals=(
+            *code_goals("Binary cross entropy of upsampled logits", _SIGMOID),
+            *memory_goals("Binary cross entropy of upsampled logits", 0),
+        ),
+    ),
+    _operation(
+        "focal_loss",
+        functional.focal_loss,
+        kernels_reference.focal_loss,
+        focal_loss.FOCAL,
+        focal_loss.Options(),
+        cases=CASES[:3],
+        goals=memory_goals("Focal loss of upsampled logits", 4),
+    ),
+    _operation(
+        "margin_calibrated_loss",
+        functional.margin_calibrated_loss,
+        kernels_reference.margin_calibrated_loss,
+        margin.MARGIN_CALIBRATED,
+        margin.Options(),
+        inputs=with_offsets,
+        kernels=TWO_PASSES,
+        cases=CASES[:3],
+        goals=memory_goals("Margin-calibrated loss of upsampled logits", 8),
+    ),
+)

@@ -1,0 +1,200 @@
+"""The kernels of all pixelwise losses over logits that are interpolated (``cells.py``)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .cell_walk import (
+    Backward,
+    Forward,
+    Gradient,
+    Upstream,
+    finish_pixels,
+    fold_cells,
+    join_rows,
+    load_pixel_of,
+    nothing_waits,
+    of_pixels,
+    store_nodes,
+    sums_of_cells,
+)
+from .cells import (
+    Axis,
+    cells_at,
+    further,
+    nodes_around,
+    shares_of_columns,
+    shares_of_rows,
+    wide,
+)
+from .pixel_kernels import store_loss
+from .pixel_walk import given_to, of_each
+from .sums import Sums, comes_last, leave
+
+
+@triton.jit
+def _upsampled_forward_kernel(
+    logits_ptr,  # [N, C, h, w]
+    target_ptr,  # [N, H, W]
+    own_ptrs,  # of every loss [C]: a table for a pixel's own class, if the loss has one
+    other_ptrs,  # of every loss [C]: a table for the other classes, if the loss has one
+    map_ptrs,  # [N, H, W] each: what the losses leave to the backward pass
+    values_ptr,  # [N, H, W]: the sum of the losses of every pixel, if REDUCTION is "none"
+    loss_ptr,  # [], otherwise
+    scale_ptr,  # of every loss: what the gradient of a pixel's value is multiplied by
+    row_starts_ptr,  # [h + 2]: of every row of cells the first row of pixels
+    row_shares_ptr,  # [H]: the share of the nodes below
+    column_starts_ptr,  # [w + 2]
+    column_shares_ptr,  # [W]
+    scratch_ptr,
+    tickets_ptr,
+    numbers,  # of every loss its own
+    shares,  # of every loss in the sum
+    logits_strides,
+    target_strides,
+    sizes,
+    full,
+    programs,
+    TERMS: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    TILE: tl.constexpr,
+    CELLS: tl.constexpr,
+):
+    """Reads the labels once, and the logits once for the rows and columns that a lane has."""
+    COUNT: tl.constexpr = len(TERMS.start)
+    PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
+    # Side by side are blocks of cells, then chunks of columns and bands of rows in them.
+    program = tl.program_id(0)
+    block = program % sizes.blocks
+    program = program // sizes.blocks
+    chunk = program % CELLS.chunks
+    program = program // CELLS.chunks
+    band = program % sizes.bands
+    image = (program // sizes.bands).to(tl.int64)
+    index = block * TILE.pixels + tl.arange(0, TILE.pixels)
+    row = index // (sizes.width + 1)
+    column = index - row * (sizes.width + 1)
+
+    rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
+    columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
+    target = (target_ptr, target_strides)
+    cells = cells_at((rows, columns), row, column, target, image, sizes)
+    cells = further(cells, band * CELLS.rows, chunk * CELLS.columns, sizes)
+    # A loss whose sums do not ask for the labels keeps none of them: they are loaded once more.
+    walk = Forward(
+        nodes=nodes_around(logits_ptr, logits_strides, image, row, column, sizes),
+        pixels=of_pixels(load_pixel_of, (cells, sizes), TERMS, TILE, CELLS),
+        given=of_each(given_to, (own_ptrs, other_ptrs, numbers), TERMS, TILE),
+        row_shares=shares_of_rows(rows, cells, CELLS),
+        column_shares=shares_of_columns(columns, cells, CELLS),
+    )
+    states = fold_cells(walk, full, TERMS, TILE, CELLS)
+
+    walk = Forward(
+        nodes=walk.nodes,
+        pixels=of_pixels(load_pixel_of, (cells, sizes), TERMS, TILE, CELLS),
+        given=walk.given,
+        row_shares=walk.row_shares,
+        column_shares=walk.column_shares,
+    )
+    places = ()
+    for k in tl.static_range(PIXELS):
+        row_of_pixels = further(cells, k // CELLS.columns, k % CELLS.columns, sizes)
+        places = places + (row_of_pixels.place,)
+    values, totals = finish_pixels(states, walk, places, map_ptrs, TERMS, TILE, CELLS)
+    if REDUCTION == "none":
+        for k in tl.static_range(PIXELS):
+            in_all = shares[0] * values[k * COUNT]
+            for j in tl.static_range(1, COUNT):
+                in_all += shares[j] * values[k * COUNT + j]
+            tl.store(values_ptr + places[k], in_all, mask=walk.pixels[k].inside)
+    else:
+        sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs, rows=2 * COUNT + 1)
+        for i in tl.static_range(2 * COUNT + 1):
+            leave(sums, i, tl.sum(totals[i]))
+        if comes_last(sums):
+            store_loss(loss_ptr, scale_ptr, sums, shares, COUNT, REDUCTION)
+
+
+@triton.jit
+def _upsampled_backward_kernel(
+    upstream_ptr,  # [], or [N, H, W] unless REDUCED
+    scale_ptr,  # of every loss, if REDUCED
+    logits_ptr,  # [N, C, h, w]
+    target_ptr,  # [N, H, W]
+    own_ptrs,  # of every loss [C]
+    other_ptrs,  # of every loss [C]
+    map_ptrs,  # [N, H, W] each
+    grad_ptr,  # [N, C, h, w]
+    row_starts_ptr,  # [h + 2]
+    row_shares_ptr,  # [H]
+    column_starts_ptr,  # [w + 2]
+    column_shares_ptr,  # [W]
+    numbers,
+    shares,
+    upstream_strides,
+    logits_strides,
+    target_strides,
+    grad_strides,
+    sizes,
+    TERMS: tl.constexpr,
+    REDUCED: tl.constexpr,
+    TILE: tl.constexpr,
+    CELLS: tl.constexpr,
+):
+    """Walks down a strip of cells with one block of classes; writes every node's gradient once."""
+    COUNT: tl.constexpr = len(TERMS.start)
+    BLOCKS: tl.constexpr = (TILE.classes + TILE.unroll - 1) // TILE.unroll
+    # Side by side are blocks of classes, which share labels and maps, then of cells.
+    program = tl.program_id(0)
+    class_block = program % BLOCKS
+    program = program // BLOCKS
+    block = program % sizes.blocks
+    program = program // sizes.blocks
+    strip = program % sizes.bands
+    image = (program // sizes.bands).to(tl.int64)
+    # The last block begins early enough to be a whole one; what it shares, one of them stores.
+    unseen = class_block * TILE.unroll
+    first_class = tl.minimum(unseen, TILE.classes - TILE.unroll)
+    # The last lane is there for the left neighbour's right nodes.
+    lane = tl.arange(0, TILE.pixels)
+    column = block * (TILE.pixels - 1) + lane
+
+    rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
+    columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
+    scales = ()
+    for k in tl.static_range(COUNT):
+        scales = scales + ((tl.load(scale_ptr + k) if REDUCED else shares[k]),)
+    walk = Backward(
+        given=of_each(given_to, (own_ptrs, other_ptrs, numbers), TERMS, TILE),
+        map_ptrs=map_ptrs,
+        upstream=Upstream(
+            pointer=upstream_ptr + image * upstream_strides[0],
+            row_stride=wide(upstream_strides[1]),
+            column_stride=wide(upstream_strides[2]),
+            scales=scales,
+        ),
+        row_axis=rows,
+        column_axis=columns,
+        sizes=sizes,
+    )
+    gradient = Gradient(
+        pointer=grad_ptr + image * grad_strides[0] + column * wide(grad_strides[3]),
+        row_stride=wide(grad_strides[2]),
+        class_stride=wide(grad_strides[1]),
+        end=tl.minimum(sizes.width - block * (TILE.pixels - 1), TILE.pixels - 1),
+        first=first_class,
+        unseen=unseen,
+    )
+
+    first_row = strip * CELLS.nodes
+    end_row = tl.minimum(first_row + CELLS.nodes, sizes.height)
+    waiting = nothing_waits(TILE)
+    for row in tl.range(first_row, end_row + 1):
+        cells = cells_at((rows, columns), row, column, (target_ptr, target_strides), image, sizes)
+        nodes = nodes_around(logits_ptr, logits_strides, image, row, column, sizes)
+        sums = sums_of_cells(walk, nodes, cells, first_class, TERMS, TILE, CELLS)
+        complete, waiting = join_rows(waiting, sums, row, sizes, TILE)
+        if row > first_row:
+            store_nodes(gradient, complete, row - 1, column, sizes, TILE)
