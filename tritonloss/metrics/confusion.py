@@ -32,8 +32,6 @@ from .confusion_launch import (
     launch_prediction,
 )
 
-UPSAMPLINGS = ("bilinear",)
-
 # --- operators ------------------------------------------------------------------------------------
 
 
@@ -67,14 +65,10 @@ class Prediction(NamedTuple):
 
 
 def _matrix(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Matrix:
-    if not logits.is_floating_point():
-        assert options.num_classes is not None
-        found = launch_label_matrix(logits, target, options.num_classes, options.ignore_index)
-    else:
-        found = launch_matrix(
-            _interpolated(logits, target.shape[1:], options), target, options.ignore_index
-        )
-    return Matrix(found)
+    if logits.is_floating_point():
+        return Matrix(launch_matrix(logits, target, options.ignore_index, options.align_corners))
+    assert options.num_classes is not None
+    return Matrix(launch_label_matrix(logits, target, options.num_classes, options.ignore_index))
 
 
 def _empty_matrix(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Matrix:
@@ -83,24 +77,11 @@ def _empty_matrix(logits: torch.Tensor, target: torch.Tensor, options: Options) 
 
 
 def _prediction(logits: torch.Tensor, options: PredictOptions) -> Prediction:
-    return Prediction(
-        launch_prediction(_interpolated(logits, options.size or logits.shape[2:], options))
-    )
+    return Prediction(launch_prediction(logits, options.size, options.align_corners))
 
 
 def _empty_prediction(logits: torch.Tensor, options: PredictOptions) -> Prediction:
-    return Prediction(empty_prediction(logits, options.size or logits.shape[2:]))
-
-
-def _interpolated(
-    logits: torch.Tensor, size: Sequence[int], options: Options | PredictOptions
-) -> torch.Tensor:
-    if tuple(size) == tuple(logits.shape[2:]):
-        return logits
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.interpolate(
-        wide, tuple(size), mode="bilinear", align_corners=options.align_corners
-    )
+    return Prediction(empty_prediction(logits, options.size))
 
 
 MATRIX = Operator(
@@ -182,9 +163,11 @@ def confusion_matrix(
         target: integer labels [N, H, W], uint8 to int64; 0 and 1 with one channel.
         num_classes: C, where ``logits`` are labels; else None, or the number of labels that the
             logits have.
-        upsample: "bilinear": logits [N, C, h, w] with h <= H and w <= W are interpolated to the
-            size of ``target`` as torch.nn.functional.interpolate does it in float32. Default None.
-        align_corners: of the interpolation, as torch has it. Default False.
+        upsample: None (default), or "bilinear": the logits are [N, C, h, w] with h <= H and w <= W,
+            and what counts is ``F.interpolate(logits.float(), size=(H, W), mode="bilinear")``,
+            which is never in memory. Without effect where ``logits`` are labels.
+        align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
+            False.
         ignore_index: label of pixels that are not counted, any integer or None. Default 255, which
             has to be given where there are more than 255 classes and it is one of them. Other
             labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they
@@ -238,9 +221,10 @@ def predict(
     Args:
         logits: [N, C, h, w], float16, bfloat16, float32 or float64, any strides.
         size: (H, W) of the prediction, H >= h and W >= w, or None for that of the logits (default).
-        upsample: "bilinear" (default): logits are interpolated to ``size`` as
-            torch.nn.functional.interpolate does it in float32. None: they have that size.
-        align_corners: of the interpolation, as torch has it. Default False.
+        upsample: "bilinear" (default): what counts is ``F.interpolate(logits.float(), size,
+            mode="bilinear")``. None: the logits have that size.
+        align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
+            False.
 
     Returns:
         The classes [N, H, W], uint8, or int32 of more than 256 classes.
@@ -255,8 +239,7 @@ def predict(
         torch.Size([2, 128, 256])
     """
     checks.check_logits(logits)
-    checks.check_option("upsample", upsample, UPSAMPLINGS, or_none=True)
-    checks.check_flag("align_corners", align_corners)
+    checks.check_upsample(upsample, align_corners)
     if size is not None:
         size = _checked_size(size, upsample, logits)
     logits = logits.detach()
@@ -273,8 +256,7 @@ def _check_options(
 ) -> None:
     if num_classes is not None:
         checks.check_positive("num_classes", num_classes)
-    checks.check_option("upsample", upsample, UPSAMPLINGS, or_none=True)
-    checks.check_flag("align_corners", align_corners)
+    checks.check_upsample(upsample, align_corners)
     checks.check_ignore_index(ignore_index)
 
 
@@ -301,13 +283,7 @@ def _check_logits(
             f"num_classes must be {classes} or None for logits of shape {tuple(logits.shape)}; "
             f"got {num_classes}"
         )
-    if upsample is None:
-        checks.check_target(logits, target)
-    else:
-        images, count, *_ = logits.shape
-        size = tuple(target.shape[1:]) if isinstance(target, torch.Tensor) else ()
-        checks.check_target(logits.new_empty(1).expand(images, count, *size), target)
-        _checked_size(size, upsample, logits)
+    checks.check_target(logits, target, upsample, can_upsample=True)
     return classes
 
 

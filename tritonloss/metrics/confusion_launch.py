@@ -9,10 +9,12 @@ import torch
 
 from .._core.backend import device_guard
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
-from .._engine.pixel_launch import Loss, _launch, _strides
-from .._engine.pixel_walk import Terms
+from .._engine.cell_launch import _axes, _forward_launch
+from .._engine.pixel_launch import _launch, _strides
+from .._engine.pixel_terms import Loss, Term, Walk, terms_of
 from .._engine.pixels import Record, no_lookups
 from .._engine.planes import ignored_class
+from .confusion_cells import _upsampled_confusion_kernel, _upsampled_predict_kernel
 from .confusion_kernels import (
     Options,
     _confusion_matrix_kernel,
@@ -27,20 +29,29 @@ from .confusion_kernels import (
 LARGEST = Loss(
     "confusion_matrix",
     Record(largest_start, largest_add, largest_add, largest_add, largest_add, no_lookups),
-    saved=lambda logits: (),
+    saved=lambda logits, interpolated: (),
     unroll=4,  # of 8 that are two bytes wide Triton 3.9 spills
     binary=True,
 )
 
 
+# --- the matrix -----------------------------------------------------------------------------------
+
+
 def launch_matrix(
-    logits: torch.Tensor, target: torch.Tensor, ignore_index: int | None
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ignore_index: int | None,
+    align_corners: bool = False,
 ) -> torch.Tensor:
-    """The matrix of logits and labels."""
-    is_binary = logits.size(1) == 1
-    classes = 2 if is_binary else logits.size(1)
+    """The matrix of logits, which are interpolated if the labels are more, and labels."""
+    classes = 2 if logits.size(1) == 1 else logits.size(1)
     matrix = logits.new_zeros((classes, classes), dtype=torch.int64)
     if target.numel() == 0:
+        return matrix
+    if target.shape[1:] != logits.shape[2:]:
+        walk = Walk(ignore_index, "sum", "bilinear", align_corners)
+        _launch_cells(logits, target, walk, matrix)
         return matrix
 
     def prepare() -> PreparedLaunch:
@@ -48,9 +59,9 @@ def launch_matrix(
         constants = {
             "logits_strides": _strides(logits, arguments["TILE"]),
             "target_strides": _strides(target, arguments["TILE"]),
-            "TERMS": _terms(is_binary),
+            "TERMS": _terms(logits, Walk(ignore_index, "sum")),
             "IGNORED": ignored_class(ignore_index, classes, target.dtype),
-            "BINARY": is_binary,
+            "BINARY": logits.size(1) == 1,
             "BINS": _bins(classes),
             **arguments,
         }
@@ -94,10 +105,18 @@ def launch_label_matrix(
     return matrix
 
 
-def launch_prediction(logits: torch.Tensor) -> torch.Tensor:
-    """The class of every pixel."""
-    prediction = empty_prediction(logits, logits.shape[2:])
+# --- the prediction -------------------------------------------------------------------------------
+
+
+def launch_prediction(
+    logits: torch.Tensor, size: Sequence[int] | None = None, align_corners: bool = False
+) -> torch.Tensor:
+    """The class of every pixel, of logits that are interpolated to a size if it is another."""
+    prediction = empty_prediction(logits, size)
     if prediction.numel() == 0:
+        return prediction
+    if prediction.shape[1:] != logits.shape[2:]:
+        _launch_cells(logits, prediction, Walk(None, "sum", "bilinear", align_corners), None)
         return prediction
 
     def prepare() -> PreparedLaunch:
@@ -105,7 +124,7 @@ def launch_prediction(logits: torch.Tensor) -> torch.Tensor:
         grid, arguments = _launch([LARGEST], "forward", logits, prediction)
         constants = {
             "logits_strides": _strides(logits, arguments["TILE"]),
-            "TERMS": _terms(logits.size(1) == 1),
+            "TERMS": _terms(logits, Walk(None, "sum")),
             **arguments,
         }
         return PreparedLaunch(_predict_kernel, grid, constants, arguments["TILE"].grain > 1)
@@ -116,22 +135,56 @@ def launch_prediction(logits: torch.Tensor) -> torch.Tensor:
     return prediction
 
 
-def empty_prediction(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+def empty_prediction(logits: torch.Tensor, size: Sequence[int] | None) -> torch.Tensor:
     """A map [N, *size] for classes, in the narrowest integer of uint8 and int32."""
     dtype = torch.uint8 if logits.size(1) <= 256 else torch.int32
+    size = logits.shape[2:] if size is None else size
     return logits.new_empty((logits.size(0), *size), dtype=dtype)
 
 
-def _terms(is_binary: bool) -> Terms:
-    """The record as the walk takes it: one, of one pass."""
-    record = LARGEST.record
-    functions: dict[str, Any] = {
-        name: (getattr(record, name) or record.add,) for name in Record._fields
-    }
-    return Terms(
-        **functions, twice=(False,), passes=1, options=(Options(is_binary),), maps=(0,),
-        first_map=(0,),
-    )  # fmt: skip
+# --- interpolated logits --------------------------------------------------------------------------
+
+
+def _launch_cells(
+    logits: torch.Tensor, labels: torch.Tensor, walk: Walk, matrix: torch.Tensor | None
+) -> None:
+    """Count interpolated logits against labels; without a matrix write what they predict there."""
+    rows, columns = _axes(logits, labels, walk.align_corners)
+    name = "prediction" if matrix is None else "target"
+
+    def prepare() -> PreparedLaunch:
+        programs, arguments = _forward_launch(
+            [LARGEST], logits, labels, walk, rows.most, columns.most
+        )
+        constants = {
+            "logits_strides": logits.stride(),
+            f"{name}_strides": labels.stride(),
+            "TERMS": _terms(logits, walk),
+            **arguments,
+        }
+        kernel = _upsampled_predict_kernel
+        if matrix is not None:
+            kernel = _upsampled_confusion_kernel
+            constants["BINS"] = _bins(matrix.size(0))
+        return PreparedLaunch(kernel, (programs,), constants, aligned=False)
+
+    launch = prepared(("upsampled", name, kind(logits), kind(labels), walk), prepare)
+    tensors = {"logits_ptr": logits, f"{name}_ptr": labels}
+    if matrix is not None:
+        tensors["matrix_ptr"] = matrix
+    with device_guard(logits):
+        launch(
+            **tensors,
+            row_starts_ptr=rows.starts,
+            row_shares_ptr=rows.shares,
+            column_starts_ptr=columns.starts,
+            column_shares_ptr=columns.shares,
+        )
+
+
+def _terms(logits: torch.Tensor, walk: Walk) -> Any:
+    """The search for the largest logit, as walks take it."""
+    return terms_of((Term(LARGEST, Options(logits.size(1) == 1)),), logits, walk, save=False)
 
 
 def _bins(classes: int) -> int:
