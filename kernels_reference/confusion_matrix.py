@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels_reference.base import at_labels, working_dtype
+
 
 def predict(
     logits: Tensor,
@@ -15,8 +17,8 @@ def predict(
 ) -> Tensor:
     """The class of every pixel's largest logit, interpolated to a size; of one channel z > 0."""
     if size is not None and tuple(size) != tuple(logits.shape[2:]):
-        widened = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = F.interpolate(widened, tuple(size), mode=upsample, align_corners=align_corners)
+        wide = logits.to(working_dtype(logits.dtype))
+        logits = F.interpolate(wide, tuple(size), mode=upsample, align_corners=align_corners)
     classes = logits.size(1)
     found = (logits > 0).squeeze(1) if classes == 1 else logits.argmax(1)
     return found.to(torch.uint8 if classes <= 256 else torch.int32)
@@ -35,8 +37,7 @@ def confusion_matrix(
     prediction = logits
     if logits.is_floating_point():
         num_classes = 2 if logits.size(1) == 1 else logits.size(1)
-        size = None if upsample is None else target.shape[1:]
-        prediction = predict(logits, size, upsample or "bilinear", align_corners)
+        prediction = predict(at_labels(logits, target, upsample, align_corners))
     assert num_classes is not None
     label, found = target.to(torch.int64), prediction.to(torch.int64)
     valid = (label >= 0) & (label < num_classes) & (found >= 0) & (found < num_classes)

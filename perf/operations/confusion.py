@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels_reference import confusion_matrix as reference
-from perf.operations import peers
+from perf.operations import peers, upsampling
 from perf.operations.contract import (
     SHAPES,
     Case,
@@ -20,6 +20,7 @@ from perf.operations.contract import (
     LoopNotes,
     Operation,
     rarely,
+    share_of_the_map,
     variations,
 )
 from perf.operations.pixel_cases import BASE, class_loop, inputs, outputs
@@ -29,13 +30,19 @@ from tritonloss.metrics import confusion, confusion_kernels
 
 def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     """The launchers of the matrix, of the prediction, and of the matrix of label maps."""
+    prediction = launch_of_logits(case, tensors)
+    options = confusion.Options(max(case.shape.classes, 2), ignore_index=255)
+    confusion.MATRIX.run_forward((prediction, tensors[1]), options, False)
+
+
+def launch_of_logits(case: Case, tensors: tuple[Tensor, ...]) -> Tensor:
+    """The launchers of the matrix and of the prediction, which is returned."""
     logits, target = tensors
     options = confusion.Options(ignore_index=255)._replace(**case.options)
     confusion.MATRIX.run_forward(tensors, options, False)
-    predicting = confusion.PredictOptions(target.shape[1:])
-    (prediction,) = confusion.PREDICTION.run_forward((logits,), predicting, False)
-    labels = options._replace(num_classes=max(logits.size(1), 2))
-    confusion.MATRIX.run_forward((prediction, target), labels, False)
+    predicting = confusion.PredictOptions(target.shape[1:], align_corners=options.align_corners)
+    prediction: Tensor = confusion.PREDICTION.run_forward((logits,), predicting, False)[0]
+    return prediction
 
 
 def floor(case: Case) -> Floor:
@@ -43,6 +50,11 @@ def floor(case: Case) -> Floor:
     logits = case.shape.elements * case.torch_dtype.itemsize
     labels = case.shape.pixels * getattr(torch, str(case.labels)).itemsize
     return Floor(forward=logits + labels, backward=0)
+
+
+def floor_of_upsampled(case: Case) -> Floor:
+    """Logits of the low resolution and labels are read: L + T."""
+    return replace(upsampling.floor(case), backward=0)
 
 
 def _pixels(given: Given) -> float:
@@ -93,7 +105,52 @@ _RARE = rarely(
     {"shape": SHAPES["ade20k"], "dtype": "float64"},
     {"shape": SHAPES["ade20k"], "dtype": "bfloat16"},
 )
+# --- interpolated logits --------------------------------------------------------------------------
+
+_UPSAMPLED = tuple(
+    replace(case, against_compile=False)
+    for case in variations(
+        upsampling.BASE,
+        {"ratio": 8},
+        {"dtype": "bfloat16"},
+        {"shape": SHAPES["ade20k"]},
+        {"ratio": 3.3},
+        {"shape": SHAPES["binary"]},
+        {"options": {"align_corners": True}},
+    )
+)
+_UPSAMPLED_SHIPPED = (
+    *variations(
+        replace(_UPSAMPLED[0], everywhere=True),
+        {"ratio": 8},
+        *(
+            {"everywhere": False, **change}
+            for change in (
+                {"ratio": 2},
+                {"ratio": 16},
+                {"ratio": 3.3},
+                {"shape": SHAPES["ade20k"]},
+                {"shape": SHAPES["binary"]},
+                {"dtype": "bfloat16"},
+                {"layout": "channels_last"},
+                {"labels": "int64"},
+                {"dtype": "float64"},
+            )
+        ),
+    ),
+    *rarely(
+        _UPSAMPLED[0],
+        *({"labels": labels} for labels in ("int16", "int32")),
+        {"dtype": "float16"},
+        {"shape": _THOUSAND},
+        {"shape": SHAPES["ade20k"], "ratio": 8},
+    ),
+)
+
+# --- machine code and goals -----------------------------------------------------------------------
+
 _FOLD = class_loop("classes", "_fold_blocks")
+_FOLD_CELLS = upsampling._class_loop("classes")
 _COUNT = LoopNotes("draws", "_count_drawn", _draws)
 GOALS = (
     *(
@@ -105,6 +162,16 @@ GOALS = (
          at_most=8 * 19 * 19 / 2**20 + 0.001),
     CodeGoal("Confusion matrix, 150 classes: instructions per pixel and class", _SHIPPED[1],
              "_confusion_matrix_kernel", "classes", at_most=5.5),
+)  # fmt: skip
+# Of eager's interpolated logits nothing is left: what is compared with is their size.
+UPSAMPLED_GOALS = (
+    *(
+        Goal(f"Confusion matrix of upsampled logits, {case.text}: speed against eager", case,
+             "speedup_vs_eager", at_least=6.0)
+        for case in _UPSAMPLED[:2]
+    ),
+    CodeGoal("Confusion matrix of upsampled logits, ratio 4: instructions per pixel and class",
+             _UPSAMPLED_SHIPPED[0], "_upsampled_confusion_kernel", "total", at_most=12.5),
 )  # fmt: skip
 
 OPERATIONS = (
@@ -125,6 +192,23 @@ OPERATIONS = (
         operators=("confusion_matrix_forward",),
         goals=GOALS,
         libraries=peers.CONFUSION_MATRIX,
+        differentiable=False,
+    ),
+    Operation(
+        name="confusion_matrix_upsampled",
+        function=functional.confusion_matrix,
+        reference=reference,
+        inputs=upsampling.inputs,
+        launch=launch_of_logits,
+        floor=floor_of_upsampled,
+        cases=_UPSAMPLED,
+        shipped=_UPSAMPLED_SHIPPED,
+        kernels={
+            "_upsampled_confusion_kernel": KernelNotes(share_of_the_map, (_FOLD_CELLS, _COUNT)),
+            "_upsampled_predict_kernel": KernelNotes(share_of_the_map, (_FOLD_CELLS,)),
+        },
+        operators=("confusion_matrix_upsampled_forward",),
+        goals=UPSAMPLED_GOALS,
         differentiable=False,
     ),
 )
