@@ -49,7 +49,7 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 def with_offsets(case: Case, device: torch.device) -> tuple[Any, ...]:
     """The same, and the offsets of the margins."""
     logits, labels = inputs(case, device)
-    return logits, labels, margin_calibration.offsets(case, device)
+    return logits, labels, margin_calibration.offsets(case.shape.classes, device)
 
 
 def launch(operator: Operator, defaults: Any) -> Callable[[Case, tuple[Any, ...]], None]:

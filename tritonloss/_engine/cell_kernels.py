@@ -86,8 +86,8 @@ def _upsampled_forward_kernel(
         nodes=nodes_around(logits_ptr, logits_strides, image, row, column, sizes),
         pixels=of_pixels(load_pixel_of, (cells, sizes), TERMS, TILE, CELLS),
         given=of_each(given_to, (own_ptrs, other_ptrs, numbers), TERMS, TILE),
-        row_shares=shares_of_rows(rows, cells, CELLS),
-        column_shares=shares_of_columns(columns, cells, CELLS),
+        row_shares=shares_of_rows(rows, cells, sizes, CELLS),
+        column_shares=shares_of_columns(columns, cells, sizes, CELLS),
     )
     states = fold_cells(walk, full, TERMS, TILE, CELLS)
 
@@ -119,8 +119,8 @@ def _upsampled_forward_kernel(
 
 @triton.jit
 def _upsampled_backward_kernel(
-    upstream_ptr,  # [], or [N, H, W] unless REDUCED
-    scale_ptr,  # of every loss, if REDUCED
+    upstream_ptr,  # [], or [N, H, W] unless reduced
+    scale_ptr,  # of every loss, if reduced
     logits_ptr,  # [N, C, h, w]
     target_ptr,  # [N, H, W]
     own_ptrs,  # of every loss [C]
@@ -139,7 +139,6 @@ def _upsampled_backward_kernel(
     grad_strides,
     sizes,
     TERMS: tl.constexpr,
-    REDUCED: tl.constexpr,
     TILE: tl.constexpr,
     CELLS: tl.constexpr,
 ):
@@ -165,12 +164,13 @@ def _upsampled_backward_kernel(
     columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
     scales = ()
     for k in tl.static_range(COUNT):
-        scales = scales + ((tl.load(scale_ptr + k) if REDUCED else shares[k]),)
+        scales = scales + ((tl.load(scale_ptr + k) if CELLS.reduced else shares[k]),)
     walk = Backward(
         given=of_each(given_to, (own_ptrs, other_ptrs, numbers), TERMS, TILE),
         map_ptrs=map_ptrs,
         upstream=Upstream(
             pointer=upstream_ptr + image * upstream_strides[0],
+            value=tl.load(upstream_ptr).to(tl.float64 if TILE.double else tl.float32),
             row_stride=wide(upstream_strides[1]),
             column_stride=wide(upstream_strides[2]),
             scales=scales,
@@ -195,6 +195,6 @@ def _upsampled_backward_kernel(
         cells = cells_at((rows, columns), row, column, (target_ptr, target_strides), image, sizes)
         nodes = nodes_around(logits_ptr, logits_strides, image, row, column, sizes)
         sums = sums_of_cells(walk, nodes, cells, first_class, TERMS, TILE, CELLS)
-        complete, waiting = join_rows(waiting, sums, row, sizes, TILE)
+        complete, waiting = join_rows(waiting, sums, TILE)
         if row > first_row:
-            store_nodes(gradient, complete, row - 1, column, sizes, TILE)
+            store_nodes(gradient, complete, row - 1, TILE)

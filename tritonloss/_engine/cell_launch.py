@@ -6,7 +6,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 import triton
 
@@ -60,25 +59,25 @@ def axis_tables(
     nodes: int, pixels: int, align_corners: bool, dtype: torch.dtype, device: torch.device
 ) -> AxisTables:
     """The tables of an axis, by the arithmetic of PyTorch's interpolation in ``dtype``."""
-    real = numpy.float64 if dtype == torch.float64 else numpy.float32
-    pixel = numpy.arange(pixels, dtype=real)
-    if align_corners:
-        scale = real(nodes - 1) / real(pixels - 1) if pixels > 1 else real(0)
-        place = scale * pixel
-    else:
-        scale = real(nodes) / real(pixels)
-        place = scale * (pixel + real(0.5)) - real(0.5)
+    pixel = torch.arange(pixels, dtype=dtype)
+    sizes = torch.tensor((nodes, pixels), dtype=dtype)
     if nodes == pixels:  # PyTorch copies
         place = pixel
-    before = numpy.minimum(numpy.floor(numpy.maximum(place, 0)), nodes - 1)
-    shares = numpy.clip(numpy.maximum(place, 0) - before, 0, 1).astype(real)
-    cells = numpy.where(place < 0, 0, before + 1).astype(numpy.int64)
-    starts = numpy.searchsorted(cells, numpy.arange(nodes + 2))
-    most = int(numpy.diff(starts).max())
+    elif align_corners:
+        place = pixel * ((sizes[0] - 1) / (sizes[1] - 1))
+    else:
+        place = (pixel + 0.5) * (sizes[0] / sizes[1]) - 0.5
+    before = place.clamp(min=0).floor().clamp(max=nodes - 1)
+    shares = (place.clamp(min=0) - before).clamp(0, 1)
+    cells = torch.where(place < 0, 0, before + 1).long()
+    # Beyond the outermost nodes a cell has the same node twice. The share is chosen so that no sum
+    # of gradients is for a node that is not there.
+    shares = torch.where(cells == 0, 1, torch.where(cells == nodes, 0, shares))
+    starts = torch.searchsorted(cells, torch.arange(nodes + 2)).int()
     return AxisTables(
-        torch.from_numpy(starts.astype(numpy.int32)).to(device, non_blocking=True),
-        torch.from_numpy(shares).to(device, non_blocking=True),
-        most,
+        starts.to(device, non_blocking=True),
+        shares.to(device, non_blocking=True),
+        int(starts.diff().max()),
     )
 
 
@@ -173,7 +172,6 @@ def launch_cells_backward(
             "target_strides": target.stride(),
             "grad_strides": grad_logits.stride(),
             "TERMS": terms_of(terms, logits, walk, save=True),
-            "REDUCED": reduced,
             **arguments,
         }
         return PreparedLaunch(_upsampled_backward_kernel, (programs,), constants, aligned=False)
@@ -211,7 +209,7 @@ def cell_heuristic(direction: str, most: int) -> Configuration:
         return {"COLUMNS": columns, "ROWS": rows, "UNROLL": 8, "num_warps": 4}
     columns = min(triton.next_power_of_2(most), _MOST_COLUMNS)
     # One warp: what neighbouring lanes exchange never leaves it.
-    return {"COLUMNS": columns, "ROWS": 16, "UNROLL": 4, "num_warps": 1}
+    return {"COLUMNS": columns, "ROWS": 16, "UNROLL": 5, "num_warps": 1}
 
 
 def _configuration(
@@ -281,7 +279,9 @@ def _backward_launch(
 
 def _tile(configuration: Configuration, logits: torch.Tensor) -> Tile:
     """A lane owns a cell: to the losses it is a pixel."""
-    unroll = min(int(configuration["UNROLL"]), logits.size(1))
+    # Blocks of one size, as far as that goes: going back, all are made of the same number.
+    blocks = triton.cdiv(logits.size(1), int(configuration["UNROLL"]))
+    unroll = triton.cdiv(logits.size(1), blocks)
     return Tile(
         pixels=int(configuration["num_warps"]) * warp_size(),
         lanes=1,
@@ -312,8 +312,11 @@ def _cell_tile(
         near=target.stride(2) == 1,
         ignored=labels["IGNORED"],
         binary=labels["BINARY"],
+        reduced=walk.reduction != "none",
     )
 
 
 def _sizes(logits: torch.Tensor, target: torch.Tensor, blocks: int, bands: int) -> Sizes:
-    return Sizes(*logits.shape[2:], *target.shape[1:], blocks, bands)
+    height, width = logits.shape[2:]
+    rows, columns = target.shape[1:]
+    return Sizes(height, width, rows, columns, blocks, bands)

@@ -44,8 +44,9 @@ class Backward(NamedTuple):
 class Upstream(NamedTuple):
     """The gradients of the values of an image."""
 
-    pointer: Any  # to one number for all pixels, or to a map
-    row_stride: Any  # 0 of one number
+    pointer: Any  # to a map, or to one number for all pixels
+    value: Any  # that number
+    row_stride: Any
     column_stride: Any
     scales: Any  # of every loss: what it is multiplied by
 
@@ -235,6 +236,7 @@ def sums_of_cells(
     corners = _load_corners(nodes, first, TILE.unroll, TILE)
     nothing = _zeros(TILE)
     sums = NodeSums(left=nothing, right=nothing, below_left=nothing, below_right=nothing)
+    has_valid = tl.zeros((TILE.pixels,), tl.int32)
     for y in tl.range(cells.top, cells.bottom):
         share = tl.load(walk.row_axis.shares + y)
         lefts = ()
@@ -244,28 +246,53 @@ def sums_of_cells(
             lefts = lefts + (left,)
             steps = steps + (step,)
         row = Row(y=y, share=share, lefts=lefts, steps=steps, first=first)
-        in_cells = further(cells, y - cells.top, 0, walk.sizes)
-        in_row = (nothing, nothing)
+        here = further(cells, y - cells.top, 0, walk.sizes)
+        in_row = (nothing, nothing, has_valid)
         if CELLS.chunks == 1:
-            in_row = _add_chunk(in_row, walk, nodes, in_cells, row, TERMS, TILE, CELLS)
+            in_row = _add_chunk(in_row, walk, nodes, here, row, TERMS, TILE, CELLS)
         else:
             for chunk in tl.range(0, CELLS.chunks):
-                here = further(in_cells, 0, chunk * CELLS.columns, walk.sizes)
-                in_row = _add_chunk(in_row, walk, nodes, here, row, TERMS, TILE, CELLS)
-        sums = _add_row(sums, in_row, share)
-    return sums
+                part = further(here, 0, chunk * CELLS.columns, walk.sizes)
+                in_row = _add_chunk(in_row, walk, nodes, part, row, TERMS, TILE, CELLS)
+        all_sums, right_sums, has_valid = in_row
+        sums = _add_row(sums, (all_sums, right_sums), share)
+    return _without_ignored(sums, has_valid, TILE)
+
+
+@triton.jit
+def _without_ignored(sums, has_valid, TILE: tl.constexpr):
+    """The sums, 0 of cells without a valid pixel.
+
+    With a scale of 0, slopes are 0 but where a logit is not finite. Then so are the logits of all
+    pixels of a cell, and its nodes' gradients are what the valid ones make of them: whatever the
+    ignored ones beside them add, it changes nothing.
+    """
+    left = ()
+    right = ()
+    below_left = ()
+    below_right = ()
+    for j in tl.static_range(TILE.unroll):
+        left = left + (tl.where(has_valid != 0, sums.left[j], 0.0),)
+        right = right + (tl.where(has_valid != 0, sums.right[j], 0.0),)
+        below_left = below_left + (tl.where(has_valid != 0, sums.below_left[j], 0.0),)
+        below_right = below_right + (tl.where(has_valid != 0, sums.below_right[j], 0.0),)
+    return NodeSums(left=left, right=right, below_left=below_left, below_right=below_right)
 
 
 @triton.jit
 def _add_chunk(
     in_row, walk, nodes, cells, row, TERMS: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr
 ):
-    """(sums of the gradients, of those times the right nodes' shares) with a few more columns."""
-    shares = shares_of_columns(walk.column_axis, cells, CELLS)
-    all_sums, right_sums = in_row
+    """(sums of gradients, of those times the right nodes' shares, whether any pixel was valid).
+
+    With those of a few columns more.
+    """
+    shares = shares_of_columns(walk.column_axis, cells, walk.sizes, CELLS)
+    all_sums, right_sums, has_valid = in_row
     for k in tl.static_range(CELLS.columns):
         pixel = load_pixel(cells, k, TILE, CELLS)
-        factors = _factors(walk, nodes, (cells, row, pixel), (k, shares[k]), TERMS, TILE)
+        here = (further(cells, 0, k, walk.sizes), row, pixel, shares[k])
+        factors = _factors(walk, nodes, here, TERMS, TILE, CELLS)
         block = _block_in_row(row, shares[k])
         more = ()
         more_right = ()
@@ -273,32 +300,32 @@ def _add_chunk(
             gradient = slope(factors, block, j, walk.given, TERMS, 0, TILE)
             for term in tl.static_range(1, len(TERMS.slope)):
                 gradient += slope(factors, block, j, walk.given, TERMS, term, TILE)
-            # Selected, not multiplied by 0: at an ignored pixel there may be an infinity.
-            gradient = tl.where(pixel.label >= 0, gradient, 0.0)
             more = more + (all_sums[j] + gradient,)
             more_right = more_right + (right_sums[j] + shares[k] * gradient,)
         all_sums = more
         right_sums = more_right
-    return all_sums, right_sums
+        has_valid = tl.where(pixel.label >= 0, 1, has_valid)
+    return all_sums, right_sums, has_valid
 
 
 @triton.jit
-def _factors(walk, nodes, here, column, TERMS: tl.constexpr, TILE: tl.constexpr):
+def _factors(walk, nodes, here, TERMS: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr):
     """What the slopes of a pixel's classes share, of all losses."""
     dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
-    cells, row, pixel = here
-    number, column_share = column
-    place = cells.place + number
+    cells, row, pixel, column_share = here
     upstream = walk.upstream
-    offsets = (cells.first + number) * upstream.column_stride
-    pointer = upstream.pointer + row.y * upstream.row_stride
-    value = tl.load(pointer + offsets, mask=pixel.inside, other=0.0).to(dtype)
+    if CELLS.reduced:
+        value = upstream.value
+    else:
+        offsets = row.y * upstream.row_stride + cells.first * upstream.column_stride
+        value = tl.load(upstream.pointer + offsets, mask=pixel.inside, other=0.0).to(dtype)
     scales = ()
     for k in tl.static_range(len(TERMS.slope)):
         scales = scales + (tl.where(pixel.label >= 0, value * upstream.scales[k], 0.0),)
     maps = ()
     for i in tl.static_range(len(walk.map_ptrs)):
-        maps = maps + (tl.load(walk.map_ptrs[i] + place, mask=pixel.inside, other=0),)
+        loaded = tl.load(walk.map_ptrs[i] + cells.place, mask=pixel.inside, other=0)
+        maps = maps + (loaded,)
     arguments = (scales, maps, nodes, (row.share, column_share), pixel, walk.given)
     return of_each(factors_between, arguments, TERMS, TILE)
 
@@ -349,40 +376,26 @@ def nothing_waits(TILE: tl.constexpr):
 
 
 @triton.jit
-def join_rows(waiting, sums, row, sizes, TILE: tl.constexpr):
-    """The gradients (left, right) of the nodes above a row of cells, and of those below, so far.
-
-    Beyond the outermost nodes all is for the one row that is there.
-    """
+def join_rows(waiting, sums, TILE: tl.constexpr):
+    """The gradients (left, right) of the nodes above a row of cells, and of those below, so far."""
     left_before, right_before = waiting
     left = ()
     right = ()
-    left_below = ()
-    right_below = ()
-    is_first = row == 0
-    is_last = row == sizes.height
     for j in tl.static_range(TILE.unroll):
-        to_above = tl.where(is_last, sums.left[j], sums.left[j] - sums.below_left[j])
-        left = left + (left_before[j] + to_above,)
-        to_above = tl.where(is_last, sums.right[j], sums.right[j] - sums.below_right[j])
-        right = right + (right_before[j] + to_above,)
-        left_below = left_below + (tl.where(is_first, sums.left[j], sums.below_left[j]),)
-        right_below = right_below + (tl.where(is_first, sums.right[j], sums.below_right[j]),)
-    return (left, right), (left_below, right_below)
+        left = left + (left_before[j] + (sums.left[j] - sums.below_left[j]),)
+        right = right + (right_before[j] + (sums.right[j] - sums.below_right[j]),)
+    return (left, right), (sums.below_left, sums.below_right)
 
 
 @triton.jit
-def store_nodes(gradient, complete, row, index, sizes, TILE: tl.constexpr):
+def store_nodes(gradient, complete, row, TILE: tl.constexpr):
     """Store the gradients of a row of nodes: what the cells on their left and right add."""
     left, right = complete
     lane = tl.arange(0, TILE.pixels)
     neighbour = tl.minimum(lane + 1, TILE.pixels - 1)
     pointers = gradient.pointer + row * gradient.row_stride
     for j in tl.static_range(TILE.unroll):
-        both = left[j] + right[j]
-        from_left = tl.where(index == 0, both, right[j])
-        from_right = tl.where(index == sizes.width, both, left[j])
-        total = from_left + tl.gather(from_right, neighbour, 0)
+        total = right[j] + tl.gather(left[j], neighbour, 0)
         number = gradient.first + j
         mask = lane < tl.where(number >= gradient.unseen, gradient.end, 0)
         tl.store(pointers + number * gradient.class_stride, total, mask=mask)

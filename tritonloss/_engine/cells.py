@@ -37,6 +37,7 @@ class CellTile(NamedTuple):
     near: bool  # neighbouring labels lie side by side
     ignored: int  # the ignored label if it would be a class, else -1
     binary: bool  # labels are 0 and 1, of one class
+    reduced: bool  # the values are: all pixels have one upstream gradient
 
 
 class Sizes(NamedTuple):
@@ -151,22 +152,23 @@ def nodes_around(logits_ptr, strides, image, row, column, sizes):
 
 
 @triton.jit
-def shares_of_columns(axis, cells, CELLS: tl.constexpr):
+def shares_of_columns(axis, cells, sizes, CELLS: tl.constexpr):
     """Of every column of a lane the share of the right nodes, a tuple of [cells]."""
     shares = ()
     for k in tl.static_range(CELLS.columns):
-        column = cells.first + k
-        shares = shares + (tl.load(axis.shares + column, mask=column < cells.end, other=0.0),)
+        # Beyond the cell anything will do.
+        column = tl.minimum(cells.first + k, sizes.columns - 1)
+        shares = shares + (tl.load(axis.shares + column),)
     return shares
 
 
 @triton.jit
-def shares_of_rows(axis, cells, CELLS: tl.constexpr):
+def shares_of_rows(axis, cells, sizes, CELLS: tl.constexpr):
     """Of every row of a lane the share of the nodes below, a tuple of [cells]."""
     shares = ()
     for r in tl.static_range(CELLS.rows):
-        row = cells.top + r
-        shares = shares + (tl.load(axis.shares + row, mask=row < cells.bottom, other=0.0),)
+        row = tl.minimum(cells.top + r, sizes.rows - 1)
+        shares = shares + (tl.load(axis.shares + row),)
     return shares
 
 

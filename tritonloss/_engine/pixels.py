@@ -71,8 +71,9 @@ def no_bundles(saved, pixel, TILE: tl.constexpr):
 class Record(NamedTuple):
     """A pixelwise loss, as device functions.
 
-    Values at pixels that are not valid may be anything: the walk selects. OPTIONS is the loss's own
-    NamedTuple of what kernels are compiled for, TILE a ``Tile``.
+    Values at pixels that are not valid may be anything: the walk selects. Slopes there have to be 0
+    if the scale is 0 and all logits are finite, whatever is saved of such a pixel. OPTIONS is the
+    loss's own NamedTuple of what kernels are compiled for, TILE a ``Tile``.
 
     Attributes:
         start: (OPTIONS, TILE) -> the state before the first class, a tuple; ``nothing_yet`` begins

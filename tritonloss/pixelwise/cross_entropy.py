@@ -132,7 +132,7 @@ def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE:
         own_class = own_class * (1.0 - smoothing)
         smooth = scale * (smoothing / TILE.classes)
         all_classes = own_class + smooth * sum_of_weights(given, OPTIONS, TILE)
-    statistics = softmax_again(saved, looked_up, TILE)
+    statistics = softmax_again(saved, looked_up, pixel, TILE)
     return softmax_factors(statistics, pixel, all_classes, own_class, smooth, TILE)
 
 

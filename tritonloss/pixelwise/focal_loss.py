@@ -109,7 +109,7 @@ def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE:
 
     If detached a_t q^gamma (p_k - y_k): the focal weight is held constant.
     """
-    statistics = softmax_again(saved, looked_up, TILE)
+    statistics = softmax_again(saved, looked_up, pixel, TILE)
     entropy = surprise(statistics, looked_up[len(looked_up) - 1])
     gamma = given.numbers[0]
     probability, rest, slope = _parts(entropy, gamma, OPTIONS)
@@ -121,6 +121,7 @@ def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE:
         # p_t = 0 with an infinite entropy: nothing is left of the product.
         slope += tl.where((rest == 0) | (probability == 0), 0.0, live)
     factor = scale * own_weight(pixel, given, OPTIONS, TILE) * slope
+    factor = tl.where(pixel.label >= 0, factor, 0.0)
     return softmax_factors(statistics, pixel, factor, factor, factor, TILE)
 
 

@@ -264,7 +264,7 @@ def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE:
     best, runner_up, own = _lookups(saved, pixel, TILE)
     largest, second, score = looked_up
     _, slope = saved
-    slope = slope.to(largest.dtype)
+    slope = tl.where(pixel.label >= 0, slope.to(largest.dtype), 0.0)
     scale = tl.where(slope == slope, scale, slope)
 
     own_is_best = own == best

@@ -150,11 +150,13 @@ def softmax_bundles(saved, pixel, TILE: tl.constexpr):
 
 
 @triton.jit
-def softmax_again(saved, looked_up, TILE: tl.constexpr):
+def softmax_again(saved, looked_up, pixel, TILE: tl.constexpr):
     """The statistics of each pixel, out of what is saved and the largest logits of its bundles."""
     dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
     if TILE.bundle == 0:
         (log_sum,) = saved
+        # Of a pixel that is not valid every probability is 0.
+        log_sum = tl.where(pixel.label >= 0, log_sum, float("inf"))
         largest = tl.zeros_like(log_sum)
     elif TILE.classes > _PACKED_CLASSES or TILE.double:
         largest, log_sum = saved
