@@ -159,7 +159,9 @@ def _upsampled_confusion_kernel(
     cells = _cells_of_program((rows, columns), place, target, sizes, CELLS)
 
     logits = (logits_ptr, logits_strides, full)
-    shares = (shares_of_rows(rows, cells, CELLS), shares_of_columns(columns, cells, CELLS))
+    row_shares = shares_of_rows(rows, cells, sizes, CELLS)
+    column_shares = shares_of_columns(columns, cells, sizes, CELLS)
+    shares = (row_shares, column_shares)
     found = _largest_places(logits, shares, place, cells, sizes, TERMS, TILE, CELLS)
 
     pixels = of_pixels(load_pixel_of, (cells, sizes), TERMS, TILE, CELLS)
@@ -195,7 +197,9 @@ def _upsampled_predict_kernel(
     )
 
     logits = (logits_ptr, logits_strides, full)
-    shares = (shares_of_rows(rows, cells, CELLS), shares_of_columns(columns, cells, CELLS))
+    row_shares = shares_of_rows(rows, cells, sizes, CELLS)
+    column_shares = shares_of_columns(columns, cells, sizes, CELLS)
+    shares = (row_shares, column_shares)
     found = _largest_places(logits, shares, place, cells, sizes, TERMS, TILE, CELLS)
 
     for k in tl.static_range(COUNT):
