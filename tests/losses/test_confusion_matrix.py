@@ -168,38 +168,6 @@ def test_more_than_two_to_the_31_pixels(device: torch.device) -> None:
     assert found.tolist() == [[0, 0], [0, 9 * 2**28]]
 
 
-# --- interpolated logits --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize(
-    ("low", "size"), [((3, 5), (12, 20)), ((5, 7), (8, 23)), ((1, 6), (9, 6)), ((4, 1), (5, 8))]
-)
-@pytest.mark.parametrize("classes", [1, 4, 40])
-def test_interpolated_logits(
-    classes: int, low: tuple[int, int], size: tuple[int, int], align_corners: bool,
-    device: torch.device,
-) -> None:  # fmt: skip
-    """As torch interpolates, but where the two largest are nearer than rounding."""
-    logits, _ = segmentation_case((2, classes, *low), device=device)
-    _, target = segmentation_case((2, classes, *size), device=device)
-    wide = torch.nn.functional.interpolate(
-        logits.double(), size, mode="bilinear", align_corners=align_corners
-    )
-    against = torch.cat((wide, torch.zeros_like(wide)), 1) if classes == 1 else wide
-    first, second = against.topk(2, dim=1).values.unbind(1)
-    clear = first - second > 1e-5
-    assert clear.float().mean() > 0.99
-    target = torch.where(clear, target, 255)
-    options: dict[str, Any] = {"upsample": "bilinear", "align_corners": align_corners}
-    found = confusion_matrix(logits, target, **options)
-    assert torch.equal(found.cpu(), counted(largest(wide), target, max(classes, 2)))
-    prediction = predict(logits, size, align_corners=align_corners)
-    assert torch.equal(prediction[clear].cpu().long(), largest(wide)[clear.cpu()])
-    with tritonloss.use_backend("reference"):
-        assert torch.equal(confusion_matrix(logits, target, **options), found)
-
-
 # --- inside PyTorch -------------------------------------------------------------------------------
 
 
