@@ -8,8 +8,8 @@ WORKERS ?= auto
 
 .PHONY: report test test-all lint gpu gpu-cache compile-only check train
 
-# Machine code that is made of the same as the committed one (perf/baseline) is not compiled again.
-# Ctrl-C writes what there is. REPORT_OPTIONS=--compile compiles all.
+# A case that is made of the same as in perf/baseline is not compiled again; REPORT_OPTIONS=--compile
+# compiles all cases. Ctrl-C writes what there is.
 report: OUT ?= build/report
 report: $(READY)
 	$(RUN) -m perf report --out $(OUT) $(REPORT_OPTIONS)
@@ -19,7 +19,7 @@ report: $(READY)
 test: $(READY)
 	$(RUN) -m pytest -n $(WORKERS) --maxprocesses 8 --part short
 
-# And all other cases.
+# All cases: those of `make test`, then the others.
 test-all: test
 	$(RUN) -m pytest -n $(WORKERS) --maxprocesses 8 --part rest
 
@@ -31,21 +31,22 @@ lint: $(READY)
 compile-only: $(READY)
 	$(RUN) -m perf compile-only
 
-# The short compile-only table again, and launches, held against the committed ones of perf/baseline.
+# Compiles the short compile-only table, counts launches, and holds both against perf/baseline.
 check: $(READY)
 	$(RUN) -m perf check --short
 
 train: $(READY)
 	$(RUN) -m perf train
 
-# On a machine with a GPU, with its own python3, which has torch, triton, pytest and pandas: nothing is
-# installed. Nine minutes; whenever it is stopped, the folder has what was measured.
+# For a machine with a GPU. It takes the machine's own python3, which must have torch, triton, pytest
+# and pandas, and installs nothing. It takes nine minutes; whenever it is stopped, the folder has what
+# was measured by then.
 gpu: OUT ?= build/gpu
 gpu:
 	PYTHON=$(PYTHON) .ci/gpu $(OUT)
 
-# Without a GPU: the kernels that `make gpu` launches, for a machine with this Triton and Python.
-# `make gpu` unpacks build/gpu-cache.tar.xz if the wheel is the same, and else compiles.
+# Compiles, without a GPU, the kernels that `make gpu` launches, for a machine with this Triton and
+# Python. `make gpu` unpacks build/gpu-cache.tar.xz if the wheel is the same, and else compiles.
 GPU_TRITON ?= 3.6.0
 GPU_PYTHON ?= 3.12
 GPU_CACHE := .venv-gpu-cache

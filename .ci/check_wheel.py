@@ -12,7 +12,7 @@ SHIPPED = ("**/*.py", "py.typed", "tuned/*.json", "tuned/README.md")
 
 
 def main(wheel: str) -> int:
-    """Compare the wheel's files with the packages' in the checkout; the exit status."""
+    """The exit status: 1 if the wheel's files are not those of the packages in the checkout."""
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     wanted = {
         path.relative_to(ROOT).as_posix()

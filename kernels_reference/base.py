@@ -1,6 +1,6 @@
 """What all references share: the arithmetic's dtype, labels as masks, reductions.
 
-A map of one channel is a binary one: its labels are 0 and 1, and 1 is what belongs to the channel.
+A map of one class is a binary one: its labels are 0 and 1, and 1 is what belongs to the class.
 """
 
 import torch
@@ -28,7 +28,7 @@ def at_labels(logits: Tensor, target: Tensor, upsample: str | None, align_corner
 def valid_pixels(target: Tensor, classes: int, ignore_index: int | None) -> Tensor:
     """Valid pixels: a label in range that is not ignore_index, bool [N, 1, H, W].
 
-    In range are 0 to classes - 1, and 0 and 1 with one class.
+    The labels in range are 0 to classes - 1; with one class they are 0 and 1.
     """
     label = _widened(target)
     valid = (label >= 0) & (label < (2 if classes == 1 else classes))
@@ -38,7 +38,7 @@ def valid_pixels(target: Tensor, classes: int, ignore_index: int | None) -> Tens
 def one_hot(target: Tensor, classes: int) -> Tensor:
     """Whether a pixel's label is the class, or is 1 if there is one class; bool [N, classes, H, W].
 
-    A comparison: nothing is gathered or scattered, so no label can be out of bounds.
+    Labels are compared. Nothing is gathered or scattered, so no label can be out of bounds.
     """
     label = _widened(target)
     if classes == 1:
@@ -47,17 +47,17 @@ def one_hot(target: Tensor, classes: int) -> Tensor:
 
 
 def _widened(target: Tensor) -> Tensor:
-    # A narrow label compared with a wide number would wrap: 300 is 44 in uint8.
+    # In a comparison with uint8 labels a wide number would wrap around: 300 becomes 44.
     return target.to(torch.int64).unsqueeze(1)
 
 
 def sanitised(logits: Tensor, valid: Tensor) -> Tensor:
-    """Logits to compute with, 0 at ignored pixels: no gradient passes through their infinities."""
+    """Logits to compute with, 0 where not valid: no gradient passes through infinities there."""
     return torch.where(valid, logits.to(working_dtype(logits.dtype)), 0)
 
 
 def reduced(loss: Tensor, valid: Tensor, weight: Tensor, reduction: str) -> Tensor:
-    """Mean (over the sum of weights), sum or map of a loss per pixel; 0 where it is not valid.
+    """The mean (over the sum of weights), sum or map of a loss per pixel; 0 where not valid.
 
     Weights that sum to 0 have no mean: NaN, as torch has it.
     """

@@ -34,9 +34,9 @@ def shift_and_variance(
 ) -> tuple[Tensor, Tensor]:
     """(mean - x, variance) of every pixel's window, both free of cancellation.
 
-    E[x^2] - E[x]^2 loses every digit on flat maps, so the window is shifted by its centre value.
-    The rows of a window come first; the window's variance is then the mean of its rows' variances
-    plus the variance of its rows' means.
+    E[x^2] - E[x]^2 loses every digit on flat maps, so deviations from the centre value are used.
+    The rows of a window are merged first. The window's variance is then the mean of its rows'
+    variances plus the variance of its rows' means.
     """
     weights = gaussian_window(window_size, sigma)
     reach = window_size // 2
@@ -58,14 +58,15 @@ def crop(x: Tensor, reach: int) -> Tensor:
 def _merge(
     mean: Tensor, variance: Tensor | None, weights: tuple[float, ...], dim: int
 ) -> tuple[Tensor, Tensor]:
-    """Shift of the mean and variance of neighbouring groups merged along one axis.
+    """(shift of the mean, variance) of neighbouring groups that are merged along one axis.
 
-    Each group is known by its mean and variance; single values (variance None) have variance 0.
+    Each group is given by its mean and variance; single values (variance None) have variance 0. The
+    shift is from the mean of the middle group.
     """
     reach = len(weights) // 2
     length = mean.size(dim) - 2 * reach
     centre = mean.narrow(dim, reach, length)
-    # Zero, yet in the graph: a window of one pixel has a gradient too.
+    # Zero, but part of the graph: a window of one pixel has a gradient too. NaN stays NaN.
     shift = spread = centre - centre
     for offset, weight in enumerate(weights):
         if offset != reach:

@@ -14,7 +14,7 @@ def count_labels(labels: Tensor, num_classes: int, *, ignore_index: int | None =
 def margin_offsets(
     label_counts: Tensor, *, tau: float = 10.0, upsilon: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """(rho_k0, rho_0k), margin paper, Algorithm 1, of classes that all occur; float64 [C]."""
+    """(rho_k0, rho_0k), margin paper, Algorithm 1, float64 [C] each; every class must occur."""
     n_k = label_counts.double()
     n = n_k.sum()
     share = n_k / n

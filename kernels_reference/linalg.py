@@ -9,7 +9,7 @@ from torch import Tensor
 def cholesky_ex(A: Tensor) -> tuple[Tensor, Tensor]:
     """(L, info) with A = L L^T, from the lower triangle; where info is not 0, L is NaN."""
     factor, info = torch.linalg.cholesky_ex(A)
-    # A new matrix in the place of a failed one: nothing of it reaches the gradient.
+    # NaN in the place of a failed matrix, so that nothing of it reaches the gradient.
     return torch.where((info == 0)[..., None, None], factor, math.nan), info
 
 

@@ -29,7 +29,7 @@ def margin_calibrated_loss(
     own_offset, other_offset = (o.detach().to(scores.dtype).view(1, -1, 1, 1) for o in offsets)
 
     margin = margins(scores)
-    # A margin that is NaN makes its pixel's loss NaN, and the gradient of all of its classes.
+    # A margin that is NaN makes all margins of its pixel NaN: the loss, and all of its gradient.
     margin = margin * torch.where(margin.isnan().any(1, keepdim=True), torch.nan, 1)
     mu = torch.where(own, -margin, margin)
     rho = torch.where(own, own_offset, other_offset)

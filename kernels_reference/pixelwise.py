@@ -25,7 +25,7 @@ def cross_entropy(
     negative_log_p = -sanitised(logits, valid).log_softmax(1)
     w = _per_class(weight, negative_log_p)
 
-    # Selected: a probability of 0 elsewhere must not turn into 0 * inf.
+    # Selected, not multiplied: a probability of 0 elsewhere must not turn into 0 * inf.
     own = one_hot(target, classes)
     loss = torch.where(own, w * negative_log_p, 0).sum(1)
     if label_smoothing > 0:
@@ -77,7 +77,7 @@ def focal_loss(
     log_p = torch.where(own, sanitised(logits, valid).log_softmax(1), 0).sum(1)
     a = torch.where(own, _per_class(alpha, log_p), 0).sum(1)
 
-    # Where p is 0 the loss is -a log p: (1 - p)^gamma has no part in its derivative.
+    # Where p is 0 the loss is -a log p: (1 - p)^gamma is the constant 1 in its derivative.
     rest = torch.where(log_p == -torch.inf, 1, -torch.expm1(log_p))
     # 0^gamma has no derivative for gamma < 1, and the loss needs none there: log p is 0 as well.
     modulation = torch.where(rest == 0, 1, rest) ** gamma
@@ -89,7 +89,7 @@ def focal_loss(
 
 
 def _per_class(weight: Tensor | None, like: Tensor) -> Tensor:
-    """A weight of each class, [1, C, 1, 1]."""
+    """The weights of the classes, [1, C, 1, 1]; a single 1 if there are none."""
     if weight is None:
         return like.new_ones(1, 1, 1, 1)
     return weight.detach().to(like.dtype).view(1, -1, 1, 1)

@@ -28,9 +28,9 @@ def rmi_loss(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """bce_weight BCE + (1 - bce_weight) RMI, RMI paper, Eq. 12-16.
 
-    ``residual`` chooses between two forms of the same matrix; ``precision`` is for the kernels:
-    probabilities and moments are always float64 here. In float32 the p of one logit would differ
-    with its label in the last digit, and the inverse makes that up to 1 / epsilon times as large.
+    ``residual`` chooses between two forms of the same matrix. ``precision`` is for the kernels:
+    probabilities and moments are always float64 here. In float32 the last digit of a probability
+    would depend on the pixel's label, and the inverse makes that up to 1 / epsilon times as large.
     """
     valid = valid_pixels(target, logits.size(1), ignore_index)
     positive = valid & one_hot(target, logits.size(1))
@@ -67,8 +67,9 @@ def _information(
 ) -> tuple[Tensor, Tensor]:
     """(1/2 log det M / d, info) per image and class, from P = Y + E in regions of d pixels.
 
-    M, the covariance of Y given P, is the trailing block of the Cholesky factor of the covariance
-    of (P, Y). Y - P in the place of Y leaves it as it is, and rounding errors shrink with Y - P.
+    M is the covariance of Y given P. Its Cholesky factor is the trailing block of the factor of the
+    covariance of (P, Y). With Y - P in the place of Y, M is the same, and rounding errors shrink
+    with Y - P.
     """
     windows = _regions(keep, region).all(-2, keepdim=True)
     count = windows.sum(-1, keepdim=True)
@@ -99,7 +100,7 @@ def _regions(x: Tensor, region: int) -> Tensor:
 
 
 def _centred(x: Tensor, windows: Tensor) -> Tensor:
-    """X without its mean over the windows, and 0 in all others."""
+    """The regions x less their mean over the kept ones (``windows``), and 0 in all others."""
     x = torch.where(windows, x, 0)
     return torch.where(windows, x - x.sum(-1, keepdim=True) / windows.sum(-1, True).clamp(min=1), 0)
 
@@ -110,7 +111,7 @@ def _residual(z: Tensor, positive: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, torch.where(positive, -wrong, wrong), 0)
 
 
-# Each: (residual p - y, labels y, whether an invalid pixel was read), pooled.
+# Each returns (residual p - y, labels y, whether an invalid pixel was read), pooled.
 
 
 def _average(z: Tensor, positive: Tensor, valid: Tensor, size: int) -> tuple[Tensor, ...]:
@@ -127,7 +128,7 @@ def _maximum(z: Tensor, positive: Tensor, valid: Tensor, size: int) -> tuple[Ten
 
 
 def _nearest(z: Tensor, positive: Tensor, valid: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Labels of the nearest pixel, probabilities interpolated linearly between the corners."""
+    """Labels of the nearest pixel; probabilities interpolated, the corners at the same place."""
     height, width = z.size(2) // size, z.size(3) // size
     nearest = F.interpolate(positive.to(z.dtype), (height, width), mode="nearest")
     below = _interpolated(torch.where(valid, z.double().sigmoid(), 0), height, width)
@@ -138,14 +139,14 @@ def _nearest(z: Tensor, positive: Tensor, valid: Tensor, size: int) -> tuple[Ten
 
 
 def _interpolated(x: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear, the corners of both grids at the same place; exact where pixels coincide."""
+    """The map x at another size, bilinear; corners stay, and pixels that coincide are exact."""
     for dim, size in ((2, height), (3, width)):
         place = torch.arange(size, device=x.device) * (x.size(dim) - 1)
         below = place // max(size - 1, 1)
         share = (place % max(size - 1, 1)).to(x.dtype) / max(size - 1, 1)
         share = share.view(-1, 1) if dim == 2 else share
         above = (below + 1).clamp(max=x.size(dim) - 1)
-        # Selected: where it has no share, a pixel that is NaN does no harm.
+        # Selected, not multiplied: a NaN in a pixel that has no share does no harm.
         upper = torch.where(share > 0, x.index_select(dim, above) * share, 0)
         x = x.index_select(dim, below) * (1 - share) + upper
     return x

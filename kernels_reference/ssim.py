@@ -21,7 +21,7 @@ def ssim_loss(
     """Mean of 1 - SSIM(sigmoid(logits), one_hot(target)), SSL paper, Eq. 7 ("full") or Eq. 9."""
     classes = logits.size(1)
     valid = valid_pixels(target, classes, ignore_index)
-    # Selected before and after the sigmoid: no gradient passes through an ignored infinity.
+    # Selected before the sigmoid and after it: no gradient passes through an ignored infinity.
     z = sanitised(logits, valid)
     p = torch.where(valid, z.sigmoid(), 0)
     y = (valid & one_hot(target, classes)).to(z.dtype)
@@ -60,7 +60,8 @@ def _dissimilarities(
 ) -> tuple[Tensor, Tensor]:
     """1 - (2 mx my + C1) / (mx^2 + my^2 + C1) and 1 - (2 sxy + C2) / (sxx + syy + C2).
 
-    The numerators are the squared mean and the variance of x - y: taken as such nothing cancels.
+    The numerators are the squared mean and the variance of x - y. Computed as these, nothing
+    cancels.
     """
     mean_x, variance_x = gaussian_statistics(x, window_size, sigma, padding)
     mean_y, variance_y = gaussian_statistics(y, window_size, sigma, padding)

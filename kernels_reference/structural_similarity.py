@@ -30,8 +30,8 @@ def structural_similarity_loss(
 ) -> Tensor:
     """bce_weight BCE + (1 - bce_weight) sum(e f bce) / sum(f), SSL paper, Eq. 10-17.
 
-    e is the structural difference, f = e > beta e_max keeps the hard samples; neither carries a
-    gradient.
+    e is the structural difference, and f = 1[e > beta e_max] keeps the hard samples. Neither
+    carries a gradient.
     """
     valid = valid_pixels(target, logits.size(1), ignore_index)
     positive = one_hot(target, logits.size(1))
@@ -40,7 +40,7 @@ def structural_similarity_loss(
     mean_cross_entropy = cross_entropy.sum() / valid.sum().clamp(min=1)
 
     with torch.no_grad():
-        # Detached as well: no_grad does not keep forward-mode derivatives out.
+        # Detached as well, since no_grad does not keep forward-mode derivatives out.
         e = structural_difference(
             logits.detach(),
             target,
@@ -54,7 +54,7 @@ def structural_similarity_loss(
             valid = crop(valid, window_size // 2)
         hard = valid.expand_as(e)
         if hard_mining:
-            # Said as "not below", a NaN counts as hard and reaches the loss.
+            # As "not below the threshold": a NaN is hard, and so reaches the loss.
             hard = hard & ~(e <= beta * largest_difference(window_size, sigma, stability))
         count = hard.sum().clamp(min=1)
         weight = e if reweight else torch.ones_like(e)

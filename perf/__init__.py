@@ -1,1 +1,1 @@
-"""Benchmarks and reports: `python -m perf report | compile-only | compare | record | train`."""
+"""What is measured, counted and predicted of the losses: `python -m perf COMMAND`."""

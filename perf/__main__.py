@@ -6,7 +6,7 @@ import importlib
 import sys
 from types import ModuleType
 
-# The module with the command's ``main``, and what the command does.
+# The module with the command's `main`, and what the command does.
 COMMANDS = {
     "report": (
         "report.make",
@@ -46,12 +46,12 @@ COMMANDS = {
 
 
 def module_of(command: str) -> ModuleType:
-    """The module with the command's ``main``."""
+    """The module with the command's `main`."""
     return importlib.import_module(f"perf.{COMMANDS[command][0]}")
 
 
 def main(arguments: list[str]) -> int:
-    """Hand over to the command's module."""
+    """The exit status of the command's module; 2 if there is no such command."""
     if not arguments or arguments[0] not in COMMANDS:
         width = max(map(len, COMMANDS))
         listed = "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())

@@ -1,10 +1,11 @@
 """Nine minutes on a machine with a GPU, the most wanted first: `make gpu`.
 
-Each step is a process of its own with a time at which it ends, so that none takes another's time or
-life with it: the environment and a warm cache of kernels; tests of a GPU and one example of every
-loss, in many processes; the kernels' rows, then what they are compared with; tuning of each
-operator's first case; the report, with what rows there is still time for. Whatever ends this, and
-whenever: rows, configurations and the log are in the folder by then. It holds at most seven files.
+The steps, in order: the environment and a warm cache of kernels; the tests that need a GPU, with
+the examples of every loss, in many processes; the kernels' rows, then what they are compared with;
+tuning of each operator's first case; the report, with the rows for which there is still time. Each
+step runs in processes of its own and has a time at which it ends, so that a step that hangs or
+crashes does not end the others. Whatever ends the run, and whenever: rows, configurations and the
+log are in the folder by then. The folder holds at most seven files.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
 ARCHIVE = ROOT / "build" / "gpu-cache.tar.xz"
-CACHE = ROOT / "build" / "gpu-triton"  # Triton's, of all steps
+CACHE = ROOT / "build" / "gpu-triton"  # Triton's cache, which all steps share
 LIMIT_S = 530.0
 # When a step ends at the latest, as a share of all the time.
 ENDS = {"environment": 0.12, "parity": 0.32, "rows": 0.62, "tune": 0.82, "report": 0.97}
 PARITY_S = 90.0
-GRACE_S = 12.0  # for a step that was asked to end to write what it has
+GRACE_S = 12.0  # a step that was asked to end has so long to write what it has
 RESTARTS = 4  # of the measurements, when a kernel has broken the GPU or its process
-STALL_S = 120.0  # without a new row: whatever is measured will not end
-GPU_LOST = 3  # what python -m perf report ends with then
-NO_TESTS = 5  # what pytest ends with that found none
+STALL_S = 120.0  # after so long without a new row, what is being measured will not end
+GPU_LOST = 3  # the exit status of python -m perf report when a kernel has broken the GPU
+NO_TESTS = 5  # the exit status of pytest when it has found no tests
 _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # for Linux's prctl
 
 
 @dataclass
 class Run:
-    """One run: what it has to say, what has failed, and whether it was asked to stop."""
+    """One run: its log, the steps that have failed, and whether it was asked to stop."""
 
     out: Path
     limit_s: float
@@ -51,7 +52,7 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     failed: list[str] = field(default_factory=list)
     stopped: bool = False
-    stalled: bool = False  # of the last step
+    stalled: bool = False  # whether the last step did
     complete_cache: bool = False  # nothing is left to compile
     scratch: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="gpu-run-")))
 
@@ -69,9 +70,9 @@ class Run:
         return ENDS[step] * self.limit_s
 
     def say(self, line: str) -> None:
-        """To the terminal and to the log, which is never behind."""
+        """Print a line on the terminal, and write it to the log, which is never behind."""
         with self._lock:
-            with suppress(OSError):  # nobody listens any more: the log does
+            with suppress(OSError):  # the terminal may be gone; the log still gets the line
                 print(line, flush=True)
             self._log.write(f"{line}\n")
             self._log.flush()
@@ -87,9 +88,10 @@ class Run:
         end_s: float,
         growing: Path | None = None,
     ) -> list[int]:
-        """Run processes beside each other until they end, or are ended; their exit statuses.
+        """The exit statuses of processes that run beside each other until they end or are ended.
 
-        They are ended when time is over, or when the file that they write grows no more.
+        They are ended when their time is over, when the run is asked to stop, or when `growing`,
+        the file that they write, grows no more.
         """
         self.say(f"\n== {name} (after {self.passed_s:.0f} s, until {end_s:.0f} s at most)")
         children = [self._start(command) for command in commands]
@@ -163,8 +165,10 @@ class Child:
 
 
 def _on_its_own() -> None:
-    """Ctrl-C on a terminal is for the run, which decides what becomes of its steps; none outlives
-    it. (stopping.py has the same for pools, behind an import of torch that this one can spare.)
+    """Keep a terminal's Ctrl-C from a step, and let the step end with the run.
+
+    Ctrl-C is meant for the run, which decides what becomes of its steps. (`stopping.py` has the
+    same for pools, but it imports torch, which this file does without.)
     """
     os.setpgid(0, 0)
     with suppress(AttributeError):  # not Linux
@@ -172,7 +176,7 @@ def _on_its_own() -> None:
 
 
 def environment(run: Run) -> None:
-    """What is installed, and the kernels that were compiled elsewhere."""
+    """Say what is installed, and unpack the kernels that were compiled elsewhere."""
     run.step("environment", [["tritonloss", "doctor", "--brief"]], run.end_of("environment"))
     if ARCHIVE.exists():
         command = ["perf", "gpu-cache", "unpack", "--archive", str(ARCHIVE)]
@@ -183,7 +187,10 @@ def environment(run: Run) -> None:
 
 
 def parity(run: Run) -> None:
-    """Tests that need a GPU, each loss's examples among them; beside them what is not compiled."""
+    """Run the tests that need a GPU, and compile beside them what the cache lacks.
+
+    Every loss's examples are among the tests.
+    """
     cores = os.cpu_count() or 1
     count = max(1, min(10, cores - 4))
     tests = [
@@ -203,13 +210,13 @@ def parity(run: Run) -> None:
 
 
 def rows(run: Run) -> None:
-    """The kernels' rows, what they are compared with, and a report of what there is."""
+    """Measure the kernels' rows, then what they are compared with, and report what there is."""
     if _report(run, "rows", fresh=True):
         run.failed.append("rows")
 
 
 def tune(run: Run) -> None:
-    """Each operator's first case."""
+    """Tune each operator's first case."""
     left = run.end_of("tune") - run.passed_s - GRACE_S
     command = ["tritonloss", "tune", "--first", "--budget", f"{max(1.0, left):.0f}"]
     (status,) = run.step("tune", [command], run.end_of("tune"))
@@ -218,13 +225,16 @@ def tune(run: Run) -> None:
 
 
 def report(run: Run) -> None:
-    """The rows for which there is still time, and the report of them all."""
+    """Measure the rows for which there is still time, and report all rows."""
     if _report(run, "report", fresh=False) and "rows" not in run.failed:
         run.failed.append("report")
 
 
 def _report(run: Run, step: str, fresh: bool) -> bool:
-    """Whether something was wrong; begun again where a kernel has broken the GPU or its process."""
+    """Whether something was wrong with the rows.
+
+    Measuring begins again, in a new process, where a kernel has broken the GPU or its process.
+    """
     more = [] if fresh else ["--resume"]
     for _ in range(RESTARTS + 1):
         left = run.end_of(step) - run.passed_s - GRACE_S
@@ -232,7 +242,7 @@ def _report(run: Run, step: str, fresh: bool) -> bool:
         command += ["--out", str(run.out), *more]
         command += ["--ops", *run.ops] if run.ops else []
         (status,) = run.step(step, [command], run.end_of(step), growing=run.out / "rows.csv")
-        # Of a process that has died without a word the case that it was at is given up.
+        # A process that died has left no rows of the case that it was at: the next one gives it up.
         died = run.stalled or status in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS)
         if run.stopped or not (died or status == GPU_LOST):
             return status not in (0, 130, -signal.SIGTERM)
@@ -246,7 +256,7 @@ STEPS: dict[str, Any] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m perf gpu`; 1 if a step failed, 130 if it was stopped."""
+    """The exit status of `python -m perf gpu`: 1 if a step failed, 130 if it was stopped."""
     parser = argparse.ArgumentParser(
         prog="python -m perf gpu", description=str(__doc__).split("\n")[0]
     )

@@ -1,4 +1,4 @@
-"""What every test stands on: the interpreter where no GPU is, and no unwritten element unseen."""
+"""What every test relies on: the interpreter where there is no GPU, and poisoned allocations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 
-# Tests run side by side: a process each, and those that it starts, and one thread in each of them.
+# Tests run side by side in many processes, which start others: each has one thread.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: takes tens of GiB of a GPU's memory")
 
 
-@pytest.hookimpl(trylast=True)  # what -m and -k leave is shared out
+@pytest.hookimpl(trylast=True)  # after -m and -k: what they leave is shared out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part = config.getoption("--part")
     if part is not None:
@@ -65,17 +65,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def share_of(items: list[pytest.Item], index: int, count: int) -> list[pytest.Item]:
-    """The tests of one process of many: every test is one's; large ones are the first three's."""
+    """The tests of one process of many. Only the first three processes have large ones."""
     large = [item for item in items if item.get_closest_marker("large")]
     small = [item for item in items if item not in large]
     return large[index :: min(3, count)] * (index < 3) + small[count - 1 - index :: count]
 
 
 def covering(items: list[pytest.Item]) -> set[pytest.Item]:
-    """At least one case of every test, and all together each value of each parameter.
+    """At least one case of every test, and together each value of each parameter.
 
-    What one test has shown of a parameter, say a layout, another one of the same name need not show
-    again.
+    A value that one test has shown, for example a layout, need not be shown again by another test
+    with a parameter of the same name.
     """
     cases_of: dict[str, dict[pytest.Item, set[tuple[str, str]]]] = {}
     for item in items:

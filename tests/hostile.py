@@ -1,7 +1,8 @@
-"""Hostile inputs for a slice, in a process that may die of them: ``python -m tests.hostile SLICE``.
+"""Hostile inputs for a slice, in a process that may die of them: `python -m tests.hostile SLICE`.
 
-tests/losses/test_hostile.py starts one for each slice, and reads the exit status. Where the kernels
-run in Triton's interpreter, every load and store is held to the tensors that the kernel was given.
+`tests/losses/test_hostile.py` starts a process for each slice and reads its exit status. Where the
+kernels run in Triton's interpreter, every load and store must lie in a tensor that the kernel was
+given.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ INTEGERS = (-(2**63), -(2**31), -(2**15), -1, 2**7 - 1, 2**15 - 1, 2**16, 2**31 
 
 
 def _against_a_ramp(x: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-    """An image of which the other one knows nothing."""
+    """An image, and a ramp that does not depend on it."""
     ramp = torch.linspace(0, 1, x.numel(), device=x.device, dtype=x.dtype)
     return x, ramp.view(x.shape)
 
@@ -99,12 +100,12 @@ def _slice_of(example: Example) -> str:
     return str(example.function.__module__).rpartition(".")[2]
 
 
-# The slices, and the ways through their kernels; of matrices there is one.
+# The slices, and the ways through their kernels; linalg has one for all of its functions.
 SLICES = {_slice_of(e): [w for w in WAYS.values() if _slice_of(w) == _slice_of(e)]
           for e in OF_MAPS.values()}  # fmt: skip
 SLICES["linalg"] = [replace(EXAMPLES["linalg.inv"], name="linalg", function=_matrices,
                             arguments=logits_and_target)]  # fmt: skip
-# How many maps of a loss the backward pass must at least have been handed spoilt.
+# How many spoilt maps of a loss the backward pass must have been handed, at the least.
 SAVED = {"cross_entropy": 1, "focal_loss": 1, "margin_calibration": 2,
          "region_mutual_information": 3}  # fmt: skip
 
@@ -115,9 +116,6 @@ def loss_of(example: Example, classes: int, device: torch.device) -> Loss:
     options = inspect.signature(example.function).parameters.values()
     tables = {p.name: table for p in options if p.default is None and "Tensor" in p.annotation}
     return lambda logits, target: as_a_number(example(logits, target, **tables))
-
-
-# --- what is hostile ------------------------------------------------------------------------------
 
 
 def filled(tensor: Tensor) -> Tensor:
@@ -133,7 +131,7 @@ def filled(tensor: Tensor) -> Tensor:
 
 
 class SavedMaps:
-    """What the forward pass saves, handed to the backward pass as it was or spoilt."""
+    """Hooks that hand the backward pass what the forward pass saved, as it was or spoilt."""
 
     def __init__(self, *given: Tensor) -> None:
         self.given = [tensor.data_ptr() for tensor in given]
@@ -196,9 +194,6 @@ def bounds_checked() -> Iterator[None]:
         interpreter.GridExecutor._init_args_hst = initialise
 
 
-# --- what must hold -------------------------------------------------------------------------------
-
-
 def value_and_gradient(
     loss: Loss, logits: Tensor, target: Tensor, backend: str = "triton"
 ) -> tuple[Tensor, Tensor]:
@@ -211,9 +206,9 @@ def value_and_gradient(
 def check_pixels_and_maps(
     loss: Loss, logits: Tensor, target: Tensor, layout: str, labels: torch.dtype
 ) -> int:
-    """Whatever stands at ignored pixels, under whatever label: not a bit changes.
+    """How many saved maps were spoilt for a backward pass, which must end all the same.
 
-    And a backward pass over spoilt maps ends; returned is how many there were.
+    Before that: whatever the logits and the labels of ignored pixels are, not a bit may change.
     """
     ignored = target == 255
     calm = as_layout(torch.where(ignored[:, None], 0.0, logits), layout).requires_grad_()
@@ -241,7 +236,7 @@ def check_pixels_and_maps(
 
 
 def check_other_images(loss: Loss, logits: Tensor, target: Tensor, layout: str) -> None:
-    """An image full of hostile values: the value is not finite, the other image none the worse."""
+    """One image full of hostile values: the value is not finite, the other image is unharmed."""
     wild = logits.clone()
     wild[0] = filled(logits[0])
     given = as_layout(wild, layout), as_layout(target, layout)
@@ -254,10 +249,10 @@ def check_other_images(loss: Loss, logits: Tensor, target: Tensor, layout: str) 
 
 
 def check(name: str, device: torch.device) -> None:
-    """All that must hold of a slice, in every layout, each with labels of another dtype.
+    """Check all that must hold of a slice, in every layout, each with labels of another dtype.
 
-    Of several examples of a function the first one goes through all of them, the others through one
-    layout each.
+    Of several examples of a function, the first one is checked in every layout and each of the
+    others in one.
     """
     turns = itertools.cycle(zip(LAYOUTS, LABELS, strict=True))
     first = [example.name for example in one_of_each(EXAMPLES.values()).values()]
@@ -266,7 +261,7 @@ def check(name: str, device: torch.device) -> None:
         size = SIZES.get(name, SIZE) if example.name in EXAMPLES else SIZE
         logits, target = segmentation_case((2, 3, *size), device=device)
         if example.module is not None and not is_pixelwise(example):
-            logits, target = logits[:, :2], target.where(target != 2, 0)  # each class has a pass
+            logits, target = logits[:, :2], target.where(target != 2, 0)  # fewer planes: quicker
         target[:, 0, 1] = 255  # in the row that an expanded map repeats
         loss = loss_of(example, logits.size(1), device)
         for layout, labels in itertools.islice(turns, 1 if later else len(LAYOUTS)):
@@ -281,7 +276,7 @@ def check(name: str, device: torch.device) -> None:
 
 def main(name: str) -> None:
     """Run all checks of a slice."""
-    # As on a GPU, where nobody looks at the labels.
+    # As on a GPU, where labels are not checked.
     checks.check_labels_in_range = lambda *_: None
     device = torch.device("cpu" if backend.INTERPRETED else "cuda")
     with ExitStack() as stack:

@@ -1,8 +1,8 @@
 """The three-way oracle and its cases.
 
-Truth is the reference in float64, the yardstick the reference in the input's own dtype. A kernel
-may be as wrong as the yardstick plus a tolerance, each element for itself: a mean error hides a
-wrong border.
+Truth is the reference in float64, the yardstick is the reference in the input's own dtype. A kernel
+may be as wrong as the yardstick plus a tolerance, each element for itself: a mean error would hide
+a wrong border.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor
 import kernels_reference
 import tritonloss
 
-# A value's rounding to its own dtype; bfloat16 is truncated by the interpreter, not rounded.
+# What rounding may cost, relative to the largest element. In float64 and float32 that is for sums
+# in another order than the yardstick's. In 16 bits it is for the rounding of the result itself; the
+# interpreter truncates to bfloat16 and does not round.
 ROUNDING = {
     torch.float64: 1e-10,
     torch.float32: 2e-6,
@@ -65,7 +67,7 @@ def segmentation_case(
 ) -> tuple[Tensor, Tensor]:
     """Labels in flat areas of a few pixels, a tenth of them ignored, and logits that half agree.
 
-    One class has the labels 0 and 1.
+    Where there is one class, the labels are 0 and 1.
     """
     generator = torch.Generator().manual_seed(seed)
     batch, classes, height, width = shape
@@ -143,8 +145,8 @@ def check_three_way(
 ) -> None:
     """Hold the kernels' values and gradients to the oracle.
 
-    Tolerances are relative to the largest magnitude of the tensor they are for; by default they
-    are the rounding of its dtype.
+    Tolerances are relative to the largest magnitude of the tensor they are for. By default they
+    are its dtype's in `ROUNDING`.
     """
     kernel = value_and_gradients(function, inputs, "triton")
     yardstick = value_and_gradients(function, inputs, "reference")
@@ -182,7 +184,7 @@ def assert_no_worse(
         rounding = max(rounding, 2e-6)
     relative = max(rounding, tolerance or 0.0) if kernel.dtype != torch.float64 else rounding
     allowed = (yardstick.double() - truth).abs() + relative * truth.abs().max()
-    if kernel.dtype == torch.float16:
+    if kernel.dtype == torch.float16:  # whose smallest number this is
         allowed += 2.0**-24
     error = (kernel.double() - truth).abs()
     excess = error - allowed

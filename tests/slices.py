@@ -1,4 +1,4 @@
-"""What the slices declare, as tests go through it: there is no list of losses here."""
+"""What the slices declare, for tests that go through all of it: there is no list of losses here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Ways = dict[str, Example]
 EXAMPLES: Ways = {example.name: example for example in examples()}
 # What has a gradient.
 DIFFERENTIABLE: Ways = {n: e for n, e in EXAMPLES.items() if e.operator.differentiable}
-# Matrices are no maps: tests/losses/test_linalg.py has the like for them.
+# Matrices are no maps: tests/losses/test_linalg.py tests them.
 OF_MAPS: Ways = {n: e for n, e in DIFFERENTIABLE.items() if "linalg" not in e.function.__module__}
 # The losses of logits and labels: what is also a module.
 OF_LABELS: Ways = {name: example for name, example in EXAMPLES.items() if example.module}
@@ -35,10 +35,10 @@ def one_of_each(ways: Iterable[Example] = OF_LABELS.values()) -> Ways:
 
 
 def with_more(ways: Ways, more: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Ways:
-    """The ways, and others through the same functions.
+    """The ways, and more ways through the same functions.
 
-    ``more`` has, by a function's name and then by what is special about the call, the fields that
-    are other than in the function's first example. Without a field ``options`` there are none.
+    `more` has, by a function's name and then by what is special about the call, the fields that
+    differ from the function's first example. Only `options` and `way` are not taken over from it.
     """
     first = one_of_each(ways.values())
     found = dict(ways)
@@ -52,12 +52,12 @@ def with_more(ways: Ways, more: Mapping[str, Mapping[str, Mapping[str, Any]]]) -
 
 
 def is_pixelwise(example: Example) -> bool:
-    """Whether it walks over pixels, which alone has tables of classes."""
+    """Whether it is an example of a pixelwise loss: only these have tables of the classes."""
     return "own_table" in example.operator.inputs
 
 
 def as_a_number(results: Iterable[Tensor]) -> Tensor:
-    """One number that all differentiable results enter: a scalar as it is, of maps the squares."""
+    """One number that depends on all differentiable results: a scalar itself, or maps' squares."""
     floating = [result for result in results if result.is_floating_point()]
     if len(floating) == 1 and floating[0].dim() == 0:
         return floating[0]

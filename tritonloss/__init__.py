@@ -1,4 +1,8 @@
-"""Fused Triton losses for semantic segmentation."""
+"""Fused Triton losses for semantic segmentation.
+
+Losses are here as modules, and in ``tritonloss.functional`` as functions. ``gaussian_statistics``,
+``count_labels``, ``margin_offsets`` and ``linalg`` are parts of them that are useful by themselves.
+"""
 
 __version__ = "0.1.0"
 

@@ -12,7 +12,7 @@ from ._tools.tuning_cases import shape_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status."""
+    """The exit status of one command, which is run."""
     options = _parser().parse_args(arguments)
     if options.command == "tune":
         return _run_tune(options)

@@ -1,4 +1,4 @@
-"""The functional forms of all losses, and the confusion matrix."""
+"""All losses as functions, the similarity ``ssim`` that one is made of, the confusion matrix."""
 
 from .metrics.confusion import confusion_matrix
 from .pixelwise.binary_cross_entropy import binary_cross_entropy

@@ -1,8 +1,8 @@
 """The committed numbers of every kernel's machine code, and what they were made of.
 
-A file of ``perf/baseline`` for each minor version of Triton, which is another compiler. A case that
-is "made of" the same today, by its device code, its launches, the Triton and what reads machine
-code here, has the same machine code: nobody has to compile it to know its numbers.
+Each minor version of Triton is another compiler and has a file of its own in `perf/baseline`. What
+a case is "made of" is its device code, its launches, the Triton, and what reads machine code here.
+While that is the same, its machine code is the same, and its numbers are known without compiling.
 """
 
 from __future__ import annotations
@@ -84,17 +84,17 @@ class Baseline:
         return Baseline(kernels, known)
 
     def joined(self, other: Baseline) -> Baseline:
-        """Both, the other's where both have something."""
+        """Both baselines in one; the other's numbers are taken where both have some."""
         return Baseline(self.kernels | other.kernels, self.made_of | other.made_of)
 
 
 def case_place(fact: KernelFacts) -> CasePlace:
-    """Where a baseline has the fact's case."""
+    """The place of a fact's case in a baseline."""
     return fact.target, f"{fact.op}: {fact.case}"
 
 
 def of_facts(facts: Iterable[KernelFacts]) -> Baseline:
-    """The facts as a baseline has them.
+    """The facts as a baseline.
 
     What does not compile has no numbers: it is a fault, which the command reports by itself.
     """
@@ -159,7 +159,7 @@ def _printed(kept: Kept) -> str:
 
 
 def write(path: Path, baseline: Baseline) -> None:
-    """Write a baseline, a line per kernel, in an order that does not depend on anything."""
+    """Write a baseline, a line per kernel, in sorted order."""
     lines = ["{", f' "about": {json.dumps(_ABOUT)},', ' "targets": {']
     for target, cases in _nested(baseline).items():
         lines.append(f"  {json.dumps(target)}: {{")

@@ -2,8 +2,8 @@
 
 Compiles what `compile-only` compiles and compares registers, spilled bytes, shared memory and
 instructions with `perf/baseline/triton-<major.minor>.json`, kernel by kernel, case by case and
-target by target. Compilers are part of Triton, so the numbers are the same on every machine. Counts
-the kernels that each loss launches, too, and holds them against `perf/baseline/launches.json`.
+target by target. Compilers are part of Triton, so the numbers are the same on every machine. The
+kernels that each loss launches are counted, too, and held against `perf/baseline/launches.json`.
 
 `python -m perf check [--targets sm_90 ...] [--ops ...] [--short] [--changed] [--update]`
 `python -m perf check --launches [--update]`
@@ -48,7 +48,7 @@ class Comparison:
 
 
 def compare(before: Mapping[Place, Numbers], now: Mapping[Place, Numbers]) -> Comparison:
-    """Hold the numbers against the baseline's, both of the same cases."""
+    """How today's numbers differ from the baseline's, both of the same cases."""
     worse, better = [], []
     for place in before:
         if place in now:
@@ -64,9 +64,9 @@ def compare(before: Mapping[Place, Numbers], now: Mapping[Place, Numbers]) -> Co
 
 
 def _changes(before: Numbers, now: Numbers) -> list[tuple[str, float]]:
-    """(what has changed, by which share) of one kernel."""
+    """(what has changed, by which share), for each changed number of one kernel."""
     names = [name for name in before if name in now]
-    # Where it is known what is executed it does not matter how much there is.
+    # Where the executed instructions are counted, the size of the kernel does not matter.
     if any(name.startswith(TOTAL) for name in names):
         names.remove(WHOLE)
     found = []
@@ -85,7 +85,7 @@ def _named(place: Place) -> str:
 
 
 def of_the_work(places: Iterable[Place], work: Sequence[Job]) -> list[Place]:
-    """The places of a baseline that are about these cases, or about cases that are no more."""
+    """The places of a baseline that are about these cases, or about cases that are gone."""
     asked = {(target, _case(op, index)) for op, index, target in work}
     known = {_case(op, index) for op, index, _ in jobs(targets=[MAIN_TARGET])}
     chosen = {(target, op) for op, _, target in work}
@@ -97,7 +97,7 @@ def of_the_work(places: Iterable[Place], work: Sequence[Job]) -> list[Place]:
 
 
 def _is_of(place: Place, chosen: Collection[tuple[str, str]]) -> bool:
-    """Whether an unknown case is of a chosen operation, or of one that is no more."""
+    """Whether an unknown case is of a chosen operation, or of one that is gone."""
     operation = place[1].split(":")[0]
     known = {operation.name for operation in operations()}
     targets = {target for target, _ in chosen}
@@ -109,7 +109,7 @@ def _case(operation_name: str, index: int) -> str:
 
 
 def report(comparison: Comparison, total: int, path: Path) -> list[str]:
-    """What is printed."""
+    """The lines that are printed of a comparison of so many kernels."""
     titles: Mapping[str, Sequence[str]] = {
         f"worse by more than {ALLOWED:.0%}": comparison.worse,
         "not in the baseline": comparison.new,
@@ -128,7 +128,7 @@ def report(comparison: Comparison, total: int, path: Path) -> list[str]:
 
 
 def stale(before: Baseline, now: Baseline) -> str:
-    """How many cases are not made of what the baseline's were, in a sentence."""
+    """A sentence on how many cases are not made of what the baseline's were."""
     moved = [where for where in now.made_of if before.made_of.get(where) != now.made_of[where]]
     unknown = sum(where not in before.made_of for where in moved)
     if not moved:
@@ -140,7 +140,7 @@ def stale(before: Baseline, now: Baseline) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m perf check`; 1 if something is worse or must not ship."""
+    """The exit status of `python -m perf check`: 1 if something is worse or must not ship."""
     options = _parser().parse_args(arguments)
     status = 0
     if not options.launches:
@@ -190,7 +190,7 @@ def _check_code(options: argparse.Namespace) -> int:
 
 
 def facts_of(work: Sequence[Job], known: Baseline) -> list[KernelFacts]:
-    """What every case launches, from the baseline where that knows it, else compiled."""
+    """What every case launches: from the baseline where that knows it, else compiled."""
     results: dict[Job, list[KernelFacts]] = {}
     with compilers() as pool:
         for _, found in recognised(pool, work, known):

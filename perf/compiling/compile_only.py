@@ -63,8 +63,10 @@ def jobs(
     targets: Sequence[str] | None = None,
     short: bool = False,
 ) -> list[Job]:
-    """What there is to compile. The short list has what is not rare for one target, and for the
-    others only the cases marked `everywhere`.
+    """What there is to compile, large windows first.
+
+    The short list has the cases that are not rare for one target, and for the others only those
+    marked `everywhere`.
     """
     listed = [
         (operation.name, index, target, case.options.get("window_size", 0))
@@ -73,7 +75,7 @@ def jobs(
         for target in targets or TARGETS
         if not short or case.everywhere or (target == MAIN_TARGET and not case.rare)
     ]
-    listed.sort(key=lambda job: -job[3])  # large windows take longest: they come first
+    listed.sort(key=lambda job: -job[3])  # large windows take longest
     return [job[:3] for job in listed]
 
 
@@ -82,7 +84,7 @@ def compile_cases(
     workers: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[KernelFacts]:
-    """Compile all of the work in a pool of processes; what every case launches, in its order."""
+    """What every case launches, compiled in a pool of processes; in the order of the cases."""
     results = {}
     with compilers(workers) as pool:
         for job, facts in compiled(pool, work):
@@ -92,7 +94,7 @@ def compile_cases(
 
 
 def in_order(results: Mapping[Job, list[KernelFacts]]) -> list[KernelFacts]:
-    """The facts of all cases, in an order that does not depend on who was first."""
+    """The facts of all cases, in the same order whichever was compiled first."""
     return [fact for job in sorted(results) for fact in results[job]]
 
 
@@ -117,7 +119,7 @@ def compiled(
 ) -> Iterator[tuple[Job, list[KernelFacts]]]:
     """(a case, what it launches), compiled in the pool, as they come.
 
-    After ``end``, a time of the monotonic clock, nothing more is waited for.
+    After `end`, a time of the monotonic clock, nothing more is waited for.
     """
     futures = {pool.submit(compile_case, *job): job for job in work}
     yield from _finished(futures, end)
@@ -204,7 +206,7 @@ def recognise_case(
 
 
 def compile_case(operation_name: str, index: int, target_name: str) -> list[KernelFacts]:
-    """Compile what one case launches, in this process."""
+    """The facts of what one case launches, compiled in this process."""
     torch.set_num_threads(1)
     operation = operations([operation_name])[0]
     case, target = operation.shipped[index], TARGETS[target_name]
@@ -223,8 +225,9 @@ def compile_case(operation_name: str, index: int, target_name: str) -> list[Kern
 def _launched(
     operation: Operation, case: Case, target: Target, mode: Literal["compile", "skip"]
 ) -> tuple[list[Launch], str | None]:
-    """(different launches of a case, why there are not all of them); whatever a compiler throws is
-    a row of the table.
+    """(the different launches of a case, the error that prevented the rest or None).
+
+    Whatever a compiler throws becomes a row of the table.
     """
     error = None
     with offline(target.gpu), recorded(mode) as launches, scheduled(operation, case):
@@ -232,7 +235,7 @@ def _launched(
             operation.launch(case, operation.inputs(case, torch.device("meta")))
         except Exception as caught:
             error = f"{type(caught).__name__}: {' ... '.join(_ends(str(caught)))}"
-    # A launcher may launch a kernel many times; the first time it was compiled.
+    # A launcher may launch a kernel many times; it was compiled for the first of them.
     kernels = {
         launch_digest(operation, case, target, record): record for record in reversed(launches)
     }
@@ -253,7 +256,7 @@ def _reading(operation: Operation, case: Case, target: Target, record: Launch) -
 
 
 def _ends(message: str) -> list[str]:
-    """The first and the last line: where a compiler stopped, and why."""
+    """The first and the last line of a message: where a compiler stopped, and why."""
     lines = [line.strip() for line in message.splitlines() if line.strip()] or [""]
     return [lines[0][:100], lines[-1][:200]][: len(lines)]
 
@@ -308,7 +311,7 @@ def analysis(record: Launch) -> tuple[MachineCode, float | None]:
 
 
 def _loop(place: Sequence[Any], **numbers: Any) -> Loop:
-    """A loop out of JSON, which knows lists only."""
+    """A loop from JSON, which has lists for its tuples."""
     function, variable, lines, last = place
     where = tuple((file, number) for file, number in lines)
     return Loop(place=Place(function, variable, where, last), **numbers)
@@ -316,7 +319,10 @@ def _loop(place: Sequence[Any], **numbers: Any) -> Loop:
 
 @cache
 def _analysis_version() -> str:
-    """A hash of the code that reads machine code; its comments do not count."""
+    """A hash of the code that reads machine code.
+
+    The text of its comments does not count; its docstrings and the number of its lines do.
+    """
     files = (machine_code.__file__, control_flow.__file__, source_loops.__file__, counting.__file__)
     lines = "\n".join(Path(str(file)).read_text() for file in files).splitlines()
     code = "\n".join(re.sub(r"\s*#.*", "", line) for line in lines)
@@ -324,7 +330,7 @@ def _analysis_version() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m perf compile-only`; 1 if a kernel must not ship."""
+    """The exit status of `python -m perf compile-only`: 1 if a kernel must not ship."""
     parser = argparse.ArgumentParser(
         prog="python -m perf compile-only", description=__doc__.split("\n")[0]
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from perf.compiling.source_loops import Lines, Place, around, places_of, told_apart
 
-# What takes them (engine's sums), or nobody can tell; other loops may wait for other programs.
+# Atomic loops of these functions take tickets, or of an unknown one; others wait for programs.
 _TICKETS = ("comes_last", "_add_up", "")
 _MOVES = ("LDG", "STG", "LDS", "STS", "LD", "ST")
 _AMD_MOVES = re.compile(r"(global|buffer|flat|ds)_(load|store|read|write)")
@@ -30,7 +30,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop.
+    """A loop of a machine program.
 
     Attributes:
         instructions: its own, not those of loops within it.
@@ -52,9 +52,9 @@ class Loop:
 class Flow:
     """Instructions of a program that all programs of a launch may run.
 
-    Left out is what finishes the sums of all programs: the loop that takes tickets, and what is
-    reached through it only. No path leads to what is called: with such a loop, the division of
-    those sums.
+    What finishes the sums of all programs is left out: the loop that takes tickets, and what is
+    reached through it only. With such a loop, code that no path leads to is left out, too: it is
+    called to divide those sums.
     """
 
     instructions: int
@@ -161,8 +161,10 @@ def _moves(opcode: str) -> bool:
 def _goes_through_lanes(
     program: Sequence[Instruction], blocks: Sequence[range], header: int, body: set[int]
 ) -> bool:
-    """Whether this is no loop of the source: it does for one lane after another what AMD's GPUs
-    can only do for one value at a time. That is the same for all lanes, and once is enough.
+    """Whether this is no loop of the source, but goes through the lanes one after another.
+
+    AMD's GPUs can do some things for one value at a time only. Where the value is the same for all
+    lanes, one round is enough.
     """
     first = program[blocks[header].start]
     last = program[blocks[max(body)].stop - 1]

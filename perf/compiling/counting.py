@@ -19,8 +19,9 @@ _DIGITS = 3
 
 @dataclass(frozen=True)
 class LoopFacts:
-    """One loop. `executed` is what one thread executes in it per output of the kernel,
-    `per_output` the same per output that the loop itself completes.
+    """The instructions that one thread executes in a loop.
+
+    `executed` is per output of the kernel, `per_output` per output that the loop itself completes.
     """
 
     name: str
@@ -104,7 +105,7 @@ def reading(
 
 
 def counts(read: Reading | None, code: MachineCode) -> Counts:
-    """Of one kernel."""
+    """The counts of one kernel."""
     if read is None:
         return Counts()
     known = {loop.start: _notes_of(read.loops, loop, code.loops) for loop in code.loops}
@@ -114,7 +115,7 @@ def counts(read: Reading | None, code: MachineCode) -> Counts:
     cases: dict[str, str | None] = {}
     unaccounted = []
     for group in _by_place(code.loops):
-        # Versions without the loops within it are for there being no rounds of those.
+        # A version without the loops within it is for when those loops make no round.
         group = [loop for loop in group if loop.start in outer] or group
         notes = known[group[0].start]
         if notes is None:
@@ -145,7 +146,7 @@ def counts(read: Reading | None, code: MachineCode) -> Counts:
 
 
 def from_numbers(numbers: Mapping[str, float], read: Reading | None) -> Counts:
-    """Counts again, from `Counts.numbers`."""
+    """The counts that have these `Counts.numbers`."""
     shares = {loop.name: loop.share for loop in read.loops} if read else {}
     loops = []
     for name, count in numbers.items():
@@ -160,7 +161,7 @@ def _by_place(loops: Sequence[Loop]) -> list[list[Loop]]:
     """The loops that the compiler has made of each loop of the source."""
     groups: dict[object, list[Loop]] = {}
     for loop in loops:
-        # What nobody can place stays alone.
+        # A loop whose place is not known stays alone.
         groups.setdefault(loop.place if loop.place.function else loop.start, []).append(loop)
     return list(groups.values())
 
@@ -183,8 +184,8 @@ def _notes_of(
 def _instructions(loops: Sequence[Loop], notes: LoopReading, entries: float) -> float:
     """Instructions executed in what the compiler has made of one loop of the source.
 
-    The largest does several rounds of the source in one, the others what is left: how many is
-    told by the loads and stores they have.
+    The largest loop does several rounds of the source in one, the others do the rounds that are
+    left. How many a loop does in one is told by its loads and stores.
     """
     by_size = sorted(loops, key=lambda loop: -loop.instructions)
     sizes = [_size(loop) for loop in by_size]
@@ -203,9 +204,9 @@ def _instructions(loops: Sequence[Loop], notes: LoopReading, entries: float) -> 
 
 
 def _unrolled(loop: Loop) -> int:
-    """How many rounds of the source one does, if the last ones are done one by one, in no loop.
+    """How many rounds of the source one round of the loop does, where the last ones are in no loop.
 
-    Of U rounds at a time U - 1 may be left.
+    Where U rounds are done at a time, U - 1 may be left.
     """
     one = loop.moves - loop.beside
     return next((many for many in (2, 4, 8, 16) if loop.beside and many * one == loop.moves), 1)

@@ -64,7 +64,7 @@ class KernelFacts:
 
 
 def once_per_target(facts: Iterable[KernelFacts]) -> list[KernelFacts]:
-    """The facts without those of kernels that an earlier case has launched as well."""
+    """The facts without those of kernels that an earlier case launches, too."""
     unique: dict[tuple[str, str], KernelFacts] = {}
     for fact in facts:
         unique.setdefault((fact.target, fact.digest), fact)
@@ -90,7 +90,7 @@ def made_of(facts: Iterable[KernelFacts]) -> str:
 
 
 def pivoted(facts: Sequence[KernelFacts]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of a table with one row per kernel and case, and one column per target."""
+    """(header, rows) of a table with one row per kernel and case and one column per target."""
     targets = [name for name in TARGETS if any(fact.target == name for fact in facts)]
     lines: dict[tuple[str, str, str], dict[str, KernelFacts]] = {}
     for fact in facts:

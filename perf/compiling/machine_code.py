@@ -33,7 +33,7 @@ class MachineCode:
 
 
 def read_cubin(cubin: bytes, ptx: str) -> MachineCode:
-    """Analyse a kernel compiled for an NVIDIA GPU."""
+    """The machine code of a kernel compiled for an NVIDIA GPU."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -42,11 +42,11 @@ def read_cubin(cubin: bytes, ptx: str) -> MachineCode:
 
 
 def parse_sass(listing: str, resources: str, ptx: str = "") -> MachineCode:
-    """Analyse what nvdisasm prints about one kernel with its source lines, and cuobjdump.
+    """The machine code of a kernel from what nvdisasm, with source lines, and cuobjdump print.
 
-    Above an instruction stand the lines that it was made of, the innermost first; that which is
-    inlined nowhere is the last. They hold until others come. Where nvdisasm does not say what is
-    inlined where, PTX says of which calls a line may be.
+    Above an instruction are the lines that it was made of, the innermost first; the last one is
+    inlined nowhere. They hold until others come. Where nvdisasm does not say what is inlined where,
+    PTX says of which calls a line may be.
     """
     labels: dict[str, int] = {}
     found: list[tuple[str, tuple[Lines, ...]]] = []
@@ -67,7 +67,7 @@ def parse_sass(listing: str, resources: str, ptx: str = "") -> MachineCode:
 
 
 def parse_amdgcn(assembly: str) -> MachineCode:
-    """Analyse the assembly text that Triton keeps of a kernel compiled for an AMD GPU."""
+    """The machine code of a kernel from the assembly that Triton keeps for an AMD GPU."""
     text = assembly.split("\n.Lfunc_end")[0]
     labels: dict[str, int] = {}
     found: list[tuple[str, Lines]] = []
@@ -104,7 +104,7 @@ def _lines_of(comment: str, files: Mapping[str, str]) -> Lines:
 
 
 def _ptx_lines(ptx: str) -> dict[Line, tuple[Lines, ...]]:
-    """Of each line of the source those of all calls in which it was inlined."""
+    """For each line of the source the lines of all calls in which it was inlined."""
     files = _files(ptx)
     found: dict[Line, dict[Lines, None]] = {}
     for comment in re.findall(r"^\s*\.loc\s.*?//(.*)", ptx, re.MULTILINE):

@@ -4,16 +4,16 @@ A kernel of P programs with B warps per scheduler resident is taken to need
 
     max(instructions / (issue rate x min(1, B / 2)), bytes / bandwidth) x ceil(P / SMs) / (P / SMs)
 
-with instructions per output counted in its machine code (the mean of its totals where it has one
-for classes that are absent), bytes of its tensors read or written once, and rates from the GPU's
-data sheet. Only kernels that differ between the candidates count. Two warps keep a scheduler busy,
-since window code has two independent chains at least; the last factor is the idle time of
-processors in the last round of programs. Candidates that do not compile, spill or ask for too much
-shared memory are out.
+Instructions per output are counted in its machine code. Where a kernel has two totals, for classes
+absent and present, their mean is taken. Each of its tensors is read or written once. Rates are from
+the GPU's data sheet. Only kernels that differ between the candidates count. Two warps keep a
+scheduler busy, since window code has at least two independent chains. The last factor is the idle
+time of processors in the last round of programs. Candidates that do not compile, spill or ask for
+too much shared memory are out.
 
-The heuristics follow it for float32, with two reservations: candidates at the edge of the register
-file (what takes more than 160 registers here may spill on another target or in another layout),
-and a schedule that buys time with memory.
+The heuristics follow the model for float32, with two exceptions: candidates at the edge of the
+register file (what takes more than 160 registers here may spill on another target or in another
+layout), and a schedule that buys time with memory.
 
 `python -m perf predict [--target sm_90] [--op NAME] [--shapes NxCxHxW ...]`
 """
@@ -52,7 +52,7 @@ class Kernel:
     registers: int
     fault: str | None
     occupancy: float
-    per_output: float | None  # None: its loops do not tell
+    per_output: float | None  # instructions; None where one of its loops is not counted
     outputs: int
     tensor_bytes: int
     programs: int | None
@@ -102,7 +102,7 @@ class Ranking:
 
     @property
     def excess(self) -> float | None:
-        """How much longer the heuristic takes than the best, as the model has it; 0 if it is it."""
+        """The heuristic's predicted time beyond the best one's, as a share of the best one's."""
         best = self.predictions[0].microseconds(self.target)
         mine = self.heuristic.microseconds(self.target)
         return None if best is None or mine is None else mine / best - 1
@@ -114,7 +114,7 @@ def rankings(
     workers: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterable[Ranking]:
-    """The cases' candidates, compiled for the target in a pool of processes."""
+    """The cases' rankings, of candidates compiled for the target in a pool of processes."""
     with compilers(workers) as pool:
         futures = [
             [
@@ -131,7 +131,7 @@ def rankings(
 
 
 def _compared(predictions: list[Prediction]) -> list[Prediction]:
-    """Without the kernels that are the same for all candidates, which would blur the comparison."""
+    """The predictions without kernels that are the same for all: they would blur the comparison."""
     variants: dict[str, set[tuple[Kernel, ...]]] = {}
     running = [prediction for prediction in predictions if not prediction.trouble]
     for name in {kernel.name for prediction in running for kernel in prediction.kernels}:
@@ -149,7 +149,7 @@ def _compared(predictions: list[Prediction]) -> list[Prediction]:
 
 
 def predict(place: Place, index: int, target_name: str) -> Prediction:
-    """Compile one candidate, in this process, and take from it what the model needs."""
+    """What the model says of one candidate, which is compiled in this process."""
     torch.set_num_threads(1)
     target = TARGETS[target_name]
     with offline(target.gpu):
@@ -198,7 +198,7 @@ def _notes() -> dict[str, KernelNotes]:
 def cases_at_full_size(
     target: Target, operator: str | None = None, shapes: Sequence[Shape] | None = None
 ) -> list[TuningCase]:
-    """Every case as its slice states it, at the shapes or else at that of a street scene.
+    """Every case as its slice states it, at the shapes given or else at a usual full size.
 
     Raises:
         ValueError: no slice has an operator of that name.
@@ -218,7 +218,7 @@ def cases_at_full_size(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m perf predict`: every case's ranking."""
+    """The exit status of `python -m perf predict`, which prints every case's ranking."""
     parser = argparse.ArgumentParser(
         prog="python -m perf predict", description=str(__doc__).split("\n")[0]
     )

@@ -56,7 +56,7 @@ def places_of(
 ) -> tuple[Place, ...]:
     """The innermost loop of the device code that most instructions belong to, if there is one.
 
-    Several where nothing tells in which of several calls it is.
+    There are several where nothing tells in which of several calls it is.
 
     Args:
         instructions: of each the lines that it may have been made of.
@@ -75,10 +75,10 @@ def places_of(
 
 
 def told_apart(found: Sequence[tuple[Place, ...]]) -> list[Place]:
-    """One place for every loop of a program, which come in the order of their addresses.
+    """One place for every loop of a program, given in the order of the loops' addresses.
 
-    Where several calls are possible, those that no other loop is known to be of share the loops in
-    their order: calls that are alike are compiled alike.
+    Where a loop may be of several calls, those calls share such loops in their order: calls that
+    are alike are compiled alike. A call that another loop is known to be of is left out.
     """
     known = {places[0] for places in found if len(places) == 1}
     left = [tuple(place for place in places if place not in known) or places for places in found]
@@ -117,8 +117,8 @@ def around(lines: Lines) -> tuple[Place, ...]:
 def _statements(file: str) -> tuple[_Statement, ...]:
     """The loops of a file that stay loops when they are compiled, the outer ones first.
 
-    Of the package as it is here: a compiler's cache may hold what another copy of the same device
-    code was compiled to.
+    The file is read in the package as it is here: a compiler's cache may hold what another copy of
+    the same device code was compiled to.
     """
     parts = Path(file).parts
     if PACKAGE.name not in parts:

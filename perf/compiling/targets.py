@@ -1,4 +1,4 @@
-"""The GPUs that kernels are compiled for, with what limits them, and occupancy computed from it."""
+"""The GPUs that kernels are compiled for, their limits, and the occupancy computed from these."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ class Target:
         registers: 32-bit registers per lane that the resident warps of one of the processor's
             four schedulers share.
         register_step: a warp is given registers per lane in steps of this.
+        warps, blocks: how many of each a processor holds at most.
+        shared: bytes of a processor's shared memory.
         shared_per_block: the most shared memory a block may ask for.
         shared_reserved: what the driver takes from the processor's shared memory for every block.
-        processors, lanes, clock_GHz, memory_GBps: of the largest of these GPUs, from its data
-            sheet: how many, how many lanes each issues an instruction for in a cycle, how fast.
-            Predictions are made from them, never a measurement.
+        processors, lanes, clock_GHz, memory_GBps: from the data sheet of the largest of these GPUs:
+            how many processors it has, for how many lanes each issues an instruction in a cycle,
+            its clock and its memory's bandwidth. They are for predictions, never a measurement.
     """
 
     name: str
@@ -40,7 +42,7 @@ class Target:
     memory_GBps: float  # noqa: N815
 
     def occupancy(self, registers: int, shared_bytes: int, num_warps: int) -> float:
-        """Resident warps over the most there can be, if nothing but resources limits them."""
+        """The share of the most resident warps that a kernel reaches, limited by resources only."""
         per_lane = -(-max(registers, 1) // self.register_step) * self.register_step
         warps = min(self.warps, 4 * (self.registers // per_lane))
         blocks = min(self.blocks, warps // num_warps)

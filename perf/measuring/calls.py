@@ -27,11 +27,11 @@ class Call:
         return [found] if isinstance(found, Tensor) else [x for x in found if x.requires_grad]
 
     def upstream(self, outputs: list[Tensor]) -> list[Tensor]:
-        """What the outputs' gradients are in ``backward``, made beforehand: 1 everywhere."""
+        """The outputs' gradients for `backward`, made beforehand: 1 everywhere."""
         return [torch.ones_like(output) for output in outputs]
 
     def backward(self, outputs: list[Tensor], upstream: list[Tensor]) -> None:
-        """The leaves' gradients, where there are some."""
+        """Compute the leaves' gradients, where there are some."""
         if any(output.requires_grad for output in outputs):
             torch.autograd.grad(outputs, self.leaves, upstream)
 

@@ -1,7 +1,7 @@
 """Memory of the reference under torch.compile without a GPU: as Inductor fuses it for a CPU.
 
-For a GPU it may fuse otherwise, so this is no count of what a GPU's memory will hold. It is run on
-maps of a reduced size: beyond a few scratch buffers memory grows with the number of pixels.
+For a GPU Inductor may fuse otherwise, so this is no count of what a GPU's memory will hold. It is
+counted on maps of a reduced size: but for a few scratch buffers memory grows with the pixels.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ ABOUT = (
 
 @dataclass(frozen=True)
 class CompiledMemory:
-    """By operation: the share of the input, and why there is none."""
+    """By operation: the peak as a share of the inputs, or why there is none."""
 
     shares: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
 
 def of_compiled(asked: Sequence[tuple[Operation, Case]]) -> CompiledMemory:
-    """Of these cases, each of its own operation."""
+    """The memory of these cases, one of each operation."""
     found = CompiledMemory()
     for operation, case in asked:
         try:
@@ -62,7 +62,7 @@ def compiled(function: Callable[..., object]) -> Callable[..., object]:
 def share(function: Callable[..., object], case: Case, inputs: Sequence[Tensor]) -> float:
     """What a forward and backward pass allocates at its peak, over the maps with a gradient."""
     trial = Trial(function, case, inputs)
-    for _ in range(2):  # whatever is made once
+    for _ in range(2):  # what is made only once is made now
         trial.full()
     return allocated_peak(trial.full) / bytes_of([x for x in inputs if x.is_floating_point()])
 

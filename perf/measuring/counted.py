@@ -1,10 +1,10 @@
 """Memory of full-size maps without a GPU: all that a training step holds at the same time.
 
 Nothing is computed and nothing is estimated. Eager's peak is every tensor that autograd holds,
-counted on torch's meta device. The kernels' is what the CPU's allocator is asked for by the public
-function and its backward pass, with every launch left out: nobody touches what is allocated, so
-that it takes no memory. The GPU allocator's rounding stays out of both, and what an eager operation
-takes within itself.
+counted on torch's meta device. The kernels' peak is what the public function and its backward pass
+ask of the CPU's allocator, with every launch left out: what is allocated is never touched, so it
+takes no memory. The GPU allocator's rounding is not counted, nor is what an eager operation
+allocates within itself.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CountedMemory:
 
 
 def count(operation: Operation, case: Case) -> CountedMemory:
-    """Count one case at its full size."""
+    """The memory of one case at its full size."""
     inputs = operation.inputs(case, _META)
     eager = counted_peak(Trial(operation.reference, case, inputs).full)
     maps = [x for x in inputs if x.is_floating_point()]
@@ -72,7 +72,7 @@ def of_kernels(operation: Operation, case: Case) -> int:
         recorded("skip"),
         scheduled(operation, case),
     ):
-        step()  # the first one may set things up
+        step()  # the first step may set things up
         for leaf in leaves:
             leaf.grad = None
         return allocated_peak(step)

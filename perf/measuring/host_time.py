@@ -1,10 +1,10 @@
 """What a loss costs the host: time of a call, and kernels launched, without a GPU.
 
-On a stand-in for the driver (``stand_in.py``) everything runs that runs on a GPU machine, up to the
+On a stand-in for the driver (`stand_in.py`) everything runs that runs on a GPU machine, up to the
 driver's own function for a launch. Each loss is measured side by side with a bare
 torch.autograd.Function that launches one kernel in each direction: times of one run compare, those
-of two machines do not. ``python -m perf host-time`` prints the table; ``collect`` asks a process of
-its own for it, since the stand-in comes before everything else.
+of two machines do not. `python -m perf host-time` prints the table. `collect` gets it from a
+process of its own, since the stand-in has to be there before everything else.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from perf.measuring.memory import tally
 from perf.operations.contract import operations
 from perf.text import plain
 
-# Calls in a row that are timed together, and how often.
+# How many calls in a row are timed together, and how often that is done.
 _CALLS, _REPEATS = 10, 30
 _OTHER_SHAPE, _MORE_MATRICES = (2, 19, 80, 96), (3, 19, 64, 64)
 BARE = "bare autograd.Function"
@@ -41,8 +41,10 @@ BARE = "bare autograd.Function"
 
 @dataclass(frozen=True)
 class HostTime:
-    """One operation, forward and backward. Kernels that an operation before it has had compiled
-    are not counted again; for another size of image no kernel should be compiled again.
+    """The host's work for one operation, forward and backward.
+
+    Kernels that were compiled for an operation before it are not counted again. For images of
+    another size no kernel should be compiled again.
     """
 
     op: str
@@ -52,10 +54,10 @@ class HostTime:
     times_bare: float  # the same over that of the bare pair, in this run
     allocations: int = 0  # tensors, outputs and gradients among them
     views: int = 0  # that PyTorch makes of tensors
-    torch_operations: int = 0  # of PyTorch that compute something: each would be a launch, too
+    torch_operations: int = 0  # PyTorch's that compute something: each would be a launch, too
     compilations: int = 0
     compilations_again: int = 0  # for images of another size
-    large: tuple[int, int] | None = None  # launches for large images, which may be others
+    large: tuple[int, int] | None = None  # launches for large images, where they may differ
 
 
 def collect(names: Sequence[str] | None = None, timeout: float | None = 600) -> list[HostTime]:
@@ -182,9 +184,6 @@ def _timed(step: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
-# --- the bare pair --------------------------------------------------------------------------------
-
-
 def _bare(shape: tuple[int, int, int, int]) -> Call:
     logits = torch.empty(shape).requires_grad_()
     return Call(lambda: _Bare.apply(logits), [logits])
@@ -204,7 +203,7 @@ def _scale_kernel(grad_ptr, x_ptr, out_ptr, size, BLOCK: tl.constexpr):  # type:
 
 
 class _Bare(torch.autograd.Function):
-    """The least that a loss of our own can be: one launch in each direction."""
+    """The least that a loss with kernels can be: one launch in each direction."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

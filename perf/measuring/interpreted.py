@@ -1,4 +1,4 @@
-"""Every kernel's parity on tiny maps in Triton's interpreter: proof without a GPU, no speed.
+"""Every kernel's parity on tiny maps in Triton's interpreter: it needs no GPU and tells no speed.
 
 The interpreter has to be asked for before Triton is imported, so this runs as a process of its
 own: `Interpreter` starts one, and its `main` prints one line of JSON per case.
@@ -25,7 +25,7 @@ from tritonloss._tools.interpreter import hasten_interpreter
 
 _WINDOW = 7
 _KINDS = 4
-# Several programs even on a tiny map, of little work each: the interpreter takes 30 us a step.
+# Small enough for several programs even on a tiny map: the interpreter takes 30 us a step.
 _SMALL_LAUNCH = {"LANES": 8, "ROWS": 8, "num_warps": 1}
 
 
@@ -41,9 +41,9 @@ class Parity:
 
 
 def cases(operation: Operation, quick: bool = False) -> list[int]:
-    """Which of the operation's cases are checked: a few kinds of question, each once.
+    """The indices of the operation's cases that are checked: a few kinds of question, each once.
 
-    The tests ask all of them. Large windows are left out, which would take minutes.
+    The tests ask all of them. Large windows, which would take minutes, are left out.
     """
     kinds: dict[str, int] = {}
     for index, case in enumerate(operation.cases):
@@ -96,7 +96,7 @@ class Interpreter:
 
 
 def judge(operation: Operation, case: Case) -> Parity:
-    """One case, in this process."""
+    """The parity of one case, checked in this process."""
     with _small_launches(operation), scheduled(operation, case):
         verdict = Gate(operation, case, torch.device("cpu")).judge(operation.function)
     return Parity(operation.name, case.text, verdict.error, verdict.allowed, verdict.passed)

@@ -1,10 +1,11 @@
-"""Distinct kernels that a loss has compiled over images of many sizes, counted without compiling.
+"""How many kernels a loss needs for images of many sizes, counted without compiling them.
 
-Every one of them costs seconds at the first image that needs it.
+Each of them costs seconds at the first image that needs it.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,37 +24,50 @@ from tritonloss._tools.launches import Launch, offline, recorded
 
 IMAGES = 48
 LAYOUTS = ("contiguous", "channels_last", "crops")
+# The least and the greatest height and width.
+PHOTOGRAPHS = (200, 700)
+THUMBNAILS_AND_LARGER = (24, 2100)
 _TARGET = GPUTarget("cuda", 90, 32)
 
+Range = tuple[int, int]
 Distinct = dict[str, int]  # "forward kernel" or "backward kernel" -> of how many kinds
 
 
-def collect(layout: str, names: Sequence[str] | None = None) -> dict[str, Distinct]:
+def collect(
+    layout: str, sizes: Range = PHOTOGRAPHS, names: Sequence[str] | None = None
+) -> dict[str, Distinct]:
     """The distinct kernels of all operations or of those named, in a process of its own."""
     with compilers(workers=1) as pool:
-        return pool.submit(count, layout, names).result()
+        return pool.submit(count, layout, sizes, names).result()
 
 
-def count(layout: str, names: Sequence[str] | None = None) -> dict[str, Distinct]:
+def count(
+    layout: str, sizes: Range = PHOTOGRAPHS, names: Sequence[str] | None = None
+) -> dict[str, Distinct]:
     """The same, in this process, whose losses take CPU tensors for a GPU's from now on.
 
-    "crops" are of any layout, contiguous maps and parts of larger ones that begin anywhere.
+    "crops" are contiguous maps, and parts of larger ones that begin anywhere, at random.
     """
     torch.set_num_threads(1)
     stand_in.adopt(guard=lambda device: nullcontext())
     with offline(_TARGET):
         return {
-            operation.name: _of_one(operation, layout)
+            operation.name: _of_one(operation, layout, sizes)
             for operation in operations(names)
             if launches.has_images(operation)
         }
 
 
-def _of_one(operation: Operation, layout: str) -> Distinct:
-    sizes = random.Random(layout)
+def of_pass(distinct: Distinct, direction: str) -> int:
+    """How many kernels a pass has, "forward" or "backward"."""
+    return sum(kinds for name, kinds in distinct.items() if name.startswith(direction))
+
+
+def _of_one(operation: Operation, layout: str, sizes: Range) -> Distinct:
+    chance = random.Random(layout)
     kinds: set[tuple[str, str]] = set()
     for _ in range(IMAGES):
-        call = _call(operation, layout, sizes)
+        call = _call(operation, layout, sizes, chance)
         with recorded("skip") as launched:
             outputs = call.forward()
             forward = len(launched)
@@ -67,31 +81,37 @@ def _kind(direction: str, launch: Launch) -> tuple[str, str]:
     return f"{direction} {launch.kernel}", f"{launch.signature} {launch.num_warps}"
 
 
-def _call(operation: Operation, layout: str, sizes: random.Random) -> Call:
+def _call(operation: Operation, layout: str, sizes: Range, chance: random.Random) -> Call:
     """A call with the options of the operation's first case, for images of some size."""
     case = operation.cases[0]
-    height, width = sizes.randint(200, 700), sizes.randint(200, 700)
-    shape = replace(case.shape, batch=sizes.randint(1, 3), classes=19, height=height, width=width)
+    height, width = _side(sizes, chance), _side(sizes, chance)
+    shape = replace(case.shape, batch=chance.randint(1, 3), classes=19, height=height, width=width)
     made = "channels_last" if layout == "channels_last" else "contiguous"
     inputs = operation.inputs(replace(case, shape=shape, layout=made), torch.device("meta"))
-    place = _whole if layout != "crops" else _crop(sizes)
+    place = _whole if layout != "crops" else _crop(chance)
     given = [place(x) for x in inputs]
     given = [x.requires_grad_() if x.is_floating_point() else x for x in given]
     leaves = [x for x in given if x.requires_grad]
     return Call(lambda: operation.function(*given, **case.options), leaves)
 
 
+def _side(sizes: Range, chance: random.Random) -> int:
+    """A height or a width; every doubling is as likely as the next."""
+    least, most = map(math.log2, sizes)
+    return round(2 ** chance.uniform(least, most))
+
+
 def _whole(like: Tensor) -> Tensor:
-    """Memory that nobody touches, and so takes none."""
+    """A CPU tensor like the given one, in memory that is never touched and so takes no space."""
     return torch.empty_like(like, device="cpu")
 
 
-def _crop(sizes: random.Random) -> Callable[[Tensor], Tensor]:
+def _crop(chance: random.Random) -> Callable[[Tensor], Tensor]:
     """Makes each map a part of a larger one, or a whole one."""
-    top, left = sizes.randint(0, 9), sizes.randint(0, 9)
+    top, left = chance.randint(0, 9), chance.randint(0, 9)
 
     def crop(like: Tensor) -> Tensor:
-        if sizes.random() < 0.5:
+        if chance.random() < 0.5:
             return _whole(like)
         *outer, height, width = like.shape
         larger = torch.empty(*outer, height + 10, width + 10, dtype=like.dtype)

@@ -37,7 +37,7 @@ def collect(names: Sequence[str] | None = None) -> Launches:
 
 
 def count(names: Sequence[str] | None = None) -> Launches:
-    """The same, in this process, whose losses take CPU tensors for a GPU's from now on."""
+    """The same, in this process, in which losses take CPU tensors for a GPU's from then on."""
     torch.set_num_threads(1)
     stand_in.adopt(guard=lambda device: nullcontext())
     with offline(_TARGET):
@@ -50,7 +50,7 @@ def count(names: Sequence[str] | None = None) -> Launches:
 
 
 def has_images(operation: Operation) -> bool:
-    """Whether it is about maps, and not about matrices, which have no size to be large in."""
+    """Whether the operation is about maps, which may be large; a matrix is no map."""
     return type(operation.cases[0].shape) is Shape
 
 
@@ -67,7 +67,7 @@ def of_one(operation: Operation, shape: tuple[int, int, int, int]) -> tuple[int,
 
 
 def differences(before: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[int]]) -> list[str]:
-    """What is not as committed, a line for each, which names the operation."""
+    """A line for each operation that launches other numbers of kernels than are committed."""
     found = []
     for name, (forward, backward) in now.items():
         if name not in before:
@@ -92,7 +92,7 @@ def read(path: Path = PATH) -> Launches:
 
 
 def write(now: Launches, path: Path = PATH) -> None:
-    """Commit these numbers, and keep those of other operations that there still are."""
+    """Write these numbers, and keep those of other operations that still exist."""
     known = {operation.name for operation in operations()}
     kept = {name: counts for name, counts in read(path).items() if name.split(":")[0] in known}
     lines = [f'  "{name}": {json.dumps(counts)}' for name, counts in sorted((kept | now).items())]

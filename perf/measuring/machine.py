@@ -20,7 +20,7 @@ _ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Machine:
-    """The device and the versions that a row is only comparable within.
+    """The device and the versions that a row was measured with.
 
     `gpu` names the processor where there is no GPU, so that rows of the two never mix.
     """
@@ -50,7 +50,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The first GPU, or the CPU where there is none."""
+    """The first GPU, or the CPU where there is no GPU, with all versions."""
     gpu = torch.cuda.is_available()
     return Machine(
         device=torch.device("cuda", 0) if gpu else torch.device("cpu"),

@@ -30,7 +30,7 @@ class DeviceLostError(Exception):
 class Bench:
     """Where the measurements are made, and the bandwidth that they are compared with.
 
-    The errors of the reference in the case's own dtype are kept: they are eager's.
+    `yardsticks` keeps the errors of the reference in the case's own dtype: they are eager's errors.
     """
 
     machine: Machine
@@ -40,13 +40,14 @@ class Bench:
     def rows(
         self, operation: Operation, case: Case, providers: Mapping[str, Callable[..., Outputs]]
     ) -> Iterator[Row]:
-        """One row per provider and pass, as they come. Without parity a row carries its error and
-        no time.
+        """One row per provider and pass, as they come.
+
+        The row of a provider without parity has its error and no time.
 
         Raises:
             DeviceLostError: a provider broke the GPU for this process; its rows have come.
         """
-        gates: list[Gate] = []  # one, made for the first who needs it
+        gates: list[Gate] = []  # holds one gate, once a provider has needed it
         with scheduled(operation, case):
             for provider, function in providers.items():
                 if not self._is_known(operation, case, provider, function):
@@ -67,7 +68,7 @@ class Bench:
     def _is_known(
         self, operation: Operation, case: Case, provider: str, function: Callable[..., Outputs]
     ) -> bool:
-        """Whether a library has this case; asked about a tiny map, before any truth is computed."""
+        """Whether a library has this case: it is called on a tiny map, before truth is computed."""
         if provider in OURSELVES:
             return True
         tiny = case.tiny()
@@ -75,7 +76,7 @@ class Bench:
             Trial(function, tiny, operation.inputs(tiny, self.machine.device)).forward()
         except UnknownCaseError:
             return False
-        except Exception:  # the case itself will tell
+        except Exception:  # at the case's own size it becomes a row that says so
             return True
         return True
 
@@ -105,7 +106,7 @@ class Bench:
         try:
             return Gate(operation, case, self.machine.device)
         except torch.OutOfMemoryError:
-            # float64 does not fit: the same question about a smaller map.
+            # float64 does not fit into memory: the same question is asked about a smaller map.
             return Gate(operation, case.reduced(), self.machine.device)
 
     def _look_after_the_device(self, error: Exception) -> None:
@@ -178,9 +179,10 @@ def others(operation: Operation) -> dict[str, Callable[..., Outputs]]:
 
 
 def compiled(operation: Operation) -> dict[str, Callable[..., Outputs]]:
-    """torch.compile, a graph of its own for every case: with dynamic shapes it would be slower.
+    """The reference under torch.compile, with a graph of its own for every case.
 
-    Its parity check, at the case's own size, compiles it before anything is timed.
+    With dynamic shapes it would be slower. Its parity check, at the case's own size, compiles it
+    before anything is timed.
     """
     torch._dynamo.reset()
     return {"compile": torch.compile(operation.reference, dynamic=False)}

@@ -1,4 +1,4 @@
-"""Peak memory of a computation: of the GPU's allocator, or counted tensor by tensor."""
+"""Peak memory of a computation, from an allocator or counted; and PyTorch's own work in it."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def counted_peak(function: Callable[[], object]) -> int:
 
 
 def allocated_peak(function: Callable[[], object]) -> int:
-    """The same for tensors on a CPU, asked of its allocator: autograd's own are among them.
+    """The same for tensors on a CPU, as its allocator says: autograd's own are among them.
 
-    No dispatch mode is needed, under which losses take the way of torch.compile, which is another.
+    It needs no dispatch mode. Under one, losses would take torch.compile's way, which is another.
     """
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         kept = function()
@@ -77,7 +77,7 @@ class _Counter(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        # A storage first seen as an input was there before.
+        # A storage that is first seen as an input was allocated before the function ran.
         for storage in _storages((args, kwargs)):
             if storage._cdata not in self._alive:
                 self._before.setdefault(storage._cdata, StorageWeakRef(storage))
@@ -92,8 +92,9 @@ class _Counter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Tally:
-    """What PyTorch itself does in a computation: allocations, views, and what computes something,
-    which on a GPU is a launch.
+    """How often PyTorch itself allocates, makes a view and computes something in a computation.
+
+    Whatever computes something is a launch on a GPU.
     """
 
     allocations: int
@@ -102,8 +103,9 @@ class Tally:
 
 
 def tally(function: Callable[[], object]) -> Tally:
-    """Count PyTorch's own operations in a function. They are seen by the profiler: losses that
-    find a dispatch mode around them take the way of torch.compile, which is another.
+    """The counts of PyTorch's own operations in a function, as the profiler sees them.
+
+    Under a dispatch mode, losses would take torch.compile's way, which is another.
     """
     with torch.autograd.profiler.profile() as profile:
         function()

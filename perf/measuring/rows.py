@@ -34,7 +34,7 @@ def case_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def asked(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Of whom it was asked, too, and of all passes alike."""
+    """What was asked of whom, whatever the pass."""
     return (*case_of({**row, "pass": ""}), row["provider"])
 
 
@@ -68,8 +68,8 @@ def with_comparisons(rows: Iterable[Row]) -> list[Row]:
 class Appender:
     """A file of rows that grows as they are measured.
 
-    A row is in the file when ``add`` returns, whatever becomes of the process after that. What a
-    process left that was stopped within a row is cut off.
+    A row is in the file when `add` returns, whatever becomes of the process after that. A part of a
+    row, left by a process that was stopped, is cut off.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,7 +105,7 @@ class Appender:
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a file, or of the rows.csv in a folder; without a last line that is not whole.
+    """Rows of a file, or of the rows.csv in a folder; a last line that is not whole is left out.
 
     Raises:
         ValueError: the file has other columns.
@@ -138,7 +138,7 @@ def _whole_lines(text: str) -> str:
 
 def _parsed(name: str, text: str) -> Any:
     if text == "":
-        return "" if name == "parameters" else None  # without parameters a case has these: none
+        return "" if name == "parameters" else None  # no parameters are an answer, not a gap
     if name in _WHOLE:
         return int(text)
     return float(text) if name in _DECIMAL else text

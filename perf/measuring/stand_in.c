@@ -56,8 +56,8 @@ CUresult cuDeviceGetAttribute(int *value, int attribute, int device) {
   return 0;
 }
 
-/* Registers and stack of a kernel stand in the section .nv.info of its cubin, an ELF file: entries
-   of a format (4: with a payload), an attribute (0x2f registers, 0x12 stack), a length, a symbol
+/* Registers and stack of a kernel are in the section .nv.info of its cubin, an ELF file. Its entries
+   are a format (4: with a payload), an attribute (0x2f registers, 0x12 stack), a length, a symbol
    and a value. */
 static void read_info(Kernel *kernel, const unsigned char *section, uint64_t size) {
   for (uint64_t place = 0; place + 4 <= size;) {

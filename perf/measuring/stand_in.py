@@ -2,9 +2,9 @@
 
 Kernels are compiled for an H200 and go through every step of a launch up to the driver's last
 function, which counts it and runs nothing. So the host's time, launches, allocations and
-compilations are what they are on a GPU, while no result is: outputs stay what they were.
+compilations are what they are on a GPU. No result is computed: outputs stay what they were.
 
-``install`` comes before anything asks for Triton's driver, in a process of its own; ``adopt`` lets
+`install` has to run before anything asks for Triton's driver, in a process of its own. `adopt` lets
 the losses take CPU tensors for those of the GPU.
 """
 
@@ -74,9 +74,9 @@ def install() -> None:
 
 
 def adopt(guard: Callable[[int], Any] = lambda device: torch.cuda.device(0)) -> None:
-    """Let the losses take CPU tensors for the GPU's, whose labels and offsets nobody looks at.
+    """Let the losses take CPU tensors for the GPU's; their labels and offsets go unchecked.
 
-    ``guard`` is what makes a device the current one around a launch.
+    `guard` is what makes a device the current one around a launch.
     """
     from tritonloss._core import backend, checks
 
@@ -88,7 +88,7 @@ def adopt(guard: Callable[[int], Any] = lambda device: torch.cuda.device(0)) -> 
 
 @contextmanager
 def adopted() -> Iterator[None]:
-    """The same for a while, where nothing is launched."""
+    """The same within a `with` block, for calls whose launches are left out."""
     from tritonloss._core import backend, checks
 
     before = backend.INTERPRETED, checks.check_offsets, checks.check_labels_in_range
@@ -109,7 +109,7 @@ def launches() -> int:
 
 
 def _built() -> Path:
-    """The library, compiled once for every state of its source."""
+    """The library's path; it is compiled once for every state of its source."""
     source = _SOURCE.read_text()
     folder = Path(tempfile.gettempdir()) / f"tritonloss-stand-in-{os.getuid()}"
     library, copy = folder / "libcuda.so.1", folder / "stand_in.c"

@@ -1,4 +1,4 @@
-"""Medians and quantiles of how long something takes, on a GPU or on the CPU."""
+"""How long something takes on a GPU or a CPU: medians and quantiles."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Timing:
 
 
 def time_call(function: Callable[[], object], device: torch.device) -> Timing:
-    """Time a function; on a GPU with a flushed cache, and as a CUDA graph if it is short."""
+    """How long a function takes; on a GPU with a flushed cache, and as a CUDA graph if short."""
     if device.type == "cpu":
         return _quantiles(_cpu_times(lambda: None, lambda _: function()), "perf_counter")
     once = _gpu_times(lambda: None, lambda _: function(), seconds=0.0)
@@ -45,7 +45,7 @@ def time_call(function: Callable[[], object], device: torch.device) -> Timing:
 def time_backward(
     forward: Callable[[], Any], backward: Callable[[Any], object], device: torch.device
 ) -> Timing:
-    """Time `backward` on a new result of `forward` each time; only the backward pass counts.
+    """How long `backward` takes, on a new result of `forward` each time.
 
     A graph that is kept for a second backward pass would keep torch.compile from reusing buffers.
     """
@@ -64,7 +64,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def _bench(function: Callable[[], object]) -> Any:
-    """The median and the quantiles of what is warm already."""
+    """The median and the quantiles of a function that has run before."""
     return triton.testing.do_bench(function, warmup=5, rep=60, quantiles=_QUANTILES)
 
 

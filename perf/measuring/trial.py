@@ -13,7 +13,7 @@ State = tuple[tuple[Tensor, ...], list[Tensor]]  # outputs, and the inputs that 
 
 
 class Trial:
-    """Calls a function as training does; what it is given and sent back is made beforehand."""
+    """Calls a function as training does; inputs and upstream gradients are made beforehand."""
 
     def __init__(
         self, function: Callable[..., Outputs], case: Case, inputs: Sequence[Tensor]
@@ -52,7 +52,10 @@ class Trial:
 
 
 def _upstream(index: int, output: Tensor) -> Tensor:
-    """The same random numbers for every provider and dtype, away from 1."""
+    """An output's gradient: random numbers from 0.5 to 1.5, the same for all providers and dtypes.
+
+    With 1 everywhere a factor that is missing in a backward pass would not show.
+    """
     values = torch.empty(output.shape, dtype=torch.float32, device=output.device)
     if output.device.type == "meta":
         return values.to(output.dtype)

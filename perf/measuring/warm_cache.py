@@ -1,10 +1,10 @@
 """Triton's cache made without a GPU, for a machine that has one: `make gpu-cache`.
 
-What `make gpu` launches is compiled on the stand-in for the driver (``stand_in.py``): the cases of
+What `make gpu` launches is compiled on the stand-in for the driver (`stand_in.py`): the cases of
 the report, the examples of the self-test, and the candidates of each operator's first tuning case.
 An archive holds what launching needs and no intermediate form. Triton's key is a hash of its own
-files, the compiled library among them: an archive is for the wheel that it was made for, and says
-which that is. ``python -m perf gpu-cache make | unpack | fill``.
+files, the compiled library among them. So an archive fits only the wheel that it was made for, and
+its manifest says which that is. `python -m perf gpu-cache make | unpack | fill`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class SelfTest:
     number: int
 
     def run(self) -> None:
-        """Forward and backward."""
+        """Launch its forward and backward pass."""
         example = examples()[self.number]
         logits, target = self_test_inputs("cuda")
         outputs = [x for x in example(logits.requires_grad_(), target) if x.requires_grad]
@@ -106,7 +106,12 @@ Job = Case | SelfTest | Candidate
 
 
 def jobs(names: Sequence[str] | None = None, first: int | None = None) -> list[Job]:
-    """All that `make gpu` launches, in about its order; of some operations, so many cases each."""
+    """The jobs for all that `make gpu` launches, in about its order.
+
+    Args:
+        names: only the cases of these operations, without self-test and tuning.
+        first: only so many cases of each operation.
+    """
     queues = [
         [Case(operation.name, number) for number in range(len(operation.cases[:first]))]
         for operation in operations(names)
@@ -149,7 +154,7 @@ def fill(
     workers: int | None = None,
     seconds: float | None = None,
 ) -> list[str]:
-    """Compile into a cache folder what is not there yet; what went wrong, a line for each job.
+    """What went wrong, a line for each job, in filling a cache folder with what it lacks.
 
     Args:
         folder: Triton's cache.
@@ -182,9 +187,12 @@ def fill(
 
 
 def pack(folder: Path, archive: Path, key: str | None = None) -> Manifest:
-    """Write an archive of what launching needs; of another wheel's kernels, those alone."""
+    """The manifest of an archive that is written, of what launching needs.
+
+    For another wheel, whose key is given, it holds kernels alone.
+    """
     kept = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_needed(path)]
-    if key is not None:  # its launchers are compiled for its own Python
+    if key is not None:  # the launchers here are compiled for the Python here
         kept = [path for path in kept if path.suffix != ".so"]
     manifest = Manifest(
         key=hashed(key or cache.triton_key()),
@@ -207,7 +215,11 @@ def pack(folder: Path, archive: Path, key: str | None = None) -> Manifest:
 
 
 def unpack(archive: Path, folder: Path) -> Manifest:
-    """Lay an archive's files into a cache folder, if Triton would take them for its own."""
+    """The manifest of an archive, whose files go into a cache folder if they fit this Triton.
+
+    Raises:
+        ValueError: the archive has no manifest.
+    """
     with tarfile.open(archive) as file:
         first = file.next()
         text = file.extractfile(first) if first and first.name == _MANIFEST else None
@@ -227,7 +239,8 @@ def key_of_wheel(wheel: Path) -> str:
     """Triton's key in another build of the version that is installed, for another Python.
 
     Raises:
-        ValueError: the wheel differs in more than its compiled library.
+        ValueError: the wheel differs in more than its compiled library, or this Triton's key is not
+            made of the library's hash.
     """
     package = Path(triton.__file__).parent
     library = "_C/libtriton.so"
@@ -247,12 +260,12 @@ def key_of_wheel(wheel: Path) -> str:
 
 
 def hashed(key: str) -> str:
-    """A key of many hashes as one."""
+    """One hash of a key that is made of many."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def _start(key: str | None, folder: Path) -> None:
-    """Of every process of the pool, before anything asks for Triton's driver."""
+    """Prepare a process of the pool, before anything asks for Triton's driver."""
     leave_interrupts()
     triton.knobs.cache.dir = str(folder)
     if key is not None:
@@ -272,7 +285,7 @@ def _run(job: Job) -> tuple[str, str | None]:
 
 
 def _untouched(described: Tensor) -> Tensor:
-    """A CPU tensor like one on the meta device; the memory that nobody writes costs nothing."""
+    """A CPU tensor like one on the meta device; never written, its memory takes no space."""
     count = described.untyped_storage().nbytes() // described.element_size()
     storage = torch.empty(count, dtype=described.dtype)
     return storage.as_strided(described.size(), described.stride(), described.storage_offset())
@@ -283,14 +296,17 @@ def _is_needed(path: Path) -> bool:
 
 
 def _list_what_is_there(group: Path) -> None:
-    """Some versions of Triton look for all of a kernel's files, and where they were made."""
+    """Rewrite a kernel's list of files, so that it names those that are here, where they are.
+
+    Some versions of Triton look for all files of the list, in the folder where they were made.
+    """
     names = json.loads(group.read_text())["child_paths"]
     here = {name: str(group.parent / name) for name in names if (group.parent / name).exists()}
     group.write_text(json.dumps({"child_paths": here}))
 
 
 def _suffix() -> str:
-
+    """How the names of compiled Python modules end."""
     return str(sysconfig.get_config_var("EXT_SUFFIX"))
 
 
@@ -305,7 +321,7 @@ def described(manifest: Manifest) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m perf gpu-cache`; 1 if something is left to compile."""
+    """The exit status of `python -m perf gpu-cache`: 1 if something is left to compile."""
     parser = argparse.ArgumentParser(
         prog="python -m perf gpu-cache", description=str(__doc__).split("\n")[0]
     )
@@ -349,7 +365,7 @@ def _fill(options: argparse.Namespace) -> list[str]:
 
 def _make(options: argparse.Namespace) -> list[str]:
     key = key_of_wheel(options.wheel) if options.wheel else None
-    key = None if key == cache.triton_key() else key  # the one that is installed
+    key = None if key == cache.triton_key() else key  # None: the wheel is the installed one
     work = jobs(options.ops, options.first)
     troubles = fill(options.cache.absolute(), work, key, options.workers)
     manifest = pack(options.cache, options.archive, key)

@@ -31,7 +31,7 @@ from tritonloss.pixelwise.binary_cross_entropy import BINARY_CROSS_ENTROPY, Opti
 
 
 def torch_binary_cross_entropy() -> Callable[..., Outputs]:
-    """PyTorch's own on one-hot labels; it knows no ignored pixels, so they are selected away."""
+    """PyTorch's own on one-hot labels; it cannot ignore pixels, so their losses are set to 0."""
 
     def binary_cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
         if options or logits.size(1) == 1:

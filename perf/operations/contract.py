@@ -50,7 +50,7 @@ class Shape:
         return self.batch * self.height * self.width
 
     def reduced(self) -> Shape:
-        """A few hundredths of the work and less: what a CPU does in a fraction of a second."""
+        """At most a few hundredths of the work: what a CPU does in a fraction of a second."""
         return replace(self, batch=1, height=self.height // 8, width=self.width // 8)
 
     def tiny(self) -> Shape:
@@ -82,9 +82,9 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     schedule: str | None = None  # forced on operations that have several
     ratio: float | None = None  # of logits that are interpolated: the shape is that of the labels
-    against_compile: bool = False  # torch.compile takes long to compile: only where asked for
-    everywhere: bool = False  # compiled for all targets in the short compile-only table too
-    rare: bool = False  # compiled in the full table only
+    against_compile: bool = False  # also measured against torch.compile, which takes long
+    everywhere: bool = False  # compiled for all targets in the short compile-only table, too
+    rare: bool = False  # compiled for the full compile-only table only
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -94,7 +94,7 @@ class Case:
 
     @property
     def parameters(self) -> str:
-        """All that tells this case from others of its shape, dtype and layout, in one text."""
+        """A text of all that tells this case from others of its shape, dtype and layout."""
         given = {"labels": self.labels, "schedule": self.schedule, "ratio": self.ratio}
         named = {name: value for name, value in given.items() if value is not None}
         return " ".join(f"{name}={value}" for name, value in {**named, **self.options}.items())
@@ -150,8 +150,9 @@ class Goal:
 class CodeGoal:
     """Instructions per output that a kernel may take at most in one of the shipped cases.
 
-    `loop` is a loop's name, for those of it per output that it completes; or "total", or such as
-    "total, class present", for those of the whole kernel per output, as executed.
+    `loop` says what is counted. By a loop's name it is the instructions of that loop, per output
+    that the loop completes. By "total", or a name such as "total, class present", it is those that
+    the whole kernel executes per output.
     """
 
     text: str
@@ -184,10 +185,10 @@ class LoopNotes:
             fit a loop are taken. Several with the same `within` are about as many loops in the
             order of the source, that of the calls if it is one function's that is called several
             times; one alone is about all of them.
-        rounds: of one program, all together, of the loop as it is written.
+        rounds: how many rounds one program makes of the loop as it is written, in all.
         when: the only case in which it runs, like "class present"; None for always.
-        unroll: how many rounds the source asks to make one of.
-        share: of the kernel's outputs, those that it completes.
+        unroll: how many rounds the source asks the compiler to make one of.
+        share: the outputs that it completes, as a share of the kernel's.
     """
 
     name: str
@@ -215,12 +216,13 @@ class Operation:
         reference: the same function of kernels_reference, or PyTorch's own where it has one.
         inputs: makes a case's tensors on a device, random and repeatable.
         launch: runs all launchers on a case's tensors, without autograd.
-            It must do with tensors on torch's meta device.
+            It must work with tensors on torch's meta device.
         floor: bytes that a case has to move.
         cases: what the report measures, the most telling first.
         shipped: what the compile-only table compiles; one case for each way a kernel is built.
         kernels: kernel name -> how to read its machine code, for every kernel that is launched.
-        operators: names of configurations, for forcing small launches in the interpreter.
+        operators: names of configurations, for forcing small launches in the interpreter. Of an
+            operation with several schedules the first one chooses the schedule.
         excused: elements of the first input's gradient where rounding may flip a decision, so
             that no kernel could agree with float64; None where there is no such thing.
         libraries: other people's implementations, name -> adapter in perf/operations/peers.py.
@@ -277,7 +279,7 @@ def scheduled(operation: Operation, case: Case) -> Iterator[None]:
 
 
 def strip_outputs(given: Given) -> float:
-    """Outputs of a strip kernel's thread, of a strip that lies within the map."""
+    """Outputs of one thread of a strip kernel, where the strip lies within the map."""
     lanes = given["STRIP.lanes"] / given["THREADS"]
     return float(given["STRIP.columns"] * given["STRIP.rows"] * lanes)
 
@@ -292,9 +294,9 @@ def _strip_unroll(given: Given) -> float:
 
 
 def strip_loops(*rows: LoopNotes) -> tuple[LoopNotes, ...]:
-    """A loop over the rows of a strip, or those given, and those over taps within it.
+    """Notes of the loop over a strip's rows, or of the loops given, and of those over taps in it.
 
-    Where a lane has one column the taps of wide windows are not unrolled.
+    There are loops over taps because wide windows are not unrolled where a lane has one column.
     """
     over_rows = rows or (strip_loop("rows", ".i"),)
     return (
@@ -305,17 +307,17 @@ def strip_loops(*rows: LoopNotes) -> tuple[LoopNotes, ...]:
 
 
 def strip_loop(name: str, within: str, when: str | None = None) -> LoopNotes:
-    """A loop over all rows that a program reads, unrolled as the strip says."""
+    """Notes of a loop over all rows that a program reads, unrolled as the strip says."""
     return LoopNotes(name, within, strip_rows, when, unroll=_strip_unroll)
 
 
 def share_of_the_map(given: Given) -> float:
-    """A thread's share of the operation's map, whatever it works on itself: for helpers."""
+    """A thread's share of the operation's map, for kernels whose own outputs are something else."""
     return float(given["ELEMENTS"] / (given["PROGRAMS"] * given["THREADS"]))
 
 
 def variations(base: Case, *changes: Mapping[str, Any]) -> tuple[Case, ...]:
-    """The base case, and one more for each change of it; "options" are laid over the base's."""
+    """The base case, and one more for each change of it; "options" are added to the base's."""
     cases = [base]
     for change in changes:
         options = {**base.options, **change.get("options", {})}
@@ -324,13 +326,13 @@ def variations(base: Case, *changes: Mapping[str, Any]) -> tuple[Case, ...]:
 
 
 def rarely(base: Case, *changes: Mapping[str, Any]) -> tuple[Case, ...]:
-    """variations without the base, for the full compile-only table alone."""
+    """The variations without the base case, for the full compile-only table alone."""
     only = replace(base, everywhere=False, against_compile=False, rare=True)
     return variations(only, *changes)[1:]
 
 
 def random_map(case: Case, device: torch.device, seed: int = 0) -> Tensor:
-    """Values as a network gives them: noise of standard deviation 2, in the case's layout."""
+    """Values like a network's logits: noise of standard deviation 2, in the case's layout."""
     values = torch.empty(case.shape.size, dtype=case.torch_dtype, device=device)
     if case.layout == "channels_last":
         values = values.to(memory_format=torch.channels_last)
@@ -344,8 +346,8 @@ def random_map(case: Case, device: torch.device, seed: int = 0) -> Tensor:
 def random_labels(case: Case, device: torch.device, seed: int = 1) -> Tensor:
     """Labels in regions of 32 x 32 pixels, 3 % of the regions ignored (255), as annotations are.
 
-    Labels drawn anew for each pixel would put every class into every tile, which no image does. One
-    class has the labels 0 and 1.
+    Labels drawn anew for each pixel would put every class into every tile, which no image does.
+    Where there is one class, the labels are 0 and 1.
     """
     batch, classes, height, width = case.shape.size
     regions = (batch, -(-height // 32), -(-width // 32))

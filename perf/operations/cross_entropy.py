@@ -46,7 +46,7 @@ CROSS_ENTROPY_CASES = tuple(
     replace(case, against_compile=True)
     for case in (*CASES, replace(BASE, options={"label_smoothing": 0.1}))
 )
-# Eager is torch's own, and torch.compile works on that: the faster of the two is to be matched.
+# Eager is torch's own here, and torch.compile works on that. The goal is to match the faster one.
 _AGAINST_TORCH = tuple(
     Goal(f"Cross entropy, {case.text}: speed against {rival}", case, column, at_least=1.0)
     for case in CROSS_ENTROPY_CASES

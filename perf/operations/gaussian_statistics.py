@@ -30,7 +30,7 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def launch(case: Case, tensors: tuple[Tensor, ...]) -> Tensor:
-    """Forward and backward launchers; the maps' gradients stand in the maps themselves."""
+    """Run the forward and backward launchers; the maps are given as their own gradients."""
     (x,) = tensors
     options = kernels.Options(3, 1.5, "zeros")._replace(**case.options)
     mean, variance = kernels._gaussian_statistics_forward(x, options)
@@ -40,7 +40,7 @@ def launch(case: Case, tensors: tuple[Tensor, ...]) -> Tensor:
 def floor(case: Case) -> Floor:
     """Forward reads x, writes two float32 maps; backward reads their gradients and x, writes x's.
 
-    The backward kernel also reads the mean. It could recompute it, so the floor is without.
+    The backward kernel also reads the mean. It could recompute it, so the floor does not have it.
     """
     maps = 2 * 4 * case.shape.elements
     x = case.torch_dtype.itemsize * case.shape.elements
@@ -104,7 +104,8 @@ GOALS = tuple(
         loop="rows",
         at_most=instructions,
     )
-    # Of the variance that loses no digits on flat maps: 13 to 15 % below what it first took.
+    # The variance is the one that loses no digits on flat maps. The limits are 13 to 15 % below
+    # what it took at first.
     for window, instructions in ((3, 30.6), (5, 46.9), (7, 65.0), (9, 89.4), (11, 113.9))
 )
 

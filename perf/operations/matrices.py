@@ -49,7 +49,7 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
-    """The launchers of all functions, forward and backward."""
+    """Run the launchers of all functions, forward and backward."""
     (matrices,) = tensors
     factor, _ = launchers.cholesky(matrices)
     launchers.logdet(matrices)

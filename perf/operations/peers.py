@@ -15,10 +15,11 @@ differently. No library is timed whose values and gradients have not passed the 
 | ssim | kornia | any window, padding "reflect" and "valid"; also the map |
 | ssim | MONAI | any window, padding "valid" |
 
-Each also against PyTorch's own where it has one. Not adapted, since the formulas are others:
-segmentation-models-pytorch's focal loss (a sigmoid for each class). kornia and MONAI have no cross
-entropy of their own. The structural losses, RMI and margin calibration are in none of them: what
-stands against these is the papers' own code as kernels_reference restates it, which is eager.
+Each operation is also compared with PyTorch's own where PyTorch has one. The focal loss of
+segmentation-models-pytorch (a sigmoid for each class) is not adapted, since its formula is another
+one. kornia and MONAI have no cross entropy of their own. None of the libraries has the structural
+losses, RMI or margin calibration: these are compared with the papers' own code as
+kernels_reference restates it, which is eager.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ _IGNORED = 255
 
 
 def _imported(name: str) -> Any:
-    """A module.
+    """The module of that name.
 
     Raises:
         ImportError: it is not installed, or what it stands on does not fit this PyTorch.
@@ -156,7 +157,7 @@ def _valid(target: Tensor) -> Tensor:
 
 
 def _same_formula(logits: Tensor, options: Mapping[str, Any], *known: str) -> None:
-    """Refuse other options, and logits in whose narrow dtype the library would add up."""
+    """Refuse other options, and logits of a narrow dtype, in which the library would add up."""
     if options.keys() - set(known) or logits.dtype not in (torch.float32, torch.float64):
         raise UnknownCaseError
 

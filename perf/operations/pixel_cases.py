@@ -32,7 +32,12 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def launch(operator: Operator, defaults: Any) -> Callable[[Case, tuple[Tensor, ...]], None]:
-    """Forward and backward launchers of a loss with such options."""
+    """A function that runs a loss's forward and backward launchers, with a case's options.
+
+    Args:
+        operator: the loss.
+        defaults: its options, for what a case does not say.
+    """
 
     def launched(case: Case, tensors: tuple[Tensor, ...]) -> None:
         logits, target = tensors
@@ -55,7 +60,7 @@ def outputs(given: Given) -> float:
 
 
 def class_loop(name: str, within: str) -> LoopNotes:
-    """A loop over blocks of classes, all but the last one."""
+    """Notes of a loop over blocks of classes, all but the last one."""
     return LoopNotes(
         name,
         within,
@@ -96,7 +101,7 @@ SHIPPED = variations(
     {"shape": SHAPES["cityscapes"], "layout": "channels_last", **_ONCE},
     {"shape": SHAPES["voc"], **_ONCE},
 )
-# What changes the code around the loss, whatever the loss.
+# Cases that change the code around a loss, whatever the loss.
 AROUND = variations(
     replace(SHIPPED[0], everywhere=False),
     {"dtype": "float16"},
@@ -106,7 +111,8 @@ AROUND = variations(
     {"options": {"label_smoothing": 0.1}},
     {"options": {"label_smoothing": 0.1}, "layout": "channels_last"},
 )[1:]
-# What takes more registers, for every loss. In float64, for which nothing is tuned, it may spill.
+# Cases that take more registers, for every loss. In float64, for which nothing is tuned, kernels
+# may spill.
 WIDE = (
     *variations(replace(SHIPPED[0], everywhere=False), {"labels": "int64"}, {"dtype": "float64"})[
         1:
@@ -124,7 +130,7 @@ WIDE = (
 
 
 def bandwidth_goals(words: str, float32: float, bfloat16: float) -> tuple[Goal, ...]:
-    """Shares of the copy bandwidth in both layouts."""
+    """Goals for the share of the copy bandwidth, in both layouts."""
     return tuple(
         Goal(
             f"{words}, {case.shape.name}, {case.dtype}, {case.layout}: share of the copy bandwidth",
@@ -140,7 +146,10 @@ def bandwidth_goals(words: str, float32: float, bfloat16: float) -> tuple[Goal, 
 def code_goals(
     words: str, contiguous: tuple[float, float], channels_last: tuple[float, float]
 ) -> tuple[CodeGoal, ...]:
-    """Instructions per pixel and class in the loop over blocks of classes: forward, backward."""
+    """Goals for the instructions per pixel and class in the loop over blocks of classes.
+
+    Each layout has a limit for the forward and one for the backward kernel.
+    """
     return tuple(
         CodeGoal(
             text=f"{words}, {direction}, {case.layout}: instructions per pixel and class",
@@ -154,10 +163,12 @@ def code_goals(
     )
 
 
-# Limits of the loops. Contiguous: the instructions of the prototypes (6.2 and 10.0; 10.4 and 12.8)
-# and, going forward, one for the difference to the largest logit, without which large logits would
-# lose their digits, or two for leaving out the own class, without which confident pixels would.
-# channels_last, of which there was no prototype: the first that shipped, and a twentieth.
+# Limits of the loops, forward and backward: contiguous, then channels_last. The contiguous ones are
+# the prototypes' instructions (softmax 6.2 and 10.0, sigmoid 10.4 and 12.8) with an addition going
+# forward. The softmax has one more for the difference to the largest logit, without which large
+# logits would lose their digits. The sigmoid has two more for leaving out the own class, without
+# which confident pixels would lose theirs. channels_last had no prototype: its limits are what the
+# first version that shipped took, and 5 %.
 SOFTMAX_CODE = ((7.2, 10.0), (9.0, 12.4))
 SIGMOID_CODE = ((12.4, 12.8), (13.7, 15.5))
 

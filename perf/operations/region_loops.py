@@ -20,7 +20,7 @@ def _area(given: Given) -> float:
 
 
 def _classes(given: Given) -> float:
-    """Classes of a program, where they are shared out along the third axis of the grid."""
+    """Classes of a program: the third axis of the grid shares them out."""
     return float(given["channels"] / given["GRID.2"])
 
 
@@ -42,7 +42,7 @@ def _strip_pixels(given: Given) -> float:
 
 
 def _passes(given: Given) -> int:
-    """Programs that a strip's lags are shared out to."""
+    """How many programs share a strip's lags."""
     return 1 if given["STRIP.region"] < 4 else 2
 
 
@@ -52,7 +52,7 @@ def _strip_halo(given: Given) -> float:
 
 
 def _frame_programs(given: Given) -> float:
-    """Of a plane: one for each line, and one for the rest; all of them for each share."""
+    """Programs for one share of a plane's lags: one for each line, and one for the rest."""
     return 2 * _side(given) + given["STRIP.spare"] + 1
 
 
@@ -65,7 +65,7 @@ def _of_lines(given: Given) -> float:
 
 
 def _of_lags(given: Given) -> float:
-    """Rounds through the lags of the core and the corners, on average likewise."""
+    """Rounds through the lags of the core and the corners, on average over a plane's programs."""
     region = given["STRIP.region"]
     block = 32 if region < 4 else 8
     shares = region // given["STRIP.depth"]

@@ -46,7 +46,7 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def launch(case: Case, tensors: tuple[Tensor, ...]) -> Tensor:
-    """Forward and backward launchers."""
+    """Run the forward and backward launchers."""
     logits, target = tensors
     options = _DEFAULTS._replace(**case.options)
     options = options._replace(small=is_small(options, logits.size(2), logits.size(3)))
@@ -82,7 +82,7 @@ CASES = variations(
     {"layout": "channels_last", "against_compile": False},
 )
 
-# So few regions that everything is float64.
+# A map with so few regions that everything is computed in float64.
 _SMALL = Shape("small", 16, 21, 32, 32)
 
 # One case for each way a kernel is built: regions, poolings, what else changes the code.
@@ -116,7 +116,7 @@ SHIPPED = variations(
         for region in (3, 5)
     ),
     {"options": {"pooling": None, "precision": "float32"}, "everywhere": False},
-    # What has the most to keep in registers: wide labels, and sums of every region size.
+    # The cases with the most to keep in registers: wide labels, and sums of every region size.
     *(
         {
             "labels": "int64",
@@ -151,7 +151,7 @@ SHIPPED = variations(
     ),
     {"shape": _SMALL, "dtype": "bfloat16", "everywhere": False},
     {"dtype": "float64", "everywhere": False},
-    # What takes most registers without pooling.
+    # The cases that take the most registers without pooling.
     {"labels": "int64", "options": {"pooling": None}},
     {
         "labels": "int64",
@@ -235,8 +235,8 @@ GOALS: tuple[Goal | CodeGoal, ...] = (
         "peak_delta_MiB",
         at_most=1.05 * _mib(CASES[2]),
     ),
-    # Instructions per pooled pixel and class of the prototypes. Lag sums of regions of 4 and 5 are
-    # made in two loops, each by programs of its own: both.
+    # The limits are the prototypes' instructions per pooled pixel and class. Lag sums of regions of
+    # 4 and 5 are made in two loops, each by programs of its own; their limits are for both loops.
     *(
         CodeGoal(
             text=f"RMI, region {region}, {name}: at most the prototype's instructions",

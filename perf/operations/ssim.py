@@ -40,7 +40,7 @@ def loss_inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def loss_launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
-    """Forward and backward launchers of the loss."""
+    """Run the forward and backward launchers of the loss."""
     logits, target = tensors
     given = {"form": "full", "window_size": 11, "ignore_index": 255, **case.options}
     full = given["form"] == "full"
@@ -64,7 +64,7 @@ def image_inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def image_launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
-    """Forward and backward launchers for two images, with gradients to both."""
+    """Run the forward and backward launchers for two images, with gradients to both."""
     x, y = tensors
     given = {"window_size": 11, "padding": "zeros", "reduction": "mean", **case.options}
     mapped = given["reduction"] == "none"
@@ -154,7 +154,7 @@ def _goals(name: str, case: Case) -> tuple[Goal, ...]:
 
 
 def _outputs(given: Given) -> float:
-    """Outputs of a thread of the forward kernel, of a tile that lies within the map."""
+    """Outputs of one thread of the forward kernel, where its tile lies within the map."""
     return float(given["STRIP.columns"] * given["rows"] * given["STRIP.lanes"] / given["THREADS"])
 
 
@@ -164,13 +164,13 @@ def _rows(given: Given) -> float:
 
 
 def _coefficient_rows(given: Given) -> float:
-    """The same of a tile of coefficients, on average over all programs of the backward pass."""
+    """Rows likewise of tiles of coefficients, on average over the programs going backward."""
     rows = given["out_rows"] + given["WINDOW.size"] - 1
     return float(rows * given["out_tiles"] * given["units"] / given["PROGRAMS"])
 
 
 def _gradient_rows(given: Given) -> float:
-    """The same of a tile of gradients."""
+    """Rows likewise of tiles of gradients, on average over the programs going backward."""
     return float(_rows(given) * given["tiles"] * given["units"] / given["PROGRAMS"])
 
 
@@ -179,12 +179,12 @@ def _unroll(given: Given) -> float:
 
 
 def _never(given: Given) -> float:
-    """Waiting for other programs, and what the last one alone does."""
+    """0: for waiting for other programs, and for what the last one alone does."""
     return 0.0
 
 
 def _taps(within: str, rows: Number) -> LoopNotes:
-    """The taps of a window, which are not unrolled where a lane has one column."""
+    """Notes of a loop over a window's taps, which is not unrolled where a lane has one column."""
     taps = {".distance": lambda size: size // 2, ".step": lambda size: size}[within]
     return LoopNotes("taps", within, lambda given: rows(given) * taps(given["WINDOW.size"]))
 

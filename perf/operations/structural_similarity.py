@@ -38,7 +38,7 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
-    """Forward and backward launchers, in the schedule that the configuration asks for."""
+    """Run the forward and backward launchers, in the schedule that the configuration asks for."""
     logits, target = tensors
     options = _DEFAULTS._replace(**case.options)
     options = options._replace(store=kernels.stores_differences(logits, options.window_size))
@@ -133,11 +133,13 @@ def _shipped(window: int, schedule: str | None) -> Case:
 
 _L_MIB = BASE.shape.elements * 4 / 2**20
 GOALS: tuple[Goal | CodeGoal, ...] = (
-    # The pipe model says issue-bound: the stable variance costs, skipping absent classes pays.
+    # By the model of predict.py the time goes into issuing instructions: the stable variance costs
+    # some, and leaving out the absent classes saves some.
     Goal("SSL, window 3: share of the copy bandwidth", CASES[0], "share_of_copy", at_least=0.40),
     Goal("SSL, window 3: speed against eager", CASES[0], "speedup_vs_eager", at_least=10),
     Goal("SSL, window 3: speed against torch.compile", CASES[0], "speedup_vs_compile", at_least=3),
-    # Eager needs about 17 L, torch.compile about 9 L; the kernels need the gradient.
+    # L are the bytes of the logits: eager needs about 17 L, torch.compile about 9 L. The kernels
+    # need the gradient, which is one L.
     Goal(
         "SSL, window 3: extra MiB, 1.02 times the logits",
         CASES[0],
@@ -145,8 +147,8 @@ GOALS: tuple[Goal | CodeGoal, ...] = (
         at_most=1.02 * _L_MIB,
     ),
     Goal("SSL, window 11: share of the copy bandwidth", CASES[1], "share_of_copy", at_least=0.20),
-    # Instructions per pixel and class. The look, a kernel of its own, is counted per label: all
-    # classes share it, and of 19 classes each has at most two instructions of it.
+    # Instructions per pixel and class. The look is a kernel of its own and is counted per label:
+    # all classes share it, so that each of 19 classes has at most two instructions of it.
     CodeGoal(
         text="SSL, window 3: instructions of the look per label",
         case=SHIPPED[0],
@@ -185,7 +187,7 @@ def _strips(direction: str) -> KernelNotes:
 
 
 def _label_rounds(given: Given) -> float:
-    """Rows of a cell and half a window above and below, UNROLL at once."""
+    """Rounds over a patch's rows and those of half a window above and below, several in each."""
     return -(-(given["STRIP.rows"] + 2 * given["RADIUS"]) // given["STRIP.unroll"])
 
 

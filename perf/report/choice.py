@@ -12,7 +12,7 @@ _CPU_CASES = 2
 
 @dataclass(frozen=True)
 class Choice:
-    """What to report on; None is everything."""
+    """What to report on; None stands for everything."""
 
     ops: Sequence[str] | None = None
     shapes: Sequence[str] | None = None
@@ -21,10 +21,10 @@ class Choice:
     budget_s: float | None = None
     compile: bool = False  # even what the baseline knows
     rows_only: bool = False  # no memory, host time, machine code or interpreter
-    give_up_one: bool = False  # the first that has no rows has ended a process
+    give_up_one: bool = False  # leave out the first case without rows: it has ended a process
 
     def cases(self, operation: Operation, on_gpu: bool) -> list[Case]:
-        """The operation's cases that are asked for; on a CPU the first few of them."""
+        """The operation's cases that are asked for: on a CPU the first few, if quick the first."""
         chosen = [
             case
             for case in operation.cases

@@ -19,7 +19,7 @@ from perf.report.page import number
 
 README = Path(__file__).parents[2] / "README.md"
 _START = "| sm_90, float32, uint8 labels, Triton "
-# Helpers whose instructions are fewer are left out, for a table that can be read.
+# Kernels with fewer instructions per output are left out, so that the table can be read.
 _LEAST = 2.0
 
 
@@ -59,7 +59,7 @@ ROWS = (
 
 
 def newest() -> Path:
-    """The baseline of the newest Triton."""
+    """The path of the newest Triton's baseline."""
     paths = baseline.FOLDER.glob("triton-*.json")
     return max(paths, key=lambda path: [int(part) for part in path.stem[7:].split(".")])
 
@@ -116,7 +116,11 @@ def _counts(kernels: Mapping[str, Kept]) -> str:
 
 
 def replaced(text: str, lines: Sequence[str]) -> str:
-    """The README with the table's lines in place of those that it has."""
+    """The README's text with these lines in place of its table's.
+
+    Raises:
+        ValueError: the text has no such table.
+    """
     before, found, after = text.partition(_START)
     if not found:
         raise ValueError(f"the README has no line that begins with {_START!r}")
@@ -127,7 +131,7 @@ def replaced(text: str, lines: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m perf code-table`."""
+    """The exit status of `python -m perf code-table`, which writes and prints the table."""
     parser = argparse.ArgumentParser(
         prog="python -m perf code-table", description=str(__doc__).split("\n")[0]
     )

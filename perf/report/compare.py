@@ -69,7 +69,7 @@ def _cells(old: Row, new: Row) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m perf compare`."""
+    """The exit status of `python -m perf compare`, which prints what moved."""
     parser = argparse.ArgumentParser(
         prog="python -m perf compare", description=str(__doc__).split("\n")[0]
     )

@@ -26,7 +26,7 @@ _VARIABLES = (
 
 
 def page(report: Report) -> Page:
-    """The whole report."""
+    """The whole report as a page."""
     machine = report.machine
     gpu = machine.has_gpu
     cards = [_speed_card, _memory_card, _machine_card, _trust_card]
@@ -148,7 +148,7 @@ def _trust_card(report: Report) -> Card:
 
 
 def _gpu_plots(report: Report) -> list[Block]:
-    """What the first case of every operation has come to."""
+    """Speed and memory in every operation's first case, against eager PyTorch."""
     speeds: dict[str, dict[str, float]] = {}
     memory: dict[str, dict[str, float]] = {}
     full = [row for row in report.rows if row["pass"] == "full" and row["ms_p50"]]
@@ -220,7 +220,7 @@ def _code_blocks(facts: Sequence[KernelFacts]) -> list[Block]:
 
 
 def _spills(facts: Sequence[KernelFacts]) -> str:
-    """What spills in float64, where that is allowed."""
+    """A sentence on what spills in float64, where that is allowed."""
     spilling = [
         f"{words(fact.kernel)} ({fact.op}: {fact.case}) {fact.spill_bytes} B on {fact.target}"
         for fact in facts

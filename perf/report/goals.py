@@ -22,7 +22,7 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """In a word or two."""
+        """The outcome in a word or two."""
         return {None: "not measured", True: "met", False: "missed"}[self.met]
 
 

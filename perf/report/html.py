@@ -20,7 +20,7 @@ addEventListener("beforeprint", () => {
 
 
 def page(report: Report) -> str:
-    """The whole file."""
+    """The text of the whole file."""
     made = content.page(report)
     style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     warning = f'<p class="warning">{escape(made.warning)}</p>' if made.warning else ""

@@ -1,9 +1,10 @@
 """The performance report of the machine it runs on: rows.csv, report.md and report.html.
 
-With a GPU every case is measured on it. Without one the same cases run at a reduced size on the
+With a GPU every case is measured on it. Without one the first cases run at a reduced size on the
 CPU (reference only) and the kernels are checked in Triton's interpreter; nothing of that is called
-a speed. Either way memory, host time and launches are counted, and machine code for GPUs that need
-not be there is looked up in the committed baseline, or compiled where something has changed since.
+a speed. Without --rows-only, memory, host time and launches are counted, and machine code for GPUs
+that need not be there is looked up in the committed baseline, or compiled where that is out of
+date.
 
 `python -m perf report [--ops ...] [--shapes ...] [--dtypes ...] [--quick] [--compile] [--out ...]`
 """
@@ -34,17 +35,18 @@ from perf.report.report import Report
 from tritonloss._core.progress import Progress
 from tritonloss._tools.stopping import ended_in_order
 
-QUICK_S = 70.0  # when a quick report begins nothing more; what runs then still ends
-# When a report without a GPU waits no more for the interpreter, begins no more cases of the
-# reference, and none under torch.compile, which may take a minute.
+QUICK_S = 70.0  # after so long a quick report begins nothing more; what runs then still ends
+# After so long a report without a GPU no longer waits for the interpreter, begins no more cases of
+# the reference, and begins no more of them under torch.compile, where one may take a minute.
 PARITY_S, CPU_ROWS_S, CPU_COMPILE_S = 200.0, 150.0, 180.0
 KEPT_TRAINING = RESULTS / "training"
 
 
 def make(choice: Choice, out: Path, resume: bool = False) -> Report:
-    """Find out everything, with a progress bar on stderr. Interrupted, it keeps what it has.
+    """The report of this machine, made with a progress bar on stderr.
 
-    Rows are in the folder's rows.csv as soon as they are measured; ``resume`` goes on from there.
+    Interrupted, it has what was found out by then. Rows are in the folder's rows.csv as soon as
+    they are measured; `resume` goes on from there.
     """
     started = time.monotonic()
     chosen = operations(choice.ops)
@@ -72,7 +74,7 @@ def make(choice: Choice, out: Path, resume: bool = False) -> Report:
 
 
 def _measured_before(report: Report, out: Path) -> list[rows.Row]:
-    """The folder's rows of this machine, these versions and this commit, all passes of a case."""
+    """The folder's rows of this machine, these versions and this commit, with all their passes."""
     if not (out / "rows.csv").exists():
         return []
     found = rows.read(out)
@@ -87,7 +89,7 @@ def _measured_before(report: Report, out: Path) -> list[rows.Row]:
 
 
 def _run(making: Making, started: float) -> None:
-    """All parts, those first that a reader misses most."""
+    """Make all parts, first those that a reader would miss most."""
     choice, gpu = making.choice, making.report.machine.has_gpu
     cases = plan(making.chosen, choice, gpu)
     measurements = _measurements(cases, choice, gpu)
@@ -107,7 +109,7 @@ def _run(making: Making, started: float) -> None:
                 parts.measure(making, what, work)
     if not more:
         return
-    # The interpreter is one process; beside it there are cores to spare.
+    # The interpreter is one process, which leaves cores for what is done beside it.
     with parts.interpreting(making, parity, started + PARITY_S):
         parts.count_memory(making)
         if choice.quick:
@@ -115,7 +117,7 @@ def _run(making: Making, started: float) -> None:
         else:
             parts.measure_host(making)
         parts.look_up_code(making, code)
-    if not gpu:  # the reference's own times, of all that is reported the least
+    if not gpu:  # the reference's own times, which matter least
         for what, work in measurements:
             end = CPU_COMPILE_S if what == parts.COMPILED else CPU_ROWS_S
             rest = started + end - time.monotonic()
@@ -126,7 +128,7 @@ def _run(making: Making, started: float) -> None:
 def _measurements(
     cases: Sequence[tuple[Operation, Case]], choice: Choice, gpu: bool
 ) -> list[tuple[str, Sequence[tuple[Operation, Case]]]]:
-    """(what is measured, of which cases), in this order: time may be over at any moment.
+    """(what is measured, of which cases), the most wanted first: time may be over at any moment.
 
     On a GPU the kernels come first; then, of every operation's most telling case, all that they
     are compared with; then the other comparisons.
@@ -147,7 +149,7 @@ def _measurements(
 
 @contextmanager
 def _allowed(making: Making, seconds: float | None) -> Iterator[None]:
-    """Begin nothing inside after so many seconds."""
+    """Let the parts in the block begin nothing after so many seconds."""
     before = making.end
     making.end = min(before, math.inf if seconds is None else time.monotonic() + seconds)
     try:
@@ -175,7 +177,7 @@ def _first_of_each(
 
 
 def write(report: Report, out: Path, training: bool = True) -> None:
-    """Write the report's files into a folder, if wanted with what is known of training."""
+    """Write the report's files into a folder, if wanted with the results of training."""
     out.mkdir(parents=True, exist_ok=True)
     if training:
         # A training run of this machine if there is one, else the one that is kept.
@@ -190,8 +192,11 @@ def write(report: Report, out: Path, training: bool = True) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m perf report`; 1 if a kernel was wrong or could not run, 130 if
-    it was interrupted, 3 if the GPU was lost and a new process may go on with --resume."""
+    """The exit status of `python -m perf report`.
+
+    It is 1 if a kernel was wrong or could not run, 130 if the report was interrupted, and 3 if the
+    GPU was lost and a new process may go on with --resume.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m perf report", description=str(__doc__).split("\n")[0]
     )

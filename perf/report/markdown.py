@@ -9,7 +9,7 @@ from perf.report.report import Report
 
 
 def page(report: Report) -> str:
-    """The whole file."""
+    """The text of the whole file."""
     made = content.page(report)
     parts = [f"# {made.title}", f"**{made.headline}**"]
     if made.warning:

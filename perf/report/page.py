@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Card:
-    """One number of the first screen, what it is, and what it rests on."""
+    """One figure of the first screen: its value, what it is, and what it rests on."""
 
     value: str
     label: str
@@ -24,7 +24,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Table:
-    """`folded` tables open on a click: they are for looking things up."""
+    """A table. `folded` is the title of one that opens on a click, for looking things up."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -42,7 +42,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Lines:
-    """Series of points; on logarithmic axes if so named."""
+    """Series of points, on logarithmic axes if `log` is set."""
 
     title: str
     x_label: str
@@ -80,7 +80,7 @@ class Page:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits without an exponent where that is readable."""
+    """A number with so many significant digits, without an exponent where that is readable."""
     if value is None:
         return ""
     if value == 0 or 1e-3 <= abs(value) < 1e5:

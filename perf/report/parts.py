@@ -1,4 +1,4 @@
-"""The parts of a report: each adds to it what it has found out, as it finds it out.
+"""The parts of a report: each adds what it finds out to the report at once.
 
 So an interrupted report has all that was known by then. What a part does not reach is counted, and
 the report says so.
@@ -39,7 +39,7 @@ MEMORY = "operations whose memory is counted"
 PARITY = "parity checks in the interpreter"
 HOST = "operations whose host time is measured"
 CODE = "cases whose machine code is looked up or compiled"
-# Roughly the seconds of a step, for the time left; under torch.compile few cases are begun at all.
+# Roughly the seconds of a step, to tell the time left. Under torch.compile few cases are begun.
 _SECONDS = {
     CASES: 2.0, OTHERS: 2.0, COMPILED: 8.0, MEMORY: 1.0, PARITY: 2.0, HOST: 4.0, CODE: 0.1,
 }  # fmt: skip
@@ -50,7 +50,7 @@ _COMPILING_S = 6.0
 class Making:
     """A report that is being made: what of, until when, and what has not been reached.
 
-    ``file`` is where rows are written as they are measured.
+    `file` is where rows are written as they are measured.
     """
 
     report: Report
@@ -60,11 +60,11 @@ class Making:
     end: float = math.inf  # a time of the monotonic clock after which nothing more is begun
     left: dict[str, int] = field(default_factory=dict)
     file: Appender | None = None
-    gives_up: bool = False  # the first that is to be measured has ended a process: not again
+    gives_up: bool = False  # whether to leave out the next case, which has ended a process
     yardsticks: dict[tuple[str, str], Verdict] = field(default_factory=dict)
 
     def add(self, row: Row) -> None:
-        """A row was measured."""
+        """Add a row that was measured to the report and to the file."""
         self.report.rows.append(row)
         if self.file is not None:
             self.file.add(row)
@@ -74,17 +74,17 @@ class Making:
         return time.monotonic() < self.end
 
     def plan(self, what: str, steps: int) -> None:
-        """There is so much to do."""
+        """Note that there is so much to do."""
         self.left[what] = self.left.get(what, 0) + steps
         self.bar.more(steps, _SECONDS[what])
 
     def done(self, what: str, text: str, steps: int = 1) -> None:
-        """So much of it is done; `text` says what."""
+        """Note that so much of it is done; `text` says what."""
         self.left[what] -= steps
         self.bar.step(text, steps, _SECONDS[what])
 
     def finish(self, interrupted: bool) -> None:
-        """Write down what was not reached."""
+        """Write into the report what was not reached."""
         why = "the report was interrupted" if interrupted else "the time allowed was over"
         missing = [f"{steps} {what}" for what, steps in self.left.items() if steps]
         if interrupted or missing:
@@ -94,15 +94,17 @@ class Making:
 
 
 def copy(making: Making) -> None:
-    """The bandwidth of a large copy on this device."""
+    """Measure the bandwidth of a large copy on this device."""
     making.bar.announce("copy bandwidth")
     making.report.copy_GBps = copy_bandwidth(making.report.machine.device)
     making.bar.step("copy bandwidth")
 
 
 def measure(making: Making, what: str, plan: Sequence[tuple[Operation, Case]]) -> None:
-    """Rows of these cases, but those that the report has. On a CPU the reference is timed at a
-    reduced size, and under torch.compile, which takes it half a minute each, by itself.
+    """Measure the rows of these cases that the report does not have yet.
+
+    On a CPU the reference is timed at a reduced size. torch.compile takes half a minute for each
+    case there, and is a part of its own.
     """
     report = making.report
     gpu = report.machine.has_gpu
@@ -127,8 +129,9 @@ def measure(making: Making, what: str, plan: Sequence[tuple[Operation, Case]]) -
 
 
 def _give_up(making: Making, question: Row, candidates: dict[str, Callable[..., Outputs]]) -> None:
-    """Rows without a time for the first candidate, which is measured no more. (A library without
-    rows may be one that does not know the case.)
+    """Give the first candidate rows without a time, and measure it no more.
+
+    Libraries are left alone: one without rows may not know the case.
     """
     for name in [name for name in candidates if name in OURSELVES][:1]:
         given_up = {**question, "provider": name, "timer": ENDED, **making.report.machine.columns}
@@ -139,14 +142,17 @@ def _give_up(making: Making, question: Row, candidates: dict[str, Callable[..., 
 
 
 def _providers(what: str, operation: Operation, gpu: bool) -> dict[str, Callable[..., Outputs]]:
-    """Who is measured in this part of the report."""
+    """The functions that are measured in this part of the report, by their providers."""
     if what == COMPILED:
         return compiled(operation)
     return kernels(operation) if what == CASES and gpu else others(operation)
 
 
 def count_memory(making: Making) -> None:
-    """Nothing is computed, so all sizes are counted; of a quick report only the plain cases."""
+    """Count the memory of all cases, at full size since nothing is computed.
+
+    A quick report counts only the cases with the same parameters as the operation's first one.
+    """
     quick = making.choice.quick
     for operation in making.chosen:
         making.bar.announce(f"memory of {operation.name}")
@@ -165,18 +171,18 @@ def count_memory(making: Making) -> None:
 
 
 def measure_host(making: Making) -> None:
-    """Host time and launches of every operation, in a process of its own."""
+    """Measure host time and launches of every operation, in a process of its own."""
     names = [operation.name for operation in making.chosen]
     making.bar.announce("host time and launches")
     try:
         making.report.host = host_time.collect(names)
-    except Exception as error:  # no C compiler, say
+    except Exception as error:  # there may be no C compiler, for example
         making.report.notes.append(f"Host time was not measured: {error}")
     making.done(HOST, "host time and launches", len(names))
 
 
 def parity_work(making: Making) -> list[tuple[str, int]]:
-    """The cases that the interpreter is to check: every operation's first one, and so on."""
+    """The cases that the interpreter is to check: first every operation's first, and so on."""
     quick = making.choice.quick
     asked = [[(op.name, i) for i in interpreted.cases(op, quick)] for op in making.chosen]
     return [pair for turn in zip_longest(*asked) for pair in turn if pair is not None]
@@ -186,10 +192,10 @@ def parity_work(making: Making) -> list[tuple[str, int]]:
 def interpreting(
     making: Making, work: Sequence[tuple[str, int]], end: float = math.inf
 ) -> Iterator[None]:
-    """Check the kernels in the interpreter, which is one process, beside all that is done inside.
+    """Check the kernels in the interpreter, in a process beside all that is done in the block.
 
-    It is waited for until ``end`` or the report's own, times of the monotonic clock; an exception
-    stops it.
+    At the end of the block it is waited for until `end` or the report's own end, which are times of
+    the monotonic clock. An exception stops it.
     """
     if not work:
         yield
@@ -230,7 +236,7 @@ def code_work(making: Making) -> list[compile_only.Job]:
 
 
 def look_up_code(making: Making, work: Sequence[compile_only.Job]) -> None:
-    """Every kernel's facts: the baseline's where they are about the same, else compiled now."""
+    """Find every kernel's facts: the baseline's where nothing has changed, else compiled now."""
     path = baseline.path_of(triton.__version__)
     known = baseline.read(path) if path.exists() and not making.choice.compile else Baseline()
     results: dict[compile_only.Job, list[KernelFacts]] = {}

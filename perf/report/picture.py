@@ -2,7 +2,7 @@
 
 `python -m perf picture` counts at full size (no GPU is needed, nothing is computed), commits the
 numbers to perf/baseline/memory.json and draws perf/results/memory.svg; `--draw` only draws.
-`--compile` counts torch.compile too, which takes minutes; else what is committed of it is kept.
+`--compile` counts torch.compile, too, which takes minutes; else its committed numbers are kept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ABOUT = (
 _SHAPE = "cityscapes"
 
 _WIDTH, _LEFT, _BAR, _ROW, _TOP = 760, 186, 13, 60, 78
-# Text, faint text and lines, the bars; what follows the reader's setting.
+# Colours of text, lines and bars, light or dark as the reader has set it.
 _STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1f2328 }
 .faint { fill: #59636e }
@@ -86,14 +86,14 @@ def read_compiled(path: Path = NUMBERS) -> CompiledMemory:
 
 
 def share_of_compiled(entry: CountedMemory) -> dict[str, float]:
-    """The committed number of this very case as a bar beside its own; empty if there is none."""
+    """torch.compile's committed share in this very case, by its bar's name; empty without one."""
     known = {(other.op, other.case) for other in read()}
     share = read_compiled().shares.get(entry.op) if (entry.op, entry.case) in known else None
     return {} if share is None else {"compile": share}
 
 
 def write(memory: Sequence[CountedMemory], compiled: CompiledMemory, path: Path = NUMBERS) -> None:
-    """Commit these numbers."""
+    """Write these numbers to the committed file."""
     lines = ",\n".join(f"  {json.dumps(asdict(entry))}" for entry in memory)
     torch_version = torch.__version__.split("+")[0]  # whose operations allocate
     text = (
@@ -144,7 +144,7 @@ _NAMES: Mapping[str, str] = {
 
 
 def _shares(entry: CountedMemory, compiled: CompiledMemory) -> dict[str, float]:
-    """What there is of one loss, in units of the logits' size."""
+    """The bars of one loss, in units of the logits' size."""
     shares = {"kernels": entry.kernels / entry.input_bytes}
     if entry.op in compiled.shares:
         shares["compile"] = compiled.shares[entry.op]
@@ -192,7 +192,7 @@ def _text(x: float, y: float, text: str, kind: str = "") -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m perf picture`."""
+    """The exit status of `python -m perf picture`, which counts and draws."""
     parser = argparse.ArgumentParser(
         prog="python -m perf picture", description=str(__doc__).split("\n")[0]
     )

@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def record(rows: Sequence[Row], folder: Path = RESULTS) -> dict[Path, int]:
-    """Append rows that were measured on a GPU; returns how many went to which file."""
+    """How many rows were appended to which file: new ones that were measured on a GPU."""
     added: dict[Path, int] = {}
     measured = [row for row in rows if row["capability"]]
     for gpu in dict.fromkeys(row["gpu"] for row in measured):
@@ -31,7 +31,7 @@ def record(rows: Sequence[Row], folder: Path = RESULTS) -> dict[Path, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m perf record`; 1 if no row is from a GPU."""
+    """The exit status of `python -m perf record`: 1 if no row is from a GPU."""
     parser = argparse.ArgumentParser(
         prog="python -m perf record", description=str(__doc__).split("\n")[0]
     )

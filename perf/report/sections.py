@@ -102,7 +102,7 @@ def _host_blocks(report: Report, op: str) -> Iterable[Block]:
 
 
 def _memory_lines(memory: Sequence[CountedMemory]) -> Lines:
-    """Plain cases of the first one's kind: the same parameters at other sizes."""
+    """Memory over classes, of the cases that differ from the first one only in their sizes."""
     kind = memory[0].case.split(" ", 1)[-1]
     plain = [entry for entry in memory if entry.case.split(" ", 1)[-1] == kind]
     lines = {
@@ -164,7 +164,7 @@ def _parity_table(parity: Sequence[Parity]) -> Table:
 
 
 def row_table(rows: Sequence[Row], name: str) -> Table:
-    """Rows with all that was measured of them, the error among it."""
+    """A table of rows with all that was measured, the errors, too."""
     header = [
         "case", "provider", "pass", "ms", "20 % to 80 %", "error", "x eager", "x compile",
         "extra MiB", "GB/s of the floor", "share of copy", "timer",

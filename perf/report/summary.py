@@ -50,7 +50,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m perf summary`."""
+    """The exit status of `python -m perf summary`: 1 if there are no rows."""
     parser = argparse.ArgumentParser(
         prog="python -m perf summary", description=str(__doc__).split("\n")[0]
     )

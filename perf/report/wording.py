@@ -51,7 +51,7 @@ def case_words(row: Row) -> str:
 
 
 def first_per_op(entries: Iterable[Any]) -> list[Any]:
-    """Of each operation the first entry, its most telling one."""
+    """The first entry of each operation, its most telling one."""
     first: dict[str, Any] = {}
     for entry in entries:
         first.setdefault(entry["op"] if isinstance(entry, dict) else entry.op, entry)

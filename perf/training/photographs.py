@@ -1,11 +1,11 @@
-"""Two real photographs with labels, all of it inside scikit-image's wheel: nothing is downloaded.
+"""Two real photographs with labels, made from what scikit-image's wheel holds: no downloads.
 
 The labels follow recipes that scikit-image publishes in its gallery:
 
-- ``coins``: "Comparing edge-based and region-based segmentation": a watershed on the Sobel
+- `coins`: "Comparing edge-based and region-based segmentation": a watershed on the Sobel
   elevation map with markers below 30 (background) and above 150 (coin), then holes filled.
   The two-pixel band along a coin's rim, where the watershed line is a guess, is void.
-- ``page``: "Niblack and Sauvola Thresholding": ink is what lies at or below Sauvola's threshold
+- `page`: "Niblack and Sauvola Thresholding": ink is what lies at or below Sauvola's threshold
   of window 25. The gallery's other recipe for this page ("Thresholding", a local threshold of
   block size 35 and offset 10) gives a second opinion; where the two disagree, the pixel is void.
 """
@@ -49,7 +49,7 @@ class Photograph:
 
     @property
     def held_out(self) -> Photograph:
-        """The right part, which is only ever measured on."""
+        """The right part, on which predictions are measured; the network never trains on it."""
         return self._columns(self._split, self.label.shape[1])
 
     @property
@@ -64,7 +64,7 @@ def photographs() -> list[Photograph]:
     """The photographs with their labels.
 
     Raises:
-        ModuleNotFoundError: if scikit-image is not installed; the text says how to install it.
+        ModuleNotFoundError: scikit-image is not installed; the text says how to install it.
     """
     try:
         from skimage import data

@@ -5,7 +5,7 @@ of the steps with cross entropy, and the same hyper-parameters, which were chose
 cross entropy. Two photographs show that each loss trains; they cannot rank losses. What comes out
 is reported, also where it speaks against a loss of this project.
 
-``python -m perf train [--out DIRECTORY] [--quick] [--times] [--losses NAME ...]``
+`python -m perf train [--out DIRECTORY] [--quick] [--times] [--losses NAME ...]`
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """One sigmoid per class, summed over classes, mean over valid pixels: SSL's other half alone.
+    """One sigmoid per class, summed over classes, mean over valid pixels: SSL without structure.
 
-    It tells apart what the sigmoid does and what the structural term adds.
+    It tells what the sigmoid does from what the structural term adds.
     """
     valid = target != VOID
     label = torch.where(valid, target, 0).long()
@@ -81,7 +81,7 @@ def _offsets() -> MarginOffsets:
     return margin_offsets(count_labels(labels, len(CLASSES), ignore_index=VOID))
 
 
-# Options without a default, by their names: what a data set tells. Others are the example's.
+# Required options whose values come from the data set, by their names. Others are the example's.
 _OF_THE_DATA: Mapping[str, Callable[[], object]] = {"offsets": _offsets}
 
 
@@ -124,7 +124,8 @@ KEPT = Path(__file__).parents[1] / "results" / "training" / "train.csv"
 def compared() -> list[str]:
     """The losses of the kept table, in its order: those that are trained unless others are named.
 
-    A loss that has come since is trained by its name; the table with it takes the others, too.
+    A loss that is newer than the table is trained when it is named. A table with that loss needs
+    the other losses named, too.
     """
     return list(pandas.read_csv(KEPT)["loss"].unique())
 
@@ -132,7 +133,7 @@ def compared() -> list[str]:
 class Block(nn.Sequential):
     """Two 3x3 convolutions, each normalized and rectified.
 
-    The rectifier leaks: a unit that is negative wherever a rare class is must still learn from it.
+    The rectifier leaks, so that a unit that is negative wherever a rare class is still learns.
     """
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
@@ -149,7 +150,7 @@ class Block(nn.Sequential):
 class Network(nn.Module):
     """A U-Net of three levels.
 
-    The head is drawn last, so that the body starts the same whatever a loss's channels are.
+    The head is drawn last, so that the body starts the same however many classes there are.
     """
 
     def __init__(self, channels: int, width: int) -> None:
@@ -200,9 +201,9 @@ def _crop(scene: Photograph, size: int, generator: torch.Generator) -> tuple[Ten
 def train(
     name: str, seed: int, scenes: Sequence[Photograph], settings: Settings
 ) -> tuple[Network, pandas.DataFrame]:
-    """Train one network; returns it with the seconds of each step and of its loss.
+    """(a trained network, the seconds of each step and of its loss).
 
-    The steps of the warm-up are left out of the seconds.
+    The seconds leave out the steps of the warm-up.
     """
     torch.manual_seed(seed)
     network = Network(len(CLASSES), settings.width)
@@ -219,7 +220,10 @@ def train(
 def _step(
     network: Network, optimizer: torch.optim.Optimizer, loss: Loss, images: Tensor, labels: Tensor
 ) -> tuple[float, float]:
-    """One step; the graph is cut at the logits so that the loss is timed apart from the network."""
+    """(seconds of a step of training, seconds of the loss in it).
+
+    The graph is cut at the logits, so that the loss is timed apart from the network.
+    """
     start = time.perf_counter()
     logits = network(images)
     leaf = logits.detach().requires_grad_()
@@ -241,7 +245,7 @@ def predict(network: Network, image: Tensor) -> Tensor:
 
 
 def intersection_over_union(predictions: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
-    """Per class, over all pixels of all photographs together, void left out."""
+    """The intersection over union of each class, over all photographs' pixels but the void ones."""
     pairs = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.float64)
     for prediction, label in zip(predictions, labels, strict=True):
         valid = label != VOID
@@ -264,7 +268,7 @@ def run(
         out: folder for train.csv, train.md and train.png; None writes nothing.
         quick: one seed and a few steps, to see that it works.
         losses: names out of LOSSES; None takes those that are `compared`.
-        times: report seconds too; they mean something on a machine that does nothing else.
+        times: report seconds, too; they mean something on a machine that does nothing else.
         progress: a bar that gains one step per loss and seed; None shows one on stderr.
 
     `summary` and `markdown` make a table of it.
@@ -344,7 +348,7 @@ def _spread(values: pandas.Series, sign: str = "") -> str:
 
 
 def markdown(frame: pandas.DataFrame) -> str:
-    """The table with what has to be known to read it."""
+    """The table in Markdown, with what has to be known to read it."""
     return f"{text.markdown(*_cells(frame))}\n\n{_notes(frame)}\n"
 
 
@@ -373,7 +377,7 @@ The picture shows seed {seeds[0]}."""
 
 
 def _missed_classes(frame: pandas.DataFrame) -> Iterator[str]:
-    # A run that never finds a class rules the mean and the spread; it must not go unsaid.
+    # A run that never finds a class dominates mean and spread, so the reader has to know of it.
     for label in CLASSES:
         for _, row in frame[frame[f"iou_{label}"] < 0.01].iterrows():
             yield f"\n{row['loss'].capitalize()} with seed {row['seed']} did not learn {label}."
@@ -382,7 +386,7 @@ def _missed_classes(frame: pandas.DataFrame) -> Iterator[str]:
 def picture(
     path: Path, parts: Sequence[Photograph], predictions: Mapping[str, Sequence[Tensor]]
 ) -> None:
-    """Photograph, label and each loss's prediction side by side, for the first seed."""
+    """Draw photograph, label and each loss's prediction side by side, for the first seed."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
@@ -418,7 +422,7 @@ def _write(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m perf train`."""
+    """The exit status of `python -m perf train`: 1 if a library is missing."""
     parser = argparse.ArgumentParser(
         prog="python -m perf train",
         description="Cross entropy against the project's losses on real photographs.",

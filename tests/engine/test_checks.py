@@ -1,4 +1,4 @@
-"""What a refusal says, and which labels are looked at."""
+"""What a refusal says, and which labels are checked."""
 
 from __future__ import annotations
 

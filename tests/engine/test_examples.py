@@ -54,7 +54,7 @@ def test_function_options_and_reference_agree_on_names_and_defaults(example: Exa
         assert given[name] == defaults[name], name
     if options is not None:
         assert given.keys() & set(options._fields)
-    # A reference may have switches of its own, to show a defect of the released code, say.
+    # A reference may have switches of its own, for example to show a defect of the released code.
     assert given.items() <= keywords(reference_of(example)).items()
 
 

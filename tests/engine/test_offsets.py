@@ -17,8 +17,8 @@ from tritonloss.regions.plan import kernels_of_large_images
 
 pytestmark = pytest.mark.parity
 
-# Neighbours of which the third lies past 2^31, and a stride that passes it by itself: the one needs
-# products in 64 bits, the other must not be taken apart into factors of 32 bits.
+# Of three elements the third lies past 2^31: that needs products in 64 bits. Of two elements the
+# stride by itself is past 2^31: it must not be taken for a factor of 32 bits.
 STRIDES = {3: 2**30 + 16, 2: 2**31 + 16}
 
 
@@ -74,7 +74,7 @@ OF_LOGITS = [
 def test_far_strides(
     function: Callable[[Tensor, Tensor], Tensor], axis: int, size: int, tmp_path: Path
 ) -> None:
-    # Columns far apart, channels near each other: there the lanes run over the channels.
+    # Where columns are far apart and classes near each other, the lanes run over the classes.
     shape = [1, 2 if axis == 3 else 1, 2, 4]
     shape[axis] = size
     logits, target = segmentation_case(shape, dtype=torch.float16, ignore_index=None)

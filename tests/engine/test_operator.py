@@ -25,7 +25,7 @@ _, TARGET = segmentation_case((1, 3, 4, 6), seed=1)
 
 
 def total_of(example: Example) -> Callable[[Tensor], Tensor]:
-    """A number that all differentiable results of an example enter, as a function of its map."""
+    """A function of an example's map: a number that depends on all differentiable results."""
 
     def total(x: Tensor) -> Tensor:
         floating = [result for result in example(x, TARGET) if result.is_floating_point()]
@@ -36,7 +36,7 @@ def total_of(example: Example) -> Callable[[Tensor], Tensor]:
 
 # One example of every operator with a gradient, by the operator's name.
 LOSSES = {e.operator.name: total_of(e) for e in reversed(DIFFERENTIABLE.values())}
-# What is made of several launches for every slice takes long in the interpreter.
+# Under vmap, losses of many launches take long in the interpreter: these are the others.
 QUICK = [
     name for name in LOSSES if name not in ("structural_similarity", "ssim_loss", "ssim", "rmi")
 ]
@@ -77,7 +77,7 @@ def test_grad_and_vjp(loss: Callable[[Tensor], Tensor], maps: Tensor) -> None:
 
 
 def test_jacobian_of_a_map(maps: Tensor) -> None:
-    """Every pixel's own gradient, found by a vmap over the backward pass."""
+    """jacrev finds every pixel's own gradient by a vmap over the backward pass."""
     x = maps[0]
 
     def values(x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def test_jacobian_of_a_map(maps: Tensor) -> None:
 
 
 def test_vmap(quick_loss: Callable[[Tensor], Tensor], maps: Tensor) -> None:
-    """Of values, of gradients, and under autograd."""
+    """vmap of values, of gradients, and under autograd."""
     expected = torch.stack([quick_loss(x) for x in maps])
     assert torch.equal(torch.vmap(quick_loss)(maps), expected)
     gradients = torch.stack([gradient_of(quick_loss, x) for x in maps])
@@ -125,7 +125,7 @@ def test_batched_upstream_gradients(maps: Tensor) -> None:
 
 
 def test_forward_mode_raises_in_words(loss: Callable[[Tensor], Tensor], maps: Tensor) -> None:
-    """Never a number: the operators have no forward-mode derivative."""
+    """The operators have no forward-mode derivative and must never give a number for one."""
     x = maps[0]
     with pytest.raises(RuntimeError, match="no forward-mode derivative"):
         torch.func.jvp(loss, (x,), (x,))
@@ -162,7 +162,7 @@ def test_second_derivatives_of_transforms_raise_in_words(maps: Tensor) -> None:
 
 
 def test_make_fx(quick_loss: Callable[[Tensor], Tensor], maps: Tensor) -> None:
-    """A traced graph holds the operators, and computes the same of other numbers."""
+    """A traced graph holds the operators, and is right for other inputs, too."""
     for function in (quick_loss, torch.func.grad(quick_loss)):
         graph = make_fx(function)(maps[0])
         assert any("tritonloss" in str(node.target) for node in graph.graph.nodes)
@@ -170,7 +170,7 @@ def test_make_fx(quick_loss: Callable[[Tensor], Tensor], maps: Tensor) -> None:
 
 
 def test_fake_tensors(loss: Callable[[Tensor], Tensor], maps: Tensor) -> None:
-    """Shapes without data, inside the mode and where it has been left."""
+    """Value and gradient have their shapes and dtypes without any data."""
     fake_mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
     x = fake_mode.from_tensor(maps[0]).requires_grad_()
     with fake_mode:
@@ -181,7 +181,7 @@ def test_fake_tensors(loss: Callable[[Tensor], Tensor], maps: Tensor) -> None:
 
 
 def test_transforms_inside_torch_compile(maps: Tensor) -> None:
-    """An error that says what to do, or the right result outside the graph; never a number."""
+    """They raise an error that says what to do, or give the right result outside the graph."""
     loss = LOSSES["cross_entropy"]
     torch._dynamo.reset()
     with pytest.raises(Exception, match="use torch.compile inside of torch.func.grad"):
@@ -194,7 +194,7 @@ def test_transforms_inside_torch_compile(maps: Tensor) -> None:
 
 
 def test_a_gradient_that_nobody_asks_for(maps: Tensor) -> None:
-    """One output used, the other not; an image that needs no gradient."""
+    """Of two outputs one is used; of two images one needs no gradient."""
     for position in (0, 1):
         leaf = maps[0].clone().requires_grad_()
         tritonloss.gaussian_statistics(leaf)[position].sum().backward()
@@ -242,7 +242,7 @@ def test_threads(maps: Tensor) -> None:
 
 
 def test_a_sign_that_is_not_in_memory(maps: Tensor) -> None:
-    """PyTorch keeps the sign of a conjugate's imaginary part aside."""
+    """PyTorch keeps the sign of a conjugate's imaginary part in a flag of the tensor."""
     x = torch.complex(maps[0], maps[1]).conj().imag
     assert x.is_neg()
     plain = x.resolve_neg()

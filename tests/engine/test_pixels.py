@@ -37,7 +37,7 @@ def _run_kernel(first_ptr, inside_ptr, pixels, tiles, TILE: tl.constexpr):
 
 
 def test_images_of_2_to_the_31_pixels(device: torch.device) -> None:
-    """Their number fits 32 bits in grains alone."""
+    """The number of pixels fits into 32 bits only when it is counted in grains."""
     tile = Tile(64, 1, 1, grain=4, flat=True, classes=1, double=False, bundle=4, slots=1)
     first = torch.empty(2, dtype=torch.int64, device=device)
     inside = torch.empty(2, 64, dtype=torch.int32, device=device)
@@ -45,7 +45,7 @@ def test_images_of_2_to_the_31_pixels(device: torch.device) -> None:
     assert first.tolist() == [0, 64] and inside.all()
 
 
-# --- a loss of one's own, as CONTRIBUTING.md shows it ---------------------------------------------
+# A loss of one's own, as CONTRIBUTING.md shows it.
 
 
 class State(NamedTuple):
@@ -109,9 +109,6 @@ def test_a_loss_of_ones_own(reduction: str, layout: str, device: torch.device) -
     loss, gradient = both_passes((Term(SQUARES, (), (0.5,)),), leaf, target, reduction, upstream)
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(gradient, *torch.autograd.grad(expected, leaf, upstream))
-
-
-# --- several losses in one read of the logits -----------------------------------------------------
 
 
 def both_passes(

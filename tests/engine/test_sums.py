@@ -6,9 +6,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 
+from tritonloss._core import backend
 from tritonloss._core.backend import device_guard
+from tritonloss._engine import sums as engine_sums
 from tritonloss._engine.sums import Sums, comes_last, leave, sizes, sums_over, tickets, total
+from tritonloss._tools.launches import offline
 
 
 @triton.jit(do_not_specialize=["count", "programs"])
@@ -47,6 +51,20 @@ def test_streams_have_tickets_of_their_own() -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
         second = tickets(10, device)
     assert first.data_ptr() != second.data_ptr()
+
+
+def test_room_is_kept_as_large_as_was_ever_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(engine_sums, "_kept", {})
+    device = torch.device("cpu")
+    with offline(GPUTarget("cuda", 90, 32)):
+        counters = tickets(5000, device)
+        assert counters.numel() == 5000 and not counters.any()
+        sums = sums_over(100_000, 3, device)
+        assert sums["tickets_ptr"].numel() == 5000
+        assert sums["scratch_ptr"].numel() >= 3 * 100_001
+        assert sums_over(10, 3, device)["scratch_ptr"] is sums["scratch_ptr"]
+        assert tickets(10, device) is sums["tickets_ptr"]
 
 
 def test_levels() -> None:

@@ -32,18 +32,16 @@ def positional(example: Example) -> dict[str, Any]:
     return dict(zip(names, example.arguments(LOGITS, TARGET), strict=False))
 
 
-# --- options --------------------------------------------------------------------------------------
-
-
 class Nonsense:
-    """No option is that."""
+    """A value that no option accepts."""
 
     def __repr__(self) -> str:
         return "nonsense"
 
 
 NONSENSE = Nonsense()
-# By the option's name, whatever the loss. Of an option that is not here, nonsense alone is tried.
+# Wrong values by the option's name, whatever the loss. An option that is not here is given only
+# nonsense.
 WRONG: dict[str, list[Any]] = {
     "window_size": [4, 3.0],
     "sigma": [0.0, "1.5"],
@@ -99,16 +97,13 @@ def test_a_module_refuses_what_its_function_refuses(
         example.module(**options)
     assert str(of_function.value).startswith(option)
     assert of_module.type is of_function.type
-    same = str(of_function.value).replace("shape (3,)", "shape (C,)")  # of classes not yet known
+    same = str(of_function.value).replace("shape (3,)", "shape (C,)")  # a module knows no classes
     assert str(of_module.value) == same
 
 
 def test_every_wrong_option_is_one_of_some_loss() -> None:
     known = {p.name for example in LOSSES.values() for p in parameters(example.function)[2:]}
     assert not WRONG.keys() - known
-
-
-# --- offsets --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [-1.0, -1e-30, float("nan"), float("inf"), -float("inf")])
@@ -133,7 +128,10 @@ def test_offsets_that_a_change_of_dtype_made_infinite() -> None:
 
 
 def test_offsets_nobody_may_look_at() -> None:
-    """Under torch.compile and without data; zeros are margins, and so is what needs a gradient."""
+    """Offsets go unchecked under torch.compile and without data.
+
+    Zeros are margins, and so are offsets that need a gradient.
+    """
     torch._dynamo.reset()
     own = torch.tensor([1.0, -1.0, float("nan")])
     loss = functional.margin_calibrated_loss
@@ -144,9 +142,6 @@ def test_offsets_nobody_may_look_at() -> None:
         assert loss(*meta[:2], (meta[2], meta[2])).is_meta
         good = torch.tensor([0.0, -0.0, 1.0], requires_grad=True)
         assert loss(LOGITS, TARGET, (good, good)).isfinite()
-
-
-# --- tensors --------------------------------------------------------------------------------------
 
 
 def _opaque(tensor: Tensor) -> Tensor:
@@ -191,7 +186,7 @@ def tensors_of(given: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def with_wrong(given: dict[str, Any], name: str, wrong: Tensor) -> dict[str, Any]:
-    """The arguments, one of their tensors another."""
+    """The arguments, with another tensor in the place of one."""
     whole, _, field = name.partition(".")
     return {**given, whole: given[whole]._replace(**{field: wrong}) if field else wrong}
 
@@ -235,7 +230,7 @@ FIRST = {f"{next(iter(positional(e)))} of {name}" for name, e in EXAMPLES.items(
 def test_only_dense_tensors_are_taken(argument: str, kind: str) -> None:
     tensor, call = ARGUMENTS[argument]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # each of them is said to be a prototype, or to be leaving
+        warnings.simplefilter("ignore")  # PyTorch calls each kind a prototype, or deprecated
         wrong = KINDS[kind](tensor)
     name = argument.partition(" of ")[0]
     message = f"^{name} must be a dense \\(strided\\) tensor; got one that is {kind.split(',')[0]}$"

@@ -15,12 +15,12 @@ from tests.slices import OF_MAPS, as_a_number, with_more
 from tritonloss._core.example import Example
 
 WAYS = with_more(OF_MAPS, {"focal_loss": {"one alpha": {"options": {"alpha": 0.3}}}})
-# What the kernels differ in is one to the reference.
+# Ways that differ only in their kernels are one way to the reference.
 DISTINCT = {(way.function, str(way.options)): way for way in reversed(WAYS.values())}
 
 
 def numbers_of(example: Example) -> dict[str, Any]:
-    """The example's options, and all that are fractions, each of them another than the default."""
+    """The example's options, and all of its function's fractions, none of them at its default."""
     parameters = inspect.signature(example.function).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     return {
@@ -32,7 +32,7 @@ def numbers_of(example: Example) -> dict[str, Any]:
 
 @pytest.mark.parametrize("way", list(reversed(DISTINCT.values())), ids=lambda way: way.name)
 def test_the_reference_compiles_with_symbolic_sizes(way: Example) -> None:
-    """Several sizes in a row, in one graph, with options that come in as arguments."""
+    """Several sizes go through one graph, with options that come in as arguments."""
     torch._dynamo.reset()
     options = numbers_of(way)
 

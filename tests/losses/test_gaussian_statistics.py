@@ -76,7 +76,7 @@ def test_every_dtype(dtype: torch.dtype, padding: str, device: torch.device) -> 
     ids=str,
 )
 def test_every_shape(shape: tuple[int, ...], padding: str, device: torch.device) -> None:
-    """Odd, prime, H != W, wider and higher than a program's strip."""
+    """Sizes are odd, prime, wider and higher than a program's strip, with H != W."""
     check_three_way(statistics(3, padding=padding), image(*shape).to(device))
 
 
@@ -141,7 +141,7 @@ def test_gradcheck(padding: str, device: torch.device) -> None:
 
 
 def test_flat_maps_keep_their_digits(device: torch.device) -> None:
-    """Where E[x^2] - E[x]^2 in float32 is wrong by 5e-4 and more."""
+    """The deviation is right to 1e-7 where E[x^2] - E[x]^2 in float32 has it wrong by over 1e-4."""
     x = 1 + 1e-4 * image(1, 1, 9, 21).to(device)
     truth_mean, truth = kernels_reference.gaussian_statistics(x.double(), 3, 1.5, "reflect")
     with tritonloss.use_backend("triton"):
@@ -171,7 +171,7 @@ def test_flat_areas_beside_steps_keep_their_digits(
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.3, -1e4, 3e18])
 def test_constant_maps(value: float, device: torch.device) -> None:
-    """No window sees a difference: mean exact to rounding, variance exactly 0."""
+    """No window sees a difference: the mean is exactly the value, the variance exactly 0."""
     x = torch.full((1, 1, 6, 7), value, device=device, requires_grad=True)
     with tritonloss.use_backend("triton"):
         mean, variance = tritonloss.gaussian_statistics(x, 5, padding="replicate")

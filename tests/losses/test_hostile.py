@@ -1,4 +1,4 @@
-"""What is not finite, and labels that are none: no crash, and the same NaN from both backends."""
+"""Logits that are not finite, and labels out of range: no crash, and both backends' NaN agree."""
 
 from __future__ import annotations
 
@@ -56,9 +56,6 @@ def small_programs() -> Iterator[None]:
         yield
 
 
-# --- each slice in a process of its own -----------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", hostile.SLICES)
 def test_hostile_values_end_no_process(name: str) -> None:
     """Logits, labels and saved maps full of NaN, infinities and extreme integers, every layout."""
@@ -71,9 +68,6 @@ def test_hostile_values_end_no_process(name: str) -> None:
     assert ended.returncode == 0, f"status {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
 
 
-# --- the kernels against the reference ------------------------------------------------------------
-
-
 def case_with(
     value: float,
     classes: int,
@@ -84,7 +78,7 @@ def case_with(
 ) -> tuple[Tensor, Tensor]:
     """A wrong logit beside an ignored pixel: an image for each place, and one that is clean.
 
-    It is the pixel's own class in every second image, or, if ``other``, in the images between.
+    It is the pixel's own class in every second image, or, if `other`, in the images between.
     """
     logits, target = segmentation_case((len(places) + 1, classes, 5, 6))
     for image, (row, column) in enumerate(places):
@@ -98,7 +92,10 @@ def case_with(
 def assert_same(
     function: Callable[[Tensor], Tensor], x: Tensor, *, tolerance: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """Value and gradient from the kernels: as the reference's, NaN for NaN, element by element."""
+    """Value and gradient from the kernels, held to the reference's element by element.
+
+    A NaN must be a NaN in both.
+    """
     (found, gradient), (expected, truth) = (
         (output[0], slope[0])
         for output, slope in (
@@ -114,8 +111,6 @@ def assert_same(
     return found, gradient
 
 
-# --- losses of one value per pixel ----------------------------------------------------------------
-
 CLASSES = 5
 WEIGHTS = torch.linspace(0.0, 2.0, CLASSES)  # one of them 0
 
@@ -125,7 +120,7 @@ def far_offsets(logits: Tensor, target: Tensor) -> tuple[Any, ...]:
     return logits, target, tritonloss.MarginOffsets(weights, 0.1 + weights)
 
 
-# Beside what the slices show: tables of the classes, and other roots of focal loss.
+# Beside what the slices show: tables of the classes, and other exponents of focal loss.
 MORE: dict[str, Any] = {
     "cross_entropy": {
         "plain": {},
@@ -148,7 +143,7 @@ PIXELWISE = with_more({n: e for n, e in OF_LABELS.items() if is_pixelwise(e)}, M
 
 
 def pixelwise(name: str, target: Tensor) -> Callable[[Tensor], Tensor]:
-    """The loss as a map, of logits alone."""
+    """The loss of every pixel, as a function of the logits alone."""
     way = PIXELWISE[name]
     tables = {
         key: value.to(target.device)
@@ -162,7 +157,7 @@ def pixelwise(name: str, target: Tensor) -> Callable[[Tensor], Tensor]:
 @VALUES
 @pytest.mark.parametrize("name", PIXELWISE)
 def test_pixelwise_losses(name: str, value: float, layout: str, device: torch.device) -> None:
-    """One class of a pixel, two, all but two, and all of them."""
+    """The value is in one class of a pixel, in two, in all but two, and in all of them."""
     for other in (False, True):
         logits, target = case_with(value, CLASSES, other=other, device=device)
         target[1:4, 3, 2] = 2
@@ -246,9 +241,6 @@ def test_classes_of_no_weight_have_no_mean(
     torch.testing.assert_close(results[0], results[1], equal_nan=True)
 
 
-# --- losses of windows and regions ----------------------------------------------------------------
-
-
 @NO_NUMBER
 @pytest.mark.parametrize(
     ("window_size", "padding", "layout"),
@@ -277,7 +269,7 @@ def test_gaussian_statistics(
 
 
 def within(x: Tensor, reach: int) -> Tensor:
-    """Pixels that are no further than ``reach`` from one that is not finite, along both axes."""
+    """Pixels that are no further than `reach` from one that is not finite, along both axes."""
     wrong = (~x.isfinite()).float()
     return F.max_pool2d(wrong, 2 * reach + 1, 1, reach) > 0
 
@@ -385,9 +377,6 @@ def test_rmi_loss(options: dict[str, Any], value: float, device: torch.device) -
     assert gradient[~logits.isfinite()].isnan().all() == (value != value)
     untouched = logits.isfinite().all(-1).all(-1)
     assert gradient[untouched].isfinite().all()
-
-
-# --- matrices -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", [3, 12])

@@ -45,7 +45,7 @@ def way(request: pytest.FixtureRequest) -> Example:
 
 
 def made(way: Example, classes: int = 3, **options: Any) -> nn.Module:
-    """The module; what it takes beside logits and labels is that of so many classes."""
+    """The way's module; if it takes more than options, that is made for so many classes."""
     assert way.module is not None
     return way.module(*way.arguments(*case(classes))[2:], **way.options, **options)
 
@@ -144,7 +144,7 @@ def test_compiled_functions(loss: Callable[..., Tensor], backend: str, dynamic: 
         torch.testing.assert_close(compiled(logits, target), loss(logits, target))
         with pytest.raises(Exception, match="ignore_index must be given|Observed exception"):
             compiled(*case(256))
-        # Few classes and what was given: 256 classes take long in the interpreter.
+        # A label that is given is tested with few classes: 256 take long in the interpreter.
         target = torch.full_like(target, 2)
         assert (compiled(logits, target, ignore_index=2) == 0).all()
         assert (compiled(logits, target, ignore_index=None) != 0).any()

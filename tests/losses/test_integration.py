@@ -30,7 +30,7 @@ from tritonloss.functional import (
 
 
 class Loss:
-    """An example as a loss: one number that all of its differentiable results enter."""
+    """An example as a loss: one number that depends on all of its differentiable results."""
 
     def __init__(self, example: Example) -> None:
         self.example = example
@@ -40,7 +40,7 @@ class Loss:
         return self
 
     def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
-        # To softmax losses one class is no question at all.
+        # Softmax losses need two classes.
         scores = logits if logits.size(1) > 1 else torch.cat((logits, -logits), 1)
         return as_a_number(self.example(scores, target))
 
@@ -303,7 +303,7 @@ def test_cuda_graph_without_synchronisation(loss: Loss, device: torch.device) ->
 
 @pytest.mark.gpu
 def test_extra_memory_of_a_training_step(device: torch.device) -> None:
-    """The gradient, two pooled maps where there are such, and a little on top."""
+    """It is the gradient, two pooled maps where there are such, and a little more."""
     logits, target = segmentation_case((2, 19, 512, 1024), device=device)
     for loss, most in (
         (LOSSES["structural_similarity_loss"], 1.01),
@@ -324,7 +324,7 @@ def test_extra_memory_of_a_training_step(device: torch.device) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("loss", PIXELWISE, ids=lambda loss: loss.__name__)
 def test_extra_memory_of_a_pixelwise_step(loss: Loss, layout: str, device: torch.device) -> None:
-    """The gradient, 4 or 8 bytes per pixel (and the map and its gradient, if that is the loss)."""
+    """It is the gradient, 4 or 8 bytes per pixel, and 8 more where the loss is a map."""
     logits, target = segmentation_case((2, 19, 512, 1024), device=device)
     logits = as_layout(logits, layout)
     value_and_gradient(loss, logits, target)

@@ -242,7 +242,7 @@ def test_offsets_are_the_papers() -> None:
 def test_offsets_make_the_bounds_equal() -> None:
     """Eq. 14 and 15: with the paper's mu every class has the same numerator over its denominator.
 
-    rho_0k sqrt-scaled by the class's share, rho_0k N_k / sqrt(N - N_k), is tau for all of them.
+    The scaled offset rho_0k N_k / sqrt(N - N_k) is tau for all of them.
     """
     counts = torch.tensor([123456, 789, 31, 5000])
     offsets = margin_offsets(counts)
@@ -252,7 +252,7 @@ def test_offsets_make_the_bounds_equal() -> None:
 
 
 def test_offsets_of_the_cityscapes_order() -> None:
-    """Spec: 2.7e-4 for the commonest class, 0.13 for the rarest, own offsets near 1e-9."""
+    """Offsets are about 2.7e-4 for the commonest class and 0.13 for the rarest, own ones 1e-9."""
     shares = torch.tensor([0.37, 0.23, 0.16, 0.24 - 1e-3, 1e-3], dtype=torch.float64)
     offsets = margin_offsets((shares * 5.6e9).long())
     assert 1e-4 < offsets.other[0].item() < 1e-3

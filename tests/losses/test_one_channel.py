@@ -48,7 +48,7 @@ def mask_case(
     return logits, target
 
 
-# --- oracles: logits and the masks y and m, floating-point [N, 1, H, W] ---------------------------
+# The oracles take logits and the masks y and m, floating-point [N, 1, H, W].
 
 
 def entropy_oracle(z: Tensor, y: Tensor, m: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def ssl_oracle(z: Tensor, y: Tensor, m: Tensor, size: int = 3) -> Tensor:
         centre = moments(delta, delta, size)[0][0, 0, size // 2, size // 2]
         largest = 2 * (1 - centre) / ((centre * (1 - centre)).sqrt() + 0.01)
         share = (e - 0.1 * largest)[m > 0].abs().min() / largest
-        assert share > 1e-6  # of the rest rounding could decide
+        assert share > 1e-6  # nearer to the threshold rounding could decide
         f = (e > 0.1 * largest) * m
     entropy = F.binary_cross_entropy_with_logits(z, y, reduction="none")
     hard = (e * f * entropy).sum() / f.sum().clamp(min=1)
@@ -126,9 +126,6 @@ def rmi_oracle(
         gain = torch.linalg.solve(p_ @ p_.T / n + ridge, p_ @ y_.T / n)
         total = total + torch.logdet(y_ @ y_.T / n - y_ @ p_.T / n @ gain + ridge) / 8
     return 0.3 * entropy + 0.7 * total / z.size(0)
-
-
-# --- the losses of one class against the rest -----------------------------------------------------
 
 
 RMI: dict[str, Any] = {"region_size": 2, "pool_size": 2, "epsilon": 1e-2, "bce_weight": 0.3}
@@ -193,7 +190,7 @@ def assert_agree(
 @BACKENDS
 @pytest.mark.parametrize("way", WAYS)
 def test_value_and_gradient_of_the_mask(way: str, backend: str, device: torch.device) -> None:
-    """Of two images in several strips; few pixels are ignored where that drops whole regions."""
+    """Two images of several strips; few pixels are ignored where that drops whole regions."""
     logits, target = mask_case((2, 11, 13), ignored=0.02 if "drop" in way else 0.1)
     truth = expected(way, logits, target)
     assert truth[1].abs().max() > 0
@@ -243,7 +240,7 @@ def test_every_layout(way: str, layout: str, device: torch.device) -> None:
 @pytest.mark.parametrize("label", [0, 1])
 @FEW
 def test_masks_of_one_label_alone(way: str, label: int, device: torch.device) -> None:
-    """Nothing there, and nothing else: the foreground is absent from every strip, or covers it."""
+    """The foreground is absent from every strip, or covers every strip."""
     logits, target = mask_case(ignored=0.02)
     target = torch.where(target == 255, 255, label)
     truth = expected(way, logits, target)
@@ -303,7 +300,7 @@ def test_two_classes_are_two_masks(way: str, backend: str, device: torch.device)
 
 @pytest.mark.parametrize("way", ["bce", "ssl-3", "ssim-5", "rmi-avg-zero", "rmi-None-drop"])
 def test_compiled_and_not_looked_at(way: str, device: torch.device) -> None:
-    """Under torch.compile no label is looked at: foreground must not vanish there."""
+    """Under torch.compile no label is checked: foreground must not vanish there."""
     torch._dynamo.reset()
     logits, target = mask_case(ignored=0.02)
     logits, target = logits.float().to(device), target.to(device)
@@ -318,9 +315,6 @@ def test_compiled_and_not_looked_at(way: str, device: torch.device) -> None:
     torch.testing.assert_close(torch.autograd.grad(value, leaf)[0], found[1])
 
 
-# --- the losses that compare classes --------------------------------------------------------------
-
-
 COMPARING = {
     name: example
     for name, example in one_of_each().items()
@@ -333,7 +327,7 @@ COMPARING = {
 def test_losses_that_compare_classes_refuse_one(
     name: str, backend: str, device: torch.device
 ) -> None:
-    """Every loss that has no oracle here."""
+    """These are all losses that have no oracle here."""
     logits, target = mask_case()
     with tritonloss.use_backend(backend):
         with pytest.raises(ValueError, match=r"^logits must .* use binary_cross_entropy; got .*"):

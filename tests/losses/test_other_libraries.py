@@ -72,7 +72,7 @@ def library(call: str) -> dict[str, Any]:
 
 
 def gradients(call: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """Those of the sum of squares of the result, to both images."""
+    """Gradients of the sum of squares of the result, to both images."""
     leaves = x.detach().requires_grad_(), y.detach().requires_grad_()
     return torch.autograd.grad(call(*leaves).square().sum(), leaves)
 
@@ -112,7 +112,7 @@ def test_both_calls_of_a_row_have_the_same_gradients(there: str, here: str) -> N
 
 
 def test_smooth_images_in_pytorch_msssim() -> None:
-    """Its window of float32 weights is what is left between the two."""
+    """Its window of float32 weights is all that differs."""
     theirs = pytest.importorskip("pytorch_msssim").ssim
     x, y = smooth_images()
     weights = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))

@@ -48,7 +48,7 @@ def naive_structural_similarity_loss(
     sigma: float = 1.5,
     stability: float = 0.01,
 ) -> tuple[Tensor, Tensor]:
-    """Steps 1 to 8 in loops over pixels, zero padding: (loss, closed-form gradient)."""
+    """(loss, closed-form gradient) in loops over pixels, with zero padding."""
     batch, classes, height, width = logits.shape
     reach = window_size // 2
     weights = naive_window(window_size, sigma)

@@ -111,13 +111,13 @@ def test_fewer_regions_than_matrix_rows(
 def test_constant_maps_tell_nothing_about_labels(
     level: float, pooling: str | None, backend: str, device: torch.device
 ) -> None:
-    """Of a region of one pixel: predictions that never change have no gradient, whatever y."""
+    """With regions of one pixel, predictions that never change have no gradient, whatever y is."""
     target = torch.randint(
         2, (1, 8, 8), generator=torch.Generator().manual_seed(3), dtype=torch.uint8
     ).to(device)
     logits = torch.full((1, 2, 8, 8), level, device=device)
     if pooling == "avg":
-        # The padding's zeros change an average: without void and margins nothing does.
+        # The zeros of the padding would change averages: cells of one pixel have no padding.
         pooling_options: dict[str, Any] = {"pooling": "avg", "pool_size": 1}
     else:
         pooling_options = {"pooling": pooling, "pool_size": 2}

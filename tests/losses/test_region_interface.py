@@ -31,9 +31,6 @@ def kernels_of_large_images() -> Iterator[None]:
         yield
 
 
-# --- autograd -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -132,9 +129,6 @@ def test_functional_call(device: torch.device) -> None:
     )
 
 
-# --- launches -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "forward", "backward"),
     [
@@ -148,7 +142,10 @@ def test_functional_call(device: torch.device) -> None:
 def test_launches(
     options: dict[str, Any], forward: int, backward: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nine of a usual call: two of the gradient to the logits, for the room that maps wait in."""
+    """A usual call has nine, two of which make the gradient to the logits.
+
+    The pooled gradients of most images wait where that of the last images goes: these come last.
+    """
     assert launches_of(options, monkeypatch) == (forward, backward)
 
 
@@ -157,7 +154,7 @@ def test_launches(
 def test_nine_launches_at_most(
     pooling: str | None, region_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the options."""
+    """The limit holds whatever the options."""
     for precision in (None, "float64", "float32"):
         for moments in ("mean", "sum"):
             for ignore in ("zero", "drop"):
@@ -185,11 +182,8 @@ def launches_of(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tup
     return forward, len(launched) - forward
 
 
-# --- memory ---------------------------------------------------------------------------------------
-
-
 def test_room_for_the_pooled_gradient(device: torch.device) -> None:
-    """The gradient to most images' maps waits in the room of the last image's: nothing changes."""
+    """Most images' pooled gradients wait where the last images' gradient goes: nothing changes."""
     logits, target = segmentation_case((3, 2, 8, 9), device=device)
     options = {"region_size": 1, "bce_weight": 0.0}
     for dtype in (torch.float32, torch.float16):
@@ -200,9 +194,6 @@ def test_room_for_the_pooled_gradient(device: torch.device) -> None:
             _, alone = kernel_gradient(cast[part], target[part], **options)
             allowed = {"rtol": 1e-3, "atol": 1e-6} if dtype == torch.float16 else {}
             torch.testing.assert_close(3 * together[part], alone, **allowed)
-
-
-# --- interface ------------------------------------------------------------------------------------
 
 
 def test_module(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Region mutual information: kernels in the interpreter against the reference in float64."""
+"""Region mutual information: the kernels against the reference and the released code."""
 
 from __future__ import annotations
 
@@ -61,9 +61,6 @@ def released_code(logits: Tensor, target: Tensor, bce_weight: float = 0.5) -> Te
     return bce_weight * entropy / (valid.sum() + 1) + (1 - bce_weight) * (rmi / 9).mean(0).sum()
 
 
-# --- three ways -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("ignore", ["zero", "drop"])
 @pytest.mark.parametrize(
     ("pooling", "pool_size", "shape"),
@@ -96,7 +93,7 @@ def test_every_region(region_size: int, pooling: str | None, device: torch.devic
     size = 2 * region_size + 1
     scale = 2 if pooling else 1
     if region_size == 5 and pooling is not None:
-        region_size = 4  # the larger the slower in the interpreter; each kernel has both once
+        region_size = 4  # 5 is slow in the interpreter: it is tested without pooling
     logits, target = segmentation_case((1, 1, scale * size, scale * (size + 2)), device=device)
     check(
         logits, target, region_size=region_size, pooling=pooling, pool_size=2, epsilon=1e-3
@@ -112,7 +109,7 @@ def test_moments_and_weights(moments: str, bce_weight: float, device: torch.devi
 
 @pytest.mark.parametrize("pooling", ["avg", None])
 def test_several_programs(pooling: str | None, device: torch.device) -> None:
-    """Bands of rows, blocks of columns, and chunks of the direct moments."""
+    """There are several bands of rows, blocks of columns, and chunks of the direct moments."""
     logits, target = segmentation_case((1, 2, 8, 22), device=device)
     scale = 2 if pooling else 1
     logits, target = logits.repeat_interleave(scale, 2), target.repeat_interleave(scale, 1)
@@ -156,9 +153,6 @@ def test_float32_sums(options: dict[str, Any], device: torch.device) -> None:
     check(logits, target, precision="float32", tolerance=1e-4, **options)
 
 
-# --- precision ------------------------------------------------------------------------------------
-
-
 def test_both_forms_of_the_reference() -> None:
     logits, target = segmentation_case((2, 3, 27, 33), dtype=torch.float64)
     for options in ({}, {"moments": "sum"}, {"ignore": "drop", "pooling": None}):
@@ -171,7 +165,10 @@ def test_both_forms_of_the_reference() -> None:
 
 @pytest.mark.parametrize("scale", [4.0, 12.0, 50.0])
 def test_confident_logits(scale: float, device: torch.device) -> None:
-    """Within 2e-4 per log-determinant and never NaN, right and wrong, from unsure to saturated."""
+    """The loss is within 2e-4 per log-determinant and never NaN, from unsure to saturated logits.
+
+    Most of the logits are right, and those of an area are wrong.
+    """
     _, target = segmentation_case((1, 2, 12, 16), ignore_index=None, device=device)
     positive = target[:, None] == torch.arange(2, device=device).view(1, -1, 1, 1)
     logits = torch.where(positive, scale, -scale)
@@ -190,7 +187,7 @@ def test_confident_logits(scale: float, device: torch.device) -> None:
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_right_to_a_millionth(precision: str, device: torch.device) -> None:
-    """Without pooling, where p - y is 1e-6 and its moments are what is left of those of y."""
+    """Without pooling p - y is 1e-6 here, and its moments are what is left of those of y."""
     random = torch.Generator().manual_seed(4)
     target = torch.randint(0, 2, (1, 23, 37), generator=random, dtype=torch.uint8)
     target[0, 5:12, 6:20], target[0, 14:, 20:] = 1, 0
@@ -219,7 +216,7 @@ def test_right_to_a_millionth(precision: str, device: torch.device) -> None:
 def test_constant_maps(
     logit: float, precision: str, options: dict[str, Any], device: torch.device
 ) -> None:
-    """Zero variance over bands of many rows: no NaN, and p that depends on no label."""
+    """Variances are 0 over bands of many rows: there is no NaN, and p depends on no label."""
     target = segmentation_case((1, 2, 72, 24), ignore_index=None, device=device)[1]
     logits = torch.full((1, 2, 72, 24), logit, device=device)
     options = {"precision": precision, "bce_weight": 0.0, **options}
@@ -254,9 +251,6 @@ def test_rare_and_absent_classes(device: torch.device) -> None:
     assert gradient[:, 0].abs().max() < 1e-7
     loss, _ = kernel_gradient(alone[:, :1] * 0, target * 0, bce_weight=0.0, **RAW)
     assert loss.item() == pytest.approx(0.5 * math.log(1e-6), rel=1e-5)
-
-
-# --- shapes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -296,9 +290,6 @@ def test_every_pixel_is_in_the_cross_entropy(device: torch.device) -> None:
     torch.testing.assert_close(gradient, (logits.sigmoid() - y) * valid / valid.sum())
 
 
-# --- labels ---------------------------------------------------------------------------------------
-
-
 @WAYS
 def test_every_label_dtype(options: dict[str, Any], device: torch.device) -> None:
     logits, target = segmentation_case((1, 1, 7, 8), device=device)
@@ -330,7 +321,7 @@ def test_labels_out_of_range(
     if device.type == "cpu":
         with pytest.raises(ValueError, match=rf"target .*got 2 labels .*{outside} \(2x\)"):
             rmi_loss(logits, target, **SMALL)
-    # Where nobody looked they count as ignored.
+    # Where labels are not checked, those count as ignored.
     monkeypatch.setattr(checks, "check_labels_in_range", lambda *_: None)
     loss, gradient = kernel_gradient(logits, target, **SMALL)
     expected = kernel_gradient(logits, target.where(target != outside, 255), **SMALL)
@@ -369,9 +360,6 @@ def test_ignored_pixels_do_no_harm(
     assert torch.equal(loss, expected[0]) and torch.equal(gradient, expected[1])
 
 
-# --- extremes -------------------------------------------------------------------------------------
-
-
 @WAYS
 def test_what_is_not_finite_is_not_hidden(options: dict[str, Any], device: torch.device) -> None:
     logits, target = segmentation_case((1, 1, 7, 8), ignore_index=None, device=device)
@@ -402,9 +390,6 @@ def test_info(device: torch.device) -> None:
             if backend == "triton":
                 _, info = rmi_loss(logits, target, return_info=True, **SMALL)
                 assert info[1, 0] == 1 and info.count_nonzero() == 1
-
-
-# --- published ------------------------------------------------------------------------------------
 
 
 def test_the_released_code(device: torch.device) -> None:

@@ -122,7 +122,7 @@ def test_gradcheck_of_ssim(padding: str, device: torch.device) -> None:
 
 
 def test_equal_images(device: torch.device) -> None:
-    """Exactly 1, with no gradient: nothing cancels."""
+    """The similarity is exactly 1 and has no gradient: nothing cancels."""
     x, _ = images(1, 2, 6, 9, device=device)
     first, second = (x.clone().requires_grad_() for _ in range(2))
     with tritonloss.use_backend("triton"):
@@ -246,7 +246,7 @@ def test_labels_out_of_range(
                 pytest.raises(ValueError, match=rf"target .*got 2 labels .*{outside} \(2x\)"),
             ):
                 ssim_loss(logits, target)
-    # Where nobody looked they count as ignored.
+    # Where labels are not checked, those count as ignored.
     monkeypatch.setattr(checks, "check_labels_in_range", lambda *_: None)
     loss, gradient = kernel_gradient(logits, target, window_size=3)
     expected = kernel_gradient(logits, target.where(target != outside, 255), window_size=3)

@@ -1,4 +1,4 @@
-"""What rounding does to SSIM: plain sums about a pivot against float64, where little is left."""
+"""What rounding does to SSIM: plain sums about a pivot against float64, where digits get lost."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_images_of_16_bits(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def test_small_constants_take_care(device: torch.device) -> None:
-    """Plain sums would be 10 % wrong."""
+    """Plain sums would be 10 % wrong, so the careful kernels must run."""
     z, target = LOGITS["confident, wrong"].to(device), labels().to(device)
     check_three_way(
         partial(ssim_loss, target=target, window_size=5, c2=1e-6), z, tolerance=TOLERANCE

@@ -27,7 +27,7 @@ def test_bits_are_those_of_what_windows_see(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Against dilated one-hot maps, with labels out of range and classes by the thirty-two."""
+    """Dilated one-hot maps are the truth; there are labels out of range, and bits of two words."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, 35, width)
     target = torch.full(shape, 200, dtype=dtype)

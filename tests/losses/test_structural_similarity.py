@@ -98,7 +98,7 @@ def test_every_dtype(dtype: torch.dtype, schedule: str, device: torch.device) ->
 
 
 def test_share_of_the_cross_entropy_has_the_digits_of_float64(device: torch.device) -> None:
-    """Kernels take no number of 64 bits: it comes in two halves."""
+    """A kernel takes no number of 64 bits: the share comes in two halves."""
     logits, target = settled_case((1, 2, 4, 5), dtype=torch.float64, device=device)
     loss, _ = kernel_gradient(logits, target, bce_weight=0.3)
     with tritonloss.use_backend("reference"):
@@ -111,7 +111,7 @@ def test_share_of_the_cross_entropy_has_the_digits_of_float64(device: torch.devi
     "shape", [(1, 1, 3, 3), (3, 1, 5, 3), (1, 2, 3, 139), (2, 1, 11, 66), (1, 5, 7, 4)], ids=str
 )
 def test_every_shape(shape: tuple[int, ...], padding: str, device: torch.device) -> None:
-    """Odd, prime, one class, H != W, wider and higher than a program's strip."""
+    """Sizes are odd, prime, wider and higher than a program's strip, with H != W and one class."""
     check(*settled_case(shape, padding=padding, margin=1e-4, device=device), padding=padding)
 
 
@@ -155,7 +155,7 @@ def test_every_layout_of_labels(layout: str, device: torch.device) -> None:
 
 
 def test_unaligned_maps(schedule: str, device: torch.device) -> None:
-    """Views that begin in the middle of a chunk: moved column by column."""
+    """Views that begin in the middle of a chunk are moved column by column."""
     logits, target = segmentation_case((1, 2, 5, 12), device=device)
     moved = torch.empty(logits.numel() + 1, device=device)[1:].view_as(logits).copy_(logits)
     labels = torch.empty(target.numel() + 1, dtype=target.dtype, device=device)[1:]
@@ -227,7 +227,7 @@ def test_labels_out_of_range(
                 pytest.raises(ValueError, match=rf"target .*got 2 labels .*{outside} \(2x\)"),
             ):
                 structural_similarity_loss(logits, target)
-    # Where nobody looked they count as ignored.
+    # Where labels are not checked, those count as ignored.
     monkeypatch.setattr(checks, "check_labels_in_range", lambda *_: None)
     loss, gradient = kernel_gradient(logits, target)
     expected = kernel_gradient(logits, target.where(target != outside, 255))
@@ -425,7 +425,7 @@ def test_confident_pixels_keep_their_gradient(schedule: str, device: torch.devic
 
 
 def test_ignore_label_that_its_dtype_cannot_hold(device: torch.device) -> None:
-    """A class by its number, but no label of this width can be meant by it."""
+    """129 is a class, but no label of eight bits can be 129: nothing is ignored."""
     logits = as_layout(torch.randn(1, 130, 1, 2, device=device), "channels_last")
     target = torch.zeros(1, 1, 2, dtype=torch.int8, device=device)
     expected, _ = kernel_gradient(logits, target, ignore_index=None)

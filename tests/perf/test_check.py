@@ -146,7 +146,7 @@ def test_a_case_is_made_of_what_its_machine_code_depends_on() -> None:
 
 @pytest.mark.compile_only
 def test_a_case_that_is_made_of_the_same_is_not_compiled_again() -> None:
-    """And one whose launch, device code or Triton is another is not taken for it."""
+    """A case whose launch, device code or Triton is another is not taken for it."""
     script = (
         "from dataclasses import replace\n"
         "from perf.compiling import baseline, compile_only\n"
@@ -203,9 +203,6 @@ def test_committed_baselines_are_about_what_is_here(path: Path, tmp_path: Path) 
     assert copy[about:] == path.read_text().splitlines()[about:]
 
 
-# --- launches -------------------------------------------------------------------------------------
-
-
 def test_another_number_of_launches_fails_and_names_the_loss(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,7 +229,7 @@ def test_launches_of_a_part_leave_those_of_the_rest(tmp_path: Path) -> None:
 
 @pytest.mark.compile_only
 def test_launches_are_counted_where_the_public_functions_launch() -> None:
-    """For small images and large ones, which may have kernels of their own."""
+    """That is done for small images and for large ones, which may have kernels of their own."""
     committed = launches.read()
     mine = {name: counts for name, counts in committed.items() if name.startswith("rmi_loss:")}
     assert len(mine) == 2 and launches.collect(["rmi_loss"]) == mine

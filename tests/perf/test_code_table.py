@@ -45,7 +45,7 @@ def test_it_takes_the_place_of_the_one_that_is_there() -> None:
 
 
 def test_the_readme_says_what_is_committed() -> None:
-    """`python -m perf code-table` where this fails."""
+    """Where this fails, run `python -m perf code-table`."""
     path = code_table.newest()
     committed = baseline.read(path)
     lines = code_table.table(path.stem.removeprefix("triton-"), committed)

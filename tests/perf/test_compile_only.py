@@ -21,9 +21,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.compile_only
 def test_every_shipped_kernel_compiles_without_spills() -> None:
-    """All cases for one target and the corners for the others; CI's table has all for all.
+    """These are all cases but the rare ones for one target, and some cases for the others.
 
-    What is made of the same as the committed numbers is known; `perf check` compiles that, too.
+    What is made of the same as the committed numbers is known and not compiled here; `perf check`
+    compiles that, too.
     """
     path = baseline.path_of(triton.__version__)
     known = baseline.read(path) if path.exists() else Baseline()
@@ -64,7 +65,7 @@ def test_instructions_are_counted_per_output() -> None:
 
 @pytest.mark.compile_only
 def test_every_loop_of_a_kernel_is_counted() -> None:
-    """Those of the look at the labels, and of either kind of strip; every part is in the totals."""
+    """So are the look's and those of both kinds of strips; the totals have every part."""
     name = "structural_similarity_loss"
     look, *facts = compile_only.compile_cases([(name, 0, "sm_90")], workers=1)
     assert look.kernel == "_label_look_kernel" and look.counts.numbers["rows"] > 0

@@ -253,7 +253,7 @@ def _place(function: str, variable: str, *lines: int) -> Place:
 
 
 def test_every_loop_counts_as_often_as_it_runs() -> None:
-    """For a class that is absent and for one that is present; small loops and nested ones too."""
+    """Classes absent and present have totals of their own; nested loops are counted, too."""
     code = _machine_code(
         Loop(0, 20, place=_place("look", "i", 1)),
         Loop(100, 300, place=_place("strip", "i", 5)),

@@ -69,7 +69,7 @@ def test_the_interpreter_is_waited_for_until_a_time() -> None:
 
 
 def test_memory_is_counted_for_every_number_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in a quick report: without a computation the size of a map costs nothing."""
+    """A quick report does so, too: where nothing is computed, the size of a map costs nothing."""
 
     def count(operation: Operation, case: Case) -> CountedMemory:
         return CountedMemory(operation.name, case.text, 1, 17, 1, case.shape.classes)
@@ -84,9 +84,6 @@ def test_memory_is_counted_for_every_number_of_classes(monkeypatch: pytest.Monke
         assert not made.report.notes
     assert {entry.classes for entry in quick.report.memory} == {1, 19, 21, 150, 171}
     assert len(full.report.memory) > len(quick.report.memory)
-
-
-# --- Ctrl-C ---------------------------------------------------------------------------------------
 
 
 def test_interrupted_interpreting_keeps_what_was_checked() -> None:
@@ -165,7 +162,7 @@ PARTS = ("copy", "count_memory", "measure_host", "look_up_code", "measure")
 def test_an_interrupted_report_is_written(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever it was at, and it names all that is missing."""
+    """Whatever part it was at. The report names all that is missing."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -180,9 +177,6 @@ def test_an_interrupted_report_is_written(
     assert all(what in page for what in missing)
     assert (tmp_path / "report.html").exists() and (tmp_path / "rows.csv").exists()
     assert str(tmp_path) in capsys.readouterr().out
-
-
-# --- progress -------------------------------------------------------------------------------------
 
 
 def test_progress_in_a_log_file() -> None:
@@ -234,7 +228,7 @@ class Terminal(io.StringIO):
 def test_while_a_part_runs_the_bar_says_what_it_is_and_how_long_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Memory, measuring, looking up and compiling, each seen from within."""
+    """The parts are memory, measuring, looking up and compiling, each seen from within."""
     terminal, clock, seen = Terminal(), [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     made = making(chosen=operations(["ssim", "rmi_loss"]), bar=Progress(0, terminal))
@@ -292,9 +286,6 @@ def test_quick_report_end_to_end(tmp_path: Path) -> None:
     assert (tmp_path / "report.md").read_text().startswith("# tritonloss")
 
 
-# --- rows -----------------------------------------------------------------------------------------
-
-
 def test_on_a_gpu_the_kernels_come_first_and_then_what_compares_the_headlines() -> None:
     cases = plan(operations(), Choice(), on_gpu=True)
     found = _measurements(cases, Choice(), gpu=True)
@@ -316,7 +307,7 @@ def test_on_a_gpu_the_kernels_come_first_and_then_what_compares_the_headlines() 
 def test_on_a_gpu_rows_are_written_in_that_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernels in the interpreter, on tiny maps, and a stand-in for the clock."""
+    """The kernels run in the interpreter, on tiny maps, with a stand-in for the clock."""
     timing = Timing(1.0, 0.9, 1.1, "no clock")
 
     def tiny(chosen: Any, choice: Choice, on_gpu: bool) -> list[tuple[Operation, Case]]:

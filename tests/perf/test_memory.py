@@ -76,7 +76,7 @@ def counted() -> list[int]:
 @pytest.mark.compile_only
 @pytest.mark.parametrize("index", range(len(LIMITS)), ids=lambda i: "-".join(map(str, LIMITS[i])))
 def test_extra_memory(index: int, counted: list[int]) -> None:
-    """The gradient, what is saved, and nothing that no result needs."""
+    """It is the gradient, what is saved, scratch, and nothing that no result needs."""
     limit = LIMITS[index]
     case = case_of(limit)
     logits = case.shape.elements * case.torch_dtype.itemsize

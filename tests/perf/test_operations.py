@@ -188,7 +188,7 @@ def test_libraries_of_pixelwise_losses_refuse_what_they_do_not_have(name: str) -
 
 
 def test_torch_compile_is_warm_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph for the case's own size, made by the parity check."""
+    """The parity check has made the graph, for the case's own size."""
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(torch, "compile", lambda f, **given: (asked.append(given), f)[1])
     calls: list[str] = []

@@ -25,7 +25,7 @@ COMPILED = CompiledMemory({"some_loss": 4.25}, {"other_loss": "why"})
 
 
 def test_the_committed_picture_is_drawn_from_the_committed_numbers() -> None:
-    """Drawn anew by `python -m perf picture` where this fails."""
+    """Where this fails, run `python -m perf picture --draw`."""
     assert picture.PICTURE.read_text(encoding="utf-8") == picture.drawn(
         picture.read(), picture.read_compiled()
     )
@@ -54,7 +54,7 @@ def test_a_loss_that_was_not_compiled_is_named() -> None:
 
 
 def test_what_the_allocator_holds_at_its_peak() -> None:
-    """Two tensors at once, then one of them and a third."""
+    """There are two tensors at once, then one of them and two more."""
 
     def holding() -> torch.Tensor:
         first, second = torch.empty(1000), torch.empty(3000)
@@ -79,7 +79,7 @@ def test_a_compiled_pass_is_counted() -> None:
 
 @pytest.mark.compile_only
 def test_the_committed_numbers_are_what_a_step_allocates() -> None:
-    """`python -m perf picture` where this fails. Eager's are those of one PyTorch."""
+    """Where this fails, run `python -m perf picture`. Eager's depend on PyTorch's version."""
     script = (
         "from perf.measuring.counted import of_kernels\n"
         "from perf.operations.contract import operations\n"
@@ -107,7 +107,7 @@ def test_it_is_well_formed_and_readable_in_light_and_dark() -> None:
     assert "@media (prefers-color-scheme: dark)" in text and "as Inductor fuses for a CPU" in text
     assert ">1.01</text>" in text and ">17.0</text>" in text
     assert ">4.25</text>" in text
-    # for those who do not see it
+    # the text for those who do not see the picture
     assert "some loss 1.01, torch.compile 4.25, eager PyTorch 17.0" in text
     light, dark = text.split("@media")[0], text.split("@media")[1].split("</style>")[0]
     coloured = re.findall(r"^ *([\w.]+) \{[^}]*(?:fill|stroke): #", dark, re.MULTILINE)

@@ -18,7 +18,7 @@ from perf import gpu
 from perf.measuring import rows
 from tests.perf.made import ROOT, row
 
-# Ctrl-C, what a time limit sends, and what leaves no time for anything.
+# Ctrl-C's signal, that of a time limit, and one that leaves no time for anything.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 signals = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 
@@ -89,7 +89,7 @@ def test_a_stopped_run_on_a_gpu_machine_keeps_its_rows(
 
 
 def processes_about(folder: Path) -> list[str]:
-    """Those that have the folder on their command line."""
+    """The command lines of processes that name the folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -102,7 +102,7 @@ def processes_about(folder: Path) -> list[str]:
 
 @pytest.mark.thorough
 def test_a_step_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its time over, it is asked to end, and killed if it does not; the run goes on."""
+    """When its time is over it is asked to end, and killed if it does not. The run goes on."""
     monkeypatch.setattr(gpu, "GRACE_S", 0.2)
     (tmp_path / "stubborn.py").write_text(
         "import signal, time\n"
@@ -121,7 +121,7 @@ def test_a_step_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.M
 def test_measuring_goes_on_in_a_new_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the GPU is lost; and when the process died or hung, without what it was at."""
+    """It does when the GPU is lost. When the process died or hung, its last case is given up."""
     commands: list[list[str]] = []
     statuses = iter([gpu.GPU_LOST, -signal.SIGSEGV, -signal.SIGKILL, 0])
 

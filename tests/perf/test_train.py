@@ -53,7 +53,7 @@ def test_every_loss_sees_the_same_crops_and_weights() -> None:
 
 
 def test_every_loss_has_the_same_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cross entropy for the first fifth of the steps: each loss takes over the same network."""
+    """The first fifth of the steps has cross entropy: each loss takes over the same network."""
     settings = train.Settings(steps=5, batch=2, crop=24, width=4)
     assert train.Settings().warm_up == train.Settings().steps // 5 and settings.warm_up == 1
     scenes = photographs()
@@ -82,7 +82,7 @@ def test_every_loss_has_the_same_schedule(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("name", list(train.LOSSES))
 def test_units_that_are_negative_everywhere_still_learn(name: str) -> None:
-    """As the last ones were on a rare class: with ReLU they and all below them got no gradient."""
+    """With rectifiers that do not leak, such units and all below them would get no gradient."""
     loss = train.LOSSES[name]
     torch.manual_seed(0)
     network = train.Network(len(CLASSES), width=4)
@@ -122,7 +122,7 @@ def test_quick_run_writes_table_and_picture(tmp_path: Path) -> None:
 
 
 def test_the_kept_table_is_what_the_tool_writes() -> None:
-    """Without times, which a machine that others use cannot give."""
+    """It has no times, which a machine that others use, too, cannot give."""
     frame = pandas.read_csv(train.KEPT)
     assert train.compared()[0] == train.BASELINE and set(train.compared()) <= set(train.LOSSES)
     assert len(frame) == len(train.compared()) * len(train.Settings().seeds)

@@ -61,7 +61,7 @@ def test_a_second_process_with_the_unpacked_cache_compiles_nothing(tmp_path: Pat
     )  # fmt: skip
     assert "kernels" in made and not (tmp_path / "unused").exists()
     for path in (tmp_path / "made").rglob("*.cubin"):
-        path.unlink()  # what was made is not where the second one may find it
+        path.unlink()  # the second process must find kernels in the archive only
     second = tmp_path / "second"
     said = ran(second, str(script), str(archive), str(second))
     assert "the wheel's key matches" in said

@@ -1,4 +1,4 @@
-"""A process that has read no tuned file, and a GPU that is none."""
+"""A process that has read no tuned file, and the CPU in place of a GPU."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_doctor_passes_and_says_so() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("example", examples(), ids=lambda example: example.name)
 def test_an_example_agrees_on_the_gpu(example: Example) -> None:
-    """Each by itself, so that many processes can share them."""
+    """Each example is a test of its own, so that many processes can share them."""
     said: list[str] = []
     assert doctor.self_test(torch.device("cuda"), said.append, chosen=[example]) == 0, said
 
@@ -131,7 +131,7 @@ def _no_loop(*_: object) -> None:
 
 @pytest.mark.skipif(not backend.INTERPRETED, reason="for Triton's interpreter")
 def test_an_interpreter_that_runs_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the versions say: it is tried out."""
+    """The interpreter is tried out, whatever the versions say."""
     monkeypatch.setattr(triton, "__version__", "3.6.0")
     monkeypatch.setattr(numpy, "__version__", "2.4.0")
     assert interpreter.interpreter_problem() is None
@@ -202,7 +202,7 @@ def test_no_rounding_decides_the_self_test(device_type: str) -> None:
     "path", sorted(ROOT.glob("tritonloss/**/*.py")), ids=lambda path: path.stem
 )
 def test_everything_but_device_code_is_annotated(path: Path) -> None:
-    """What mypy cannot demand in files that hold kernels as well."""
+    """mypy cannot demand that in files that hold kernels, too."""
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.FunctionDef):
             continue
@@ -219,7 +219,7 @@ def test_everything_but_device_code_is_annotated(path: Path) -> None:
 
 
 def test_every_folder_with_code_is_packed() -> None:
-    """A room without __init__.py, or one that packaging does not find, would miss in the wheel."""
+    """A room without __init__.py, or one that packaging misses, would not be in the wheel."""
     project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
     find = project["tool"]["setuptools"]["packages"]["find"]
     found = find_packages(str(ROOT), include=find["include"])

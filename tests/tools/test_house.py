@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROOTS = ("tritonloss", "perf", "kernels_reference")
 FILE_LINES, KERNEL_LINES, FUNCTION_ARGUMENTS = 500, 100, 8
-# What perf measures, tests and predicts stands on the package; the package stands on torch.
+# What the rooms at the bottom must not import: perf and tests build on them.
 BELOW = {"tritonloss": {"perf", "tests"}, "kernels_reference": {"perf", "tests", "tritonloss"}}
 
 Sources = Mapping[Path, str]  # path below the root -> text
@@ -49,7 +49,7 @@ def long_kernels(found: Sources) -> Iterator[str]:
 
 
 def many_arguments(found: Sources) -> Iterator[str]:
-    """Of device functions: a kernel is launched by keyword, and takes what it needs."""
+    """Device functions with too many; a kernel may take more, as it is launched by keyword."""
     for path, text in found.items():
         for node in device_functions(text):
             count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
@@ -58,7 +58,7 @@ def many_arguments(found: Sources) -> Iterator[str]:
 
 
 def unnamed_places(found: Sources) -> Iterator[str]:
-    """A run-time tuple has named fields: device code takes no part of it by a number."""
+    """Where device code takes a part of a run-time tuple by a number: its fields have names."""
     for path, text in found.items():
         for function in device_functions(text):
             for node in ast.walk(function):
@@ -67,8 +67,10 @@ def unnamed_places(found: Sources) -> Iterator[str]:
 
 
 def _is_deep(node: ast.Subscript) -> bool:
-    """Whether it is a number's place in what is a tuple for certain: one of the tuples that walks
-    hand to losses, or part of a part. A plain tuple of columns or taps may well be counted off.
+    """Whether a number is the index into what is a tuple for certain.
+
+    That is one of the tuples that walks hand to losses, or a part of a part. A plain tuple of
+    columns or taps may be indexed by numbers.
     """
     inner = node.value
     counted = isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, int)
@@ -85,7 +87,7 @@ def operators_by_string(found: Sources) -> Iterator[str]:
 
 
 def upward_imports(found: Sources) -> Iterator[str]:
-    """Also by importlib: a module's name in a string."""
+    """Imports that point upward, also by importlib, with a module's name in a string."""
     for path, text in found.items():
         forbidden = BELOW.get(path.parts[0], set())
         tree = ast.parse(text)
@@ -99,7 +101,7 @@ def upward_imports(found: Sources) -> Iterator[str]:
 
 
 def imported(path: Path, tree: ast.Module) -> Iterator[list[str]]:
-    """For every import what it may mean: a module, or a name in one."""
+    """For every import the names that it may mean: modules, or names in them."""
     parts = list(path.with_suffix("").parts[:-1])
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -111,7 +113,7 @@ def imported(path: Path, tree: ast.Module) -> Iterator[list[str]]:
 
 
 def circles(found: Sources) -> Iterator[str]:
-    """Modules that import each other, however far around. Faces (__init__) only hand names on."""
+    """Modules that import each other, however far around; `__init__` only hands names on."""
     modules = {
         ".".join(path.with_suffix("").parts): path for path in found if path.stem != "__init__"
     }

@@ -59,7 +59,7 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(cache: Path) -> No
     assert killed.returncode == 9 and len(os.listdir(cache)) == 2
     assert ask() == TUNED
     tuned_files.write_entries(cache / "cpu.json", "cpu", {})
-    assert os.listdir(cache) == ["cpu.json"]  # what was left is swept up
+    assert os.listdir(cache) == ["cpu.json"]  # the draft that was left is removed
 
 
 def test_two_processes_write_the_same_file(cache: Path) -> None:

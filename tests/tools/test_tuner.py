@@ -176,7 +176,7 @@ def test_a_spent_budget_leaves_cases_out(
 @pytest.mark.thorough
 @pytest.mark.compile_only
 def test_candidates_are_compiled_and_filtered_in_a_pool() -> None:
-    """In a process without the interpreter, as on a machine with a GPU."""
+    """The process runs without the interpreter, as on a machine with a GPU."""
     script = (
         "from dataclasses import replace\n"
         "from triton.backends.compiler import GPUTarget\n"
@@ -206,7 +206,7 @@ def test_candidates_are_compiled_and_filtered_in_a_pool() -> None:
 @pytest.mark.thorough
 @pytest.mark.compile_only
 def test_the_tuner_compiles_nothing_in_its_own_process(tmp_path: Path) -> None:
-    """Neither kernels nor the C launchers of Triton 3.6, on a stand-in for the driver."""
+    """It compiles neither kernels nor the C launchers of Triton 3.6; the driver is a stand-in."""
     script = tmp_path / "tune.py"
     script.write_text(
         "import sys\n"

@@ -1,4 +1,4 @@
-"""All there is to tune: a case for whatever a launcher asks."""
+"""All there is to tune: a case for whatever a launcher looks up."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_cases_cover_buckets_and_layouts_of_every_sized_operator() -> None:
 
 @contextmanager
 def questions(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, configurations.Configuration]]:
-    """The entries that launchers look up inside, with their heuristics; no kernel runs."""
+    """The entries that launchers look up in the block, with their heuristics; no kernel runs."""
     asked: dict[str, configurations.Configuration] = {}
 
     def answer(
@@ -150,7 +150,7 @@ def test_the_tuner_has_a_case_for_whatever_a_launcher_asks(
 
 
 def test_the_default_run_is_bounded() -> None:
-    """The first cases are those that most will profit from, whatever the budget leaves out."""
+    """All operators have a case among the first, whatever the budget leaves out of the others."""
     cases = tuning_cases.tuning_cases()
     assert len(cases) < 850
     first = {case.operator for case in cases if case.dtype == torch.float32}

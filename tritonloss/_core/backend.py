@@ -13,19 +13,19 @@ import triton
 
 Backend = Literal["triton", "reference"]
 
-# Triton replaces kernels by their interpreted form when they are decorated, so what counts is the
-# setting at the import of tritonloss.
+# Triton chooses between a kernel and its interpreted form when the kernel is decorated. What counts
+# is therefore the setting at the import of tritonloss.
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET") == "1"
 
-# The devices that the kernels run on, each with what makes one current: Triton launches there.
-# ROCm devices call themselves cuda.
+# The types of devices that the kernels run on, each with the context that makes one device current:
+# Triton launches on the current one. ROCm devices call themselves cuda.
 GUARDS: dict[str, Callable[[int], AbstractContextManager[object]]] = {
     "cuda": torch.cuda.device,
     "xpu": torch.xpu.device,
 }
 
-# A plain global: torch.compile guards it and recompiles when it changes. A ContextVar it cannot
-# trace, and a thread-local it reads once and never again.
+# A plain global: torch.compile guards it, and recompiles when it changes. It cannot trace a
+# ContextVar, and it reads a thread-local once and never again.
 _override: Backend | None = None
 
 
@@ -35,7 +35,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
     The default is the Triton kernels for GPU tensors and ``kernels_reference`` for CPU tensors (the
     kernels in Triton's interpreter when ``TRITON_INTERPRET=1`` was set before the import). The
-    forward pass makes the choice; its backward pass follows it, also outside the block.
+    forward pass makes the choice. Its backward pass follows that choice, also outside the block.
 
     Args:
         backend: ``"triton"`` or ``"reference"``.
@@ -88,15 +88,15 @@ def warp_size() -> int:
     return int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
-# Triton's interpreter replaces functions of its own library while it runs a kernel: a second thread
-# would take them for the first one's.
+# Triton's interpreter replaces functions of its own library while it runs a kernel. A second thread
+# would be given the first one's, so only one thread at a time may run a kernel.
 _interpreter = threading.RLock()
 
 
 def device_guard(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """A context for every launch: the tensor's GPU made the current one, where Triton launches.
+    """The context of a launch: the tensor's GPU is the current one, on which Triton launches.
 
-    In the interpreter it is one thread at a time.
+    In the interpreter it lets one thread at a time run a kernel.
     """
     guard = GUARDS.get(tensor.device.type)
     if guard is not None:

@@ -155,9 +155,9 @@ def check_labels_in_range(
 ) -> None:
     """Every label must lie in [0, classes) or be ``ignore_index``.
 
-    On a GPU looking at the labels would synchronise, so it takes ``TRITONLOSS_CHECK_LABELS=1``;
-    under torch.compile, and where a tensor holds no data (meta, fake), they are never looked at. A
-    label outside that nobody looked at counts as ignored.
+    On a GPU looking at the labels would synchronise, so it takes ``TRITONLOSS_CHECK_LABELS=1``.
+    Under torch.compile, and where a tensor holds no data (meta, fake), nothing is looked at. A
+    label outside that was not found in this way counts as ignored.
     """
     if not _holds_data(target):
         return
@@ -166,7 +166,7 @@ def check_labels_in_range(
         return
     if target.numel() == 0:
         return
-    # Whoever traces the call is not to see the look at the labels.
+    # Modes that trace the call must not see this look at the labels.
     with _disable_current_modes():
         found = _labels_outside(target, classes, ignore_index)
     if found:
@@ -176,11 +176,11 @@ def check_labels_in_range(
 def _labels_outside(
     target: torch.Tensor, classes: int, ignore_index: int | None
 ) -> list[tuple[int, int]]:
-    """(value, count) of the labels out of range."""
+    """[(value, count), ...] of the labels that are out of range."""
     low, high = (int(extreme) for extreme in torch.aminmax(target))
     if 0 <= low and high < classes:
         return []
-    # In int64: compared with a narrow label tensor, Python's 300 or -100 would wrap around.
+    # In int64, because Python's 300 or -100 would wrap around beside a narrow label tensor.
     labels = target.to(torch.int64)
     wrong = (labels < 0) | (labels >= classes)
     if ignore_index is not None:
@@ -190,14 +190,14 @@ def _labels_outside(
 
 
 def _without_transforms(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor that the transforms of torch.func have wrapped; under vmap, of all slices."""
+    """The tensor that torch.func's transforms have wrapped; under vmap, of the whole batch."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
 
 
 def check_offsets(offsets: torch.Tensor, name: str) -> None:
-    """``offsets`` must be finite and not negative; looked at on a CPU alone, and as labels are."""
+    """``offsets`` must be finite and not negative; only data on a CPU is looked at."""
     if offsets.device.type != "cpu" or not _holds_data(offsets):
         return
     classes = offsets.shape[-1]
@@ -218,7 +218,7 @@ def without_gradient(table: torch.Tensor) -> torch.Tensor:
 
 
 def labels_of(logits: torch.Tensor) -> int:
-    """How many labels there are where each class is one against the rest: two with one class."""
+    """The number of labels of a loss of each class against the rest: 2 for one class, else C."""
     return 2 if logits.shape[1] == 1 else logits.shape[1]
 
 
@@ -235,7 +235,7 @@ def check_labels(labels: torch.Tensor, name: str) -> None:
 def labels_outside(
     name: str, classes: int, ignore_index: int | None, found: Sequence[tuple[int, int]]
 ) -> str:
-    """The message about labels out of range, ``found`` being (value, count)."""
+    """The message about labels out of range; ``found`` holds (value, count) of each."""
     listed = ", ".join(f"{value} ({count}x)" for value, count in found[:5])
     more = ", ..." if len(found) > 5 else ""
     return (
@@ -261,8 +261,8 @@ def check_images(x: torch.Tensor, y: torch.Tensor) -> None:
 def check_classes(logits: torch.Tensor, high: int | None = None) -> None:
     """``logits`` must have classes to compare with each other, two at the least.
 
-    With one the loss would always be 0, which is a trap: masks of one channel are for the losses of
-    each class against the rest.
+    With one class the loss would always be 0, which is a trap. Logits of a binary mask, which have
+    one class, are for the losses of each class against the rest.
     """
     classes = logits.shape[1]
     if classes >= 2 and (high is None or classes <= high):
@@ -298,7 +298,7 @@ def check_class_weights(
     if weight.dtype not in _FLOATING:
         accepted = _weights_accepted(name, logits, optional, or_number)
         raise TypeError(f"{accepted}; got {described(weight)}")
-    if weight.dim() != 1 or (logits is not None and weight.size(0) != logits.size(1)):
+    if weight.shape != (logits.shape[1],) if logits is not None else weight.dim() != 1:
         accepted = _weights_accepted(name, logits, optional, or_number)
         raise ValueError(f"{accepted}; got {described(weight)}")
     if logits is not None:
@@ -314,7 +314,7 @@ def _weights_accepted(
 
 
 def check_window_size(window_size: int, name: str = "window_size") -> None:
-    """A window has one centre, and a size that the kernels can unroll."""
+    """``window_size`` must be odd, for a centre, and no larger than the kernels allow."""
     accepted = f"{name} must be an odd integer from 1 to {_MAX_WINDOW}"
     if not _is_integer(window_size):
         raise TypeError(f"{accepted}; got {_value(window_size)}")
@@ -323,14 +323,14 @@ def check_window_size(window_size: int, name: str = "window_size") -> None:
 
 
 def check_sigma(sigma: float) -> None:
-    """A window's standard deviation: so narrow or so wide that it changes no more, at the most."""
+    """``sigma`` must be a number from 1e-3 to 1e6: beyond these a window changes no more."""
     check_range("sigma", sigma, 1e-3, 1e6)
 
 
 def check_padding_fits(
     x: torch.Tensor, window_size: int, padding: str, name: str = "logits"
 ) -> None:
-    """Mirrored and whole windows need images that are large enough."""
+    """Images must be large enough for windows that are mirrored, or that lie inside the image."""
     if padding == "reflect":
         needed = window_size // 2 + 1
     elif padding == "valid":
@@ -357,7 +357,7 @@ def check_integer(name: str, value: int, low: int, high: int) -> None:
 def check_option(
     name: str, value: str | None, choices: Sequence[str], *, or_none: bool = False
 ) -> None:
-    """``value`` must be one of ``choices``, or None where that is one too."""
+    """``value`` must be one of ``choices``, or None if ``or_none``."""
     if (value is None and or_none) or (isinstance(value, str) and value in choices):
         return
     accepted = f"{name} must be one of {', '.join(repr(choice) for choice in choices)}"
@@ -411,7 +411,7 @@ def check_range(name: str, value: float, low: float, high: float, *, interval: s
 
 
 def _holds_data(tensor: torch.Tensor) -> bool:
-    """Whether there are values to look at: not under torch.compile, nor in a meta or a fake one."""
+    """Whether there are values to look at: not under torch.compile, nor in meta or fake tensors."""
     if torch.compiler.is_compiling() or tensor.is_meta:
         return False
     return not type(tensor).__module__.startswith("torch._")  # PyTorch's own, without data
@@ -440,5 +440,5 @@ def _value(value: object) -> str:
 
 
 def described(tensor: torch.Tensor) -> str:
-    """Dtype and shape in words, for messages."""
+    """The dtype and the shape in words, for messages."""
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"

@@ -1,10 +1,15 @@
 """Launch configurations: which block sizes and warps a kernel is launched with.
 
-A launcher asks :func:`launch_configuration`; the answer is, in this order, what a caller has
-forced, the user's own tuned file, the file shipped for this GPU model, what either file has for
-another number of classes if the tuner has checked it for this one too, the launcher's heuristic. No
-file can make a training step fail: what cannot be used is ignored with one warning that names the
-file and the reason. ``python -m tritonloss tune`` (``_tools/tuner.py``) writes the user's file.
+A launcher asks :func:`launch_configuration`. The answer is the first of these that there is:
+
+1. what a caller has forced;
+2. the entry in the user's own tuned file;
+3. the entry in the file shipped for this GPU model;
+4. an entry of either file for another number of classes, if the tuner has checked it for this one;
+5. the launcher's heuristic.
+
+No file can make a training step fail: what cannot be used is ignored with one warning that names
+the file and the reason. ``python -m tritonloss tune`` (``_tools/tuner.py``) writes the user's file.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ _names: dict[torch.device, str] = {}
 _tables: dict[str, dict[str, dict[str, Any]]] = {}  # device name -> entries
 _resolved: dict[tuple[str, torch.device, torch.dtype, int, int, str], Configuration | None] = {}
 _UNKNOWN: Configuration = {}
-_generation = 0  # of the above, counted by whoever changes them
+_generation = 0  # counts the changes of the tables above
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,14 @@ class TuningCase:
 
     ``run(device)`` builds the inputs and returns a launch without arguments, which the tuner calls
     inside ``forced(operator, candidate)``; what the launch returns must not depend on the candidate
-    beyond rounding. The first candidate is the heuristic's own. Where ``run`` does with torch's
-    meta device, candidates are compiled and filtered before any of them is launched.
+    beyond rounding. The first candidate is the heuristic's own. If ``run`` can be called with
+    torch's meta device, candidates are compiled and filtered before any of them is launched.
 
-    ``sized(shape, layout, device)`` is ``run`` for other logits, in one of ``layouts``, the names
-    by which the launcher asks; without it the case is tuned as it stands. Where the heuristic
-    depends on classes or layout, ``sized_candidates(classes, layout)`` are the candidates then. The
-    tuner fills in which case of which slice it is, and ``shape`` if it is ``sized``.
+    ``sized(shape, layout, device)`` is ``run`` for other logits in one of ``layouts``, which are
+    the names by which the launcher asks. Without ``sized`` the case is tuned as it is. Where the
+    heuristic depends on classes or layout, ``sized_candidates(classes, layout)`` are the candidates
+    for such logits. The tuner fills in ``slice``, the ``number`` of the case in it, and ``shape``
+    if it has used ``sized``.
     """
 
     operator: str
@@ -91,7 +97,7 @@ def launch_configuration(
 ) -> Configuration:
     """The configuration to launch ``operator`` with; the caller may change the returned dictionary.
 
-    Image sizes are no part of the question, so that a change of crop size never changes the answer.
+    Image sizes are not asked for, so that a change of crop size never changes the answer.
     """
     if operator in _forced:
         return {**heuristic, **_forced[operator]}
@@ -107,7 +113,10 @@ def launch_configuration(
 
 
 def state() -> int:
-    """While it is the same, so are the answers; TRITONLOSS_TUNING is looked at once for each."""
+    """A number that stays the same while the answers do.
+
+    TRITONLOSS_TUNING does not change it: a prepared launch has looked at that once.
+    """
     return _generation
 
 
@@ -228,6 +237,7 @@ def is_outdated(entry: dict[str, Any]) -> bool:
 
 
 def _tuned_configuration(entry: str, name: str, heuristic: Configuration) -> Configuration | None:
+    """The configuration tuned for an entry or a neighbour of it; None if there is none to use."""
     if name not in _tables:
         _tables[name] = _read_table(name)
     table = _tables[name]
@@ -268,6 +278,7 @@ def _parts(entry: str) -> tuple[str, int, str]:
 
 
 def _read_table(name: str) -> dict[str, dict[str, Any]]:
+    """The entries, by name, of a device's files; the user's go before the shipped ones."""
     table: dict[str, dict[str, Any]] = {}
     for path in reversed(tuned_files(name)):
         try:
@@ -302,6 +313,7 @@ def _is_configuration(value: object) -> bool:
 
 
 def _is_reach(value: object) -> bool:
+    """Whether ``value`` is a list of buckets of classes."""
     return isinstance(value, list) and all(type(bucket) is int for bucket in value)
 
 
@@ -316,6 +328,7 @@ def _version() -> str:
 
 
 def _warn(what: str, reason: str) -> None:
+    """Warn that something of a tuned file is ignored, and why."""
     warnings.warn(
         f"tritonloss ignores {what}: {reason}. `python -m tritonloss tune` writes a new one.",
         stacklevel=2,

@@ -14,7 +14,7 @@ from .operator import Operator
 
 
 def logits_and_target(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What most losses take."""
+    """The positional arguments (logits, target), which most losses take."""
     return logits, target
 
 
@@ -23,10 +23,10 @@ class Example:
     """A call of a public function, with options that show one way through its kernels.
 
     Attributes:
-        name: of the function, and what is special about the call.
+        name: the function's name, and what is special about the call.
         function: the public function.
-        operator: what it runs on the kernels.
-        options: keyword arguments, as small as to suit images of a few pixels.
+        operator: the operator that the function calls.
+        options: keyword arguments that suit images of a few pixels.
         module: the function as a module, if it is a loss.
         arguments: (logits, target) -> the positional arguments; logits have at least two classes.
         way: a context that the call is made in, where only that shows the kernels in question.

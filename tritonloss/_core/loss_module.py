@@ -30,7 +30,7 @@ class LossModule(nn.Module):
         **rest: Any,
     ) -> None:
         super().__init_subclass__(**rest)
-        if function is None or check is None:  # a subclass of a user's
+        if function is None or check is None:  # a user's own subclass of a loss
             return
         cls._function, cls._check = staticmethod(function), staticmethod(check)
         cls._options = tuple(inspect.signature(function).parameters.values())[2:]
@@ -45,7 +45,7 @@ class LossModule(nn.Module):
             self._keep(option, bound.arguments[option.name])
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> Any:
-        """What the function returns: a scalar, or [N, H, W] of logits [N, C, H, W]."""
+        """What the function returns for logits [N, C, H, W]: a scalar, or a map [N, H, W]."""
         options = {option.name: self._kept(option) for option in self._options}
         return self._function(logits, target, **options)
 
@@ -67,5 +67,5 @@ class LossModule(nn.Module):
 
 
 def _described(value: Any) -> str:
-    """A value in short: of a tensor its shape."""
+    """A value in short: a tensor is described by its shape."""
     return f"tensor{tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)

@@ -11,6 +11,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NoReturn
 
 import torch
@@ -25,28 +26,29 @@ class Operator:
 
     What the operator takes and keeps is read from the launchers' signatures:
 
-    - ``forward(*inputs, options, save) -> results``: its tensors are the operator's inputs.
-      ``options`` and ``save``, whether a backward pass may follow, only if it asks for them.
+    - ``forward(*inputs, options, save) -> results``: its tensors are the operator's inputs. It is
+      given ``options``, and ``save`` (whether a backward pass may follow), if it has parameters of
+      these names.
     - ``backward(...)``: ``grad_<result>`` is an upstream gradient; a parameter that is called like
       an input or a result is saved for it; ``wants_<input>`` says whether that input needs a
       gradient; ``options`` as above. It returns the gradient, or a tuple if there are several.
 
     Args:
-        name: of the custom operators, and of the operator in messages.
-        forward: the launcher of the forward pass. A result that is not there is None; where there
-            has to be a tensor it is an empty one.
-        backward: the launcher of the backward pass, or None: no result has a gradient.
-        allocate: like ``forward``; only dtype and shape of the results count.
+        name: the name of the custom operators, and of the operator in messages.
+        forward: the launcher of the forward pass. A result that it does not have is None; custom
+            operators return an empty tensor for it.
+        backward: the launcher of the backward pass, or None if no result has a gradient.
+        allocate: like ``forward``, but only dtype and shape of its results count.
         results: a NamedTuple of the tensors that ``forward`` returns.
         options: a NamedTuple of numbers, strings and flags, or None if there is none.
         returned: how many results a caller gets; the others are for the backward pass.
         differentiable: names of the inputs with a gradient, in the order of ``backward``.
         allocate_gradient: like ``backward``; by default the gradient is like the first input.
         reuse: like ``backward``, and may ask for more of what was saved. It writes the gradient
-            into a saved tensor, so only a graph's first backward pass is its own, and that only
-            where ``can_reuse``. None from it leaves the work to ``backward``.
-        batched: every tensor has leading batch dimensions, of which vmap may make one more; without
-            them a mapped operator is launched for one slice after the other.
+            into a saved tensor. It is therefore called for a graph's first backward pass only, and
+            returns None if there was no ``can_reuse``: ``backward`` then does the work.
+        batched: whether every tensor has leading batch dimensions, to which vmap may add one. Where
+            it has not, a mapped operator is launched for one element of the batch after the other.
     """
 
     def __init__(
@@ -64,20 +66,20 @@ class Operator:
         reuse: Callable[..., Tensor | None] | None = None,
         batched: bool = False,
     ) -> None:
-        self.name = name
-        self.options = options
+        self.name, self.options = name, options
         self.returned = returned
         self.batched = batched
         self.results = tuple(results._fields)
-        backward = backward or _no_gradient
-        self._forward, self._backward, self._reuse = forward, backward, reuse
+        self._forward, self._reuse = forward, reuse
+        self._backward: Any = backward
         forward_names = list(inspect.signature(forward).parameters)
         self._saves = "save" in forward_names
         self.inputs = tuple(n for n in forward_names if n not in ("options", "save"))
-        self.differentiable = differentiable or self.inputs[: backward is not _no_gradient]
+        self._for_forward = _picker(forward_names, (*self.inputs, "options", "save"))
+        self.differentiable = differentiable or (self.inputs[:1] if backward else ())
         self._positions = tuple(self.inputs.index(name) for name in self.differentiable)
 
-        names = list(inspect.signature(backward).parameters)
+        names = list(inspect.signature(backward).parameters) if backward else []
         known = (*self.inputs, *self.results)
         self.grads = tuple(n for n in names if n.startswith(_GRAD))
         self.saved = tuple(n for n in names if n in known)
@@ -87,17 +89,21 @@ class Operator:
         self._grad_positions = [self.results.index(n.removeprefix(_GRAD)) for n in self.grads]
         self._want_positions = [self.inputs.index(n.removeprefix(_WANTS)) for n in self.wants]
         self._given: tuple[str, ...] = (*self.grads, *self.saved, *self.wants)
-        self._saved_positions = [known.index(n) for n in (*self.saved, *self.reused)]
-        strangers = set(names) - {*self.grads, *self.saved, *self.wants, "options"}
+        strangers = set(names) - {*self._given, "options"}
         if strangers:
             raise TypeError(f"backward of {name} asks for {sorted(strangers)}, which is not there")
+        self._for_backward = _picker(names, (*self._given, "options"))
+        self._for_reuse = _picker(reused, (*self._given, "options", *self.reused))
+        self._of_saved = _picker((*self.saved, *self.reused), known)
 
-        # Classes of its own, for the names that autograd shows.
+        # Every operator has classes of its own, for the names that autograd shows.
         title = "".join(part.capitalize() for part in name.split("_"))
         self.function: Any = type(title, (_Forward,), {})
         self.transformed_function: Any = type(title, (_TransformedForward,), {})
         self.gradient_function: Any = type(f"{title}Gradient", (_Gradient,), {})
-        self._declare(allocate, allocate_gradient or self._like_the_input)
+        self._declare(
+            allocate, allocate_gradient or (lambda **given: torch.empty_like(given[self.inputs[0]]))
+        )
 
     def __call__(self, *tensors: Tensor | None, options: Any = ()) -> tuple[Tensor, ...]:
         """The results that a caller gets."""
@@ -120,11 +126,11 @@ class Operator:
 
     def run_forward(
         self, tensors: Sequence[Tensor | None], options: Any, save: bool
-    ) -> tuple[Any, ...]:
-        """All results, from the launcher or, where it would not see data, the custom operator."""
-        if not _holds_data(tensors):
-            return tuple(self.forward(*tensors, *((save,) if self._saves else ()), *options))
-        return tuple(self._forward(*tensors, **self._extras(options, save)))
+    ) -> tuple[tuple[Any, ...], bool]:
+        """All results, and whether they are the launcher's; if it sees no data, the operator's."""
+        if _holds_data(tensors):
+            return tuple(self._forward(*self._for_forward((*tensors, options, save)))), True
+        return tuple(self.forward(*tensors, *((save,) if self._saves else ()), *options)), False
 
     def run_backward(
         self,
@@ -134,23 +140,24 @@ class Operator:
         options: Any,
         *,
         reuse: bool = False,
+        launched: bool = False,
     ) -> tuple[Tensor, ...]:
-        """The gradients, from the launcher or the custom operator in the same way."""
+        """The gradients, likewise; ``saved`` hold data if the forward pass was launched."""
         count = len(self.saved)
         tensors = (*grads, *saved[:count])
-        if not _holds_data(tensors):
+        if not _holds_data(grads if launched else tensors):
             return self._tupled(self.backward(*tensors, *wants, *options))
-        given = dict(zip(self._given, (*tensors, *wants), strict=True))
-        if self.options is not None:
-            given["options"] = options
+        given = (*tensors, *wants, options)
         found = None
         if reuse and self._reuse is not None:
-            found = self._reuse(**given, **dict(zip(self.reused, saved[count:], strict=True)))
-        return self._tupled(self._backward(**given) if found is None else found)
+            found = self._reuse(*self._for_reuse((*given, *saved[count:])))
+        if found is None:
+            found = self._backward(*self._for_backward(given))
+        return self._tupled(found)
 
     def both_passes(self, *tensors: Tensor | None, options: Any = ()) -> tuple[Tensor, ...]:
-        """What a caller gets and the gradients under upstream gradients of 1, without autograd."""
-        results = self.run_forward(tensors, options, True)
+        """(*returned results, *gradients) for upstream gradients of 1, without autograd."""
+        results, _ = self.run_forward(tensors, options, True)
         grads = [torch.ones_like(results[position]) for position in self._grad_positions]
         wants = [True] * len(self.wants)
         gradients = self.run_backward(grads, self.of_saved(tensors, results), wants, options)
@@ -158,15 +165,15 @@ class Operator:
 
     def of_saved(
         self, tensors: Sequence[Tensor | None], results: Sequence[Tensor]
-    ) -> list[Tensor | None]:
-        """What the backward pass asks for."""
-        known = (*tensors, *results)
-        return [known[position] for position in self._saved_positions]
+    ) -> tuple[Tensor | None, ...]:
+        """The inputs and results that the backward pass asks for."""
+        return self._of_saved((*tensors, *results))
 
     def of_grads(self, grads: Sequence[Tensor | None]) -> list[Tensor] | None:
         """The upstream gradients that the backward pass asks for; None if there is none at all.
 
-        Results of which one is used and the other not are of one shape: its zeros take no memory.
+        Where one of several results is used and another is not, they have one shape. The gradient
+        of the unused one is zeros that take no memory.
         """
         wanted = [grads[position] for position in self._grad_positions]
         there = [grad for grad in wanted if grad is not None]
@@ -179,18 +186,15 @@ class Operator:
         self, gradients: Sequence[Tensor], needed: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
         """A gradient or None for every input."""
-        places: list[Tensor | None] = [None] * len(self.inputs)
-        for position, gradient in zip(self._positions, gradients, strict=True):
-            if needed[position]:
-                places[position] = gradient
-        return tuple(places)
+        found = dict(zip(self._positions, gradients, strict=True))
+        return tuple([found.get(i) if needed[i] else None for i in range(len(self.inputs))])
 
     def of_wants(self, needed: Sequence[bool]) -> list[bool]:
-        """The flags that the backward pass asks for, of inputs that need a gradient or do not."""
+        """The flags that the backward pass asks for: whether an input needs a gradient."""
         return [needed[position] for position in self._want_positions]
 
     def not_differentiable(self, results: Sequence[Tensor]) -> list[Tensor]:
-        """Of the first results those that no gradient comes back from."""
+        """Those of the first results that no gradient comes back from."""
         return [r for i, r in enumerate(results) if i not in self._grad_positions]
 
     def _extras(self, options: Any, save: bool | None = None) -> dict[str, Any]:
@@ -200,11 +204,8 @@ class Operator:
     def _tupled(self, gradients: Any) -> tuple[Tensor, ...]:
         return gradients if isinstance(gradients, tuple) else (gradients,)
 
-    def _like_the_input(self, **given: Any) -> Tensor:
-        return torch.empty_like(given[self.inputs[0]])
-
     def _declare(self, allocate: Callable[..., Any], allocate_gradient: Callable[..., Any]) -> None:
-        """The custom operators, for tensors without data."""
+        """Declare the custom operators, for tensors without data."""
         fields = typing.get_type_hints(self.options) if self.options is not None else {}
         hints = typing.get_type_hints(self._forward)
         tensors = {name: hints.get(name, Tensor) for name in self.inputs}
@@ -239,14 +240,13 @@ class Operator:
         count = len(self.differentiable)
         if not count:
             return
-        upstream = dict.fromkeys(self.grads, Tensor)
-        wants = dict.fromkeys(self.wants, bool)
-        _sign(backward, upstream | saved | wants | fields, _several(count) if count > 1 else Tensor)
+        given = dict.fromkeys(self.grads, Tensor) | saved | dict.fromkeys(self.wants, bool)
+        _sign(backward, given | fields, _several(count) if count > 1 else Tensor)
         self.backward = _custom(f"{self.name}_backward", backward, backward_fake)
         self._differentiate(len(save) + len(fields), made)
 
     def _differentiate(self, extras: int, options: Callable[..., Any]) -> None:
-        """The gradient of the custom operators; ``extras`` arguments come after the inputs."""
+        """Declare the custom operators' gradient; ``extras`` arguments come after the inputs."""
         count = len(self.inputs)
         first_option = count + self._saves
 
@@ -263,7 +263,7 @@ class Operator:
         self.backward.register_autograd(gradient_of_gradient)
 
     def _returned(self, gradients: Any) -> Any:
-        """As the schema of the custom operator has it: a single tensor stands alone."""
+        """The gradients as the custom operator's schema has them: a tuple, or a single tensor."""
         gradients = self._tupled(gradients)
         return gradients if len(gradients) > 1 else gradients[0]
 
@@ -271,7 +271,7 @@ class Operator:
 def is_transformed() -> bool:
     """Whether a transform of torch.func is at work, which hides whether a tensor needs a gradient.
 
-    Here and in _holds_data the private names are the only ways to ask.
+    PyTorch has no public function that tells, neither here nor for what _holds_data asks.
     """
     return bool(torch._C._are_functorch_transforms_active())
 
@@ -283,15 +283,11 @@ def can_reuse(tensor: Tensor) -> bool:
     return tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _no_gradient() -> NoReturn:
-    raise AssertionError("an operator without a gradient has no backward pass")
-
-
 def _apply_eagerly(function: Any, *arguments: Any) -> Any:
     return function.apply(*arguments)
 
 
-# Not traced, also in what torch.compile leaves uncompiled.
+# Not to be traced, not even where torch.compile has left the caller itself uncompiled.
 _apply: Callable[..., Any] = torch.compiler.disable(  # type: ignore[no-untyped-call]
     _apply_eagerly,
     reason="tritonloss: transforms of torch.func cannot be compiled around a loss; use "
@@ -300,10 +296,10 @@ _apply: Callable[..., Any] = torch.compiler.disable(  # type: ignore[no-untyped-
 
 
 def _holds_data(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a launcher would see the tensors' data, and nobody else wants to see a call.
+    """Whether a launcher would see the tensors' data, and no dispatch mode wants to see the call.
 
-    Of an imaginary part of a conjugate the data lacks the sign: PyTorch puts it right on the way to
-    a custom operator.
+    The imaginary part of a conjugate is a tensor whose data lacks the sign (``is_neg``): PyTorch
+    puts the sign in on the way to a custom operator.
     """
     if torch._C._len_torch_dispatch_stack() > 0:
         return False
@@ -316,7 +312,7 @@ def _holds_data(tensors: Sequence[Tensor | None]) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-# What autograd's is_grads_batched makes of upstream gradients.
+# Whether a tensor is what autograd's is_grads_batched makes of upstream gradients.
 _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -324,13 +320,14 @@ _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedten
 
 
 class _Forward(torch.autograd.Function):
-    """Arguments: operator, save, options, *inputs."""
+    """The operator in autograd. Arguments: operator, save, options, *inputs."""
 
     @staticmethod
     def forward(ctx: Any, operator: Operator, save: bool, options: Any, *tensors: Any) -> Any:
-        results = operator.run_forward(tensors, options, save)
+        results, launched = operator.run_forward(tensors, options, save)
         returned = results[: operator.returned]
         _keep(ctx, operator, tensors, results, options, returned, save)
+        ctx.launched = launched
         return returned
 
     @staticmethod
@@ -343,13 +340,13 @@ class _Forward(torch.autograd.Function):
 
 
 class _TransformedForward(_Forward):
-    """The same for transforms of torch.func; to apply it costs the host several times more."""
+    """_Forward for the transforms of torch.func; it takes the host several times longer."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         operator: Operator, save: bool, options: Any, *tensors: Any
     ) -> Any:
-        return _filled(operator.run_forward(tensors, options, save))
+        return _filled(operator.run_forward(tensors, options, save)[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -401,22 +398,23 @@ def _keep(
     outputs: Sequence[Tensor],
     save: bool = True,
 ) -> None:
-    """What the backward pass needs. Nothing is made for results that nobody used.
+    """Keep in ``ctx`` what the backward pass needs.
 
-    ``outputs`` are the results that autograd hears of: each costs the host time.
+    ``outputs`` are the results that autograd is told of, each of which costs the host time. No
+    zeros are made as gradients of results that nobody used.
     """
     ctx.set_materialize_grads(False)
     others = operator.not_differentiable(outputs)
     if others:
         ctx.mark_non_differentiable(*others)
-    ctx.operator, ctx.options, ctx.is_first = operator, options, True
+    ctx.operator, ctx.options, ctx.is_first, ctx.launched = operator, options, True, False
     if save:
         ctx.save_for_backward(*operator.of_saved(tensors, results))
 
 
 def _gradients_of(ctx: Any, grads: Sequence[Tensor | None], skipped: int) -> tuple[Any, ...]:
     """A gradient or None for every input; ``skipped`` arguments come before the inputs."""
-    operator = ctx.operator
+    operator: Operator = ctx.operator
     upstream = operator.of_grads(grads)
     if upstream is None:
         return (None,) * len(operator.inputs)
@@ -428,9 +426,10 @@ def _gradients_of(ctx: Any, grads: Sequence[Tensor | None], skipped: int) -> tup
         gradients = _apply(function, operator, ctx.options, wants, *upstream, *saved)
     else:
         reuse, ctx.is_first = ctx.is_first, False
-        gradients = operator.run_backward(upstream, saved, wants, ctx.options, reuse=reuse)
-    placed: tuple[Any, ...] = operator.placed(gradients, needed)
-    return placed
+        gradients = operator.run_backward(
+            upstream, saved, wants, ctx.options, reuse=reuse, launched=ctx.launched
+        )
+    return operator.placed(gradients, needed)
 
 
 def _mapped(
@@ -440,7 +439,7 @@ def _mapped(
     dims: Sequence[int | None],
     tensors: Sequence[Any],
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The results of every slice, and that their first dimension counts the slices."""
+    """(results of all slices of the batch, their batch dimensions: the first of each)."""
     given = list(zip(tensors, dims, strict=True))
     if operator.batched:
         results = function(
@@ -470,6 +469,12 @@ def _reverse_mode_only(operator: Operator) -> NoReturn:
 
 
 # --- custom operators -----------------------------------------------------------------------------
+
+
+def _picker(names: Sequence[str], known: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """Gives the values of ``names``, in their order, of a tuple of those of ``known``."""
+    at = [known.index(name) for name in names]
+    return itemgetter(*at) if len(at) > 1 else lambda values: tuple([values[i] for i in at])
 
 
 def _sign(function: Any, arguments: dict[str, Any], returned: Any) -> None:

@@ -17,10 +17,11 @@ _run = JITFunction.run
 _T = TypeVar("_T")
 Pointers = torch.Tensor | tuple[torch.Tensor, ...]
 
-# What has been prepared, by what it depends on; forgotten when images of so many sizes have come.
+# What has been prepared, by what it depends on. All of it is forgotten when there is _MOST of it,
+# which images of ever new sizes would come to.
 _prepared: dict[Hashable, Any] = {}
 _MOST = 4096
-# Of the launch whose kernel is being compiled.
+# The arguments of the launch whose kernel is being compiled.
 _true_arguments: dict[str, Any] = {}
 
 
@@ -36,8 +37,9 @@ def prepared(key: Hashable, prepare: Callable[[], _T]) -> _T:
 
 
 def kind(tensor: torch.Tensor) -> Hashable:
-    """All that a launch depends on of a tensor, but its address."""
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device, is_aligned(tensor)
+    """All of a tensor that a launch depends on, except its address."""
+    aligned = tensor.data_ptr() % 16 == 0
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device, aligned
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:
@@ -49,18 +51,19 @@ class PreparedLaunch:
     """``kernel[grid](**tensors, **arguments)`` for tensors of the same dtypes, and one device.
 
     Triton binds and specialises every argument at every launch, which takes the host far longer
-    than the launch. Here that is done once. And of the numbers that a kernel is given, alone or in
-    a tuple, it is compiled for their width alone: images of any size share what is compiled. What
-    is to be known of a number is said in the kernel, by a factor that is a constexpr. All that is
-    left are addresses: either all are multiples of 16 bytes, but for those of single elements, or
-    nothing is taken for granted.
+    than the launch. Here that is done once.
+
+    A kernel is compiled for the width of its numbers, alone or in a tuple, and for nothing else of
+    them: images of any size share what is compiled. Where a kernel needs to know more of a number,
+    a constexpr factor in the kernel says so. Only the addresses are left: either all of them are
+    multiples of 16 bytes, except those of single elements, or the kernel relies on none.
 
     Args:
         kernel: the kernel.
         grid: its programs.
-        arguments: all of the launch but the tensors.
-        aligned: whether all addresses are multiples of 16 bytes, where the caller knows, or False
-            if the kernel has no use for it. By default every launch looks at them.
+        arguments: all arguments of the launch except the tensors.
+        aligned: whether all addresses are multiples of 16 bytes, if the caller knows; False if the
+            kernel makes no use of it. By default every launch looks at the addresses.
     """
 
     def __init__(
@@ -82,7 +85,8 @@ class PreparedLaunch:
         """Launch. The tensors are the same ones by name, in the same order, at every call."""
         aligned = _are_aligned(tensors) if self._aligned is None else self._aligned
         compiled = self._compiled.get(aligned)
-        # Whoever records launches, or compiles only, has put something of their own in its place.
+        # Those who record launches, or only compile, have put a function of their own in the place
+        # of JITFunction.run.
         if compiled is None or JITFunction.run is not _run:
             compiled = self._first(aligned, tensors)
             if compiled is None:
@@ -102,7 +106,7 @@ class PreparedLaunch:
         )  # fmt: skip
 
     def _first(self, aligned: bool, tensors: dict[str, Pointers]) -> CompiledKernel | None:
-        """The kernel, compiled by Triton; None if there is nothing to launch, or all is done."""
+        """The kernel, compiled by Triton; None if there is nothing left to launch."""
         if not isinstance(self._kernel, JITFunction):  # the interpreter's
             self._kernel[self._grid](**tensors, **self._arguments)
             return None
@@ -131,7 +135,7 @@ def true_arguments() -> dict[str, Any]:
 
 
 class Anywhere:
-    """A tensor as a kernel sees it that takes nothing of its address for granted."""
+    """A tensor for which Triton compiles a kernel that does not rely on the address."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -143,7 +147,7 @@ class Anywhere:
 
 
 def _are_aligned(tensors: dict[str, Pointers]) -> bool:
-    """Whether all addresses are multiples of 16 bytes but those of single elements."""
+    """Whether all addresses are multiples of 16 bytes, except those of single elements."""
     addresses = 0
     for given in tensors.values():
         for tensor in given if isinstance(given, tuple) else (given,):
@@ -157,7 +161,10 @@ def _anywhere(given: Pointers) -> Any:
 
 
 def _any(value: Any) -> Any:
-    """A value of the same kind for which Triton specialises no kernel."""
+    """A value of the same kind for which Triton specialises no kernel.
+
+    Triton specialises 1 and multiples of 16; 3 is neither, and the other number needs 64 bits.
+    """
     if isinstance(value, tuple):
         parts = [_any(part) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)

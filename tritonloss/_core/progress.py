@@ -11,7 +11,7 @@ class Progress:
     """Counts steps towards a total; `more` raises the total when work turns up on the way.
 
     Steps may differ in weight, roughly the seconds that one takes: the time left follows from it.
-    What is to end after ``budget_s`` seconds has no more time left than that.
+    With ``budget_s`` the time left is never shown as more than what is left of those seconds.
     """
 
     def __init__(
@@ -27,18 +27,18 @@ class Progress:
         self._printed = 0.0
 
     def more(self, steps: int, weight: float = 1.0) -> None:
-        """There are this many steps more than was thought, each of this weight."""
+        """Raise the total by this many steps, each of this weight."""
         self._total += steps
         self._weight += steps * weight
 
     def step(self, text: str, steps: int = 1, weight: float = 1.0) -> None:
-        """What `text` says is done."""
+        """Count steps as done, and show `text`, which says what they were."""
         self._done += steps
         self._weight_done += steps * weight
         self._show(text)
 
     def announce(self, text: str) -> None:
-        """What `text` says begins now."""
+        """Show `text`, which says what begins now."""
         self._show(text)
 
     def clear(self) -> None:
@@ -48,7 +48,7 @@ class Progress:
             self._stream.flush()
 
     def close(self) -> None:
-        """Leave the line."""
+        """Show that all is done, and end the line."""
         self._show("done", last=True)
 
     def _show(self, text: str, last: bool = False) -> None:
@@ -67,7 +67,7 @@ class Progress:
         self._stream.flush()
 
     def _clock(self, now: float) -> str:
-        """Time that has passed and, once steps tell how long one takes, time left."""
+        """The time that has passed and, once steps tell how long one takes, the time left."""
         passed = now - self._started
         clock = f"{passed:4.0f} s"
         if not 0 < self._done < self._total:

@@ -1,4 +1,4 @@
-"""What a slice's kernels are, as a hash: a configuration tuned for other kernels is outdated."""
+"""A hash of a slice's kernels, by which a configuration tuned for other kernels is outdated."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _read(name: str) -> str:
 
 
 def _imported_by(name: str) -> list[str]:
-    """What a module may import from this package; some of it are functions and not modules."""
+    """The names that a module imports from this package; some are functions and not modules."""
     path = _file_of(name)
     package = name.split(".") if path and path.stem == "__init__" else name.split(".")[:-1]
     found: list[str] = []
@@ -80,7 +80,7 @@ def _imported_by(name: str) -> list[str]:
 
 
 def _device_code(tree: ast.Module, source: str) -> str:
-    """The lines of what Triton compiles, functions and constants, but comments and docstrings."""
+    """The lines of what Triton compiles: functions and constants, without comments, docstrings."""
     lines = source.splitlines()
     kept: list[str] = []
     for node in tree.body:

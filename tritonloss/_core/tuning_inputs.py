@@ -1,4 +1,4 @@
-"""Tensors to tune on: values as a network gives them, labels as annotations are."""
+"""Tensors to tune on: random values, and labels in patches like those of annotations."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def random_map(shape: Shape, layout: str, dtype: torch.dtype, device: torch.devi
 
 
 def random_labels(shape: Shape, device: torch.device) -> torch.Tensor:
-    """Labels [N, H, W] of regions of 32 x 32 pixels: a tile holds few of the classes.
+    """Labels [N, H, W], uint8, the same over 32 x 32 pixels: a program meets few of the classes.
 
-    One class has the labels 0 and 1.
+    With one class the labels are 0 and 1.
     """
     batch, classes, height, width = shape
     regions = (batch, -(-height // 32), -(-width // 32))

@@ -63,6 +63,7 @@ def _upsampled_forward_kernel(
 ):
     """Reads the labels once, and the logits once for the rows and columns that a lane has."""
     COUNT: tl.constexpr = len(TERMS.start)
+    LANES: tl.constexpr = TILE.pixels
     PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
     # Side by side are blocks of cells, then chunks of columns and bands of rows in them.
     program = tl.program_id(0)
@@ -72,7 +73,7 @@ def _upsampled_forward_kernel(
     program = program // CELLS.chunks
     band = program % sizes.bands
     image = (program // sizes.bands).to(tl.int64)
-    index = block * TILE.pixels + tl.arange(0, TILE.pixels)
+    index = block * LANES + tl.arange(0, LANES)
     row = index // (sizes.width + 1)
     column = index - row * (sizes.width + 1)
 
@@ -144,6 +145,7 @@ def _upsampled_backward_kernel(
 ):
     """Walks down a strip of cells with one block of classes; writes every node's gradient once."""
     COUNT: tl.constexpr = len(TERMS.start)
+    LANES: tl.constexpr = TILE.pixels
     BLOCKS: tl.constexpr = (TILE.classes + TILE.unroll - 1) // TILE.unroll
     # Side by side are blocks of classes, which share labels and maps, then of cells.
     program = tl.program_id(0)
@@ -157,8 +159,7 @@ def _upsampled_backward_kernel(
     unseen = class_block * TILE.unroll
     first_class = tl.minimum(unseen, TILE.classes - TILE.unroll)
     # The last lane is there for the left neighbour's right nodes.
-    lane = tl.arange(0, TILE.pixels)
-    column = block * (TILE.pixels - 1) + lane
+    column = block * (LANES - 1) + tl.arange(0, LANES)
 
     rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
     columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
@@ -183,7 +184,7 @@ def _upsampled_backward_kernel(
         pointer=grad_ptr + image * grad_strides[0] + column * wide(grad_strides[3]),
         row_stride=wide(grad_strides[2]),
         class_stride=wide(grad_strides[1]),
-        end=tl.minimum(sizes.width - block * (TILE.pixels - 1), TILE.pixels - 1),
+        end=tl.minimum(sizes.width - block * (LANES - 1), LANES - 1),
         first=first_class,
         unseen=unseen,
     )

@@ -35,6 +35,8 @@ from .sums import sums_over
 # Pixels of a lane at once, going forward; columns of them, going back.
 _MOST_PIXELS = 16
 _MOST_COLUMNS = 8
+# Pixels of a lane at once for losses that go through the classes twice, and keep more of each.
+_MOST_PIXELS_TWICE = 4
 
 
 # --- axes -----------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ def launch_cells_forward(
         return loss.zero_(), kept._replace(scale=kept.scale.zero_())
     rows, columns = _axes(logits, target, walk.align_corners)
 
-    def prepare() -> tuple[PreparedLaunch, int, Made]:
+    def prepare() -> tuple[PreparedLaunch, int, tuple[Made, ...]]:
         programs, arguments = _forward_launch(losses, logits, target, walk, rows.most, columns.most)
         constants = {
             **numbers_of(terms),
@@ -162,7 +164,7 @@ def launch_cells_backward(
     rows, columns = _axes(logits, target, walk.align_corners)
     own, other = tables_of(terms, logits)
 
-    def prepare() -> PreparedLaunch:
+    def prepare() -> tuple[PreparedLaunch, int]:
         programs, arguments = _backward_launch(losses, logits, target, walk, columns.most)
         reduced = walk.reduction != "none"
         constants = {
@@ -174,11 +176,13 @@ def launch_cells_backward(
             "TERMS": terms_of(terms, logits, walk, save=True),
             **arguments,
         }
-        return PreparedLaunch(_upsampled_backward_kernel, (programs,), constants, aligned=False)
+        launch = PreparedLaunch(_upsampled_backward_kernel, (programs,), constants, aligned=False)
+        return launch, sum(constants["TERMS"].maps)
 
     # The gradient's layout follows from that of the logits.
     upstream_kind = kind(upstream) if walk.reduction == "none" else None
-    launch = prepared((key_of(terms), kind(logits), kind(target), upstream_kind, walk), prepare)
+    key = (key_of(terms), kind(logits), kind(target), upstream_kind, walk)
+    launch, maps = prepared(key, prepare)
     with device_guard(logits):
         launch(
             upstream_ptr=upstream,
@@ -187,7 +191,7 @@ def launch_cells_backward(
             target_ptr=target,
             own_ptrs=own,
             other_ptrs=other,
-            map_ptrs=kept.maps,
+            map_ptrs=kept.maps[:maps],
             grad_ptr=grad_logits,
             row_starts_ptr=rows.starts,
             row_shares_ptr=rows.shares,
@@ -200,12 +204,14 @@ def launch_cells_backward(
 # --- configurations -------------------------------------------------------------------------------
 
 
-def cell_heuristic(direction: str, most: int) -> Configuration:
+def cell_heuristic(losses: Sequence[Loss], direction: str, most: int) -> Configuration:
     """A configuration that is always valid; the widest cell has ``most`` columns of pixels."""
     if direction == "forward":
-        columns = min(triton.next_power_of_2(most), _MOST_PIXELS)
+        twice = any(loss.record.join is not None for loss in losses)
+        pixels = _MOST_PIXELS_TWICE if twice else _MOST_PIXELS
+        columns = min(triton.next_power_of_2(most), pixels)
         # Cells are about as high as wide.
-        rows = min(_MOST_PIXELS // columns, triton.next_power_of_2(most))
+        rows = min(pixels // columns, triton.next_power_of_2(most))
         return {"COLUMNS": columns, "ROWS": rows, "UNROLL": 8, "num_warps": 4}
     columns = min(triton.next_power_of_2(most), _MOST_COLUMNS)
     # One warp: what neighbouring lanes exchange never leaves it.
@@ -223,7 +229,7 @@ def _configuration(
         classes=logits.size(1),
         window=min(triton.next_power_of_2(most), _MOST_PIXELS),
         layout="contiguous" if logits.stride(3) == 1 else "strided",
-        heuristic=cell_heuristic(direction, most),
+        heuristic=cell_heuristic(losses, direction, most),
     )
 
 

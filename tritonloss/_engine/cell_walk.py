@@ -17,7 +17,7 @@ from .cells import (
     shares_of_columns,
 )
 from .pixel_walk import add, add_again, finish, join, of_each, slope, start, store_maps
-from .pixels import Block
+from .pixels import Block, no_class_yet, nothing_yet
 
 
 class Forward(NamedTuple):
@@ -130,10 +130,11 @@ def _add_block(
     TILE: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """The states of all pixels after ADD of the COUNT classes that begin with ``first``."""
+    ROWS: tl.constexpr = CELLS.rows
     corners = _load_corners(walk.nodes, first, COUNT, TILE)
     lefts = ()
     steps = ()
-    for r in tl.static_range(CELLS.rows):
+    for r in tl.static_range(ROWS):
         for j in tl.static_range(COUNT):
             left, step = along_row(corners[j], walk.row_shares[r])
             lefts = lefts + (left,)
@@ -201,13 +202,14 @@ def finish_pixels(
     Totals are, of every loss, values and weights, [cells] each, and then the number of valid
     pixels. What the losses leave to the backward pass is stored.
     """
+    PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
     COUNT: tl.constexpr = len(TERMS.start)
-    zero = tl.zeros((TILE.pixels,), tl.float64 if TILE.double else tl.float32)
+    zero = nothing_yet(0.0, TILE)
     totals = (zero,)
     for _ in tl.static_range(2 * COUNT):
         totals = totals + (zero,)
     values = ()
-    for k in tl.static_range(CELLS.rows * CELLS.columns):
+    for k in tl.static_range(PIXELS):
         pixel = walk.pixels[k]
         valid = pixel.label >= 0
         row_share = walk.row_shares[k // CELLS.columns]
@@ -233,15 +235,16 @@ def sums_of_cells(
     walk, nodes, cells, first, TERMS: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr
 ):
     """What the pixels of a row of cells add to the nodes, of the block that begins at ``first``."""
+    UNROLL: tl.constexpr = TILE.unroll
     corners = _load_corners(nodes, first, TILE.unroll, TILE)
     nothing = _zeros(TILE)
     sums = NodeSums(left=nothing, right=nothing, below_left=nothing, below_right=nothing)
-    has_valid = tl.zeros((TILE.pixels,), tl.int32)
+    has_valid = no_class_yet(TILE)
     for y in tl.range(cells.top, cells.bottom):
         share = tl.load(walk.row_axis.shares + y)
         lefts = ()
         steps = ()
-        for j in tl.static_range(TILE.unroll):
+        for j in tl.static_range(UNROLL):
             left, step = along_row(corners[j], share)
             lefts = lefts + (left,)
             steps = steps + (step,)
@@ -267,11 +270,12 @@ def _without_ignored(sums, has_valid, TILE: tl.constexpr):
     pixels of a cell, and its nodes' gradients are what the valid ones make of them: whatever the
     ignored ones beside them add, it changes nothing.
     """
+    UNROLL: tl.constexpr = TILE.unroll
     left = ()
     right = ()
     below_left = ()
     below_right = ()
-    for j in tl.static_range(TILE.unroll):
+    for j in tl.static_range(UNROLL):
         left = left + (tl.where(has_valid != 0, sums.left[j], 0.0),)
         right = right + (tl.where(has_valid != 0, sums.right[j], 0.0),)
         below_left = below_left + (tl.where(has_valid != 0, sums.below_left[j], 0.0),)
@@ -287,16 +291,18 @@ def _add_chunk(
 
     With those of a few columns more.
     """
+    UNROLL: tl.constexpr = TILE.unroll
+    COLUMNS: tl.constexpr = CELLS.columns
     shares = shares_of_columns(walk.column_axis, cells, walk.sizes, CELLS)
     all_sums, right_sums, has_valid = in_row
-    for k in tl.static_range(CELLS.columns):
+    for k in tl.static_range(COLUMNS):
         pixel = load_pixel(cells, k, TILE, CELLS)
         here = (further(cells, 0, k, walk.sizes), row, pixel, shares[k])
         factors = _factors(walk, nodes, here, TERMS, TILE, CELLS)
         block = _block_in_row(row, shares[k])
         more = ()
         more_right = ()
-        for j in tl.static_range(TILE.unroll):
+        for j in tl.static_range(UNROLL):
             gradient = slope(factors, block, j, walk.given, TERMS, 0, TILE)
             for term in tl.static_range(1, len(TERMS.slope)):
                 gradient += slope(factors, block, j, walk.given, TERMS, term, TILE)
@@ -359,10 +365,10 @@ def _add_row(sums, in_row, share):
 @triton.jit
 def _zeros(TILE: tl.constexpr):
     """A zero for every class of a block, [cells] each."""
+    UNROLL: tl.constexpr = TILE.unroll
     zeros = ()
-    for _ in tl.static_range(TILE.unroll):
-        zero = tl.zeros((TILE.pixels,), tl.float64 if TILE.double else tl.float32)
-        zeros = zeros + (zero,)
+    for _ in tl.static_range(UNROLL):
+        zeros = zeros + (nothing_yet(0.0, TILE),)
     return zeros
 
 
@@ -378,10 +384,11 @@ def nothing_waits(TILE: tl.constexpr):
 @triton.jit
 def join_rows(waiting, sums, TILE: tl.constexpr):
     """The gradients (left, right) of the nodes above a row of cells, and of those below, so far."""
+    UNROLL: tl.constexpr = TILE.unroll
     left_before, right_before = waiting
     left = ()
     right = ()
-    for j in tl.static_range(TILE.unroll):
+    for j in tl.static_range(UNROLL):
         left = left + (left_before[j] + (sums.left[j] - sums.below_left[j]),)
         right = right + (right_before[j] + (sums.right[j] - sums.below_right[j]),)
     return (left, right), (sums.below_left, sums.below_right)
@@ -390,11 +397,13 @@ def join_rows(waiting, sums, TILE: tl.constexpr):
 @triton.jit
 def store_nodes(gradient, complete, row, TILE: tl.constexpr):
     """Store the gradients of a row of nodes: what the cells on their left and right add."""
+    UNROLL: tl.constexpr = TILE.unroll
     left, right = complete
-    lane = tl.arange(0, TILE.pixels)
-    neighbour = tl.minimum(lane + 1, TILE.pixels - 1)
+    LANES: tl.constexpr = TILE.pixels
+    lane = tl.arange(0, LANES)
+    neighbour = tl.minimum(lane + 1, LANES - 1)
     pointers = gradient.pointer + row * gradient.row_stride
-    for j in tl.static_range(TILE.unroll):
+    for j in tl.static_range(UNROLL):
         total = right[j] + tl.gather(left[j], neighbour, 0)
         number = gradient.first + j
         mask = lane < tl.where(number >= gradient.unseen, gradient.end, 0)

@@ -154,8 +154,9 @@ def nodes_around(logits_ptr, strides, image, row, column, sizes):
 @triton.jit
 def shares_of_columns(axis, cells, sizes, CELLS: tl.constexpr):
     """Of every column of a lane the share of the right nodes, a tuple of [cells]."""
+    COLUMNS: tl.constexpr = CELLS.columns
     shares = ()
-    for k in tl.static_range(CELLS.columns):
+    for k in tl.static_range(COLUMNS):
         # Beyond the cell anything will do.
         column = tl.minimum(cells.first + k, sizes.columns - 1)
         shares = shares + (tl.load(axis.shares + column),)
@@ -165,8 +166,9 @@ def shares_of_columns(axis, cells, sizes, CELLS: tl.constexpr):
 @triton.jit
 def shares_of_rows(axis, cells, sizes, CELLS: tl.constexpr):
     """Of every row of a lane the share of the nodes below, a tuple of [cells]."""
+    ROWS: tl.constexpr = CELLS.rows
     shares = ()
-    for r in tl.static_range(CELLS.rows):
+    for r in tl.static_range(ROWS):
         row = tl.minimum(cells.top + r, sizes.rows - 1)
         shares = shares + (tl.load(axis.shares + row),)
     return shares

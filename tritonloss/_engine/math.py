@@ -30,10 +30,10 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def plus(total, value, WEIGHT: tl.constexpr):
-    """Total + value * WEIGHT, fused.
+    """The sum total + value * WEIGHT in one fused instruction.
 
-    Said in so many words, the compiler keeps a long window's sums in scalar registers; left to
-    contract a product and a sum itself, it first packs them into vectors that it then spills.
+    With the fma written out, the compiler keeps the sums of a long window in scalar registers. Left
+    to contract a product and a sum itself, it first packs them into vectors, which it then spills.
     """
     return tl.fma(value, tl.full((), WEIGHT, value.dtype), total)
 
@@ -42,7 +42,7 @@ def plus(total, value, WEIGHT: tl.constexpr):
 def negated(x):
     """-x as part of another instruction; for a minus sign Triton computes 0 - x, which is one more.
 
-    A NaN keeps being one, 0 may turn into -0.
+    A NaN stays NaN; 0 may become -0.
     """
     return x * -1.0
 
@@ -62,14 +62,14 @@ def inverse(x):
 def sigmoid_base2(u):
     """1 / (1 + 2^-u): the sigmoid of a logit x = u / LOG2_E, scaled once for all that use it.
 
-    In float32 four instructions, since 1/d = rsqrt(d)^2 for d > 0; relative error 3e-7.
+    It takes four instructions in float32, since 1 / d = rsqrt(d)^2 for d > 0; relative error 3e-7.
     """
     return inverse(1.0 + tl.exp2(negated(u)))
 
 
 @triton.jit
 def softplus_base2(u):
-    """log(1 + 2^u) without overflow, and without loss of the tail for very negative u."""
+    """log(1 + 2^u) without overflow; a very negative u still gives 2^u, not 0."""
     t = tl.exp2(negated(tl.abs(u)))
     if u.dtype == tl.float64:
         # log1p by its correction term: exact to rounding where log(1 + t) alone loses t.
@@ -89,7 +89,7 @@ def softplus_base2(u):
 
 @triton.jit
 def log_one_plus(x):
-    """log(1 + x) for x >= 0, of which no digit is lost where 1 + x has rounded x away."""
+    """log(1 + x) for x >= 0; no digit is lost where 1 + x rounds x away."""
     rounded = 1.0 + x
     return tl.log(rounded) + (x - (rounded - 1.0)) * inverse(rounded)
 
@@ -98,10 +98,10 @@ def log_one_plus(x):
 def sanitised_label(label, in_image, classes, IGNORED: tl.constexpr):
     """int32 class index, or -1 where the pixel is outside the image, ignored or out of range.
 
-    IGNORED is the ignore label if it lies in [0, classes), else -1. A map of one class, whose
-    labels are 0 and 1, has -3 less that instead: -2, -3 or -4. There label 1 is the map's class 0,
-    and label 0 gets the index 1, of a class that it does not have. Compared in the label's own
-    width, so that no int64 label wraps around into a class.
+    IGNORED is the ignore label if it lies in [0, classes), else -1. For a map of one class, whose
+    labels are 0 and 1, IGNORED is -3 minus that number: -2, -3 or -4. There label 1 is the map's
+    class 0, and label 0 gets the index 1, which is no class of the map. Labels are compared in
+    their own width, so that no int64 label wraps around into a class.
     """
     ONE_CLASS: tl.constexpr = IGNORED < -1
     LABEL: tl.constexpr = -3 - IGNORED if ONE_CLASS else IGNORED
@@ -121,7 +121,7 @@ def sanitised_label(label, in_image, classes, IGNORED: tl.constexpr):
 
 @triton.jit
 def label_of(channel, IGNORED: tl.constexpr):
-    """The label of the pixels that belong to a channel: its number, or 1 if it is the only one."""
+    """The label of the pixels that belong to a class: its number, or 1 if it is the only one."""
     label = channel
     if IGNORED < -1:
         label = channel + 1

@@ -31,17 +31,17 @@ def _pixelwise_forward_kernel(
     map_ptrs,  # [N, H, W] each: what the losses leave to the backward pass
     values_ptr,  # [N, H, W]: the sum of the losses of every pixel, if REDUCTION is "none"
     loss_ptr,  # [], otherwise
-    scale_ptr,  # of every loss: what the gradient of a pixel's value is multiplied by
-    scratch_ptr,
+    scale_ptr,  # of every loss: the factor of the gradient of a pixel's value
+    scratch_ptr,  # see sums.py
     tickets_ptr,
-    numbers,  # of every loss its own
-    shares,  # of every loss in the sum
+    numbers,  # of every loss, a tuple
+    shares,  # of every loss: its factor in the sum
     logits_strides,
     target_strides,
     pixels,  # of an image, in grains
     width,
-    tiles,
-    full,
+    tiles,  # runs of an image
+    full,  # classes in the blocks before the last
     programs,
     TERMS: tl.constexpr,
     IGNORED: tl.constexpr,
@@ -49,15 +49,16 @@ def _pixelwise_forward_kernel(
     REDUCTION: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Reads labels and logits once (what is read again comes from the cache)."""
+    """Reads labels and logits once (what is read again comes from the cache), writes the loss."""
     COUNT: tl.constexpr = len(TERMS.start)
     run = run_of_pixels(pixels, width, tiles, TILE)
     pixel = load_pixels(target_ptr, target_strides, run, IGNORED, BINARY, TILE)
     view = view_of(logits_ptr, logits_strides, run, TILE)
     given = of_each(given_to, (own_ptrs, other_ptrs, numbers), TERMS, TILE)
 
-    # Between two passes every register counts, and this way a pointer less is alive; after a single
-    # one what it brings is in the cache.
+    # The own logits, before or after the walk over the classes. Between two passes every register
+    # counts, and a pointer less is alive if they are looked up before. After a single pass they are
+    # in the cache.
     if TERMS.passes == 2:
         own = look_up(view, pixel.own, TILE)
         states = fold(view, pixel, given, full, TERMS, TILE)
@@ -65,6 +66,7 @@ def _pixelwise_forward_kernel(
         states = fold(view, pixel, given, full, TERMS, TILE)
         own = look_up(view, pixel.own, TILE)
 
+    # every loss in turn: its maps, and its sums or its part of the map
     valid = pixel.label >= 0
     position = run.image * pixels * TILE.grain + run.first + run.local
     sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs, rows=2 * COUNT + 1)
@@ -81,6 +83,7 @@ def _pixelwise_forward_kernel(
     if REDUCTION == "none":
         tl.store(values_ptr + position, in_all, mask=pixel.inside)
     else:
+        # the number of valid pixels, in the last row
         leave(sums, 2 * COUNT, tl.sum(tl.where(valid, 1.0, 0.0)))
         if comes_last(sums):
             store_loss(loss_ptr, scale_ptr, sums, shares, COUNT, REDUCTION)
@@ -88,13 +91,13 @@ def _pixelwise_forward_kernel(
 
 @triton.jit
 def store_loss(loss_ptr, scale_ptr, sums, shares, COUNT: tl.constexpr, REDUCTION: tl.constexpr):
-    """Store the loss and the scale of every term's gradient."""
+    """Store the loss, and for every term the factor of its gradient."""
     loss = tl.zeros((), tl.float64)
     valid = total(sums, 2 * COUNT)
     for k in tl.static_range(COUNT):
         divisor = tl.zeros_like(loss) + 1.0
         if REDUCTION == "mean":
-            # Nothing valid: 0. Weights that sum to 0: NaN, as torch has it, whatever the values.
+            # No valid pixel: the mean is 0. Weights that sum to 0: NaN, as torch has it.
             divisor = tl.where(valid > 0, total(sums, 2 * k + 1), 1.0)
             divisor = tl.where(divisor == 0, float("nan"), divisor)
         loss += total(sums, 2 * k) / divisor * shares[k]
@@ -137,6 +140,7 @@ def _pixelwise_backward_kernel(
     grad_view = view_of(grad_ptr, grad_strides, run, TILE)
     given = of_each(given_to, (own_ptrs, other_ptrs, numbers), TERMS, TILE)
 
+    # the upstream gradient
     position = run.image * pixels * TILE.grain + run.first + run.local
     if REDUCED:
         upstream = tl.load(upstream_ptr).to(dtype)
@@ -145,6 +149,7 @@ def _pixelwise_backward_kernel(
         upstream_ptr += run.image * upstream_strides[0]
         upstream = tl.load(upstream_ptr + offsets, mask=pixel.inside, other=0.0).to(dtype)
 
+    # what the slopes of every loss share, then all slopes
     scales = ()
     for k in tl.static_range(COUNT):
         scale = upstream * (tl.load(scale_ptr + k) if REDUCED else shares[k])

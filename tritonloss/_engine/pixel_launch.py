@@ -29,7 +29,7 @@ from .pixel_terms import (
 from .pixels import Tile
 from .sums import sums_over
 
-# Classes of a bundle in channels_last.
+# Classes of a bundle where neighbouring addresses are classes (channels_last).
 _LAST_BUNDLE = 64
 
 
@@ -39,13 +39,13 @@ _LAST_BUNDLE = 64
 def launch_forward(
     terms: tuple[Term, ...], logits: torch.Tensor, target: torch.Tensor, walk: Walk, save: bool
 ) -> tuple[torch.Tensor, Kept]:
-    """The sum of the losses, and what their backward pass needs if ``save``."""
+    """(the sum of the losses, what their backward pass needs if ``save``)."""
     losses = [term.loss for term in terms]
     if logits.numel() == 0:  # no program runs, and so none comes last
         loss, kept = allocated(made(losses, logits, target, walk, save), logits)
         return loss.zero_(), kept._replace(scale=kept.scale.zero_())
 
-    def prepare() -> tuple[PreparedLaunch, int, Made]:
+    def prepare() -> tuple[PreparedLaunch, int, tuple[Made, ...]]:
         grid, arguments = _launch(losses, "forward", logits, target)
         constants = {
             **numbers_of(terms),
@@ -57,7 +57,7 @@ def launch_forward(
             **labels_of(losses, logits, target, walk.ignore_index),
             **arguments,
         }
-        # Of whole grains the maps are aligned, and so is all that is allocated here.
+        # With a grain above 1 logits and labels are aligned; what is allocated here always is.
         aligned = arguments["TILE"].grain > 1
         launch = PreparedLaunch(_pixelwise_forward_kernel, grid, constants, aligned)
         return launch, grid[0], made(losses, logits, target, walk, save)
@@ -97,27 +97,28 @@ def launch_backward(
     grad_logits = torch.empty_like(logits)
     own, other = tables_of(terms, logits)
 
-    def prepare() -> PreparedLaunch:
-        grid, launch = _launch(losses, "backward", logits, target, grad_logits)
+    def prepare() -> tuple[PreparedLaunch, int]:
+        grid, arguments = _launch(losses, "backward", logits, target, grad_logits)
         reduced = walk.reduction != "none"
         constants = {
             **numbers_of(terms),
             "upstream_strides": (0, 0, 0) if reduced else upstream.stride(),
-            "logits_strides": _strides(logits, launch["TILE"]),
-            "target_strides": _strides(target, launch["TILE"]),
-            "grad_strides": _strides(grad_logits, launch["TILE"]),
+            "logits_strides": _strides(logits, arguments["TILE"]),
+            "target_strides": _strides(target, arguments["TILE"]),
+            "grad_strides": _strides(grad_logits, arguments["TILE"]),
             "TERMS": terms_of(terms, logits, walk, save=True),
             "REDUCED": reduced,
             **labels_of(losses, logits, target, walk.ignore_index),
-            **launch,
+            **arguments,
         }
-        aligned = launch["TILE"].grain > 1 and (reduced or is_aligned(upstream))
-        return PreparedLaunch(_pixelwise_backward_kernel, grid, constants, aligned)
+        aligned = arguments["TILE"].grain > 1 and (reduced or is_aligned(upstream))
+        launch = PreparedLaunch(_pixelwise_backward_kernel, grid, constants, aligned)
+        return launch, sum(constants["TERMS"].maps)
 
     # The gradient's layout follows from that of the logits.
     upstream_kind = kind(upstream) if walk.reduction == "none" else None
     key = (key_of(terms), kind(logits), kind(target), upstream_kind, walk)
-    launch = prepared(key, prepare)
+    launch, maps = prepared(key, prepare)
     with device_guard(logits):
         launch(
             upstream_ptr=upstream,
@@ -126,7 +127,7 @@ def launch_backward(
             target_ptr=target,
             own_ptrs=own,
             other_ptrs=other,
-            map_ptrs=kept.maps,
+            map_ptrs=kept.maps[:maps],
             grad_ptr=grad_logits,
         )
     return grad_logits
@@ -142,10 +143,10 @@ def pixel_heuristic(losses: Sequence[Loss], direction: str, logits: torch.Tensor
     most = min(loss.unroll for loss in losses)
     held = max(loss.held for loss in losses)
     if _classes_in_lanes(logits):
-        # Every lane of a pixel does all that is to do once per pixel: few classes, few lanes.
+        # Every lane of a pixel repeats what is done once per pixel: few classes get few lanes.
         lanes = 8 if classes > 32 else min(4, triton.next_power_of_2(classes))
         slots = triton.cdiv(classes, lanes)
-        # Every value has an address of its own in registers.
+        # Every value has an address of its own, in registers of its own.
         pixels = 4 if slots <= 8 else 2
         unroll = most if forward else 4 if lanes == 8 else 8
     else:
@@ -180,15 +181,16 @@ def _launch(
         heuristic=pixel_heuristic(losses, direction, logits),
     )
     warps, lanes = int(configuration["num_warps"]), int(configuration["CLASS_LANES"])
-    # A slot is in one bundle.
+    # No more lanes than a bundle has classes, so that a slot is within one bundle.
     pixels, lanes = int(configuration["PIXELS"]), min(lanes, _LAST_BUNDLE) if in_lanes else 1
     flat = is_contiguous if lanes == 1 else _is_flat(True, logits, target, *grads)
     grain = 1
     if lanes == 1:
         per_lane = max(pixels // (warps * warp_size()), 1)
         grain = _grain(per_lane, logits, target, *grads) if flat else 1
-        # Without whole aligned grains a lane's neighbouring pixels would be moved one by one, each
-        # time across as many cache lines as if they were apart: one pixel per lane is better.
+        # Without whole aligned grains a lane's neighbouring pixels would be moved one by one. Every
+        # such move would touch as many cache lines as if the pixels were apart: one pixel per lane
+        # is better.
         pixels = pixels if grain > 1 else min(pixels, warps * warp_size())
     size = logits.size(2) * logits.size(3)
     classes = logits.size(1)
@@ -217,8 +219,9 @@ def _classes_in_lanes(logits: torch.Tensor) -> bool:
 def _bundles(logits: torch.Tensor, lanes: int, unroll: int) -> tuple[int, int]:
     """(classes of a bundle, slots of any block that are in one bundle).
 
-    There are at most 32 bundles of 256 classes. Going forward every bundle takes two instructions;
-    going back all of its classes are read once more, which costs less where lanes share them.
+    256 classes make at most 32 bundles, whose numbers take five bits. In the forward pass a bundle
+    costs two instructions. In the backward pass all classes of one bundle are read once more, which
+    costs less where lanes share them.
     """
     classes = logits.size(1)
     bundle = _LAST_BUNDLE if _classes_in_lanes(logits) else 8 if classes > 64 else 4
@@ -230,7 +233,7 @@ def _bundles(logits: torch.Tensor, lanes: int, unroll: int) -> tuple[int, int]:
 def _is_flat(
     in_lanes: bool, logits: torch.Tensor, target: torch.Tensor, *maps: torch.Tensor
 ) -> bool:
-    """Whether the pixels of every map lie at even distances, in one run where that is needed."""
+    """Whether the pixels of every map lie at even distances, and side by side unless in_lanes."""
     width = logits.size(3)
     if target.stride(2) != 1 or target.stride(1) != width:
         return False
@@ -243,7 +246,7 @@ def _is_flat(
 
 
 def _grain(per_lane: int, *maps: torch.Tensor) -> int:
-    """How many neighbouring pixels of flat maps can be moved at once: 1, or up to ``per_lane``."""
+    """How many neighbouring pixels of flat maps are moved at once: 1, 2 or 4, up to per_lane."""
     grain = min(per_lane, 4) if all(is_aligned(tensor) for tensor in maps) else 1
     while grain > 1:
         strides = [stride for tensor in maps for stride in tensor.stride()[:-2]]

@@ -55,8 +55,7 @@ def pixelwise_operator(
     ) -> torch.Tensor:
         terms = (term(logits, own_table, other_table, options, True),)
         walk = walk_of(options)
-        count = len(loss.saved(logits, walk.upsample is not None))
-        kept = Kept(scale, (first, second)[:count])
+        kept = Kept(scale, (first, second))
         launch = launch_backward if walk.upsample is None else launch_cells_backward
         return launch(terms, grad_loss, kept, logits, target, walk)
 

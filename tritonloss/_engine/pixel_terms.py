@@ -7,26 +7,25 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._core.prepared_launch import is_aligned
 from .pixel_walk import Terms
 from .pixels import Record
 from .planes import compute_dtype, ignored_class
 
 REDUCTIONS = ("mean", "sum", "none")
-UPSAMPLINGS = ("bilinear",)
 
 
 class Loss(NamedTuple):
     """A pixelwise loss as its launchers know it.
 
     Attributes:
-        name: of its operator; configurations are kept under it.
+        name: the name of its operator, under which configurations are kept.
         record: its device functions.
         saved: (logits, whether they are interpolated) -> the dtypes of the maps for the backward
             pass.
-        unroll: classes of a lane in one block of the forward pass, where there are so many.
-        held: up to so many classes of a lane stay in registers, to be gone through twice.
-        binary: whether one class is allowed, with labels 0 and 1.
+        unroll: classes of a lane in one block of the forward pass, if there are that many.
+        held: the most classes of a lane that stay in registers, for a loss that goes through them
+            twice; 0 for the others.
+        binary: whether a single class is allowed, with labels 0 and 1.
     """
 
     name: str
@@ -70,14 +69,14 @@ class Kept(NamedTuple):
     """What a forward launch leaves to the backward one."""
 
     scale: torch.Tensor  # [terms], what the gradient of a value is multiplied by; [0] for a map
-    maps: tuple[torch.Tensor, ...]  # [N, H, W] each
+    maps: tuple[torch.Tensor, ...]  # [N, H, W] each; those beyond what the losses save are ignored
 
 
 class Walk(NamedTuple):
-    """How pixels of logits and labels are gone through, whatever the losses.
+    """The options that all losses of a walk share.
 
     Attributes:
-        ignore_index: label of pixels that are ignored, or None.
+        ignore_index: the label of pixels that are ignored, or None.
         reduction: "mean", "sum" or "none".
         upsample: "bilinear" if the logits are interpolated to the size of the labels.
         align_corners: of the interpolation.
@@ -95,71 +94,76 @@ def walk_of(options: Any) -> Walk:
 
 
 class Made(NamedTuple):
-    """What a forward launch fills: shapes and dtypes."""
+    """A tensor that a forward launch fills."""
 
-    loss: tuple[int, ...]
-    scale: int
-    pixels: tuple[int, ...]
-    dtype: torch.dtype  # of loss and scale
-    maps: tuple[torch.dtype, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # said in full: PyTorch is quicker with them than without
+    dtype: torch.dtype
 
 
 def made(
     losses: Sequence[Loss], logits: torch.Tensor, target: torch.Tensor, walk: Walk, save: bool
-) -> Made:
-    """The tensors that a forward launch fills."""
-    pixels = tuple(target.shape)
+) -> tuple[Made, ...]:
+    """The tensors that a forward launch fills: the loss, the scales and the maps."""
+    images, height, width = target.shape
+    pixels, strides = (images, height, width), (height * width, width, 1)
+    dtype = compute_dtype(logits.dtype)
+    if walk.reduction == "none":  # needs no scale, and what nobody fills is not there
+        loss, scales = Made(pixels, strides, dtype), 0
+    else:
+        loss, scales = Made((), (), dtype), len(losses)
     interpolated = walk.upsample is not None
-    dtypes = tuple(d for loss in losses for d in loss.saved(logits, interpolated)) if save else ()
-    # A map needs no scale, and what nobody fills is not there.
-    shape, scales = (pixels, 0) if walk.reduction == "none" else ((), len(losses))
-    return Made(shape, scales, pixels, compute_dtype(logits.dtype), dtypes)
+    dtypes = (
+        [dtype for loss in losses for dtype in loss.saved(logits, interpolated)] if save else []
+    )
+    maps = [Made(pixels, strides, dtype) for dtype in dtypes]
+    return loss, Made((scales,), (1,), dtype), *maps
 
 
-def allocated(made: Made, logits: torch.Tensor) -> tuple[torch.Tensor, Kept]:
-    """The tensors, on the device of ``logits``."""
-    loss = logits.new_empty(made.loss, dtype=made.dtype)
-    scale = logits.new_empty(made.scale, dtype=made.dtype)
-    maps = tuple([logits.new_empty(made.pixels, dtype=dtype) for dtype in made.maps])
-    return loss, Kept(scale, maps)
+def allocated(made: tuple[Made, ...], logits: torch.Tensor) -> tuple[torch.Tensor, Kept]:
+    """(loss, what is kept): these tensors, on the device of ``logits``."""
+    loss, scale, *maps = [logits.new_empty_strided(s, t, dtype=dtype) for s, t, dtype in made]
+    return loss, Kept(scale, tuple(maps))
 
 
 # --- what kernels are given -----------------------------------------------------------------------
 
 
 def key_of(terms: tuple[Term, ...]) -> tuple[Any, ...]:
-    """What a launch depends on of its terms.
+    """All of its terms that a launch depends on.
 
-    The records stay alive in what is prepared, so that their addresses are theirs.
+    A record is known by its address. The prepared launch keeps it alive, so that no other record
+    ever has that address.
     """
-    return tuple(
+    return tuple([
         (
-            term.loss.name, id(term.loss.record), term.options, term.numbers, term.share,
-            None if term.own_table is None else term.own_table.dtype,
-            None if term.other_table is None else term.other_table.dtype,
+            loss.name, id(loss.record), options, numbers, share,
+            None if own is None else own.dtype, None if other is None else other.dtype,
         )
-        for term in terms
-    )  # fmt: skip
+        for loss, options, numbers, own, other, share in terms
+    ])  # fmt: skip
 
 
 def tables_of(
     terms: tuple[Term, ...], logits: torch.Tensor
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """The tables as the kernels read them: [C] side by side, or anything where there is none."""
+    """(own, other) tables as kernels read them, contiguous [C]; the logits for a missing one."""
     own = tuple([_table(term.own_table, logits) for term in terms])
     other = tuple([_table(term.other_table, logits) for term in terms])
     return own, other
 
 
 def _table(table: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    """A table as the kernels read it: contiguous and aligned; the logits for a missing one."""
     if table is None:
         return logits
-    if table.is_contiguous() and is_aligned(table):
+    if table.is_contiguous() and table.data_ptr() % 16 == 0:
         return table
     return table.clone(memory_format=torch.contiguous_format)
 
 
 def numbers_of(terms: tuple[Term, ...]) -> dict[str, Any]:
+    """The kernels' arguments that are numbers of the losses."""
     return {
         "numbers": tuple(term.numbers for term in terms),
         "shares": tuple(float(term.share) for term in terms),
@@ -167,11 +171,12 @@ def numbers_of(terms: tuple[Term, ...]) -> dict[str, Any]:
 
 
 def terms_of(terms: tuple[Term, ...], logits: torch.Tensor, walk: Walk, save: bool) -> Terms:
+    """The losses as the walk knows them; their maps are stored if ``save``."""
     records = [term.loss.record for term in terms]
     interpolated = walk.upsample is not None
     saved = [term.loss.saved(logits, interpolated) for term in terms]
     counts = tuple(len(dtypes) if save else 0 for dtypes in saved)
-    # Where there is no second pass its functions are not called.
+    # A loss without a second pass gets ``add`` for the functions of that pass; none is called.
     fields = {
         name: tuple(getattr(record, name) or record.add for record in records)
         for name in Record._fields
@@ -189,7 +194,7 @@ def terms_of(terms: tuple[Term, ...], logits: torch.Tensor, walk: Walk, save: bo
 def labels_of(
     losses: Sequence[Loss], logits: torch.Tensor, target: torch.Tensor, ignore_index: int | None
 ) -> dict[str, Any]:
-    """The kernels' arguments that tell which labels count."""
+    """The kernels' arguments that say which labels count: IGNORED and BINARY."""
     binary = logits.size(1) == 1 and all(loss.binary for loss in losses)
     classes = 2 if binary else logits.size(1)
     return {"IGNORED": ignored_class(ignore_index, classes, target.dtype), "BINARY": binary}

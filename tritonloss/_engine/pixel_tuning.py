@@ -35,7 +35,7 @@ def pixel_candidates(
 
 
 def pixel_cases(loss: Loss, operator: Operator, options: Any, tables: int = 0) -> list[TuningCase]:
-    """The tuning cases of a loss with these options, and so many tables."""
+    """The tuning cases of a loss with these options and this number of tables."""
     cases = []
     layouts = ("contiguous", "channels_last")
     for classes, layout in (*itertools.product((19, 150), layouts), (1, "contiguous")):
@@ -71,7 +71,7 @@ def _tuning_pass(
     layout: str,
     device: torch.device,
 ) -> Launch:
-    """Both passes for logits of a shape and layout."""
+    """A launch of both passes, for logits of a shape and layout."""
     logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
     target = random_labels(shape, device)
     table = torch.full((shape[1],), 0.1, device=device)

@@ -1,7 +1,7 @@
-"""The walk of pixelwise losses over logits that are there as they are: where pixels and logits lie.
+"""The walk of pixelwise losses over a map of logits: where pixels and logits are in memory.
 
-One walk is for several losses at once: ``Terms`` holds what each of them is, and every block of
-logits is read once for all of them.
+A walk is for several losses at once. ``Terms`` holds the functions and options of each, and every
+block of logits is read once for all of them.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ class Terms(NamedTuple):
     join: Any
     add_again: Any
     twice: Any  # whether the loss goes through the classes twice; else the two above are not used
-    passes: Any  # 2 if any of them does, else 1; this one is a number
-    options: Any  # the losses' own
+    passes: Any  # 2 if any of them does, else 1; a number, not a tuple
+    options: Any  # each loss's own
     maps: Any  # how many maps each leaves to the backward pass
-    first_map: Any  # and the place of its first among those of all
+    first_map: Any  # the place of each loss's first map among the maps of all losses
 
 
 class Run(NamedTuple):
     """The run of pixels of a program."""
 
     image: Any
-    first: Any
-    local: Any  # [pixels], from 0
-    inside: Any  # [pixels], whether there is such a pixel
+    first: Any  # the number of its first pixel in the image
+    local: Any  # [pixels], numbers from 0
+    inside: Any  # [pixels], whether the image has such a pixel
     width: Any  # of the image
 
 
 class View(NamedTuple):
     """A program's pixels in a map [N, C, H, W]."""
 
-    pointer: Any  # moves from class to class
-    offsets: Any  # stay: [pixels], or [pixels, 1] if lanes share a pixel
+    pointer: Any  # to the first class of a block: it moves from block to block
+    offsets: Any  # of the pixels, which stay: [pixels], or [pixels, 1] if lanes share a pixel
     stride: Any  # from class to class
 
 
@@ -57,7 +57,7 @@ class View(NamedTuple):
 
 @triton.jit
 def run_of_pixels(pixels, width, tiles, TILE: tl.constexpr):
-    """The run of pixels of this program; an image has ``pixels`` grains in ``tiles`` runs."""
+    """This program's run of pixels; an image has ``pixels`` grains, cut into ``tiles`` runs."""
     PIXELS: tl.constexpr = TILE.pixels
     GRAIN: tl.constexpr = TILE.grain
     program = tl.program_id(0)
@@ -78,7 +78,7 @@ def far_offsets(run, row_stride, column_stride):
 
 @triton.jit
 def view_of(pointer, strides, run, TILE: tl.constexpr):
-    """A run's view of a map. Strides count in grains but for the last."""
+    """A run's view of a map. All strides but the last count in grains, if a grain is above 1."""
     GRAIN: tl.constexpr = TILE.grain
     one = tl.full((), 1, tl.int64)
     start = pointer + run.image * strides[0] * GRAIN
@@ -102,8 +102,8 @@ def load_pixels(
 ):
     """The pixels of a run, labels sanitised.
 
-    label and own are -1 where there is none. They differ for BINARY labels alone: of those 1 is
-    class 0, and 0 is the absence of class 0.
+    label and own are -1 where there is none. They differ for BINARY labels only, where 1 is class 0
+    and 0 is the absence of class 0.
     """
     GRAIN: tl.constexpr = TILE.grain
     start = target_ptr + run.image * strides[0] * GRAIN
@@ -112,7 +112,7 @@ def load_pixels(
     else:
         pointers = start + far_offsets(run, strides[1], strides[2])
     loaded = tl.load(pointers, mask=run.inside, other=0)
-    # As a tensor: labels of eight bits may be fewer than the classes, and are widened then.
+    # A tensor, so that labels of eight bits are widened for the comparison with more classes.
     classes = tl.full((), 2 if BINARY else TILE.classes, tl.int32)
     label = sanitised_label(loaded, run.inside, classes, IGNORED)
     own = tl.where(label == 1, 0, -1) if BINARY else label
@@ -124,7 +124,7 @@ def load_pixels(
 
 @triton.jit
 def _exists(COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr):
-    """Of every slot which lanes have a class, [1, lanes] each, if LEFT classes are left."""
+    """For every slot which lanes have a class, [1, lanes] each, if LEFT classes are left."""
     LANES: tl.constexpr = TILE.lanes
     exists = ()
     for j in tl.static_range(COUNT):
@@ -137,7 +137,7 @@ def _exists(COUNT: tl.constexpr, LEFT: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _slot_mask(inside, exists, TILE: tl.constexpr):
-    """Which values of a slot there are."""
+    """Whether each value of a slot exists: its pixel, and its class."""
     if TILE.lanes == 1:
         mask = inside
     else:
@@ -147,6 +147,7 @@ def _slot_mask(inside, exists, TILE: tl.constexpr):
 
 @triton.jit
 def _slot_pointers(view, SLOT: tl.constexpr, TILE: tl.constexpr):
+    """Pointers to the values of a slot, [pixels] or [pixels, lanes]."""
     LANES: tl.constexpr = TILE.lanes
     if LANES == 1:
         pointers = view.pointer + SLOT * view.stride + view.offsets
@@ -173,7 +174,7 @@ def _load_block(view, start, inside, COUNT: tl.constexpr, LEFT: tl.constexpr, TI
 
 @triton.jit
 def look_up(view, index, TILE: tl.constexpr):
-    """Each pixel's logit of a class of its own, [pixels]; 0 where that is less than 0."""
+    """Each pixel's logit of the class ``index``, [pixels]; 0 where that is negative."""
     dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
     if TILE.lanes == 1:
         pixels = view.offsets
@@ -185,10 +186,10 @@ def look_up(view, index, TILE: tl.constexpr):
 
 @triton.jit
 def largest_of_bundle(view, number, inside, TILE: tl.constexpr):
-    """Each pixel's largest logit of a bundle, [pixels]; anything where no pixel is.
+    """Each pixel's largest logit of a bundle, [pixels]; anything where there is no pixel.
 
-    Whatever the number has become, it leads to no foreign memory. The last bundle begins early
-    enough to be a whole one, if there are so many classes.
+    The bundle's number comes from data, and is clamped so as not to lead outside the map. The last
+    bundle begins early enough to be a whole one, if there are that many classes.
     """
     dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
     LANES: tl.constexpr = TILE.lanes
@@ -219,10 +220,10 @@ def largest_of_bundle(view, number, inside, TILE: tl.constexpr):
 def fold(view, pixel, given, full, TERMS: tl.constexpr, TILE: tl.constexpr):
     """The states of all losses after all classes.
 
-    ``full`` is the number of classes in the blocks before the last, known at run time only, so that
-    the loop over them stays one. Where one block holds all classes it stays in registers for losses
-    that go through them twice; otherwise it is loaded again, out of the cache if that is large
-    enough.
+    ``full`` is the number of classes in the blocks before the last. It is a run-time value, so that
+    the loop over these blocks is not unrolled. If one block holds all classes, a loss that goes
+    through them twice finds them in registers. Otherwise they are loaded again, from the cache if
+    it is large enough.
     """
     COUNT: tl.constexpr = (TILE.classes + TILE.lanes - 1) // TILE.lanes
     states = of_each(start, (), TERMS, TILE)
@@ -243,7 +244,7 @@ def fold(view, pixel, given, full, TERMS: tl.constexpr, TILE: tl.constexpr):
 def _fold_blocks(
     states, view, pixel, given, full, ADD: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr
 ):
-    """The states after ADD of all blocks in turn."""
+    """The states after ADD has been given all blocks, one after the other."""
     STEP: tl.constexpr = TILE.unroll * TILE.lanes
     FULL: tl.constexpr = (TILE.classes - 1) // STEP * STEP
     LEFT: tl.constexpr = TILE.classes - FULL  # at least one, at most a whole block
@@ -286,6 +287,7 @@ def write_gradients(factors, views, pixel, given, full, TERMS: tl.constexpr, TIL
 
 @triton.jit
 def _write_block(factors, block, grad_view, pixel, given, TERMS: tl.constexpr, TILE: tl.constexpr):
+    """Store the gradient of a block's logits: the sum of all losses' slopes."""
     valid = for_classes(pixel.label >= 0, TILE)
     for j in tl.static_range(len(block.logits)):
         gradient = slope(factors, block, j, given, TERMS, 0, TILE)
@@ -307,15 +309,16 @@ def store_maps(map_ptrs, position, saved, pixel, TERMS: tl.constexpr, K: tl.cons
 
 
 # --- the losses' own functions --------------------------------------------------------------------
-# Each has its options as a constexpr of its own: taken out of a tuple on the way into a call, they
-# would lose their names.
+# Each function first makes a constexpr of its options: taken out of the tuple in the call itself,
+# they would lose the names of their fields.
 
 
 @triton.jit
 def of_each(FUNCTION: tl.constexpr, arguments, TERMS: tl.constexpr, TILE: tl.constexpr):
     """(FUNCTION(arguments, TERMS, 0, TILE), FUNCTION(arguments, TERMS, 1, TILE), ...).
 
-    Written out: elements of a tuple that grows lose their names under Triton 3.6.
+    Every length is written out, since elements of a tuple that grows lose the names of their fields
+    under Triton 3.6.
     """
     COUNT: tl.constexpr = len(TERMS.start)
     tl.static_assert(COUNT <= 4, "at most four losses share a read of the logits")
@@ -341,7 +344,7 @@ def of_each(FUNCTION: tl.constexpr, arguments, TERMS: tl.constexpr, TILE: tl.con
 
 @triton.jit
 def given_to(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
-    """What a loss was given."""
+    """What loss K was given."""
     own_ptrs, other_ptrs, numbers = arguments
     return Given(own_table=own_ptrs[K], other_table=other_ptrs[K], numbers=numbers[K])
 
@@ -383,7 +386,7 @@ def add_again(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexp
 
 @triton.jit
 def finish(state, own, pixel, given, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
-    """(value, weight, saved) of a loss, [pixels] each."""
+    """(value, weight, saved) of loss K, [pixels] each; ``saved`` is a tuple of them."""
     OPTIONS: tl.constexpr = TERMS.options[K]
     return TERMS.finish[K](state, own, pixel, given, OPTIONS, TILE)
 

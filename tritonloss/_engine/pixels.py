@@ -28,30 +28,30 @@ class Tile(NamedTuple):
     """What a program works on; known when a kernel is compiled."""
 
     pixels: int
-    lanes: int  # that share a pixel's classes; 1: a lane has them all
+    lanes: int  # how many share a pixel's classes; with 1 a lane has all of them
     unroll: int  # classes of a lane in one block
     grain: int  # pixels that can be moved at once in every map; 1 unless the maps are flat
     flat: bool  # a map's pixels lie at even distances; labels and contiguous logits side by side
     classes: int
-    double: bool  # the arithmetic is in float64
+    double: bool  # whether the arithmetic is in float64
     bundle: int  # classes of a bundle, at least as many as lanes; the same in both passes
-    slots: int  # neighbouring slots of any block that are in one bundle
+    slots: int  # how many neighbouring slots of any block are in one bundle
 
 
 class Pixel(NamedTuple):
     """The pixels of a program, [pixels] each."""
 
     label: Any  # int32, -1 where there is none
-    own: Any  # the class of its own, -1 where there is none
-    inside: Any  # whether there is such a pixel
+    own: Any  # the own class, -1 where there is none
+    inside: Any  # whether the image has such a pixel
 
 
 class Given(NamedTuple):
     """What a loss was given beside logits and labels."""
 
     own_table: Any  # [C]: a number for a pixel's own class; the logits where there is no table
-    other_table: Any  # [C]: a number for the other classes
-    numbers: Any  # a tuple; no kernel is compiled for them
+    other_table: Any  # [C]: a number for the other classes; the logits likewise
+    numbers: Any  # a tuple; no kernel is compiled for their values
 
 
 class Block(NamedTuple):
@@ -64,31 +64,31 @@ class Block(NamedTuple):
 
 @triton.jit
 def no_bundles(saved, pixel, TILE: tl.constexpr):
-    """For losses whose gradient needs the largest logit of no bundle."""
+    """No bundles: for losses whose gradient needs the largest logit of none."""
     return ()
 
 
 class Record(NamedTuple):
     """A pixelwise loss, as device functions.
 
-    Values at pixels that are not valid may be anything: the walk selects. Slopes there have to be 0
-    if the scale is 0 and all logits are finite, whatever is saved of such a pixel. OPTIONS is the
-    loss's own NamedTuple of what kernels are compiled for, TILE a ``Tile``.
+    At pixels that are not valid, these functions may return anything: the walk replaces it. Only the
+    slopes have to be 0 there if the scale is 0 and all logits are finite, whatever has been saved of
+    such a pixel. OPTIONS is the loss's own NamedTuple of what kernels are compiled for, TILE a
+    ``Tile``.
 
     Attributes:
-        start: (OPTIONS, TILE) -> the state before the first class, a tuple; ``nothing_yet`` begins
-            what has one value per pixel in the end.
+        start: (OPTIONS, TILE) -> the state before the first class, a tuple. A sum or an extreme
+            over classes, one value per pixel in the end, begins as ``nothing_yet``.
         add: (state, block, pixel, given, OPTIONS, TILE) -> the state with a block of classes.
         finish: (state, own, pixel, given, OPTIONS, TILE) -> (value, weight, saved), [pixels] each.
             ``own`` are the logits of the pixels' own classes, 0 where there is none. The mean
             divides by the sum of the weights; ``saved`` are the maps for the backward pass.
         factors: (scale, saved, looked_up, pixel, given, OPTIONS, TILE) -> what the slopes of a
-            pixel's classes share, a tuple. ``scale`` is what the gradient of a value is multiplied
-            by.
+            pixel's classes share, a tuple. ``scale`` is the factor of a value's gradient.
         slope: (factors, block, SLOT, given, OPTIONS, TILE) -> the gradient of a slot's logits.
         lookups: (saved, pixel, TILE) -> the classes, a tuple of [pixels], whose logits ``factors``
-            gets as ``looked_up``; 0 where a class is less than 0, as it has to be where no pixel
-            is.
+            gets as ``looked_up``. Where a class is negative the logit is 0; it has to be negative
+            where there is no pixel.
         bundles: (saved, pixel, TILE) -> the numbers of bundles, a tuple of [pixels], whose largest
             logits ``factors`` gets as well, before those of ``lookups``.
         join: (state, OPTIONS, TILE) -> the state before a second pass over the classes, or None if
@@ -129,7 +129,7 @@ def first_of_slot(block, SLOT: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def for_classes(x, TILE: tl.constexpr):
-    """A value of each pixel [pixels], to be used beside its classes."""
+    """A value of each pixel, shaped to broadcast over its classes: [pixels], or [pixels, 1]."""
     if TILE.lanes == 1:
         result = x
     else:
@@ -204,24 +204,24 @@ def load_table(table, block, SLOT: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def load_entry(table, index, TILE: tl.constexpr):
-    """A table's entry for a class of each pixel, [pixels]; of the nearest where it is none."""
+    """A table's entry for one class of each pixel, [pixels]; an index out of range is clamped."""
     entry = tl.load(table + nearest_class(index, TILE))
     return entry.to(tl.float64 if TILE.double else tl.float32)
 
 
 @triton.jit
 def nearest_class(index, TILE: tl.constexpr):
-    """The nearest class: whatever an index from data has become, it leads to no foreign memory."""
+    """The class nearest to an index: one that comes from data must not lead outside the memory."""
     return tl.minimum(tl.maximum(index, 0), TILE.classes - 1)
 
 
 @triton.jit
 def no_lookups(saved, pixel, TILE: tl.constexpr):
-    """For losses whose gradient needs no class in particular."""
+    """No classes: for losses whose gradient needs the logit of no class in particular."""
     return ()
 
 
 @triton.jit
 def own_class(saved, pixel, TILE: tl.constexpr):
-    """For losses whose gradient needs the logit of each pixel's own class."""
+    """Each pixel's own class: for losses whose gradient needs its logit."""
     return (pixel.own,)

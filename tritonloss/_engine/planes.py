@@ -11,7 +11,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def ignored_class(ignore_index: int | None, classes: int, dtype: torch.dtype) -> int:
-    """The ignore label if it would otherwise be a class, else -1: the range check does the rest."""
+    """The ignore label if it would otherwise be a class; else -1: the range check does it."""
     if ignore_index is None or not 0 <= ignore_index < min(classes, torch.iinfo(dtype).max + 1):
         return -1
     return ignore_index

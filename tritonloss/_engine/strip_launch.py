@@ -1,4 +1,4 @@
-"""How strips are launched: block sizes, programs, strides."""
+"""How strips are launched: configurations, programs, strides."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .strips import LabelStrides, Strides, Strip
 
 
 def channels_in_lanes(x: torch.Tensor) -> bool:
-    """Whether neighbouring addresses are channels (channels_last), so that lanes should be too."""
+    """Whether neighbouring addresses are channels (channels_last): the lanes then run over them."""
     return x.size(1) > 1 and 0 < x.stride(1) < x.stride(3)
 
 
 def strip_heuristic(columns: int, **extra: int | str) -> Configuration:
-    """A configuration that is always valid; ``columns`` and ``extra`` are the operator's choice."""
+    """A configuration that is always valid; ``columns`` and ``extra`` are an operator's choice."""
     warps = 4
     return {
         "COLUMNS": columns,
@@ -69,7 +69,7 @@ def strip_launch(
 ) -> tuple[tuple[int], dict[str, Any]]:
     """(grid, arguments) of a kernel that covers maps of ``shape`` [N, C, H, W] with strips.
 
-    ``maps`` are all the tensors it moves, the one that decides on channels_last first.
+    ``maps`` are all tensors that it loads or stores. The first decides whether lanes are channels.
     """
     images, channels, height, width = shape
     columns, rows = int(configuration["COLUMNS"]), int(configuration["ROWS"])
@@ -79,7 +79,7 @@ def strip_launch(
     while warps > 1 and lanes // 2 >= needed:  # a small map would leave whole warps idle
         lanes, warps = lanes // 2, warps // 2
 
-    # Mirrored columns come one by one, and make the code long enough as it is.
+    # Mirrored columns are loaded one by one, which makes the code long enough without unrolling.
     mirrored = padding in ("reflect", "replicate")
     grain = 1 if mirrored else grain_of(columns, *maps)
     unroll = 1 if mirrored else int(configuration["UNROLL"])
@@ -105,10 +105,10 @@ def label_strides(tensor: torch.Tensor, strip: Strip) -> LabelStrides:
 
 
 def ignored_class(ignore_index: int | None, classes: int, dtype: torch.dtype) -> int:
-    """What the kernels call IGNORED, where every class is one against the rest.
+    """The kernels' IGNORED, for losses of each class against the rest; see `sanitised_label`.
 
-    With one class, whose labels are 0 and 1, -3 less than elsewhere, so that a kernel can tell: see
-    `sanitised_label`.
+    For one class, whose labels are 0 and 1, it is -3 minus the number used otherwise, by which a
+    kernel can tell.
     """
     if classes == 1:
         return -3 - planes.ignored_class(ignore_index, 2, dtype)
@@ -116,6 +116,7 @@ def ignored_class(ignore_index: int | None, classes: int, dtype: torch.dtype) ->
 
 
 def _in_grains(tensor: torch.Tensor, strip: Strip) -> tuple[int, ...]:
+    """The tensor's strides, all but the last in units of the strip's grain."""
     return (*(stride // strip.grain for stride in tensor.stride()[:-1]), tensor.stride(-1))
 
 

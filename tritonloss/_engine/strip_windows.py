@@ -1,7 +1,7 @@
 """Window arithmetic: what a program of a strip does with the rows that it has read.
 
-The variance never is E[x^2] - E[x]^2, which loses all its digits on flat maps. It is built in two
-levels from deviations that are exactly zero there:
+The variance is not computed as E[x^2] - E[x]^2, which loses all digits on flat maps. It is built in
+two levels from deviations that are exactly zero there:
 
     row level:     d_j = x[r, c+j] - x[r, c]            h = sum_j w_j d_j
                    row_mean = x[r, c] + h               row_variance = sum_j w_j d_j^2 - h^2
@@ -37,8 +37,8 @@ class Window(NamedTuple):
 class Moments(NamedTuple):
     """Mean and variance along a row, a tensor per column; or what is kept of the rows before.
 
-    Kept are the row means of WINDOW - 1 rows, and the unfinished vertical sums of the variances;
-    of three rows' means the second, after what the first is above it.
+    What is kept of them is the means of WINDOW - 1 rows, and the unfinished vertical sums of the
+    variances. For WINDOW = 3, the mean of the first row is kept as its difference from the second.
     """
 
     mean: Any
@@ -46,7 +46,7 @@ class Moments(NamedTuple):
 
 
 class WindowMoments(NamedTuple):
-    """Of a whole window: its mean is centre + shift, centre the middle row's mean."""
+    """Moments of a whole window, whose mean is centre + shift; centre: the middle row's mean."""
 
     centre: Any
     shift: Any
@@ -58,7 +58,7 @@ class WindowMoments(NamedTuple):
 
 @triton.jit
 def repeated(value, COUNT: tl.constexpr):
-    """A tuple of COUNT times the same tensor: how a loop-carried history starts."""
+    """A tuple that holds the same tensor COUNT times: how a loop-carried history starts."""
     result = ()
     for _ in tl.static_range(COUNT):
         result = result + (value,)
@@ -76,7 +76,7 @@ def without_oldest(history, LENGTH: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def filtered_row(values, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr):
-    """Weighted sums along a row."""
+    """The weighted sums along a row, one per column: of all windows of WINDOW columns."""
     result = ()
     for v in tl.static_range(COLUMNS):
         total = values[v] * WEIGHTS[0]
@@ -90,9 +90,10 @@ def filtered_row(values, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: t
 def filtered_column(
     partials, row, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """(finished, partials): the vertical weighted sum as a transposed filter, one FMA per tap.
+    """(finished sums, unfinished sums): vertical weighted sums, of which ``row`` finishes one.
 
-    partials: (WINDOW - 1) * COLUMNS unfinished sums, the next to be finished first.
+    Every row is added to all sums that it belongs to, one FMA each (a transposed filter). partials
+    are the (WINDOW - 1) * COLUMNS unfinished sums, with those first that are finished next.
     """
     finished = ()
     unfinished = ()
@@ -114,9 +115,9 @@ def filtered_column(
 def row_moments(values, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr):
     """The moments of one row.
 
-    The deviations d_j are from a value that all windows of a chunk hold: of a window's variance it
-    has at least its weight's share, so that no digits are lost. Where that would be next to
-    nothing they are from each window's own centre.
+    The deviations d_j are taken from one value that all windows of a chunk hold. The smaller that
+    value's weight in a window, the more digits of the variance cancel. Where a weight would be
+    below 0.02, the deviations are taken from each window's own centre instead.
     """
     RADIUS: tl.constexpr = WINDOW // 2
     SHIFT: tl.constexpr = COLUMNS // 2  # from the first window's centre to the value
@@ -161,7 +162,8 @@ def _sums_about_one(values, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS
 def _sums_about_each(values, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr):
     """(values, sums w d, sums w d^2) for deviations d from each window's centre value.
 
-    A difference of two neighbours is in two windows: as one's right tap and as the other's left.
+    The difference of two values is used in two windows: as the right tap of one, and as the left
+    tap of the other.
     """
     RADIUS: tl.constexpr = WINDOW // 2
     centres = ()
@@ -192,7 +194,7 @@ def _sums_about_each(values, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMN
 
 @triton.jit
 def gaussian_weight(distance, dtype: tl.constexpr, WINDOW: tl.constexpr):
-    """The 1-D weight at a distance that is only known at run time; 0 beyond the window."""
+    """The weight, along one axis, at a distance known at run time; 0 beyond the window."""
     WEIGHTS: tl.constexpr = WINDOW.weights
     EXPONENT: tl.constexpr = WINDOW.exponent
     RADIUS: tl.constexpr = WINDOW.size // 2
@@ -205,7 +207,8 @@ def folded_weight(position, tap, size, weight, tail, dtype: tl.constexpr, WINDOW
     """Weight with which the window centred ``tap`` places after ``position`` sees that position.
 
     With reflect and replicate padding a window sees some pixels several times: at their own place,
-    with ``weight``, and as their images outside. ``tail`` sums the weights from |tap| outwards.
+    with ``weight``, and as their mirror images or copies outside the map. ``tail`` is the sum of
+    the weights from |tap| outwards.
     """
     folded = weight + tl.zeros_like(position).to(dtype)
     if WINDOW.padding == "reflect":
@@ -224,8 +227,8 @@ def streamed_row_moments(
 ):
     """row_moments for one column per lane, tap by tap: wide windows do not fit the registers.
 
-    window is the window's size at run time, so that the compiler does not unroll the loop after
-    all.
+    ``window`` is the window's size as a run-time value, so that the compiler cannot unroll the
+    loop.
     """
     PADDING: tl.constexpr = WINDOW.padding
     middle = first_column + WINDOW.size // 2
@@ -249,8 +252,8 @@ def column_moments(
 ):
     """(moments of the window whose last row this is, history for the next row).
 
-    No clamp is needed: by Cauchy-Schwarz sum w D^2 - (sum w D)^2 is at least the centre's weight
-    (1 / WINDOW or more) times sum w D^2, far above its rounding error.
+    The variance needs no clamp at 0. By Cauchy-Schwarz sum w D^2 - (sum w D)^2 is at least the
+    centre's weight (1 / WINDOW or more) times sum w D^2, far above its rounding error.
     """
     RADIUS: tl.constexpr = WINDOW // 2
     means = history.mean
@@ -269,7 +272,7 @@ def column_moments(
             upper = means[v] if WINDOW == 3 else means[v] - centre
             lower = row.mean[v] - centre
             steps = steps + (centre - row.mean[v],)
-            # The row variances first: what is added to them is more than what is taken away.
+            # Onto the row variances, since what is added is more than what is taken away later.
             first = (upper + lower) * WEIGHTS[0]
             second = plus(summed[v], upper * upper + lower * lower, WEIGHTS[0])
             for i in tl.static_range(1, RADIUS):

@@ -29,8 +29,8 @@ class Strip(NamedTuple):
     columns: int  # of one lane's chunk: 1, 2 or 4
     lanes: int
     rows: int
-    unroll: int
-    grain: int  # columns, if every row is made of whole aligned chunks, moved at once; else 1
+    unroll: int  # rows in one turn of the loop
+    grain: int  # ``columns`` if every row is made of whole aligned chunks, moved at once; else 1
     channels_in_lanes: bool  # channels_last: lanes run over (chunk, channel), not over chunks
 
 
@@ -44,7 +44,7 @@ class Strides(NamedTuple):
 
 
 class LabelStrides(NamedTuple):
-    """Distances in a label map [N, H, W], likewise."""
+    """Distances in a label map [N, H, W]; all but the last in units of the strip's grain."""
 
     image: int
     row: int
@@ -52,10 +52,10 @@ class LabelStrides(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What a program and its lanes work on; a run-time value, as those below are."""
+    """What a program and its lanes work on; a run-time value, like the tuples below."""
 
     image: Any
-    channel: Any  # one, or each lane's own
+    channel: Any  # scalar, or [lanes] in channels_last
     chunk: Any  # [lanes]
     first_column: Any
     first_row: Any
@@ -84,9 +84,9 @@ class Row(NamedTuple):
 def strip_program(channels, tiles_x, tiles_y, STRIP: tl.constexpr):
     """The program, from its number.
 
-    In a channels_last map neighbouring addresses are channels, so there the lanes run over them and
-    one program has all; otherwise a program has one channel, and channels follow each other, so
-    that the labels they share stay in the cache.
+    In a channels_last map neighbouring addresses are channels: the lanes run over them, and a
+    program has all channels. Otherwise a program has one channel, and the programs of a place's
+    channels follow each other, so that the labels they share stay in the cache.
     """
     LANES: tl.constexpr = STRIP.lanes
     ROWS: tl.constexpr = STRIP.rows
@@ -123,7 +123,7 @@ def plane_of(pointer, strides, program, STRIP: tl.constexpr):
 
 @triton.jit
 def label_plane_of(pointer, strides, program, STRIP: tl.constexpr):
-    """plane_of for label maps [N, H, W]."""
+    """The plane of a label map [N, H, W] that the program works on."""
     GRAIN: tl.constexpr = STRIP.grain
     return Plane(
         pointer=pointer + program.image * strides.image * GRAIN,
@@ -143,8 +143,8 @@ def row_of(plane, row, STRIP: tl.constexpr):
 def below(plane, row, STRIP: tl.constexpr):
     """The plane whose row 0 is one of this plane's rows.
 
-    Pointers to rows that are a loop's own numbers the compiler moves on from row to row, instead of
-    multiplying with the stride anew.
+    With it rows are numbered as the loop counts. The compiler then moves the pointer on from row to
+    row, instead of multiplying by the stride every time.
     """
     return Plane(
         pointer=row_of(plane, row, STRIP),
@@ -155,7 +155,7 @@ def below(plane, row, STRIP: tl.constexpr):
 
 @triton.jit
 def source_row(row, height, PADDING: tl.constexpr):
-    """The image row that stands at ``row`` of the padded image; outside [0, height) for zeros."""
+    """The image row that is at ``row`` of the padded image; outside [0, height) for zeros."""
     if PADDING == "reflect":
         row = tl.abs(row)
         row = height - 1 - tl.abs(height - 1 - row)
@@ -166,19 +166,19 @@ def source_row(row, height, PADDING: tl.constexpr):
 
 @triton.jit
 def is_below(number, limit):
-    """Whether 0 <= number < limit, in one comparison: without a sign negative numbers are large."""
+    """Whether 0 <= number < limit, in one comparison: unsigned, negative numbers are large."""
     return number.to(tl.uint32, bitcast=True) < limit.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def row_limit(row, height, width):
-    """Number of columns that exist in ``row``: the scalar that masks a whole row."""
+    """The number of columns that exist in ``row``: all of them, or 0 outside the image."""
     return tl.where(is_below(row, height), width, 0)
 
 
 @triton.jit
 def source_column(column, limit, PADDING: tl.constexpr):
-    """(source, exists): the image column that stands at ``column`` of the padded image."""
+    """(source, exists): the image column that is at ``column`` of the padded image."""
     if PADDING == "reflect":
         column = tl.abs(column)
         column = tl.minimum(column, 2 * (limit - 1) - column)
@@ -218,7 +218,7 @@ def join_columns(columns, LANES: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def widened(loaded):
-    """In the dtype of the arithmetic, float32 or float64: half precision never is computed with."""
+    """The values in the dtype of the arithmetic: float32, or float64 for float64."""
     result = loaded
     if loaded.dtype != tl.float64:
         result = loaded.to(tl.float32)
@@ -242,8 +242,9 @@ def load_columns(
 ):
     """(values, inside): COUNT columns of one row from SHIFT columns after each chunk's first.
 
-    ``inside`` tells which of them exist; the others are loaded as 0. Chunks are loaded whole, one
-    wide instruction each, where the strip's grain says so; else every column on its own.
+    Both are tuples of [lanes]. ``inside`` says which values exist; the others are loaded as 0. A
+    grain above 1 loads whole chunks, with one wide instruction each; otherwise every column is
+    loaded on its own.
     """
     LANES: tl.constexpr = STRIP.lanes
     COLUMNS: tl.constexpr = STRIP.columns
@@ -259,7 +260,7 @@ def load_columns(
         for j in tl.static_range(CHUNKS):
             exists = is_below(start + (FIRST + j) * COLUMNS, row.limit)
             mask = tl.broadcast_to(exists[:, None], (LANES, COLUMNS))
-            # Added to the pointer, where it is part of the instruction.
+            # A constant added to the pointer is part of the load instruction.
             block = tl.load(pointer + (FIRST + j) * COLUMNS, mask=mask, other=0)
             loaded = split_columns(block, LANES, COLUMNS)
             for v in tl.static_range(COLUMNS):
@@ -279,7 +280,7 @@ def load_columns(
 def load_values(
     plane, row, STRIP: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr, PADDING: tl.constexpr
 ):
-    """load_columns in the dtype of the arithmetic."""
+    """The values of load_columns, in the dtype of the arithmetic."""
     loaded, inside = load_columns(plane, row, STRIP, SHIFT, COUNT, PADDING)
     values = ()
     for j in tl.static_range(COUNT):
@@ -289,7 +290,7 @@ def load_values(
 
 @triton.jit
 def load_column(plane, row, column, STRIP: tl.constexpr, PADDING: tl.constexpr):
-    """One column per lane, in the dtype of the arithmetic; the row's chunk does not count."""
+    """The values at ``column`` of each lane, in the dtype of the arithmetic; not of row.chunk."""
     source, exists = source_column(column, row.limit, PADDING)
     pointer = row_of(plane, row.number, STRIP) + source * plane.column_stride
     return widened(tl.load(pointer, mask=exists, other=0))
@@ -297,7 +298,7 @@ def load_column(plane, row, column, STRIP: tl.constexpr, PADDING: tl.constexpr):
 
 @triton.jit
 def store_columns(plane, row, columns, STRIP: tl.constexpr):
-    """Store a tuple of columns as the chunk's own."""
+    """Store a tuple of columns as the columns of each lane's chunk."""
     LANES: tl.constexpr = STRIP.lanes
     COLUMNS: tl.constexpr = STRIP.columns
     row_ptr = row_of(plane, row.number, STRIP)

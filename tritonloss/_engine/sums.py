@@ -1,10 +1,10 @@
 """Sums over all programs of a kernel, finished by the program that comes last.
 
-Every program leaves its partial sums and takes a ticket of its group. The last one of a group adds
-up what its group has left, in the order of the programs and in float64, and takes a ticket of the
-next level for the group, and so on: whoever comes last, the bits are the same, and no second launch
-is needed. The tickets only count; who takes the last one puts the counter back to 0 for the next
-launch.
+Every program leaves its partial sums and takes a ticket of its group. The program with the group's
+last ticket adds up what the group has left, in the order of the programs and in float64. It then
+takes a ticket of the next level for the group, and so on. The bits are the same whichever program
+comes last, and no second launch is needed. The tickets only count: the program with the last one
+puts the counter back to 0 for the next launch.
 
 In a kernel, with ``sums`` for the ``Sums`` of its arguments and two rows:
 
@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 from .._core import backend
 
-# Programs of a group: two for a lane of four warps.
+# Programs of a group: two for each thread of four warps.
 _GROUP = tl.constexpr(256)
 
 
@@ -36,8 +37,8 @@ class Sums(NamedTuple):
 
     scratch: Any  # float64 [1 + elements of all levels, rows]: the totals, then what is added up
     tickets: Any  # int32 [groups of all levels], all 0 between launches
-    programs: Any
-    rows: Any
+    programs: Any  # of the kernel
+    rows: Any  # the number of sums
 
 
 # --- device functions -----------------------------------------------------------------------------
@@ -45,7 +46,7 @@ class Sums(NamedTuple):
 
 @triton.jit
 def leave(sums, row, partial):
-    """Leave a program's partial sum, a scalar, in a row."""
+    """Store this program's partial sum, a scalar, in a row."""
     tl.store(_element(sums, row, tl.program_id(0)), partial.to(tl.float64))
 
 
@@ -58,8 +59,8 @@ def comes_last(sums):
     first_ticket = 0  # of the groups of this level
     finished = False
     goes_on = True
-    # One loop over the levels, without one over the elements in it: unrolled, that would take more
-    # registers than the kernel around it.
+    # A loop over the levels, with no loop over a level's elements inside it. Unrolled, that would
+    # take more registers than the kernel around it.
     while goes_on:
         group = index // _GROUP
         groups = tl.cdiv(count, _GROUP)
@@ -96,14 +97,16 @@ def _add_up(sums, first, size, result):
 
 @triton.jit
 def _element(sums, row, index):
-    # In 32 bits: so many programs would have more pixels than there is memory.
+    """Pointer to an element of a row, by its index; -1 is the total."""
+    # 32 bits hold the index: more programs than that would have more pixels than there is memory.
     return sums.scratch + ((index + 1) * sums.rows + row)
 
 
 @triton.jit
 def _takes_last(ticket_ptr, count):
-    """Whether ``count`` programs have been here with this one; if so the next launch may come."""
-    # What the program's threads have stored is seen by whoever sees its ticket.
+    """Whether this ticket is the last of ``count``; then the counter is 0 again."""
+    # All threads of the program have stored before one of them takes the ticket, so that whoever
+    # sees the ticket sees what they have stored.
     tl.debug_barrier()
     is_last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == count - 1
     if is_last:
@@ -113,18 +116,24 @@ def _takes_last(ticket_ptr, count):
 
 # --- launchers ------------------------------------------------------------------------------------
 
-# Tickets of every device and stream, kept because only the kernels themselves put them back to 0.
-_kept: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+class Room(NamedTuple):
+    """What the kernels of one stream use for their sums, one kernel after the other."""
+
+    scratch: torch.Tensor
+    tickets: torch.Tensor
+
+
+# Of every device and stream, as large as was ever needed, at most a few numbers per program. Kept
+# because only the kernels themselves put the tickets back to 0, and to spare the host allocations.
+_kept: dict[tuple[torch.device, int], Room] = {}
 
 
 def sums_over(programs: int, rows: int, device: torch.device) -> dict[str, Any]:
-    """The arguments scratch_ptr, tickets_ptr and programs of a kernel that has ``rows`` sums."""
+    """Arguments of a kernel that has ``rows`` sums: scratch_ptr, tickets_ptr and programs."""
     elements, groups = sizes(programs)
-    return {
-        "scratch_ptr": torch.empty(1 + elements, rows, dtype=torch.float64, device=device),
-        "tickets_ptr": tickets(groups, device),
-        "programs": programs,
-    }
+    room = _room((1 + elements) * rows, groups, device)
+    return {"scratch_ptr": room.scratch, "tickets_ptr": room.tickets, "programs": programs}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -141,14 +150,28 @@ def sizes(programs: int) -> tuple[int, int]:
 
 def tickets(count: int, device: torch.device) -> torch.Tensor:
     """At least ``count`` zeros that no other stream's kernels count on."""
-    # A captured graph may run on any stream: it gets tickets of its own, and zeroes them itself.
+    return _room(0, count, device).tickets
+
+
+def _room(elements: int, tickets: int, device: torch.device) -> Room:
+    """At least so much room for the current stream."""
+    # A captured graph may run on any stream: it gets room of its own, whose tickets it zeroes.
     # Where the interpreter runs a kernel may break off in the middle and leave tickets behind.
     is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if backend.INTERPRETED or is_captured:
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device, triton.runtime.driver.active.get_current_stream(device.index or 0))
-    found = _kept.get(key)
-    if found is None or found.numel() < count:
-        found = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-        _kept[key] = found
-    return found
+        return _new_room(elements, tickets, device)
+    key = (device, driver.active.get_current_stream(device.index or 0))
+    room = _kept.get(key)
+    if room is None:
+        room = _kept[key] = _new_room(4096, 1024, device)
+    most, count = room.scratch.numel(), room.tickets.numel()
+    if elements > most or tickets > count:
+        room = _kept[key] = _new_room(max(elements, most), max(tickets, count), device)
+    return room
+
+
+def _new_room(elements: int, tickets: int, device: torch.device) -> Room:
+    return Room(
+        torch.empty(elements, dtype=torch.float64, device=device),
+        torch.zeros(tickets, dtype=torch.int32, device=device),
+    )

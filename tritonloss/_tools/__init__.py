@@ -1,1 +1,1 @@
-"""The command line, and what runs offline."""
+"""The tools of ``python -m tritonloss``: doctor and tuner, and what they measure with."""

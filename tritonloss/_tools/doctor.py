@@ -1,10 +1,10 @@
 """What ``python -m tritonloss doctor`` reports: the installation, the devices, and a self-test.
 
-The self-test runs every slice's examples, forward and, where they have a gradient, backward: the
-Triton kernels against the reference in float64. On a GPU the kernels run there; without one they
-run in Triton's interpreter, in a process of their own, since the interpreter must be chosen before
-the import. Where the interpreter cannot run at all, the reference is tested in float32, which the
-CPU uses.
+The self-test runs the examples of every slice forward and, where they have a gradient, backward. It
+compares the Triton kernels with the reference in float64. The kernels run on the GPU. Without one
+they run in Triton's interpreter, in a process of their own, since the interpreter must be chosen
+before the import. Where the interpreter cannot run at all, the reference is tested in float32,
+which the CPU uses.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .interpreter import hasten_interpreter, interpreter_problem
 Say = Callable[[str], None]
 
 
-# Relative to the largest element of the float64 result; a wrong kernel is off by far more.
+# The largest error, relative to the largest element in float64. A wrong kernel is off by far more.
 TOLERANCE = 1e-4
 
 # Exit status of the self-test's own process where Triton's interpreter cannot run.
@@ -41,7 +41,7 @@ CANNOT_INTERPRET = 3
 
 
 def doctor(say: Say, brief: bool = False) -> int:
-    """Report the installation and test it; the exit status of ``python -m tritonloss doctor``.
+    """The exit status of ``python -m tritonloss doctor``, which reports and tests the installation.
 
     ``brief`` leaves out the test.
     """
@@ -75,7 +75,7 @@ def doctor(say: Say, brief: bool = False) -> int:
 
 
 def interpreted_self_test(say: Say) -> int:
-    """The self-test in this process, whose kernels run in Triton's interpreter, if that can run."""
+    """The status of the self-test in this process, whose kernels run in Triton's interpreter."""
     problem = interpreter_problem()
     if problem is not None:
         say(f"  {problem}")
@@ -90,7 +90,7 @@ def self_test(
     backend: Backend = "triton",
     chosen: Sequence[Example] | None = None,
 ) -> int:
-    """Compare examples (all, or those chosen) with the reference in float64; 0 if all agree."""
+    """0 if all examples (or those chosen) agree with the reference in float64, else 1."""
     place = str(device)
     if backend == "reference":
         place += ", reference"
@@ -113,7 +113,7 @@ def self_test(
 
 
 def self_test_inputs(device_type: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and labels, some ignored; none so near SSL's threshold that rounding could decide."""
+    """(logits, labels), some ignored; no pixel is so near SSL's threshold that rounding decides."""
     shape = (1, 2, 9, 11) if device_type == "cpu" else (2, 3, 19, 37)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(shape, generator=generator).mul(3)
@@ -125,7 +125,7 @@ def self_test_inputs(device_type: str) -> tuple[torch.Tensor, torch.Tensor]:
 def _largest_error(
     example: Example, logits: torch.Tensor, target: torch.Tensor, backend: Backend
 ) -> float:
-    """The largest error of values and gradients, relative to the largest element of each."""
+    """The largest error of values and gradient, each relative to its largest element."""
     actual = _values_and_gradient(example, logits, target, backend)
     expected = _values_and_gradient(example, logits.double(), target, "reference")
     errors = []
@@ -154,7 +154,7 @@ def _values_and_gradient(
 
 
 def _self_test_in_a_process(say: Say) -> int:
-    """The self-test in a process whose kernels run in Triton's interpreter, or of the reference."""
+    """The status of the self-test in a process with Triton's interpreter, or of the reference."""
     package_parent = str(Path(tritonloss.__file__).parents[1])
     search_path = os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])
     child = subprocess.run(
@@ -174,12 +174,12 @@ def _self_test_in_a_process(say: Say) -> int:
 
 
 def _compiler() -> str | None:
-    """As Triton looks for it."""
+    """The C compiler that Triton would find, or None."""
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
 def _devices() -> list[tuple[torch.device, str]]:
-    """The GPUs that torch can use, and the CPU."""
+    """(device, description) of the CPU, and of the GPUs that torch can use."""
     devices = [(torch.device("cpu"), platform.processor() or platform.machine())]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

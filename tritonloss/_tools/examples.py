@@ -1,4 +1,4 @@
-"""The examples of all slices."""
+"""The examples of all slices, found by going through the package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .._core.example import Example
 
 
 def public_modules() -> list[str]:
-    """Names below the package of all modules in its public rooms."""
+    """The names, below the package, of all modules in its public rooms, in order."""
     found = pkgutil.walk_packages(tritonloss.__path__, f"{tritonloss.__name__}.")
     names = sorted(module.name.removeprefix(f"{tritonloss.__name__}.") for module in found)
     return [name for name in names if not name.startswith("_") and "._" not in name]

@@ -15,7 +15,7 @@ from triton.runtime import interpreter
 
 @triton.jit
 def _count_kernel(count_ptr, limit):
-    """A loop up to a number that is known at run time, as nearly all kernels have."""
+    """Counts in a loop to a number known at run time: nearly all kernels have such a loop."""
     count = 0
     for _ in tl.range(0, limit):
         count += 1
@@ -34,25 +34,25 @@ def interpreter_problem() -> str | None:
             return None
         reason = f"it counts to {int(count)} instead of 3"
     installed = f"Triton {triton.__version__}, numpy {numpy.__version__}"
-    # It makes Python numbers of arrays with one element and an axis, which numpy has given up.
+    # Triton 3.6 turns arrays with one element and an axis into numbers, which numpy 2.4 refuses.
     if _version(triton.__version__) < (3, 7) and _version(numpy.__version__) >= (2, 4):
         reason = "that of Triton 3.6 needs numpy < 2.4"
     return f"Triton's interpreter cannot run here ({installed}): {reason}"
 
 
 def _version(text: str) -> tuple[int, ...]:
-    """Major and minor."""
+    """(major, minor) of a version."""
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
 def hasten_interpreter() -> None:
     """Make Triton's interpreter four times as fast, in this process.
 
-    What it computes stays the same. Its time goes into work that it does over and over: at every
-    call of a device function it replaces triton.language, and at every operation it makes the types
-    of the same few shapes.
+    What it computes stays the same. Most of its time goes into work that is repeated. At every call
+    of a device function it replaces triton.language; at every operation it makes the types of the
+    same few shapes.
     """
-    if interpreter._get_np_dtype.__module__ == interpreter.__name__:  # not yet
+    if interpreter._get_np_dtype.__module__ == interpreter.__name__:  # not done yet
         _patch_language_once()
         _remember_shapes()
         _remember_dtypes()
@@ -60,11 +60,11 @@ def hasten_interpreter() -> None:
 
 
 def _patch_language_once() -> None:
-    """Replace a module's triton.language by what computes on arrays once for a kernel.
+    """Replace the triton.language of a module, by one that computes on arrays, once for a kernel.
 
-    Triton does so for every device function, though the kernel around it has done so already.
+    Triton replaces it at every call of a device function, though the kernel has done so already.
     """
-    patched: set[int] | None = None  # modules, while a kernel runs
+    patched: set[int] | None = None  # ids of the modules that are replaced, while a kernel runs
     patch_lang: Any = interpreter._patch_lang
     run: Any = interpreter.GridExecutor.__call__
 
@@ -80,7 +80,7 @@ def _patch_language_once() -> None:
         nonlocal patched
         around, patched = patched, set()
         try:
-            # What the kernel's own module is given is taken back in the end: it comes first, whole.
+            # The kernel's own module is replaced first, and Triton restores it at the end.
             return run(self, *arguments, **named)
         finally:
             patched = around
@@ -91,7 +91,7 @@ def _patch_language_once() -> None:
 
 
 def _remember_shapes() -> None:
-    """Make what the types and the tensors of one shape have in common once."""
+    """Compute only once what all types, and all tensors, of one shape have in common."""
     of_blocks: dict[tuple[int, ...], tuple[Any, Any, str]] = {}
     of_tensors: dict[tuple[int, ...], tuple[Any, Any]] = {}
     block_type: Any = tl.core.block_type
@@ -99,7 +99,7 @@ def _remember_shapes() -> None:
     make_block, make_tensor = block_type.__init__, tensor.__init__
 
     def init_block(self: Any, element_ty: Any, shape: Any) -> None:
-        # Sizes of another type than int are not found, and checked by Triton.
+        # A size that is not an int is not found here: Triton checks it.
         found = of_blocks.get(tuple(getattr(shape, "values", shape)))
         if found is None:
             make_block(self, element_ty, shape)
@@ -123,7 +123,7 @@ def _remember_shapes() -> None:
 
 
 def _remember_dtypes() -> None:
-    """Look up the NumPy dtype of a type once."""
+    """Look up the NumPy dtype of each type only once."""
     found: dict[str, numpy.dtype[Any]] = {}
     look_up: Any = interpreter._get_np_dtype
 
@@ -138,7 +138,7 @@ def _remember_dtypes() -> None:
 
 
 def _leave_what_fits() -> None:
-    """Return operands at once that have the shape, or the dtype, that they are to get."""
+    """Return operands as they are if they have the shape, or the dtype, that they should get."""
     semantic: Any = TritonSemantic
     broadcast, cast = semantic.broadcast_impl_value, semantic.cast
 

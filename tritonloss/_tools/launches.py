@@ -1,4 +1,4 @@
-"""Kernel launches seen from outside: recorded, left out, or only compiled, for any GPU."""
+"""Kernel launches seen from outside: recorded and run, only compiled, or skipped; for any GPU."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ _CONFIGURATION = ("columns", "lanes", "rows", "unroll")
 class Launch:
     """One `kernel[grid](...)`: the kernel's name, its constexprs, and what compiling gave.
 
-    A named tuple stands under NAME.field for each of its fields. ``numbers`` are the integers among
-    the other arguments, and GRID.0 to GRID.2, where they are known. What is launched with the same
-    ``signature``, by code that is the same in all ``modules``, is the same machine code.
+    The fields of an argument that is a named tuple are kept as NAME.field. ``numbers`` are the
+    integers among those that are no constexprs, and GRID.0 to GRID.2, where they are known.
+    Launches with the same ``signature``, of code that is the same in all ``modules``, run the same
+    machine code.
     """
 
     kernel: str
     constants: dict[str, Any]
     num_warps: int
     compiled: Any = None
-    compile_seconds: float | None = None  # None: it came out of Triton's cache
+    compile_seconds: float | None = None  # None: the kernel came from Triton's cache
     numbers: Mapping[str, int] = field(default_factory=dict)
     programs: int | None = None  # None: the grid is a function
     tensor_bytes: int = 0  # of all tensors that it is given, each once
     largest_tensor: int = 0  # elements of the largest one
     signature: str = ""  # all that Triton specialises the kernel for
-    modules: tuple[str, ...] = ()  # of the kernel and of the device functions it is given
+    modules: tuple[str, ...] = ()  # of the kernel, and of device functions among its arguments
 
     @property
     def configuration(self) -> str:
-        """The block sizes and warps, named as the tuned files name them."""
+        """Block sizes and warps, with the names that tuned files have for them."""
         sizes = {name: self.constants.get(f"STRIP.{name}") for name in _CONFIGURATION}
         known = [f"{name.upper()}={value}" for name, value in sizes.items() if value is not None]
         return " ".join([*known, f"num_warps={self.num_warps}"])
@@ -51,10 +52,10 @@ class Launch:
 
 @contextmanager
 def recorded(mode: Literal["run", "compile", "skip"]) -> Iterator[list[Launch]]:
-    """Record every launch inside the block and run it, or only compile it, or do neither.
+    """Record every launch inside the block, and run it, only compile it, or skip it.
 
-    Triton has no public way to compile what a launcher would launch, so the method that every
-    `kernel[grid](...)` ends in is replaced for the time being.
+    Triton has no public way to compile what a launcher would launch. So the method in which every
+    `kernel[grid](...)` ends is replaced inside the block.
     """
     launches: list[Launch] = []
     original = JITFunction.run
@@ -86,7 +87,7 @@ def recorded(mode: Literal["run", "compile", "skip"]) -> Iterator[list[Launch]]:
                 modules=tuple(sorted(modules)),
             )
         )
-        # What is only compiled is not to be launched by the caller either.
+        # The caller must not launch what is only to be compiled.
         return None if mode == "compile" else compiled
 
     JITFunction.run = run
@@ -98,7 +99,7 @@ def recorded(mode: Literal["run", "compile", "skip"]) -> Iterator[list[Launch]]:
 
 @contextmanager
 def offline(target: GPUTarget) -> Iterator[None]:
-    """Let Triton believe that the current GPU is `target`. Nothing can be launched inside."""
+    """Make Triton believe that the current GPU is `target`. Nothing can be launched inside."""
     before = driver._active  # reset_active() would look for a GPU, and raise where there is none
     driver.set_active(_OfflineDriver(target))
     target_changed()
@@ -119,7 +120,7 @@ class _OfflineDriver:
         return self._target
 
     def get_current_device(self) -> str:
-        # Triton keeps a table of compiled kernels per device, and no device changes its kind.
+        # Triton keeps a table of compiled kernels for each device: each target is a device.
         return f"{self._target.backend}:{self._target.arch}"
 
     def get_current_stream(self, device: object) -> int:
@@ -148,7 +149,7 @@ def _compile_seconds(seconds: list[float]) -> Iterator[None]:
 def _signature(
     kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], modules: set[str]
 ) -> str:
-    """The kernel's name and what its arguments are to Triton; adds the modules of functions."""
+    """All that Triton specialises a kernel for, as text; adds the modules of given functions."""
     *_, bind = kernel.device_caches[driver.active.get_current_device()]
     _, specialization, options = bind(*args, **kwargs)
     given = _text((tuple(specialization), tuple(sorted(options.items()))), modules)

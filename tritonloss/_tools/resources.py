@@ -15,7 +15,7 @@ import triton
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one compiled kernel: registers per thread, bytes spilled per thread, shared per block."""
+    """Registers and spilled bytes per thread, shared bytes per block, of one compiled kernel."""
 
     registers: int
     spill_bytes: int
@@ -31,7 +31,7 @@ class Resources:
 
 
 def resources(compiled: Any) -> Resources | None:
-    """The resources of a kernel as Triton compiled it; None where nothing tells (Intel GPUs)."""
+    """The resources of a compiled kernel; None where nothing tells them (Intel GPUs)."""
     shared = int(compiled.metadata.shared)
     if "cubin" in compiled.asm:
         with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +44,7 @@ def resources(compiled: Any) -> Resources | None:
 
 
 def nvidia_usage(listing: str) -> tuple[int, int]:
-    """(registers, spilled bytes) as cuobjdump lists them."""
+    """(registers, spilled bytes) as cuobjdump lists them; the stack counts as spilled."""
     usage = re.search(r"REG:(\d+) STACK:(\d+)", listing)
     if usage is None:
         raise ValueError(f"cuobjdump tells no register count: {listing[:200]!r}")
@@ -52,7 +52,7 @@ def nvidia_usage(listing: str) -> tuple[int, int]:
 
 
 def amd_usage(assembly: str) -> tuple[int, int]:
-    """(registers, spilled bytes) as the assembly text's metadata have them."""
+    """(registers, spilled bytes) from the metadata in the assembly text."""
     # Scalar registers that spill go to lanes of a vector register, not to memory: not counted.
     spilled = 4 * _metadata(assembly, "vgpr_spill_count")
     return (
@@ -62,12 +62,12 @@ def amd_usage(assembly: str) -> tuple[int, int]:
 
 
 def cuobjdump(option: str, path: Path) -> str:
-    """What the program that comes with Triton prints about a file."""
+    """What cuobjdump, which comes with Triton, prints about a file."""
     return _printed("cuobjdump", [option], path)
 
 
 def nvdisasm(options: Sequence[str], path: Path) -> str:
-    """What this one prints, which comes with Triton too."""
+    """What nvdisasm, which comes with Triton, prints about a file."""
     return _printed("nvdisasm", options, path)
 
 

@@ -1,9 +1,9 @@
 """Candidates compiled before any is launched, in processes beside the tuner's.
 
-What does not compile, spills registers or asks for more shared memory than the GPU has is dropped.
-What compiles lies in Triton's cache afterwards, where the launch on the GPU finds it: the tuner's
-own process, which the GPU waits for, compiles nothing. The real launchers run on torch's meta
-device; no process but the tuner's touches the GPU.
+A candidate that does not compile, spills registers or asks for more shared memory than the GPU has
+is dropped. What compiles is in Triton's cache afterwards, where the launch on the GPU finds it. The
+tuner's own process, for which the GPU waits, compiles nothing. The real launchers run on torch's
+meta device; no process but the tuner's touches the GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Sieve:
         shared_limit: int,
         workers: int | None = None,
     ) -> None:
-        # Two cores stay with the tuner, whose launches must not wait.
+        # Two cores are left to the tuner, whose launches must not wait.
         count = workers or max(1, (os.cpu_count() or 1) - 2)
         context = multiprocessing.get_context("spawn")
         self._target = target
@@ -59,10 +59,11 @@ class Sieve:
                 ]
 
     def faults(self, case: TuningCase, until: float = math.inf) -> list[str | None] | None:
-        """For each candidate why it is out; None if it may run, or if nothing can tell.
+        """For each candidate why it is dropped; None if it may run, or if nothing can tell.
 
-        After ``until``, a time of the monotonic clock, nothing is waited for: that it is not
-        compiled is a reason, too. None for all if that is so of the first, the heuristic's own.
+        The candidates are waited for until ``until``, a time of the monotonic clock. One that is
+        not compiled by then is dropped. If that is the first, the heuristic's own, the whole answer
+        is None.
         """
         unknown: list[str | None] = [None] * len(case.candidates)  # the launch itself will tell
         futures = self._futures.get(case.key, [])
@@ -73,11 +74,11 @@ class Sieve:
             found = [future.result() if future.done() else LATE for future in futures]
         except BrokenProcessPool:
             return unknown
-        # If not even the heuristic's own were to run, it would be the compiling that is at fault.
+        # If no candidate is left, not even the heuristic's own, the compiling itself is at fault.
         return unknown if all(found) and LATE not in found else found
 
     def prepare(self, key: str, cases: Sequence[TuningCase], configuration: Configuration) -> None:
-        """Have these cases compiled, too, as they are and with a configuration."""
+        """Compile these cases too, with the heuristic's and with this configuration."""
         with compiling_environment(), suppress(BrokenProcessPool):
             self._others[key] = [
                 self._pool.submit(compile_both, place_of(case), configuration, self._target)
@@ -85,29 +86,29 @@ class Sieve:
             ]
 
     def prepared(self, key: str, until: float = math.inf) -> bool:
-        """Whether that is done, which is waited for ``until`` then."""
+        """Whether what prepare(key, ...) asked for is compiled, after waiting until ``until``."""
         return not wait(self._others.get(key, []), _left(until)).not_done
 
     def close(self) -> None:
-        """Compile nothing more."""
+        """End the pool and its processes."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
 
 
 def place_of(case: TuningCase) -> Place:
-    """Where another process finds the case."""
+    """What another process needs to find the case."""
     return case.slice, case.number, case.shape, case.layout
 
 
 def leave_interrupts() -> None:
-    """Ctrl-C is for the process that has started this one, and whose end is this one's."""
+    """Ignore Ctrl-C, which is for the parent process, and end when that one does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
 
 def fault_of(place: Place, index: int, target: GPUTarget, shared_limit: int) -> str | None:
-    """Why a candidate is out; None if it may run. In a process of the pool."""
+    """Why a candidate is dropped; None if it may run. Runs in a process of the pool."""
     torch.set_num_threads(1)
     with offline(target):
         case = same_case(*place)
@@ -123,7 +124,7 @@ def fault_of(place: Place, index: int, target: GPUTarget, shared_limit: int) -> 
 
 
 def compile_both(place: Place, configuration: Configuration, target: GPUTarget) -> None:
-    """Compile a case with the heuristic's and with another configuration, in the pool."""
+    """Compile a case with two configurations: the heuristic's and this one. Runs in the pool."""
     torch.set_num_threads(1)
     with offline(target):
         case = same_case(*place)
@@ -132,15 +133,15 @@ def compile_both(place: Place, configuration: Configuration, target: GPUTarget) 
 
 
 def compiled(case: TuningCase, configuration: Configuration) -> tuple[list[Launch], str | None]:
-    """(launches, why there are not all of them) of a case on torch's meta device."""
+    """(launches, why some are missing, or None) of a case on torch's meta device."""
     with recorded("compile") as launches:
         try:
             with configurations.forced(case.operator, {}):
                 launch = case.run(torch.device("meta"))
-        except Exception:  # inputs that cannot be had without a device: nothing is known
+        except Exception:  # the inputs cannot be made without a device: nothing is known
             return [], None
         build_launchers(launches)
-        launches.clear()  # what made the inputs
+        launches.clear()  # those that made the inputs
         try:
             with configurations.forced(case.operator, configuration):
                 launch()
@@ -151,9 +152,9 @@ def compiled(case: TuningCase, configuration: Configuration) -> tuple[list[Launc
 
 
 def build_launchers(launches: Sequence[Launch]) -> None:
-    """Compile the C launchers of what was compiled, which Triton 3.6 has for every signature."""
+    """Compile the kernels' C launchers, of which Triton 3.6 has one for every signature."""
     if not hasattr(nvidia, "make_launcher"):
-        return  # later ones have one for all kernels
+        return  # later versions have one for all kernels
     for record in launches:
         kernel = record.compiled
         if kernel.metadata.target.backend == "cuda" and kernel.hash not in _launchers:
@@ -162,12 +163,12 @@ def build_launchers(launches: Sequence[Launch]) -> None:
             _launchers.add(kernel.hash)
 
 
-_launchers: set[str] = set()  # of which kernels this process has built them
+_launchers: set[str] = set()  # hashes of the kernels whose launchers this process has built
 
 
 @functools.cache
 def _moved_kernels(place: Place, target: GPUTarget) -> frozenset[str]:
-    """The kernels that the case's candidates change; what else is launched is not their fault."""
+    """The kernels that change with the candidate; faults of others are not the candidate's."""
     with offline(target):
         case = same_case(*place)
         seen: list[dict[str, str]] = []
@@ -186,13 +187,13 @@ def _left(until: float) -> float | None:
 
 
 def last_line(error: BaseException) -> str:
-    """Where compilers say what was wrong."""
+    """The last line of an error's message, where compilers say what was wrong."""
     return (str(error).strip().splitlines() or [""])[-1].strip()[:200]
 
 
 @contextmanager
 def compiling_environment() -> Iterator[None]:
-    """Processes started inside find a plain Triton, and no tuned configuration."""
+    """Start processes inside with plain Triton, and without tuned configurations."""
     changes = {"TRITON_INTERPRET": None, "TRITONLOSS_TUNING": "off"}
     before = {name: os.environ.get(name) for name in changes}
     _set_environment(changes)

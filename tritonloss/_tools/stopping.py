@@ -1,4 +1,4 @@
-"""Being stopped: Ctrl-C, the signal that a time limit sends, and the end of whoever began this."""
+"""Being stopped: by Ctrl-C, by the signal of a time limit, by the end of the parent process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 @contextmanager
 def ended_in_order() -> Iterator[None]:
-    """SIGTERM inside is a KeyboardInterrupt, too: whoever handles that keeps what there is."""
+    """Inside, SIGTERM raises KeyboardInterrupt: whoever handles that keeps what has been done."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may say what a signal does
         return
@@ -25,6 +25,6 @@ def ended_in_order() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it ends, even if that is killed; on Linux."""
+    """End this process when the one that started it ends, even if that one is killed; on Linux."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What a function takes the GPU, whatever it takes the host: replayed as a CUDA graph."""
+"""The time that a function takes the GPU, without the host's: replayed as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ GRAPH, LAUNCHES = "CUDA graph", "launches, with the gaps that the host leaves be
 
 
 def median_ms(function: Callable[[], Any]) -> Timed:
-    """The median with a flushed cache, without the host's time where a graph can be captured."""
+    """The median time with a flushed cache; without the host's if a graph can be captured."""
     replay = replayed(function)
     ms = do_bench(replay or function, warmup=10, rep=50, return_mode="median")
     return Timed(float(ms), GRAPH if replay else LAUNCHES)
 
 
 def replayed(function: Callable[[], Any]) -> Callable[[], None] | None:
-    """What launches all at once that the function launches; None if it cannot be captured.
+    """A function that replays all launches of ``function``; None if they cannot be captured.
 
-    The function runs once as it is, on another stream, as capturing asks for.
+    ``function`` is called once before, on another stream, which capturing requires.
     """
-    if not torch.cuda.is_available():  # another maker's GPU
+    if not torch.cuda.is_available():  # the GPU is of another maker
         return None
     cuda: Any = torch.cuda
     current, other = cuda.current_stream(), cuda.Stream()
@@ -44,6 +44,6 @@ def replayed(function: Callable[[], Any]) -> Callable[[], None] | None:
         with torch.cuda.graph(graph):
             function()
         torch.cuda.synchronize()
-    except RuntimeError:  # a synchronisation in it, say
+    except RuntimeError:  # it cannot be captured, because it synchronises, for example
         return None
     return graph.replay

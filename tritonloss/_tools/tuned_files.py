@@ -1,4 +1,4 @@
-"""Tuned files written: in one step, by one process at a time, entries laid over what is there."""
+"""How tuned files are written: in one step, by one process at a time, entry by entry."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def write_entries(path: Path, name: str, entries: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent) as alone:
         if alone:
-            # What a process left behind that was killed while it wrote.
+            # A process that was killed while it wrote has left its draft behind.
             for draft in path.parent.glob(f"*{_DRAFT}"):
                 draft.unlink(missing_ok=True)
         _replace(path, _document(name, {**current_entries(path, name), **entries}))
 
 
 def current_entries(path: Path, name: str) -> dict[str, Any]:
-    """The entries of the file at ``path`` that these kernels were measured with; maybe none."""
+    """The entries of the file at ``path`` that were measured with these kernels; maybe none."""
     try:
         entries: dict[str, Any] = configurations.read_document(path, name)["entries"]
     except (FileNotFoundError, configurations.UnusableFileError):
@@ -50,11 +50,11 @@ def current_entries(path: Path, name: str) -> dict[str, Any]:
 
 
 def export(source: Path, directory: Path) -> Path:
-    """Write the tuned file at ``source``, checked, as one for shipping; its path.
+    """The path of a file for shipping, which is written from the tuned file at ``source``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UnusableFileError: it could not be used, or holds nothing that could.
+        UnusableFileError: the file cannot be used, or holds no entry for these kernels.
         OSError: the folder cannot be written to.
     """
     name = source.stem
@@ -74,6 +74,7 @@ def export(source: Path, directory: Path) -> Path:
 
 
 def _document(name: str, entries: dict[str, Any]) -> dict[str, Any]:
+    """A tuned file of this version for the device called ``name``."""
     return {
         "schema": configurations.SCHEMA,
         "gpu": name,
@@ -85,6 +86,7 @@ def _document(name: str, entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def _replace(path: Path, document: dict[str, Any]) -> None:
+    """Write a draft beside the file, and let it take the file's place in one step."""
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=_DRAFT)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -93,14 +95,14 @@ def _replace(path: Path, document: dict[str, Any]) -> None:
         os.chmod(draft, 0o644)
         os.replace(draft, path)
     except BaseException:
-        with suppress(FileNotFoundError):  # it has taken the file's place already
+        with suppress(FileNotFoundError):  # the draft has taken the file's place already
             os.unlink(draft)
         raise
 
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[bool]:
-    """Keep other processes from writing in the folder meanwhile; whether that was possible."""
+    """Keep other processes from writing in the folder; yields whether that is possible."""
     if sys.platform == "win32":
         yield False  # a folder cannot be locked there: the last one to write wins
         return

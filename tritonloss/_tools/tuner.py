@@ -1,10 +1,10 @@
 """Measure launch configurations on the GPU at hand and write the user's tuned file.
 
-Candidates are compiled first (``sieve.py``); what does not compile, spills or asks for too much
-shared memory is dropped. What disagrees with the heuristic's result, which the tests hold to the
-reference, is dropped and reported; of the rest the fastest is kept, by the time that a CUDA graph
-of its launches takes. The file is replaced atomically after every case, so that an interruption
-keeps what was tuned. Winners are checked for other numbers of classes in the end.
+Candidates are compiled first (``sieve.py``). One that does not compile, spills or asks for too much
+shared memory is dropped. So is one that disagrees with the heuristic's result, which the tests
+compare with the reference. Of the others the fastest is kept, by the time that a CUDA graph of its
+launches takes. The file is replaced in one step after every case, so that an interruption keeps
+what was tuned. In the end the winners are checked for other numbers of classes.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from .timing import LAUNCHES, Timed
 from .timing import median_ms as _median_ms
 from .tuning_cases import sized, tuning_cases
 
-# Candidates differ in the order of their sums, not in their mathematics.
+# Relative to the largest element: candidates differ in the order of sums, not in mathematics.
 _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 4e-2, torch.float32: 1e-3, torch.float64: 1e-6}
-# Numbers of classes at which a winner is checked once more: it may be used for all buckets between.
+# Numbers of classes for which a winner is checked too. It may be used for all buckets in between.
 _REACH = (1, 256)
-# Of a budget every case gets its share, but enough to measure a few candidates.
+# Every case gets its share of the budget, but at least this, to measure a few candidates.
 _LEAST_SECONDS = 1.0
 
 Say = Callable[[str], None]
@@ -46,7 +46,7 @@ Timer = Callable[[Callable[[], Any]], Timed]
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of ``python -m tritonloss tune``; None is everything, or no limit."""
+    """The options of ``python -m tritonloss tune``; None is everything, or no limit."""
 
     operator: str | None = None
     shapes: Sequence[Shape] | None = None
@@ -60,7 +60,7 @@ class Request:
 class Outcome:
     """A case's candidates: milliseconds of those measured, the reasons of those dropped.
 
-    ``timers`` says what the milliseconds are of.
+    ``timers`` says how each was measured.
     """
 
     measured: list[tuple[float, Configuration]] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Outcome:
 
 
 def tune(request: Request, say: Say) -> int:
-    """Tune every case on the current GPU; the exit status of ``python -m tritonloss tune``."""
+    """The exit status of ``python -m tritonloss tune``, which tunes all cases on this GPU."""
     device = _gpu()
     if device is None:
         say(
@@ -112,7 +112,7 @@ def tune(request: Request, say: Say) -> int:
 
 
 def export(source: Path | None, say: Say) -> int:
-    """Write a tuned file for shipping; the exit status of ``tune --export``."""
+    """The exit status of ``tune --export``, which writes a tuned file for shipping."""
     if source is None:
         device = _gpu()
         if device is None:
@@ -135,9 +135,10 @@ def tune_case(
     timer: Timer,
     faults: Sequence[str | None] | None = None,
 ) -> Outcome:
-    """Measure the candidates that run and agree with the heuristic, while ``seconds`` last.
+    """The outcome of measuring the candidates that run and agree with the heuristic.
 
-    ``faults`` are reasons, known beforehand, to leave a candidate out.
+    Once one is measured, none is begun after ``seconds``. ``faults`` are reasons, known beforehand,
+    to drop a candidate.
     """
     deadline = time.monotonic() + seconds
     outcome = Outcome()
@@ -183,7 +184,7 @@ def reach(case: TuningCase, configuration: Configuration, device: torch.device) 
             with configurations.forced(case.operator, configuration), recorded("run") as launches:
                 agrees = expected is not None and not disagreement(tensors(launch()), expected)
             agrees = agrees and _spills(launches) <= spills
-        except Exception:  # too large for this GPU, say: then it is not checked
+        except Exception:  # it may be too large for this GPU: then it is not checked
             continue
         if agrees:
             checked.append(bucket_of(other.classes))
@@ -191,7 +192,7 @@ def reach(case: TuningCase, configuration: Configuration, device: torch.device) 
 
 
 def _within_reach(case: TuningCase) -> list[TuningCase]:
-    """The case for the other numbers of classes, if it can be had for them."""
+    """The case for the numbers of classes in _REACH, if it can be sized for them."""
     others = [sized(case, (1, classes, 130, 1024), case.layout) for classes in _REACH]
     own = bucket_of(case.classes)
     return [other for other in others if other and bucket_of(other.classes) != own]
@@ -225,17 +226,17 @@ def disagreement(result: Sequence[torch.Tensor], expected: Sequence[torch.Tensor
 def _heuristic_result(
     case: TuningCase, launch: Callable[[], Any]
 ) -> tuple[list[torch.Tensor] | None, int]:
-    """(result, spilled registers) without a candidate; None if not even that runs."""
+    """(result, spilled registers) of the heuristic's configuration; (None, 0) if it cannot run."""
     try:
         with configurations.forced(case.operator, {}), recorded("run") as launches:
             result = [tensor.clone() for tensor in tensors(launch())]
-    except Exception:  # then the first candidate that runs has to do
+    except Exception:  # then candidates are compared with the first that runs
         return None, 0
     return result, _spills(launches)
 
 
 def _spills(launches: Sequence[Launch]) -> int:
-    """What the driver says was spilled, of kernels that could not be compiled beforehand too."""
+    """The registers that the driver says are spilled, in all kernels that were launched."""
     return sum(getattr(record.compiled, "n_spills", None) or 0 for record in launches)
 
 
@@ -266,7 +267,7 @@ def _tune_cases(
     path: Path,
     say: Say,
 ) -> list[str]:
-    """Tune case after case, each with its share of the time left; the keys of those that failed."""
+    """The keys of the cases that failed; tunes all, each with its share of the time left."""
     name = configurations.device_name(device)
     deadline = time.monotonic() + budget if budget is not None else math.inf
     failed: list[str] = []
@@ -309,6 +310,7 @@ def _tune_cases(
 
 
 def _prepare_reach(case: TuningCase, entry: dict[str, Any], sieve: Sieve | None) -> None:
+    """Begin to compile a winner for the other numbers of classes that it is checked for."""
     if sieve:
         sieve.prepare(case.key, _within_reach(case), entry["configuration"])
 
@@ -325,7 +327,7 @@ def _sieve(cases: Sequence[TuningCase], device: torch.device) -> Sieve | None:
 
 
 def _entry(case: TuningCase, outcome: Outcome) -> dict[str, Any]:
-    """What the tuned file keeps of a case."""
+    """The entry of a case in the tuned file."""
     ms, configuration = outcome.best
     return {
         "configuration": configuration,
@@ -341,7 +343,7 @@ def _entry(case: TuningCase, outcome: Outcome) -> dict[str, Any]:
 
 
 def _timers(outcome: Outcome) -> str:
-    """How the case was timed: in one way, unless some candidates could not be captured."""
+    """How the case was timed: in one way, or in two if some candidates could not be captured."""
     return "; ".join(dict.fromkeys(outcome.timers))
 
 
@@ -351,6 +353,7 @@ def _sorted(outcome: Outcome) -> list[tuple[float, Configuration]]:
 
 
 def _report(title: str, outcome: Outcome, say: Say) -> None:
+    """Say what was measured for a case, and why candidates were dropped."""
     say(f"{title}: {_summary(outcome)}")
     if LAUNCHES in outcome.timers:
         say(f"    timed by {_timers(outcome)}: no graph could be captured")

@@ -1,4 +1,4 @@
-"""All there is to tune: every slice's cases, for several numbers of classes and layouts."""
+"""All cases to tune: those of every slice, for several numbers of classes and layouts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import ModuleType
 from .._core.configurations import Shape, TuningCase
 from .examples import public_modules
 
-# One for each bucket of classes that the standard data sets fall into.
+# A shape for each bucket of classes of the standard data sets.
 STREETS: Shape = (2, 19, 512, 1024)
 MANY_CLASSES: Shape = (2, 150, 256, 512)
 TWO_CLASSES: Shape = (8, 2, 512, 512)
@@ -30,12 +30,12 @@ SIZES: tuple[tuple[Shape, str], ...] = (
 
 
 def slices() -> list[str]:
-    """The public modules of the package, in any of its rooms, that have something to tune."""
+    """The names of the public modules, in any room, that have something to tune."""
     return [name for name in public_modules() if hasattr(_module(name), "tuning_cases")]
 
 
 def own_cases(slice_name: str) -> list[TuningCase]:
-    """The cases as the slice states them."""
+    """The cases that the slice itself states, numbered."""
     cases: list[TuningCase] = _module(slice_name).tuning_cases()
     return [replace(case, slice=slice_name, number=n) for n, case in enumerate(cases)]
 
@@ -43,11 +43,11 @@ def own_cases(slice_name: str) -> list[TuningCase]:
 def tuning_cases(
     operator: str | None = None, shapes: Sequence[Shape] | None = None, first: bool = False
 ) -> list[TuningCase]:
-    """Every slice's cases, or one operator's; every slice's first one first, and so on.
+    """The cases of every slice, or of one operator: first every slice's first, and so on.
 
-    After a slice's cases as they stand come those that can be sized, for other classes and layouts.
-    With ``shapes`` there are only these, in the layout that the slice states. With ``first`` there
-    is only each operator's first case: its headline.
+    After the cases that a slice states come those of them that can be sized, for other classes and
+    layouts. With ``shapes`` there are only sized ones, in the layout that the slice states. With
+    ``first`` there is only the first case of each operator.
 
     Raises:
         ValueError: no slice has an operator of that name, or none of its cases can be sized.
@@ -75,7 +75,7 @@ def shape_of(text: str) -> Shape:
     """The shape that is written NxCxHxW on a command line.
 
     Raises:
-        argparse.ArgumentTypeError: it is not written so.
+        argparse.ArgumentTypeError: the text is not of that form.
     """
     sizes = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", text)
     if sizes is None or "0" in sizes.groups():
@@ -95,6 +95,7 @@ def _at_shapes(cases: Sequence[TuningCase], shapes: Sequence[Shape]) -> list[Tun
 
 
 def _distinct(cases: Sequence[TuningCase]) -> list[TuningCase]:
+    """The first case of every key."""
     first: dict[str, TuningCase] = {}
     for case in cases:
         first.setdefault(case.key, case)
@@ -109,7 +110,7 @@ def _first_of_each_operator(cases: Sequence[TuningCase]) -> list[TuningCase]:
 
 
 def sized(case: TuningCase, shape: Shape, layout: str) -> TuningCase | None:
-    """The case for other logits; None if it has only those it states, or no such layout."""
+    """The case for other logits; None if it cannot be sized, or has no such layout."""
     if case.sized is None or layout not in case.layouts:
         return None
     run = functools.partial(case.sized, shape, layout)
@@ -120,7 +121,7 @@ def sized(case: TuningCase, shape: Shape, layout: str) -> TuningCase | None:
 
 
 def same_case(slice_name: str, number: int, shape: Shape | None, layout: str) -> TuningCase:
-    """A case found again, in another process."""
+    """The case that another process has described by these."""
     case = own_cases(slice_name)[number]
     found = case if shape is None else sized(case, shape, layout)
     assert found is not None

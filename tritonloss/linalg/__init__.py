@@ -1,4 +1,4 @@
-"""Batches of small symmetric positive definite matrices."""
+"""Batches of small symmetric positive definite matrices: factor, determinant, solve, inverse."""
 
 from .matrices import cholesky_ex, inv, logdet, solve
 

@@ -1,12 +1,12 @@
 """Kernels for batched small symmetric positive definite matrices; see matrices.py.
 
-Two designs. In lanes: one matrix per lane, all of it in registers and every loop unrolled; compile
-time grows steeply with the size, so it ends at 9. In tiles: MATRICES matrices per program, each a
-[SIDE, SIDE] tile, eliminated step by step in a loop. A step takes one row out of the tile by a
-masked sum; the column is that row transposed, since the tile is symmetric.
+There are two designs. In lanes: one matrix per lane, all of it in registers and every loop
+unrolled. Compile time grows steeply with the order, so this ends at order 9. In tiles: MATRICES
+matrices per program, each a [SIDE, SIDE] tile, eliminated step by step in a loop. A step takes one
+row out of the tile by a masked sum. The column is that row transposed, since the tile is symmetric.
 
-A pivot that is not positive (or NaN) is replaced by 1, so that no matrix stops its neighbours, and
-its order goes into info; the results of such a matrix are NaN.
+A pivot that is not positive (or NaN) is replaced by 1, so that its neighbours go on undisturbed.
+Its order goes into info, and the results of its matrix are NaN.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Tiles(NamedTuple):
 
 @triton.jit
 def _factor_in_lanes(matrix_ptr, matrix, mask, strides, ORDER: tl.constexpr):
-    """(factor, pivots, info): the lower triangle row by row, and the diagonal before the root."""
+    """(factor, pivots, info): the lower triangle row by row, the squares of its diagonal, info."""
     dtype: tl.constexpr = matrix_ptr.dtype.element_ty
     base = matrix_ptr + matrix * strides[0]
     factor = ()
@@ -70,7 +70,7 @@ def _row_of(tile, is_row):
 
 @triton.jit
 def _load_tile(pointer, strides, tiles, height, width, LOWER: tl.constexpr):
-    """[MATRICES, SIDE, SIDE]; LOWER mirrors the lower triangle into the upper."""
+    """The matrices [MATRICES, SIDE, SIDE]; LOWER mirrors the lower triangle into the upper."""
     row = tl.maximum(tiles.rows, tiles.columns) if LOWER else tiles.rows
     column = tl.minimum(tiles.rows, tiles.columns) if LOWER else tiles.columns
     inside = tiles.mask & (tiles.rows < height) & (tiles.columns < width)
@@ -118,7 +118,7 @@ def _factor_and_substitute(tile, right, rows, columns, order):
 
 @triton.jit
 def _substitute_back(upper, right, rows, columns, order):
-    """U^-1 right, from the last row up; the upper triangle of `upper` is read."""
+    """U^-1 right, computed from the last row up; U is the upper triangle of `upper`."""
     for step in tl.range(0, order):
         k = order - 1 - step
         is_row = rows == k
@@ -131,7 +131,7 @@ def _substitute_back(upper, right, rows, columns, order):
 
 @triton.jit
 def _transposed_product(left, right, rows, order):
-    """left^T right, one rank-1 update per row."""
+    """left^T right, [MATRICES, SIDE, SIDE], by one rank-1 update per row."""
     product = tl.zeros_like(right)
     for k in tl.range(0, order):
         is_row = rows == k
@@ -141,7 +141,7 @@ def _transposed_product(left, right, rows, order):
 
 @triton.jit
 def _tiles_of(program, batch, MATRICES: tl.constexpr, SIDE: tl.constexpr):
-    """The tiles of a program."""
+    """The tiles of the program with this number."""
     matrix = program.to(tl.int64) * MATRICES + tl.arange(0, MATRICES)
     side = tl.arange(0, SIDE)
     return Tiles(
@@ -165,6 +165,7 @@ def _cholesky_lanes_kernel(
     ORDER: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    """The lower triangular factor L of A = L L^T, with zeros above its diagonal, and info."""
     matrix = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     mask = matrix < batch
     factor, _, info = _factor_in_lanes(matrix_ptr, matrix, mask, strides, ORDER)
@@ -189,6 +190,7 @@ def _logdet_lanes_kernel(
     ORDER: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    """The sum of the pivots' logarithms."""
     matrix = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     mask = matrix < batch
     _, pivots, info = _factor_in_lanes(matrix_ptr, matrix, mask, strides, ORDER)
@@ -212,6 +214,7 @@ def _cholesky_tile_kernel(
     MATRICES: tl.constexpr,
     SIDE: tl.constexpr,
 ):
+    """The lower triangular factor L of A = L L^T, with zeros above its diagonal, and info."""
     tiles = _tiles_of(tl.program_id(0), batch, MATRICES, SIDE)
     matrix, rows, columns, mask = tiles
     tile = _load_tile(matrix_ptr, strides, tiles, order, order, True)
@@ -236,6 +239,7 @@ def _logdet_tile_kernel(
     MATRICES: tl.constexpr,
     SIDE: tl.constexpr,
 ):
+    """The sum of the pivots' logarithms."""
     tiles = _tiles_of(tl.program_id(0), batch, MATRICES, SIDE)
     matrix, rows, columns, mask = tiles
     tile = _load_tile(matrix_ptr, strides, tiles, order, order, True)
@@ -247,7 +251,7 @@ def _logdet_tile_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _solve_kernel(
     matrix_ptr,  # [batch, order, order]
-    right_ptr,  # [batch, order, columns]; not read if IDENTITY
+    right_ptr,  # [batch, order, columns]: B; not read if IDENTITY
     scale_ptr,  # [batch]; not read unless SCALED
     solution_ptr,  # [batch, order, columns]
     strides,
@@ -255,14 +259,14 @@ def _solve_kernel(
     batch,
     order,
     columns,
-    blocks,
+    blocks,  # of columns: programs for the same matrices
     MATRICES: tl.constexpr,
     SIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     IDENTITY: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Scale A^-1 B for a block of columns, from one factorisation; B = I gives the inverse."""
+    """The product scale A^-1 B, for a block of columns; B = I gives the inverse."""
     tiles = _tiles_of(tl.program_id(0) // blocks, batch, MATRICES, SIDE)
     matrix, rows, across, mask = tiles
     tile = _load_tile(matrix_ptr, strides, tiles, order, order, True)
@@ -273,6 +277,7 @@ def _solve_kernel(
     else:
         block = Tiles(matrix=matrix, rows=rows, columns=column, mask=mask)
         right = _load_tile(right_ptr, right_strides, block, order, columns, False)
+    # U^T U = A; then U^-T B and U^-1 of it
     upper, right, info = _factor_and_substitute(tile, right, rows, across, order)
     right = _substitute_back(upper, right, rows, across, order)
     if SCALED:
@@ -305,9 +310,11 @@ def _cholesky_backward_kernel(
     factor = tl.where(mask | (columns != rows), factor, 1.0)  # beyond the batch: the identity
     lower_half = Tiles(matrix=matrix, rows=rows, columns=columns, mask=mask & (columns <= rows))
     grad_factor = _load_tile(grad_factor_ptr, grad_strides, lower_half, order, order, False)
+    # (P + P^T) / 2
     product = _transposed_product(factor, grad_factor, rows, order)
     lower = tl.where(columns < rows, product, tl.where(columns == rows, product * 0.5, 0.0))
     middle = (lower + tl.permute(lower, (0, 2, 1))) * 0.5
+    # L^-T from the left, and again from the left on the transpose: L^-1 from the right
     upper = tl.permute(factor, (0, 2, 1))
     half = _substitute_back(upper, middle, rows, columns, order)
     result = _substitute_back(upper, tl.permute(half, (0, 2, 1)), rows, columns, order)

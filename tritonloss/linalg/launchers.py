@@ -21,12 +21,13 @@ from .kernels import (
     _solve_kernel,
 )
 
-# Unrolled in lanes a factorisation of order 12 compiles for ten seconds, and one of 9 for two.
+# The largest order in lanes. A factorisation is unrolled: it takes two seconds to compile for order
+# 9, and ten seconds for order 12.
 LARGEST_IN_LANES = 9
 
 
 def in_lanes(operator: str, order: int) -> bool:
-    """Whether a whole matrix is one lane's work."""
+    """Whether the operator has one matrix per lane for this order; else tiles."""
     return operator in ("cholesky", "logdet") and order <= LARGEST_IN_LANES
 
 
@@ -35,7 +36,7 @@ def heuristic(operator: str, order: int, dtype: torch.dtype) -> Configuration:
     if in_lanes(operator, order):
         return {"LANES": 64, "num_warps": 2}
     side = triton.next_power_of_2(order)
-    # What solves or goes back holds two tiles; one warp would not hold them in float64.
+    # The other operators hold two tiles, for which one warp has not enough registers in float64.
     wide = dtype == torch.float64 and operator not in ("cholesky", "logdet")
     warps = {64: 8, 32: 4}.get(side, 2 if wide else 1)
     elements = 128 if wide else 256
@@ -46,7 +47,7 @@ def heuristic(operator: str, order: int, dtype: torch.dtype) -> Configuration:
 
 
 def cholesky(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(factor, info)."""
+    """(factor, info): L [..., n, n] with A = L L^T, and int32 [...]."""
     factor = torch.empty(matrices.shape, dtype=matrices.dtype, device=matrices.device)
     info = torch.empty(matrices.shape[:-2], dtype=torch.int32, device=matrices.device)
     kernels = _Kernels(_cholesky_lanes_kernel, _cholesky_tile_kernel)
@@ -55,7 +56,7 @@ def cholesky(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def logdet(matrices: torch.Tensor) -> torch.Tensor:
-    """Logarithms of the determinants."""
+    """The logarithms of the determinants, [...]."""
     result = torch.empty(matrices.shape[:-2], dtype=matrices.dtype, device=matrices.device)
     kernels = _Kernels(_logdet_lanes_kernel, _logdet_tile_kernel)
     _factorise("logdet", kernels, _flat(matrices), logdet_ptr=result)
@@ -65,7 +66,7 @@ def logdet(matrices: torch.Tensor) -> torch.Tensor:
 def solve(
     matrices: torch.Tensor, right: torch.Tensor | None, scale: torch.Tensor | None
 ) -> torch.Tensor:
-    """Scale A^-1 right; the identity for None on the right, 1 for None as the scale."""
+    """The product scale A^-1 right; None is the identity as ``right``, and 1 as ``scale``."""
     shape = matrices.shape if right is None else right.shape
     solution = torch.empty(shape, dtype=matrices.dtype, device=matrices.device)
     if solution.numel() == 0:
@@ -76,7 +77,7 @@ def solve(
     def prepare() -> PreparedLaunch:
         programs, launch = _tile_launch("solve", flat)
         columns = shape[-1]
-        # At 64 in float64 half of the columns, for the sake of registers.
+        # In float64 a program takes at most 32 columns, for the sake of registers.
         limit = 32 if matrices.dtype == torch.float64 else 64
         block = min(triton.next_power_of_2(columns), max(launch["SIDE"], 16), limit)
         blocks = triton.cdiv(columns, block)
@@ -89,7 +90,7 @@ def solve(
             "IDENTITY": right is None,
             "SCALED": scale is not None,
         }
-        # All on the first axis of the grid, the only one that takes more than 65535.
+        # All programs are on the first axis of the grid: the others take at most 65535.
         return PreparedLaunch(_solve_kernel, (programs * blocks,), launch)
 
     key = ("solve", kind(flat), None if right is None else kind(flat_right), scale is None)
@@ -105,21 +106,21 @@ def solve(
 
 
 def cholesky_backward(grad_factor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """The gradient to A of its factor."""
+    """The gradient of A, from the gradient of its factor."""
     grad = _flat(grad_factor)
     pointers = {"grad_factor_ptr": grad, "factor_ptr": factor}
     return _matrix_backward("cholesky_backward", _cholesky_backward_kernel, grad, factor, pointers)
 
 
 def inverse_backward(grad_inverse: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """The gradient to A of its inverse."""
+    """The gradient of A, from the gradient of its inverse."""
     grad = _flat(grad_inverse)
     pointers = {"grad_inverse_ptr": grad, "inverse_ptr": inverse}
     return _matrix_backward("inverse_backward", _inverse_backward_kernel, grad, inverse, pointers)
 
 
 def solve_backward(grad_right: torch.Tensor, solution: torch.Tensor) -> torch.Tensor:
-    """The gradient to A of X = A^-1 B from the one to B; both contiguous."""
+    """The gradient of A, from X = A^-1 B and the gradient of B, both contiguous."""
     order = solution.size(-2)
     shape = (*solution.shape[:-1], order)
     result = torch.empty(shape, dtype=solution.dtype, device=solution.device)
@@ -141,14 +142,14 @@ def solve_backward(grad_right: torch.Tensor, solution: torch.Tensor) -> torch.Te
 
 
 class _Kernels(NamedTuple):
-    """A factorisation with a matrix per lane, and with matrices in tiles."""
+    """The two kernels of a factorisation: one matrix per lane, and matrices in tiles."""
 
     lanes: Any
     tile: Any
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """[batch, rows, columns]: a view unless the leading dimensions cannot be merged."""
+    """The tensor as [batch, rows, columns]: a view, if the leading dimensions can be merged."""
     return tensor.reshape(-1, *tensor.shape[-2:])
 
 
@@ -188,7 +189,7 @@ def _matrix_backward(
     saved: torch.Tensor,
     pointers: dict[str, torch.Tensor],
 ) -> torch.Tensor:
-    """The gradient to A of the factor or the inverse; ``grad`` is flat."""
+    """The gradient of A, from that of its factor or its inverse; ``grad`` is flat."""
     result = torch.empty(saved.shape, dtype=saved.dtype, device=saved.device)
     if result.numel() == 0:
         return result
@@ -218,6 +219,7 @@ def _tile_launch(operator: str, matrices: torch.Tensor) -> tuple[int, dict[str, 
 
 
 def _configuration(operator: str, matrices: torch.Tensor) -> Configuration:
+    """The launch configuration of an operator, by the order of the matrices."""
     order = matrices.size(-1)
     return launch_configuration(
         operator,
@@ -225,7 +227,7 @@ def _configuration(operator: str, matrices: torch.Tensor) -> Configuration:
         dtype=matrices.dtype,
         classes=order,
         window=1,
-        # Orders of one bucket may be computed by either kernel, which take different settings.
+        # A bucket may hold orders of both designs, which have different settings.
         layout="lanes" if in_lanes(operator, order) else "tiles",
         heuristic=heuristic(operator, order, matrices.dtype),
     )

@@ -5,10 +5,13 @@ ones, spends its time on launches. Every function factorises A = L L^T once, in 
 
     logdet A = 2 sum log diag L,     A^-1 B = L^-T (L^-1 B)
 
-and every gradient has a closed form and a kernel. They are symmetric, as torch.linalg's:
+and every gradient has a closed form and a kernel. The gradients are symmetric, as torch.linalg's.
+With sym(M) = (M + M^T) / 2:
 
-    dA = 1/2 L^-T (P + P^T) L^-1,  P = L^T dL below the diagonal, half of it on it     (cholesky_ex)
-    dA = A^-1 d(logdet),   dA = -sym(dB X^T) with dB = A^-1 dX,   dA = -X sym(dX) X    (the others)
+    cholesky_ex    dA = 1/2 L^-T (P + P^T) L^-1,  P: lower triangle of L^T dL, its diagonal halved
+    logdet         dA = A^-1 d(logdet)
+    solve          dA = -sym(dB X^T),  dB = A^-1 dX
+    inv            dA = -X sym(dX) X,  X = A^-1
 
 Gradients of gradients are not available: asking for them raises. The gradient through a matrix
 that is not positive definite is undefined and may be NaN; its neighbours' are not touched by it.
@@ -38,7 +41,7 @@ LARGEST = 64
 
 
 class Factor(NamedTuple):
-    """L [..., n, n] and int32 [...]."""
+    """The results of cholesky_ex: L [..., n, n] and info, int32 [...]."""
 
     factor: torch.Tensor
     info: torch.Tensor
@@ -56,13 +59,14 @@ def _like(tensor: torch.Tensor, shape: torch.Size | None = None) -> torch.Tensor
 
 
 def _nothing(tensor: torch.Tensor) -> torch.Tensor:
-    """An empty tensor with the same leading dimensions."""
+    """A tensor without elements, with the same leading dimensions: for a gradient not asked for."""
     return tensor.new_empty((*tensor.shape[:-1], 0))
 
 
 def _solve_gradients(
     grad_result: torch.Tensor, result: torch.Tensor, A: torch.Tensor, wants_A: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gradient of A, gradient of B); that of A has no elements if it is not wanted."""
     grad_right = launchers.solve(A, grad_result, None)
     return launchers.solve_backward(grad_right, result) if wants_A else _nothing(A), grad_right
 
@@ -70,6 +74,7 @@ def _solve_gradients(
 def _empty_solve_gradients(
     result: torch.Tensor, A: torch.Tensor, wants_A: bool, **_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tensors of the shapes that _solve_gradients returns."""
     return _like(A) if wants_A else _nothing(A), _like(result)
 
 
@@ -255,6 +260,7 @@ def _check_right(A: torch.Tensor, B: torch.Tensor) -> None:
 
 
 def _random_matrices(order: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Positive definite matrices [16384, order, order], the same at every call."""
     half = torch.empty((16384, order, order), dtype=dtype, device=device)
     if device.type != "meta":
         half.normal_(generator=torch.Generator(device).manual_seed(0))
@@ -262,6 +268,7 @@ def _random_matrices(order: int, dtype: torch.dtype, device: torch.device) -> to
 
 
 def _case(operator: str, order: int, dtype: torch.dtype, run: Callable[..., Any]) -> TuningCase:
+    """The tuning case of ``run`` on matrices of one order; the heuristic is its first candidate."""
     first = launchers.heuristic(operator, order, dtype)
     in_lanes = launchers.in_lanes(operator, order)
     name = "LANES" if in_lanes else "MATRICES"
@@ -286,7 +293,7 @@ def tuning_cases() -> list[TuningCase]:
         ("cholesky", launchers.cholesky),
         ("logdet", launchers.logdet),
         ("solve", lambda matrices: launchers.solve(matrices, None, None)),
-        # The matrices are used as factors and solutions too: the work is the same for any numbers.
+        # The matrices are also used as factors and solutions: any numbers make the same work.
         ("cholesky_backward", lambda matrices: launchers.cholesky_backward(matrices, matrices)),
         ("inverse_backward", lambda matrices: launchers.inverse_backward(matrices, matrices)),
         ("solve_backward", lambda matrices: launchers.solve_backward(matrices, matrices)),
@@ -296,12 +303,12 @@ def tuning_cases() -> list[TuningCase]:
         for order in (9, 16, 32, 64, 8, 4, 2)
         for dtype in (torch.float32, torch.float64)
         for operator, run in runs
-        if order != 9 or launchers.in_lanes(operator, order)  # in tiles the bucket of 16 is its own
+        if order != 9 or launchers.in_lanes(operator, order)  # in tiles, 9 is in the bucket of 16
     ]
 
 
 def _products(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """x^T x + 1 of the first columns: positive definite, whatever the logits."""
+    """x^T x + 1 for x the first four columns: positive definite, whatever the logits."""
     half = logits[..., :4]
     return (half.mT @ half + torch.eye(4).to(half),)
 

@@ -1,4 +1,4 @@
-"""What is counted of labels and of predictions, and the scores that follow."""
+"""Counts of labels and of predictions, and the margin offsets and scores that follow from them."""
 
 from .confusion import ConfusionMatrix
 from .scores import dice_per_class, iou_per_class, mean_iou, pixel_accuracy

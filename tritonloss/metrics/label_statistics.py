@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from .._core import checks
 
-# Labels are widened to int64 this many at a time: a large map would take eight times its size.
+# So many labels at a time are widened to int64: all of a large map would take eight times its size.
 _CHUNK = 1 << 24
 
 
@@ -46,8 +46,10 @@ def count_labels(
         num_classes: C; labels are 0 to C - 1.
         ignore_index: label of pixels that are not counted, any integer or None. Default 255, which
             has to be given where there are more than 255 classes and it is one of them.
-        process_group: given one, the counts of all of its ranks are summed; every rank must call.
-        progress: True shows on stderr how many maps of an iterable have been counted.
+        process_group: the counts of all ranks of this group are summed; every rank must call. None
+            (default): no other rank takes part.
+        progress: True shows on stderr how many maps of an iterable have been counted. Default
+            False.
 
     Returns:
         The counts, int64 [C], on the device of the (first) labels; on the CPU if there are none.
@@ -74,7 +76,7 @@ def count_labels(
     try:
         counts = _count(labels, num_classes, ignore_index, progress)
     except Exception:
-        if process_group is not None:  # the other ranks are waiting for this one
+        if process_group is not None:  # the other ranks wait for this one's counts
             _summed_over_ranks(torch.zeros(num_classes, dtype=torch.int64), True, process_group)
         raise
     if process_group is None:
@@ -102,7 +104,7 @@ def _count(
             if progress:
                 _show(position + 1, total)
     finally:
-        if progress:  # leaves the line, whatever comes next
+        if progress:  # end the line of the progress, also after an error
             print(file=sys.stderr)
     return torch.zeros(classes, dtype=torch.int64) if counts is None else counts
 
@@ -124,19 +126,19 @@ def _maps(labels: Iterable[torch.Tensor] | Dataset[torch.Tensor]) -> Iterator[to
 
 
 def _length(labels: object) -> int | None:
-    """How many label maps there are, where that is known."""
+    """The number of label maps, or None if it is not known."""
     if not isinstance(labels, Sized):
         return None
     try:
         return len(labels)
-    except TypeError:  # a DataLoader has a length, but over a stream does not know it
+    except TypeError:  # a DataLoader over a stream has a __len__ that raises
         return None
 
 
 def _count_map(
     labels: torch.Tensor, classes: int, ignore_index: int | None, name: str
 ) -> torch.Tensor:
-    """Counts of one label map."""
+    """The counts of one label map, int64 [classes]."""
     counts = torch.zeros(classes, dtype=torch.int64, device=labels.device)
     outside: dict[int, int] = {}
     for part in torch.split(labels.detach().reshape(-1), _CHUNK):
@@ -150,7 +152,7 @@ def _count_map(
             values, occurrences = torch.unique(chunk[wrong], return_counts=True)
             for value, count in zip(values.tolist(), occurrences.tolist(), strict=True):
                 outside[value] = outside.get(value, 0) + count
-        # Uncounted labels go to a place of their own, which is cut off.
+        # Labels that do not count get a place behind the classes, which is cut off.
         kept = torch.where(counted, chunk, classes)
         counts += torch.bincount(kept, minlength=classes + 1)[:classes]
     if outside:
@@ -164,7 +166,8 @@ def _summed_over_ranks(counts: torch.Tensor, failed: bool, group: ProcessGroup) 
     """The counts of all ranks.
 
     Raises:
-        RuntimeError: another rank has failed; without it the others would wait for ever.
+        RuntimeError: another rank has failed. A failed rank takes part too: without it the others
+            would wait for ever.
     """
     device = counts.device
     if get_backend(group) == "nccl" and device.type != "cuda":
@@ -230,7 +233,7 @@ def margin_offsets(
     counts = label_counts.tolist()
     if min(counts) < 0:
         raise ValueError(f"{accepted}; got {min(counts)}")
-    # Differences are taken of integers: float64 would round away a rare class beside 2^53 others.
+    # Differences of Python integers: float64 would round away a rare class beside 2^53 others.
     total = sum(counts)
     device = label_counts.device
     n_k = torch.tensor(counts, dtype=torch.float64, device=device)

@@ -1,1 +1,1 @@
-"""Losses of single pixels."""
+"""Losses of single pixels: cross entropy, binary cross entropy, focal, margin-calibrated."""

@@ -1,7 +1,7 @@
 """Binary cross entropy of one sigmoid per class: sum_k bce(z_k, y_k), dz_k = sigmoid(z_k) - y_k.
 
-Bytes per pass, L of logits and T of labels: forward L + T; backward 2 L + T. Nothing is saved, for
-the gradient is elementwise.
+Bytes per pass, with L of logits and T of labels: forward L + T, backward 2 L + T. Nothing is saved,
+since the gradient is elementwise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .softmax import own_weight
 
 
 class Options(NamedTuple):
-    """The options of the loss but for the weights."""
+    """The options of the loss, except the weights."""
 
     ignore_index: int | None = checks.IGNORE_INDEX
     reduction: str = "mean"
@@ -64,8 +64,8 @@ class _Factors(NamedTuple):
     """What the slopes of a pixel's classes share."""
 
     own: Any
-    other_class: Any  # of sigmoid(z)
-    own_class: Any  # of -sigmoid(-z)
+    other_class: Any  # the factor of sigmoid(z)
+    own_class: Any  # the factor of -sigmoid(-z)
 
 
 @triton.jit
@@ -75,25 +75,26 @@ def _start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """The sum of softplus(z) with a block of classes, without the pixel's own."""
     own = for_classes(pixel.own, TILE)
     # Summed within the block first: one sum over a thousand classes would lose its last digits.
     linear = tl.zeros_like(state.others)
     rest = tl.zeros_like(state.others)
     for j in tl.static_range(len(block.logits)):
-        # Left out rather than added and taken away again, which would cost a confident pixel all
-        # of its digits.
+        # The own class is left out. Added here and taken away again, it would cost a confident
+        # pixel all of its digits.
         z = tl.where(class_of(block, j, TILE) == own, float("-inf"), block.logits[j])
         t = tl.exp2(tl.abs(z) * -LOG2_E)
         linear += tl.maximum(z, 0.0)
-        # One logarithm for all of the block: 1 + rest is the product of all 1 + t. Kept as
-        # rest + t + rest t, small values are not rounded away beside the 1.
+        # One logarithm for all of the block: 1 + rest is the product of all 1 + t. Without the 1,
+        # as rest + t + rest t, small values are not rounded away.
         rest = tl.fma(rest, t, rest + t)
     return _State(others=state.others + (linear + log_one_plus(rest)))
 
 
 @triton.jit
 def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """w_t softplus(-z_t) + sum of softplus(z_k) over the other classes."""
+    """(w_t softplus(-z_t) + sum of softplus(z_k) over the other classes, 1, nothing saved)."""
     positive = own_weight(pixel, given, OPTIONS, TILE) * softplus_base2(own * -LOG2_E)
     positive = tl.where(pixel.own >= 0, positive, 0.0)
     loss = sum_of_lanes(state.others, TILE) + positive
@@ -111,7 +112,10 @@ def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE:
 
 @triton.jit
 def _slope(factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """Of the own class -w sigmoid(-z), not p - 1, which has no digits left near p = 1."""
+    """The gradient of a slot: sigmoid(z), or -w sigmoid(-z) for the own class.
+
+    Not p - 1 for the own class, which has no digits left near p = 1.
+    """
     z = block.logits[SLOT]
     is_own = class_of(block, SLOT, TILE) == factors.own
     residual = sigmoid_base2(tl.where(is_own, -z, z) * LOG2_E)
@@ -126,7 +130,7 @@ LOSS = Loss(
     "binary_cross_entropy",
     Record(_start, _add, _finish, _factors, _slope, no_lookups),
     saved=_saves_nothing,
-    unroll=16,  # one logarithm each
+    unroll=16,  # classes that share one logarithm
     binary=True,
 )
 
@@ -180,8 +184,8 @@ def binary_cross_entropy(
     Args:
         logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
         target: integer labels [N, H, W], uint8 to int64: 0 to C - 1, or 0 and 1 if C is 1.
-        pos_weight: w, a weight for the positive term of each class, floating-point [C], or None for
-            1. It gets no gradient.
+        pos_weight: w, a weight for the positive term of each class, floating-point [C], or None
+            (default) for 1. It gets no gradient.
         ignore_index: label of pixels that are ignored, any integer or None. Default 255,
             which has to be given where there are more than 255 classes and it is one of them. Other
             labels out of range raise on the CPU; on a GPU, where looking would synchronise, they
@@ -242,7 +246,7 @@ def _check_options(
     align_corners: bool,
     logits: torch.Tensor | None = None,
 ) -> None:
-    """Without ``logits``, for any number of classes."""
+    """Check all options; without ``logits``, for any number of classes."""
     checks.check_class_weights("pos_weight", pos_weight, logits)
     checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
     checks.check_option("reduction", reduction, REDUCTIONS)

@@ -1,9 +1,9 @@
 """Cross entropy of the softmax: -w_t log p_t with p = softmax(z) and t the pixel's label.
 
-Bytes per pass, L of logits and T of labels: forward L + T; backward 2 L + T. The largest logit and
-the logarithm of the sum are left to the backward pass in 4 bytes per pixel (``softmax.py``), in 6
-or 8 of more than 256 classes, in 16 for float64. The gradient is the only map with classes in
-memory.
+Bytes per pass, with L of logits and T of labels: forward L + T, backward 2 L + T. The largest logit
+and the logarithm of the sum are left to the backward pass. They take 4 bytes per pixel
+(``softmax.py``), 6 or 8 with more than 256 classes, and 16 for float64. No map with classes is
+allocated but the gradient.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from .softmax import (
 
 
 class Options(NamedTuple):
-    """The options of the loss but for the weights."""
+    """The options of the loss, except the weights."""
 
     label_smoothing: float = 0.0
     ignore_index: int | None = checks.IGNORE_INDEX
@@ -70,7 +70,7 @@ class _SmoothState(NamedTuple):
     largest: Any
     bundle: Any
     total: Any
-    weighted: Any  # sum of w (z - largest): relative, nothing cancels when all logits are large
+    weighted: Any  # sum of w (z - largest); of w z alone the digits would cancel for large logits
     seen: Any  # sum of w
 
 
@@ -87,6 +87,7 @@ def _start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """The statistics with a block of classes; those of the smoothing move with the largest."""
     softmax = SoftmaxState(largest=state.largest, bundle=state.bundle, total=state.total)
     added = softmax_add(softmax, block, pixel, given, OPTIONS, TILE)
     if OPTIONS.smoothed:
@@ -94,7 +95,7 @@ def _add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
         weighted = state.weighted + seen * (state.largest - added.largest)
         for j in tl.static_range(len(block.logits)):
             weight = class_weight(given, block, j, OPTIONS, TILE)
-            # Not a product with 0: a lane without a class left holds -inf.
+            # Selected, not a product with 0: a lane without a class left holds -inf.
             weighted += tl.where(weight == 0, 0.0, weight * (block.logits[j] - added.largest))
             seen += weight
         added = _SmoothState(
@@ -106,7 +107,7 @@ def _add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """-w_t log p_t; smoothed by s, (1 - s) of it and s / C of -sum w_k log p_k."""
+    """(loss, w_t, saved): -(1 - s) w_t log p_t - (s / C) sum w_k log p_k, with smoothing s."""
     softmax = SoftmaxState(largest=state.largest, bundle=state.bundle, total=state.total)
     statistics = softmax_of_lanes(softmax, TILE)
     weight = own_weight(pixel, given, OPTIONS, TILE)
@@ -123,7 +124,7 @@ def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr)
 
 @triton.jit
 def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """Of (1 - s) w_t (p_k - y_k) + (s / C) (p_k sum w - w_k)."""
+    """The factors of (1 - s) w_t (p_k - y_k) + (s / C) (p_k sum w - w_k)."""
     own_class = scale * own_weight(pixel, given, OPTIONS, TILE)
     all_classes = own_class
     smooth = own_class
@@ -194,7 +195,8 @@ def cross_entropy(
     Args:
         logits: [N, C, H, W] with C >= 2, float16, bfloat16 or float32 (or float64), any strides.
         target: integer labels [N, H, W], uint8 to int64.
-        weight: a weight for each class, floating-point [C], or None for 1. It gets no gradient.
+        weight: w, a weight for each class, floating-point [C], or None (default) for 1. It gets no
+            gradient.
         label_smoothing: s, in [0, 1]. Default 0.
         ignore_index: label of pixels that are ignored, any integer or None. Default 255,
             which has to be given where there are more than 255 classes and it is one of them. Other
@@ -264,7 +266,7 @@ def _check_options(
     align_corners: bool,
     logits: torch.Tensor | None = None,
 ) -> None:
-    """Without ``logits``, for any number of classes."""
+    """Check all options; without ``logits``, for any number of classes."""
     checks.check_class_weights("weight", weight, logits)
     checks.check_range("label_smoothing", label_smoothing, 0.0, 1.0)
     checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))

@@ -1,6 +1,6 @@
 """Focal loss of the softmax: -a_t (1 - p_t)^gamma log p_t with p = softmax(z) and t the label.
 
-Bytes per pass as those of the cross entropy, whose statistics it saves.
+A pass moves as many bytes as one of the cross entropy, and saves the same statistics.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .softmax import (
 
 
 class Options(NamedTuple):
-    """The options of the loss but for the factors of its classes."""
+    """The options of the loss, except the factors of its classes."""
 
     gamma: float = 2.0
     detach_weight: bool = False
@@ -57,7 +57,7 @@ class Compiled(NamedTuple):
     weighted: bool
     power: int  # gamma, if it is 0, 1 or 2; any other one is -1 here
     detached: bool
-    smoothed: bool = False  # the softmax's slope asks
+    smoothed: bool = False  # never; softmax_slope looks at it
 
 
 # --- device functions -----------------------------------------------------------------------------
@@ -82,19 +82,20 @@ def _parts(entropy, gamma, OPTIONS: tl.constexpr):
     """(p_t, 1 - p_t, (1 - p_t)^gamma) of -log p_t."""
     TERMS: tl.constexpr = 9 if entropy.dtype == tl.float64 else 4
     probability = tl.exp2(entropy * -LOG2_E)
-    # Where p is 1 but for a few digits, 1 - p by the series x - x^2 / 2! + ... of 1 - e^-x.
+    # Near p = 1, where 1 - p would cancel, it is the series x - x^2 / 2! + ... of 1 - e^-x, with x
+    # the entropy.
     series = tl.zeros_like(entropy) + 1.0
     for i in tl.static_range(TERMS - 1):
         series = 1.0 - entropy * (1.0 / (TERMS - i)) * series
     series = entropy * series
     rest = tl.where(entropy < 0.03125, series, 1.0 - probability)
-    rest = tl.where(rest < 0, 0.0, rest)  # rounded below; a NaN stays
+    rest = tl.where(rest < 0, 0.0, rest)  # rounding may go below 0; a NaN stays
     return probability, rest, _power(rest, gamma, OPTIONS.power)
 
 
 @triton.jit
 def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """-a_t (1 - p_t)^gamma log p_t."""
+    """(-a_t (1 - p_t)^gamma log p_t, 1, saved)."""
     statistics = softmax_of_lanes(state, TILE)
     entropy = surprise(statistics, own)
     _, _, modulation = _parts(entropy, given.numbers[0], OPTIONS)
@@ -105,20 +106,20 @@ def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr)
 
 @triton.jit
 def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """Of a_t (q^gamma - gamma p_t q^(gamma - 1) log p_t) (p_k - y_k), q = 1 - p_t.
+    """The factors of a_t (q^gamma - gamma p_t q^(gamma - 1) log p_t) (p_k - y_k), q = 1 - p_t.
 
-    If detached a_t q^gamma (p_k - y_k): the focal weight is held constant.
+    If detached, the focal weight is held constant: a_t q^gamma (p_k - y_k).
     """
     statistics = softmax_again(saved, looked_up, pixel, TILE)
     entropy = surprise(statistics, looked_up[len(looked_up) - 1])
     gamma = given.numbers[0]
     probability, rest, slope = _parts(entropy, gamma, OPTIONS)
     if not OPTIONS.detached and OPTIONS.power != 0:
-        # At q = 0 the product is 0, for log p_t is then -q; q^(gamma - 1) alone may be infinite.
+        # At q = 0 the product is 0, since log p_t is about -q; q^(gamma - 1) alone may be infinite.
         below: tl.constexpr = OPTIONS.power - 1 if OPTIONS.power > 0 else -1
         power = _power(tl.where(rest == 0, 1.0, rest), gamma - 1.0, below)
         live = gamma * probability * power * entropy
-        # p_t = 0 with an infinite entropy: nothing is left of the product.
+        # At p_t = 0 the product is 0 as well, though the entropy may be infinite.
         slope += tl.where((rest == 0) | (probability == 0), 0.0, live)
     factor = scale * own_weight(pixel, given, OPTIONS, TILE) * slope
     factor = tl.where(pixel.label >= 0, factor, 0.0)
@@ -188,7 +189,7 @@ def focal_loss(
         target: integer labels [N, H, W], uint8 to int64.
         gamma: how steeply the weight falls, 0 to 100. Default 2; 0 is cross entropy.
         alpha: a, a factor for each class, floating-point [C], one number in [0, 1e6] for all of
-            them, or None for 1. It gets no gradient.
+            them, or None (default) for 1. It gets no gradient.
         detach_weight: True holds (1 - p_t)^gamma constant in the gradient. Default False: the full
             gradient.
         ignore_index: label of pixels that are ignored, any integer or None. Default 255,
@@ -261,7 +262,7 @@ def _check_options(
     align_corners: bool,
     logits: torch.Tensor | None = None,
 ) -> None:
-    """Without ``logits``, for any number of classes."""
+    """Check all options; without ``logits``, for any number of classes."""
     checks.check_range("gamma", gamma, 0.0, 100.0)
     checks.check_flag("detach_weight", detach_weight)
     if isinstance(alpha, (int, float, numbers.Real)):

@@ -9,10 +9,10 @@ margin of class k at a pixel, its score less the best score of the other classes
 
 the two largest scores give every margin of a pixel, and the gradient flows through both.
 
-Bytes per pass, L of logits and T of labels: forward L + T up to 32 contiguous classes, or 256 in
-channels_last, which the second pass over the classes finds in registers; of more, 2 L + T are read,
-the second L out of the cache as far as it fits there; backward 2 L + T. 8 bytes per pixel are
-saved, 12 for float64 (``margins.py`` says which, and why).
+Bytes per pass, with L of logits and T of labels: forward L + T, backward 2 L + T. The forward pass
+goes through the classes twice. Up to 32 contiguous classes, or 256 in channels_last, it finds them
+in registers the second time. With more it reads 2 L + T, the second L from the cache as far as it
+fits there. 8 bytes per pixel are saved, 12 for float64 (``margins.py`` says which, and why).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ VARIANTS = ("paper", "released", "margin")
 
 
 class Options(NamedTuple):
-    """The options of the loss but for the offsets."""
+    """The options of the loss, except the offsets."""
 
     variant: str = "paper"
     ignore_index: int | None = checks.IGNORE_INDEX
@@ -56,7 +56,7 @@ class Options(NamedTuple):
 
 
 def _saves(logits: torch.Tensor, interpolated: bool) -> tuple[torch.dtype, ...]:
-    """The classes of the two largest scores in 16 bits each, and the sum of the derivatives."""
+    """The dtypes of the saved maps: two classes in 16 bits each, and a sum of derivatives."""
     return torch.int32, compute_dtype(logits.dtype)
 
 
@@ -118,7 +118,7 @@ def margin_calibrated_loss(
                     authors' code computes, a mean over classes in which the own class weighs C
         "margin"    min(1, max(0, 1 - margin / own)) for the own class,
                     min(1, max(0, 1 + margin / other)) for the others: the ramp that the log-loss
-                    stands in for
+                    replaces
 
     summed over classes, averaged over valid pixels. The gradient flows through both maxima; of
     equal scores the first counts as the larger.
@@ -227,7 +227,7 @@ def _check_options(
     align_corners: bool,
     logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The offsets, if all is right; without ``logits``, for any number of classes."""
+    """The offsets, once all options are checked; without ``logits``, for any number of classes."""
     own, other = checks.check_pair("offsets", offsets)
     checks.check_class_weights("offsets.own", own, logits, optional=False)
     checks.check_class_weights("offsets.other", other, logits, optional=False)

@@ -1,20 +1,21 @@
 """The record of the margin-calibrated loss: its device functions.
 
-With a the class of the largest score of a pixel and b that of the next (the first of equals), the
-margin of a class is z_k - z_a, and that of a itself z_a - z_b. Every class's penalty is a function
-of mu = margin for the other classes, mu = -margin for the pixel's own, and of an offset rho:
+Let a be the class of a pixel's largest score and b that of the next; of equal scores the first is
+the larger. The margin of a class is z_k - z_a, and that of a itself z_a - z_b. The penalty of every
+class is a function of an offset rho and of mu, which is -margin for the pixel's own class and
+margin for the other classes:
 
     paper       log2(1 + 2^(mu + rho))
     released    log(1 + e^(mu + rho)), divided by C for the other classes
     margin      min(1, max(0, 1 + mu / rho))
 
 With u_k the derivatives by the margins, dz_k = u_k - [k = a] sum_{j != a} u_j - [k = b] u_a. The
-sum takes one pass over the classes and the gradient another. Saved are a, b and the sum, 8 bytes
-per pixel (12 for float64), written and read once: 16 bytes of traffic. To find them again, the
-backward pass would have to go through the logits three times instead of once, 2 L more from the
-cache or the memory, and spend 30 instructions more per pixel and class (10 for the top two, 20 for
-the sum; counted for sm_90) on the 18 that the gradient takes. z_a and z_b, which it needs as well,
-are looked up.
+sum takes one pass over the classes and the gradient another. a, b and the sum are saved. They are 8
+bytes per pixel (12 for float64), written and read once: 16 bytes of traffic. To find them again,
+the backward pass would have to go through the logits three times instead of once, 2 L more from the
+cache or the memory. It would also spend 30 instructions more per pixel and class (10 for the top
+two, 20 for the sum; counted for sm_90), beside the 18 that the gradient takes. z_a and z_b, which
+the gradient needs as well, are looked up.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ class Compiled(NamedTuple):
     """What of the options a kernel is compiled for."""
 
     variant: str
-    own_share: float  # of a penalty in the loss: that of the pixel's own class
-    other_share: float
-    saved: bool  # the sum of the derivatives is wanted
+    own_share: float  # what the penalty of the pixel's own class is multiplied by
+    other_share: float  # what the penalties of the other classes are multiplied by
+    saved: bool  # whether the sum of the derivatives is wanted
 
 
 class _TopTwo(NamedTuple):
-    """The two largest scores so far, and their classes."""
+    """The two largest scores so far, and their classes: [pixels], or [pixels, lanes]."""
 
     largest: Any
     second: Any
@@ -88,7 +89,7 @@ class _Factors(NamedTuple):
 
 @triton.jit
 def _exponent(mu, rho, OPTIONS: tl.constexpr):
-    """The x of which log(1 + 2^x) is the penalty, up to a factor."""
+    """The x for which the penalty is log(1 + 2^x), up to a factor."""
     x = mu + rho
     if OPTIONS.variant == "released":
         x = x * LOG2_E
@@ -116,7 +117,7 @@ def _penalty(mu, rho, OPTIONS: tl.constexpr):
 
 @triton.jit
 def _penalty_slope(mu, rho, OPTIONS: tl.constexpr):
-    """Its derivative by mu."""
+    """The derivative by mu of the penalty of one class, before its share."""
     if OPTIONS.variant == "margin":
         slope = tl.where((mu >= 0) | (mu <= -rho), 0.0, inverse(rho))
     else:
@@ -138,8 +139,8 @@ def _start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
 def _add_to_top_two(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
     """The two largest scores with a block of classes.
 
-    A NaN beats nothing, so that two classes are always found; tl.maximum would leave it to the
-    version and the device whether one came through.
+    A NaN is never larger than a score here, so that two classes are always found. With tl.maximum
+    it would depend on the version and the device whether a NaN came through.
     """
     largest, second, best, runner_up = state
     for j in tl.static_range(len(block.logits)):
@@ -158,7 +159,7 @@ def _add_to_top_two(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.
 
 @triton.jit
 def _top_two_of_lanes(state, OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """The start of the second pass."""
+    """The state before the second pass, from the top two of all lanes."""
     largest, second, best, runner_up = state
     top = largest_of_lanes(largest, TILE)
     here = tl.where(largest == for_classes(top, TILE), best, _NO_CLASS)
@@ -171,7 +172,8 @@ def _top_two_of_lanes(state, OPTIONS: tl.constexpr, TILE: tl.constexpr):
         second = tl.max(rival, axis=1)
         here = tl.where(rival == second[:, None], rival_class, _NO_CLASS)
         runner_up = tl.min(here, axis=1)
-    # With -inf in all other classes none has ever beaten the start.
+    # If all other classes are -inf, none has been larger than the start, and the runner-up is still
+    # class 0: it must be another class than the best.
     first_other = tl.where(top_class == 0, 1, 0)
     runner_up = tl.where(runner_up == top_class, first_other, runner_up)
     zero = nothing_yet(0.0, TILE)
@@ -185,13 +187,13 @@ def _top_two_of_lanes(state, OPTIONS: tl.constexpr, TILE: tl.constexpr):
 def _add_penalties(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
     """Penalties and slopes with the classes that are neither the pixel's own nor its best.
 
-    Those two are added once per pixel; added here and taken away again, a confident pixel would
-    lose all of its digits.
+    The penalties of those two are added once per pixel, in _finish. Added here and taken away
+    again, they would cost a confident pixel all of its digits.
     """
     largest = for_classes(state.largest, TILE)
     own_class = for_classes(pixel.own, TILE)
     best_class = for_classes(state.best, TILE)
-    # Summed within the block first, lest sums over many classes lose their last digits.
+    # Summed within the block first: one sum over a thousand classes would lose its last digits.
     linear = tl.zeros_like(state.penalties)
     rest = tl.zeros_like(state.penalties)
     slope = tl.zeros_like(state.slopes)
@@ -230,7 +232,7 @@ def _add_penalties(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.c
 
 @triton.jit
 def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """The sum of all classes' penalties; saved: a and b in 16 bits each, sum of u_j for j != a."""
+    """(sum of penalties, 1, saved); saved are a and b in 16 bits each, and sum u_j for j != a."""
     own_is_best = pixel.own == state.best
     own_mu = tl.where(own_is_best, state.second - state.largest, state.largest - own)
     own_rho = load_entry(given.own_table, pixel.own, TILE)
@@ -244,14 +246,14 @@ def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr)
     if OPTIONS.saved:
         own_slope = OPTIONS.own_share * _penalty_slope(own_mu, own_rho, OPTIONS)
         slope = OPTIONS.other_share * slope - tl.where(own_is_best, 0.0, own_slope)
-        # The backward pass learns from it that the value is NaN.
+        # A NaN in the saved sum tells the backward pass that the loss of the pixel is NaN.
         slope = tl.where(loss == loss, slope, loss)
     return loss, tl.zeros_like(loss) + 1.0, (state.best | (state.runner_up << 16), slope)
 
 
 @triton.jit
 def _lookups(saved, pixel, TILE: tl.constexpr):
-    """The best class, the next and the pixel's own."""
+    """(best class, the next, the pixel's own), -1 where there is none."""
     classes, _ = saved
     best = tl.where(pixel.inside, classes & 0xFFFF, -1)
     runner_up = tl.where(pixel.inside, (classes >> 16) & 0xFFFF, -1)
@@ -260,7 +262,10 @@ def _lookups(saved, pixel, TILE: tl.constexpr):
 
 @triton.jit
 def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """Of u_k - [k = a] sum_{j != a} u_j - [k = b] u_a; NaN in all classes where the loss is NaN."""
+    """What the slopes u_k - [k = a] sum_{j != a} u_j - [k = b] u_a share.
+
+    Where the loss is NaN the scale is NaN, and with it the gradient of all classes.
+    """
     best, runner_up, own = _lookups(saved, pixel, TILE)
     largest, second, score = looked_up
     _, slope = saved
@@ -289,7 +294,7 @@ def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE:
 
 @triton.jit
 def _slope(factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """u_k, with what the largest and the next score receive from the others."""
+    """The gradient of a slot: u_k, and what a and b get from the margins of the other classes."""
     index = class_of(block, SLOT, TILE)
     rho = load_table(given.other_table, block, SLOT, TILE)
     mu = block.logits[SLOT] - factors.largest

@@ -1,16 +1,17 @@
 """What losses of a softmax share: its statistics, class weights, and the slope of its gradients.
 
-The backward pass needs the largest logit and log2 of the sum of 2^((z - largest) log2 e): their sum
-alone, the log-sum-exp, would lose the digits of every probability where all logits are large. Up to
-256 classes four bytes per pixel hold both. Five bits are the number of the bundle in which the
-backward pass finds the largest logit again. The logarithm, from 0 to log2 C, takes the other 27 in
-fixed point, as many digits as it has in float32. Of more classes the two numbers are saved as they
-are, and so for float64.
+The backward pass needs two statistics of a pixel: the largest logit, and the log2 of the sum of
+2^((z - largest) log2 e). Their sum alone, the log-sum-exp, would lose the digits of every
+probability where all logits are large. Up to 256 classes, four bytes per pixel hold both. Five bits
+are the number of the bundle in which the backward pass finds the largest logit again. The other 27
+hold the logarithm, from 0 to log2 C, in fixed point, with as many digits as it has in float32. With
+more classes, and in float64, the two numbers are saved as they are.
 
-Interpolated logits are nowhere to be found again: to look for the largest would take a second pass
-over the classes. Of those log-sum-exp is saved alone, 4 bytes per pixel, which is off by 2^-24 of
-itself, as is every probability times log-sum-exp: 2e-6 where the logits are about 30. That is what
-the interpolation itself rounds off the logits. A second number would double the memory per pixel.
+Of interpolated logits the log-sum-exp is saved alone, four bytes per pixel. They are in no memory,
+and to find the largest again would take a second pass over the classes. Rounded to float32, the
+log-sum-exp is off by up to 2^-24 of itself, and every probability is off by as much: 2e-6 if the
+logits are about 30. The interpolation rounds the logits themselves by that much. A second number
+would end this, and double the memory per pixel.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ from .._engine.planes import compute_dtype
 _LOWEST = tl.constexpr(-3.0e38)
 _NO_CLASS = tl.constexpr(1 << 30)
 _PACKED_CLASSES = tl.constexpr(256)
-_ONE = tl.constexpr(2.0**24)  # of the fixed point
+_ONE = tl.constexpr(2.0**24)  # 1 in fixed point
 _MOST = tl.constexpr(2.0**27 - 8)  # float32 has no number between it and 2^27
-_NAN = tl.constexpr((1 << 27) - 1)
-_BUNDLES = tl.constexpr(32)
+_NAN = tl.constexpr((1 << 27) - 1)  # all 27 bits: stands for NaN
+_BUNDLES = tl.constexpr(32)  # as many numbers as five bits hold
 
 
 def softmax_saves(logits: torch.Tensor, interpolated: bool) -> tuple[torch.dtype, ...]:
-    """The dtypes of what is saved: one number, or the largest logit and log2 of the sum."""
+    """The dtypes of the saved maps: both statistics in one number, or one after the other."""
     if interpolated:
         return (compute_dtype(logits.dtype),)
     if logits.size(1) <= _PACKED_CLASSES.value and logits.dtype != torch.float64:
@@ -55,22 +56,22 @@ def softmax_saves(logits: torch.Tensor, interpolated: bool) -> tuple[torch.dtype
 
 
 class SoftmaxState(NamedTuple):
-    """The statistics so far."""
+    """The statistics so far: [pixels], or [pixels, lanes]."""
 
     largest: Any
-    bundle: Any  # a class of the one that the largest is in
+    bundle: Any  # the first class of a slot of the bundle that holds the largest
     total: Any  # sum of 2^((z - largest) log2 e)
 
 
 class SoftmaxStatistics(NamedTuple):
-    """The statistics of a pixel."""
+    """The statistics of each pixel, [pixels]."""
 
     largest: Any
-    log_sum: Any  # log2 of the sum
+    log_sum: Any  # log2 of the sum of 2^((z - largest) log2 e)
 
 
 class SoftmaxFactors(NamedTuple):
-    """Of a pixel's gradient A p_k - B y_k - D w_k."""
+    """The factors of a pixel's gradient A p_k - B y_k - D w_k."""
 
     largest: Any
     log_sum: Any
@@ -82,7 +83,7 @@ class SoftmaxFactors(NamedTuple):
 
 @triton.jit
 def softmax_start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """No class yet."""
+    """The statistics before the first class."""
     return SoftmaxState(
         largest=nothing_yet(_LOWEST, TILE), bundle=no_class_yet(TILE), total=nothing_yet(0.0, TILE)
     )
@@ -121,7 +122,7 @@ def softmax_of_lanes(state, TILE: tl.constexpr):
 
 @triton.jit
 def softmax_saved(state, statistics, TILE: tl.constexpr):
-    """What is saved of each pixel."""
+    """What is saved of each pixel: a tuple of one or two maps, [pixels] each."""
     if TILE.bundle == 0:
         saved = (statistics.largest * LOG2_E + statistics.log_sum,)
     elif TILE.classes > _PACKED_CLASSES or TILE.double:
@@ -129,7 +130,7 @@ def softmax_saved(state, statistics, TILE: tl.constexpr):
     else:
         is_largest = state.largest == for_classes(statistics.largest, TILE)
         bundle = smallest_of_lanes(tl.where(is_largest, state.bundle, _NO_CLASS), TILE)
-        # The largest alone has a logarithm of 0: whatever is not at least that is no number.
+        # The sum is at least 1, for the largest logit: a logarithm that is not at least 0 is NaN.
         is_number = statistics.log_sum >= 0
         fixed = tl.minimum(statistics.log_sum * _ONE + 0.5, _MOST)
         fixed = tl.where(is_number, tl.where(is_number, fixed, 0.0).to(tl.int32), _NAN)
@@ -140,7 +141,7 @@ def softmax_saved(state, statistics, TILE: tl.constexpr):
 
 @triton.jit
 def softmax_bundles(saved, pixel, TILE: tl.constexpr):
-    """The bundle with the largest logit, if that is not saved itself."""
+    """The number of the bundle with the largest logit, unless that logit itself is saved."""
     if TILE.bundle == 0 or TILE.classes > _PACKED_CLASSES or TILE.double:
         bundles = ()
     else:
@@ -151,7 +152,7 @@ def softmax_bundles(saved, pixel, TILE: tl.constexpr):
 
 @triton.jit
 def softmax_again(saved, looked_up, pixel, TILE: tl.constexpr):
-    """The statistics of each pixel, out of what is saved and the largest logits of its bundles."""
+    """The statistics of each pixel, from what is saved and the largest logit of its bundle."""
     dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
     if TILE.bundle == 0:
         (log_sum,) = saved
@@ -172,7 +173,7 @@ def softmax_again(saved, looked_up, pixel, TILE: tl.constexpr):
 
 @triton.jit
 def surprise(statistics, logit):
-    """-log p of a logit."""
+    """-log p of each pixel's ``logit``, [pixels]."""
     return statistics.log_sum * LN_2 + (statistics.largest - logit)
 
 
@@ -193,7 +194,7 @@ def softmax_factors(statistics, pixel, all_classes, own_class, smooth, TILE: tl.
 def softmax_slope(
     factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE: tl.constexpr
 ):
-    """A p_k - B y_k - D w_k."""
+    """The gradient of a slot's logits: A p_k - B y_k - D w_k."""
     scaled = (block.logits[SLOT] - factors.largest) * LOG2_E
     gradient = tl.exp2(scaled - factors.log_sum) * factors.all_classes
     is_own = class_of(block, SLOT, TILE) == factors.own
@@ -221,7 +222,7 @@ def class_weight(given, block, SLOT: tl.constexpr, OPTIONS: tl.constexpr, TILE: 
 
 @triton.jit
 def own_weight(pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """The weight of each pixel's own class, [pixels]; 1 if there are none."""
+    """The weight of each pixel's own class, [pixels]; 1 if there are no weights."""
     if OPTIONS.weighted:
         result = load_entry(given.own_table, pixel.own, TILE)
     else:

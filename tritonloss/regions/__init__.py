@@ -1,1 +1,1 @@
-"""Region mutual information."""
+"""Losses of regions of pixels: region mutual information (RMI)."""

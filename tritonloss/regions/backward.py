@@ -1,7 +1,7 @@
 """Backward pass of region mutual information: which kernels it runs, on what, in which order.
 
-The gradient to the probabilities that the regions are made of, and from there to the logits. The
-mathematics is documented in region_mutual_information.py.
+The gradient of the probabilities that the regions are made of comes first, and the gradient of the
+logits is computed from it. The mathematics is documented in region_mutual_information.py.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def backward_pass(
     target: torch.Tensor,
     saved: Saved,
 ) -> torch.Tensor:
-    """The gradient to the logits, in their dtype and layout."""
+    """The gradient of the logits, in their dtype and layout."""
     grad_logits = torch.empty_like(logits)
 
     def prepare(plan: Plan) -> _Backward:
@@ -76,7 +76,7 @@ class _Backward(NamedTuple):
     plan: Plan
     gradient: _LagGradient | _DirectGradient
     rooms: _Rooms
-    expand: tuple[PreparedLaunch | None, ...]  # for what is in each of the rooms
+    expand: tuple[PreparedLaunch | None, ...]  # from each of the rooms to the logits
 
 
 def _backward(
@@ -105,7 +105,7 @@ def _backward(
 
 
 class _Share(NamedTuple):
-    """Some of the images with all classes, or some of the classes of the only image."""
+    """Some of the images with all classes, or some of the classes of a single image."""
 
     first_image: int
     images: int
@@ -118,26 +118,26 @@ class _Share(NamedTuple):
 
 
 class _Places(NamedTuple):
-    """Where a gradient goes: that of the waiting planes, and that of the last."""
+    """The memory for the gradient of the pooled maps: of the waiting planes, and of the last."""
 
     waiting: torch.Tensor
     last: torch.Tensor
 
 
 class _Rooms(NamedTuple):
-    """Where the gradient to the pooled maps stands until it is worked off.
+    """Where the gradient of the pooled maps is kept until the logits' is computed from it.
 
-    That of most images waits where the gradient to the logits of the last ones will stand, so that
-    only these take memory of their own. Of one image it is classes.
+    That of most images waits in the memory where the gradient of the last images' logits will be.
+    So only the last images take memory of their own. With one image it is the same for its classes.
     """
 
     waiting: _Share
     last: _Share
-    start: int  # where the room of the waiting starts in the gradient to the logits
-    size: int  # and how many of its elements it takes
+    start: int  # where the room of the waiting starts in the gradient of the logits
+    size: int  # how many elements of that gradient the room takes
 
     def made(self, plan: Plan, grad_logits: torch.Tensor) -> _Places:
-        """The rooms themselves; one for both if nothing waits."""
+        """The tensors of both rooms; the same one twice if nothing waits."""
         shape = (self.last.planes, plan.rows, plan.columns)
         last = grad_logits.new_empty(shape, dtype=plan.arithmetic)
         if self.size == 0:
@@ -149,19 +149,20 @@ class _Rooms(NamedTuple):
 
 
 def _rooms(plan: Plan, grad_logits: torch.Tensor) -> _Rooms:
+    """The rooms of a plan; all planes are the last ones if none can wait."""
     images, classes = plan.images, plan.classes
     all_last = _Rooms(_Share(0, 0, 0, 0), _Share(0, images, 0, classes), 0, 0)
     axis = 0 if images > 1 else 1
     count = images if axis == 0 else classes
     others = classes if axis == 0 else 1
     size, pooled_size = others * plan.height * plan.width, others * plan.rows * plan.columns
-    # Logits that one pooled value takes the room of.
+    # The number of logits whose memory one pooled value takes.
     unit = plan.arithmetic.itemsize // grad_logits.dtype.itemsize
     first = count - -(-count * pooled_size * unit // (size + pooled_size * unit))
-    # From an address that is a multiple of 16 bytes, as those of tensors are.
+    # The room starts at a multiple of 16 bytes, as tensors do.
     start = -(-first * size // 8) * 8
     room = (count * size - start) // unit
-    # A small image's maps take little, and a second launch takes time.
+    # The maps of a small image take little memory, and a second launch would take time.
     if plan.options.small or grad_logits.stride(axis) != size:
         return all_last
     if not 0 < first * pooled_size <= room:
@@ -177,7 +178,7 @@ def _rooms(plan: Plan, grad_logits: torch.Tensor) -> _Rooms:
 
 
 class _LagGradient(NamedTuple):
-    """Interior and border, from one table of taps per border class."""
+    """The gradient of interior and border, with one table of taps per border class."""
 
     taps: PreparedLaunch
     taps_shape: tuple[int, int, int]
@@ -208,6 +209,7 @@ class _LagGradient(NamedTuple):
 
 
 def _lag_gradient(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -> _LagGradient:
+    """The launches of the gradient by correlation; ``arguments`` are those of both maps."""
     options, planes = plan.options, plan.planes
     region = options.region_size
     span = 2 * region - 1
@@ -241,7 +243,7 @@ def _lag_gradient(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -
 
 
 class _DirectGradient(NamedTuple):
-    """By every region of every pixel."""
+    """The gradient from every region of every pixel."""
 
     launch: PreparedLaunch
 
@@ -280,7 +282,7 @@ def _direct_gradient(
         "DROP": options.drops,
         "num_warps": 4,
     }
-    # All on the first axis of the grid, the only one that takes more than 65535.
+    # All programs are on the first axis of the grid: the others take at most 65535.
     grid = (plan.planes * blocks,)
     return _DirectGradient(PreparedLaunch(_rmi_direct_gradient_kernel, grid, {**arguments, **own}))
 
@@ -291,7 +293,7 @@ def _direct_gradient(
 def _expand_arguments(
     plan: Plan, logits: torch.Tensor, target: torch.Tensor, grad_logits: torch.Tensor
 ) -> dict[str, Any]:
-    """What the launches from maps to logits have in common."""
+    """The arguments that the launches from maps to logits have in common."""
     if plan.options.samples:
         size = plan.options.pool_size
         launch: dict[str, Any] = configuration_of(
@@ -316,7 +318,7 @@ def _expand_arguments(
 
 
 def _expand(plan: Plan, share: _Share, arguments: dict[str, Any]) -> PreparedLaunch | None:
-    """From a share's maps to its logits, with the cross entropy's gradient; None if it is empty."""
+    """The launch from a share's maps to its logits, with the cross entropy; None if it is empty."""
     if share.planes == 0:
         return None
     own = {
@@ -329,4 +331,5 @@ def _expand(plan: Plan, share: _Share, arguments: dict[str, Any]) -> PreparedLau
         grid: tuple[int, ...] = (share.images * plan.height, blocks)
         return PreparedLaunch(_rmi_sample_backward_kernel, grid, {**arguments, **own})
     grid = cell_grid(share.images, share.classes, plan.width, arguments)
-    return PreparedLaunch(_rmi_expand_kernel, grid, {**arguments, **own})
+    # Cells begin anywhere: they are moved pixel by pixel.
+    return PreparedLaunch(_rmi_expand_kernel, grid, {**arguments, **own}, aligned=False)

@@ -1,11 +1,11 @@
 """Device functions of region mutual information: what a region is made of.
 
 A map is read as two features per class, the residual e = p - y and the label y. Everything that the
-loss needs follows from their moments, and nothing cancels where the prediction is nearly right: e
-is taken from the logit as -sigmoid(-z) or sigmoid(z), never as a difference.
+loss needs follows from their moments. Nothing cancels where the prediction is nearly right: e is
+computed from the logit as -sigmoid(-z) or sigmoid(z), not as a difference.
 
-The features come from two pooled maps (POOLED), which hold sums over a pooling cell, or else from
-the logits and the labels themselves.
+The features come from two pooled maps (READING.pooled), which hold sums over a pooling cell, or
+else from the logits and the labels themselves.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class Reading(NamedTuple):
     """How features are read."""
 
     pooled: bool  # from two pooled maps, or else from logits and labels
-    ignored: int  # which label of those is ignored, as sanitised_label takes it
+    ignored: int  # the ignore label, as sanitised_label takes it
     centred: bool = False  # with p less its approximate mean in the place of y: see load_pair
-    middle: float = 0.0  # what is taken from labels
-    flat: bool = False  # the pixels of a row lie side by side in all maps
+    middle: float = 0.0  # what is subtracted from labels
+    flat: bool = False  # whether the pixels of a row lie side by side in all maps
 
 
 # --- what is known when it runs -------------------------------------------------------------------
 
 
 class Plane(NamedTuple):
-    """One channel of one image."""
+    """One class of one image, or the labels of an image."""
 
     pointer: Any
     row_stride: Any
@@ -53,18 +53,18 @@ class Features(NamedTuple):
 
     first: Any  # Plane of residuals, or of logits
     second: Any  # Plane of labels: pooled ones of the class, or the image's own
-    center: Any  # about the mean of p, where the reading is centred
+    center: Any  # the approximate mean of p, where the reading is centred
     channel: Any
     channels: Any
 
 
 class Seen(NamedTuple):
-    """What stands at some pixels or pooling cells."""
+    """What load_wide reads at some pixels or pooling cells."""
 
     e: Any  # the residual
     y: Any  # the label, or centred p - center
-    # The cross entropy is the first, less the logarithm of the second, and the third: what the
-    # second rounded away. The logarithms of many are one of their product.
+    # The cross entropy is excess - log(kept) + rest, where rest is what was rounded away in kept.
+    # The logarithms of many are the logarithm of their product.
     excess: Any
     kept: Any
     rest: Any
@@ -75,9 +75,9 @@ class Seen(NamedTuple):
 
 @triton.jit
 def plane_of(pointer, strides, image, channel, FLAT: tl.constexpr = False):
-    """The plane of a channel; label maps have the channel stride 0. FLAT: the columns' stride is 1.
+    """The plane of a class; label maps have the class stride 0.
 
-    Nothing else of the strides is known when a kernel is compiled.
+    FLAT says that the column stride is 1. No other stride is known when a kernel is compiled.
     """
     channel = tl.full((), 0, tl.int64) + channel  # which may be a constant
     pointer += image * strides[0] + channel * strides[1]
@@ -90,7 +90,7 @@ def features_of(
     first_ptr, second_ptr, first_strides, second_strides, plane, channels, center,
     READING: tl.constexpr,
 ):  # fmt: skip
-    """The features of a plane, counted through all classes of all images."""
+    """The features of a plane, by its number among all classes of all images."""
     channel = (plane % channels).to(tl.int32)
     image = plane // channels
     return Features(
@@ -104,7 +104,7 @@ def features_of(
 
 @triton.jit
 def pointer_to(plane, row, column, SHIFT: tl.constexpr = 0):
-    """Pointers to the pixels SHIFT columns beside (row, column), of which one at least is a block.
+    """Pointers to the pixels SHIFT columns beside (row, column); one of these two is a block.
 
     The shift is added to the pointer, so that it becomes a constant of the load instruction.
     """
@@ -119,7 +119,7 @@ def pointer_to(plane, row, column, SHIFT: tl.constexpr = 0):
 
 @triton.jit
 def load(pointer, mask):
-    """What stands there, 0 where masked; without a mask, None, two instructions less."""
+    """The values at pointers, 0 where masked out; mask None spares two instructions."""
     if mask is None:
         value = tl.load(pointer)
     else:
@@ -129,7 +129,7 @@ def load(pointer, mask):
 
 @triton.jit
 def load_label(target, row, column, mask, channels, IGNORED: tl.constexpr, SHIFT: tl.constexpr = 0):
-    """Class indices, -1 for pixels that are masked, ignored or out of range."""
+    """Class indices, -1 for pixels that are masked out, ignored or out of range."""
     pointer = pointer_to(target, row, column, SHIFT)
     if mask is None:
         label = tl.load(pointer)
@@ -141,13 +141,13 @@ def load_label(target, row, column, mask, channels, IGNORED: tl.constexpr, SHIFT
 
 @triton.jit
 def load_scaled(logits, row, column, mask, dtype: tl.constexpr, SHIFT: tl.constexpr = 0):
-    """Logits over log 2: what the powers of two below want."""
+    """The logits times log2(e), for powers of two; 0 where masked out."""
     return load(pointer_to(logits, row, column, SHIFT), mask).to(dtype) * LOG2_E
 
 
 @triton.jit
 def sigmoid_pair(u):
-    """(larger, smaller) of the sigmoids of u log 2 and -u log 2, both precise."""
+    """(larger, smaller) of the sigmoids of z and -z, for u = z log2(e); both precise."""
     t = tl.exp2(-tl.abs(u))
     smaller = t * inverse(1.0 + t)
     return 1.0 - smaller, smaller
@@ -155,10 +155,11 @@ def sigmoid_pair(u):
 
 @triton.jit
 def complements(smaller):
-    """(1 - smaller, smaller), 1 in sum to the last digit where both are more than 1 / 1024.
+    """(1 - smaller, smaller), whose sum is exactly 1 where both are more than 1 / 1024.
 
-    Residuals p - y made of them lead back to the same p whatever the label. A constant map must not
-    look as if p depended on y: the inverse of its moments makes up to 1 / epsilon of that.
+    A residual p - y made of them gives the same p back whatever the label. Otherwise a constant map
+    would look as if p depended on y, and the inverse of its moments would make that up to
+    1 / epsilon times as large.
     """
     larger = 1.0 - smaller
     return larger, tl.where(smaller > 1.0 / 1024, 1.0 - larger, smaller)
@@ -166,7 +167,7 @@ def complements(smaller):
 
 @triton.jit
 def consistent_residual(u, positive):
-    """The residual p - y of a scaled logit, from complements."""
+    """The residual p - y of a scaled logit, made of ``complements``."""
     _, smaller = sigmoid_pair(u)
     larger, smaller = complements(smaller)
     wrong = tl.where((u >= 0) != positive, larger, smaller)
@@ -175,7 +176,7 @@ def consistent_residual(u, positive):
 
 @triton.jit
 def residual_of(u, label, channel):
-    """(residual p - y, slope p (1 - p)) of a scaled logit; no residual under an invalid label."""
+    """(residual p - y, slope p (1 - p)) of a scaled logit; residual 0 under an invalid label."""
     larger, smaller = sigmoid_pair(u)
     positive = label == channel
     wrong = tl.where((u >= 0) != positive, larger, smaller)
@@ -184,10 +185,11 @@ def residual_of(u, label, channel):
 
 @triton.jit
 def miss_of(u, positive):
-    """(|p - y|, v if > 0, 1 + 2^-|v|, what that sum rounded away), v = u or, where positive, -u.
+    """(|p - y|, max(v, 0), 1 + 2^-|v|, what that sum rounded away), v = u or, where positive, -u.
 
-    The cross entropy is log 2 times the second, and the logarithm of the third, and the fourth: so
-    the sum of many takes a single logarithm, of a product. All of it is nothing for u = -inf.
+    The cross entropy is log 2 times the second, plus the logarithm of the third, plus the fourth.
+    The sum of many therefore takes a single logarithm, of a product. For u = -inf, not positive,
+    the residual and the cross entropy are 0.
     """
     v = tl.where(positive, -u, u)
     t = tl.exp2(-tl.abs(v))
@@ -199,7 +201,7 @@ def miss_of(u, positive):
 
 @triton.jit
 def load_features(features, row, column, mask, READING: tl.constexpr, SHIFT: tl.constexpr = 0):
-    """(residual, label) of pixels or pooling cells SHIFT columns beside, 0 where masked out."""
+    """(residual, label) of pixels or pooling cells SHIFT columns beside; 0 where masked out."""
     first, second = features.first, features.second
     dtype: tl.constexpr = tl.float64 if first.pointer.dtype.element_ty == tl.float64 else tl.float32
     if READING.pooled:
@@ -215,10 +217,11 @@ def load_features(features, row, column, mask, READING: tl.constexpr, SHIFT: tl.
 
 @triton.jit
 def load_pair(features, row, column, mask, READING: tl.constexpr, SHIFT: tl.constexpr = 0):
-    """(residual, label), or centred (residual, p - center): what the moments are taken of.
+    """(residual, label), or (residual, p - center) if centred: what the moments are taken of.
 
-    Sums in float32 need the second form: with the residual and p apart no digits are lost where p
-    is nearly y, and about the centre none where p is nearly constant.
+    Sums in float32 need the second form. Since the residual and p are summed apart, no digits are
+    lost where p is nearly y; since p is summed about the centre, none are where it is nearly
+    constant.
     """
     if READING.pooled:
         e, y = load_features(features, row, column, mask, READING, SHIFT)
@@ -246,7 +249,7 @@ def load_pair(features, row, column, mask, READING: tl.constexpr, SHIFT: tl.cons
 
 @triton.jit
 def with_sign(x, signed):
-    """X in float64, but -x where signed in float32 is negative: one instruction."""
+    """The float64 x, or -x where the float32 ``signed`` is negative: one instruction."""
     sign = signed.to(tl.int32, bitcast=True) & -0x80000000
     result = x.to(tl.int64, bitcast=True) ^ (sign.to(tl.int64) << 32)
     return result.to(tl.float64, bitcast=True)
@@ -254,10 +257,10 @@ def with_sign(x, signed):
 
 @triton.jit
 def load_wide(features, row, column, READING: tl.constexpr, SHIFT: tl.constexpr = 0):
-    """What sums in float64 are taken of, and the cross entropy; centred or pooled as load_pair.
+    """What lag sums are taken of, and the cross entropy: Seen. Centred or pooled as load_pair.
 
-    Of logits p is 1/2 and what float64 holds of its distance from there: the same whatever the
-    label, as of complements, and with all digits of the residual p - y, for fewer instructions.
+    For logits, p is 1/2 plus its distance from 1/2, held in float64. It is the same whatever the
+    label, as of ``complements``, and the residual p - y keeps all digits, in fewer instructions.
     """
     first = features.first
     if READING.pooled:
@@ -298,7 +301,7 @@ def load_wide(features, row, column, READING: tl.constexpr, SHIFT: tl.constexpr 
 
 @triton.jit
 def load_slope(features, row, column, READING: tl.constexpr, SHIFT: tl.constexpr = 0):
-    """(residual, label, slope p (1 - p)); none of these under an invalid label, nor of a cell."""
+    """(residual, label, slope p (1 - p)), 0 under an invalid label; the slope is 0 for cells."""
     first = features.first
     if READING.pooled:
         residual, y = load_features(features, row, column, None, READING, SHIFT)
@@ -323,7 +326,7 @@ def load_slope(features, row, column, READING: tl.constexpr, SHIFT: tl.constexpr
 
 @triton.jit
 def logit_gradient(u, label, channel, grad_probability, entropy_scale):
-    """The gradient to logits from the one to p, and from the cross entropy, scale (p - y)."""
+    """The gradient of logits: that of p times the slope, and entropy_scale (p - y)."""
     residual, slope = residual_of(u, label, channel)
     value = grad_probability * slope + entropy_scale * residual
     return tl.where(label >= 0, value, 0.0)
@@ -331,7 +334,7 @@ def logit_gradient(u, label, channel, grad_probability, entropy_scale):
 
 @triton.jit
 def store_logit_gradient(pointer, value, mask):
-    """To 16 bits by way of float32: the interpreter does not round float64 to bfloat16."""
+    """Store a gradient, by way of float32: the interpreter cannot round float64 to bfloat16."""
     if pointer.dtype.element_ty != tl.float64:
         value = value.to(tl.float32)
     tl.store(pointer, value, mask=mask)

@@ -1,7 +1,7 @@
 """Forward pass of region mutual information: which kernels it runs, on what, in which order.
 
-Logits and labels are read into maps and a cross entropy, the maps become moments, and the head
-makes the loss of both. The mathematics is documented in region_mutual_information.py.
+Logits and labels are read into maps and a cross entropy. Moments are computed from the maps, and
+the head computes the loss from both. The mathematics is documented in region_mutual_information.py.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class _Forward(NamedTuple):
 
 
 def _forward(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Forward:
+    """The steps of a plan."""
     moments: _LagMoments | _DirectMoments
     if plan.is_direct:
         moments = _direct_moments(plan, logits, target)
@@ -77,7 +78,7 @@ def _forward(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Forward
 
 
 class _Maps(NamedTuple):
-    """What is made of logits and labels at their resolution."""
+    """What is computed from logits and labels at their resolution."""
 
     residual: torch.Tensor  # [N, C, h, w], or empty
     labels: torch.Tensor  # [N, C, h, w] float16, or empty
@@ -86,11 +87,11 @@ class _Maps(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """Makes the maps and the cross entropy, in one launch."""
+    """The step that computes the maps and the cross entropy, in one launch."""
 
     plan: Plan
-    launch: PreparedLaunch | None  # none where those who take the moments read the logits
-    programs: int  # that leave partial sums of the cross entropy
+    launch: PreparedLaunch | None  # None where the kernels of the moments read the logits
+    programs: int  # how many leave partial sums of the cross entropy
 
     def run(self, logits: torch.Tensor, target: torch.Tensor) -> _Maps:
         plan = self.plan
@@ -108,7 +109,7 @@ class _Read(NamedTuple):
 
 
 def _read(plan: Plan, logits: torch.Tensor, target: torch.Tensor, programs: int) -> _Read:
-    """``programs``: of those who take the moments, how many leave partial sums."""
+    """The step before the moments, of which ``programs`` leave sums of the cross entropy."""
     if programs > 0:
         return _Read(plan, None, programs)
     arguments = {
@@ -130,7 +131,8 @@ def _read(plan: Plan, logits: torch.Tensor, target: torch.Tensor, programs: int)
         cells = cell_arguments("rmi_pool", plan, logits)
         cells["FLAT"] = is_flat(logits, target)
         grid = cell_grid(plan.images, plan.classes, plan.width, cells)
-        pool = PreparedLaunch(_rmi_pool_kernel, grid, {**arguments, **cells})
+        # Cells begin anywhere: they are moved pixel by pixel.
+        pool = PreparedLaunch(_rmi_pool_kernel, grid, {**arguments, **cells}, aligned=False)
         return _Read(plan, pool, math.prod(grid))
     if plan.has_maps:
         return _sample(plan, logits, arguments)
@@ -141,6 +143,7 @@ def _read(plan: Plan, logits: torch.Tensor, target: torch.Tensor, programs: int)
 
 
 def _sample(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -> _Read:
+    """The step that reads cells at a place; its first programs add up the cross entropy."""
     size = plan.options.pool_size
     launch = configuration_of("rmi_sample", plan, logits, size, LANES=128, num_warps=2)
     blocks = triton.cdiv(plan.columns, int(launch["LANES"]))
@@ -157,7 +160,7 @@ def _sample(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -> _Rea
 
 
 def _strips(plan: Plan, lanes: int, rows: int) -> int:
-    """How many strips of rows and lanes the images have."""
+    """The number of strips, of ``rows`` rows and ``lanes`` columns, in all images."""
     down, across = -(-plan.height // rows), -(-plan.width // lanes)
     return plan.images * down * across
 
@@ -166,7 +169,7 @@ def _strips(plan: Plan, lanes: int, rows: int) -> int:
 
 
 class _Moments(NamedTuple):
-    """The moments of all planes, and what they were taken of."""
+    """The moments of all planes, and what they were taken about and over."""
 
     matrices: torch.Tensor  # [N * C, chunks, 2 d + 1, 2 d + 1] float64, or cells of lag sums
     center: torch.Tensor  # [N * C], or empty: the moments are not centred
@@ -174,9 +177,9 @@ class _Moments(NamedTuple):
 
 
 class _LagMoments(NamedTuple):
-    """By lag sums over the core and over the lines and corners of the frame.
+    """Moments by lag sums, over the core and over the lines and corners of the frame.
 
-    Of logits they are the cross entropy's, too.
+    Where these kernels read logits, they add up the cross entropy too.
     """
 
     plan: Plan
@@ -185,7 +188,7 @@ class _LagMoments(NamedTuple):
     frame: PreparedLaunch
     sums_shape: tuple[int, int, int]
     cells_shape: tuple[int, int, int]
-    programs: int  # that leave partial sums of the cross entropy
+    programs: int  # how many leave partial sums of the cross entropy
 
     def run(self, first: torch.Tensor, second: torch.Tensor, maps: _Maps) -> _Moments:
         planes = self.plan.planes if self.reading.centred else 0
@@ -215,6 +218,7 @@ class _LagMoments(NamedTuple):
 
 
 def _lag_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _LagMoments:
+    """The step that sums by lags: the launch over the core, and that over the frame."""
     region = plan.options.region_size
     span = 2 * region - 1
     lags = 4 * region * span + 2
@@ -225,7 +229,7 @@ def _lag_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Lag
     bands = triton.cdiv(plan.rows - span + 1, strip.rows)
     blocks = triton.cdiv(plan.columns - span + 1, strip.lanes * strip.columns)
     strips = bands * blocks
-    # Larger regions have more lags, and more corners, than the registers of one warp are for.
+    # Larger regions have too many lags and corners for the registers of one warp.
     depth, warps = (region, 1) if region < 4 else (1, 4 if region > 4 and plan.has_maps else 2)
     line = strip._replace(depth=depth, columns=1, lanes=32 * warps, rows=1)
     lines = (4 * (region - 1) + strip.spare + 1) * (region // line.depth)
@@ -234,7 +238,7 @@ def _lag_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Lag
     reading = arguments["READING"]._replace(centred=centred, middle=middle)
     arguments |= {"height": plan.rows, "width": plan.columns, "READING": reading}
     arguments |= {"parts": programs}
-    # All sums of a region of 4 would not fit the registers: two programs for each strip.
+    # From a region of 4 on, not all sums fit the registers: each strip has two programs.
     grid = (plan.planes, bands, blocks if region < 4 else 2 * blocks)
     core = {**arguments, "bands": bands, **launch}
     frame = {**arguments, "strips": strips, "STRIP": line, "num_warps": warps}
@@ -250,7 +254,7 @@ def _lag_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Lag
 
 
 def _sums_in_double(plan: Plan, device: torch.device) -> bool:
-    """Whether lag sums are float64: where the GPU is slow at that (1/64), they are float32.
+    """Whether lag sums are float64: not where the GPU is slow at it, with 1/64 of its speed.
 
     The data-centre GPUs of NVIDIA (8.0, 9.0, 10.0) and of AMD (gfx9) are fast.
     """
@@ -263,7 +267,7 @@ def _sums_in_double(plan: Plan, device: torch.device) -> bool:
 
 
 class _DirectMoments(NamedTuple):
-    """By all products of all regions."""
+    """Moments by all products of all regions."""
 
     plan: Plan
     regions: PreparedLaunch | None  # which of them are kept
@@ -289,6 +293,7 @@ class _DirectMoments(NamedTuple):
 
 
 def _direct_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _DirectMoments:
+    """The step that forms every product of every region, or of those that are kept."""
     rows, columns = plan.region_rows, plan.region_columns
     chunks = min(16, triton.cdiv(rows * columns, 1024))
     shared = {"window_rows": rows, "window_columns": columns}
@@ -327,7 +332,7 @@ def _direct_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _
 
 
 class _Head(NamedTuple):
-    """Makes the loss of moments and cross entropy, and what the gradient needs of the matrices."""
+    """The step from moments and cross entropy to the loss, and to the weights of the gradient."""
 
     plan: Plan
     launch: PreparedLaunch
@@ -357,6 +362,7 @@ class _Head(NamedTuple):
 
 
 def _head(plan: Plan, parts: int, form: dict[str, Any]) -> _Head:
+    """The last step, for so many partial sums of the cross entropy and moments of a form."""
     options = plan.options
     warps = {1: 1, 5: 4}.get(options.region_size, 2)
     in_double = plan.arithmetic == torch.float64
@@ -372,7 +378,7 @@ def _head(plan: Plan, parts: int, form: dict[str, Any]) -> _Head:
         "REGION": options.region_size,
         "CELL": options.cell,
         "MEAN": options.moments == "mean",
-        # More in float64, or ptxas stops at 96 registers and spills two.
+        # Larger in float64, where ptxas otherwise takes no more than 96 registers and spills two.
         "BLOCK": (1024 if in_double and warps == 2 else 512) * warps,
         "num_warps": warps,
         "enable_fp_fusion": True,

@@ -1,13 +1,13 @@
-"""Kernels of region mutual information: the gradient to the probabilities of the (pooled) maps.
+"""Kernels of region mutual information: the gradient of the probabilities of the (pooled) maps.
 
-A pixel takes part in up to R^2 regions. With the weights K1 (residuals) and K2 (labels) of the
-head, its gradient is a correlation of the maps with their sums along equal lags, (2R - 1)^2 taps
-per feature; near the border some of a pixel's regions do not exist, so that there are (2R - 1)^2
-tables of taps, one for each combination of row and column class. The interior has one table for
-all.
+A pixel is in up to R^2 regions. Its gradient is a correlation of the maps with taps, (2R - 1)^2 for
+each feature. The taps are sums, along equal lags, of the head's weights K1 (of residuals) and K2
+(of labels). Near the border some of a pixel's regions do not exist. So there are (2R - 1)^2 tables
+of taps, one for each combination of the kinds of rows and columns (_border_class). All pixels of
+the interior share one table.
 
-Without pooling the gradient goes through the sigmoid at once, the cross entropy is added, and what
-is written is the gradient to the logits; else the gradient to the pooled probabilities.
+Without pooling the gradient goes through the sigmoid at once, that of the cross entropy is added,
+and the gradient of the logits is stored; else the gradient of the pooled probabilities.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .features import (
 
 @triton.jit
 def _out_plane(out_ptr, rest_ptr, strides, split, plane, features, READING: tl.constexpr):
-    """The plane that a gradient goes to; those of maps stand in two rooms, one after another."""
+    """The plane that a gradient goes to; of maps, those from `split` on are in rest_ptr."""
     if READING.pooled:
         is_rest = plane >= split
         pointer = tl.where(is_rest, rest_ptr, out_ptr)
@@ -50,7 +50,7 @@ def _out_plane(out_ptr, rest_ptr, strides, split, plane, features, READING: tl.c
 def _store_gradient(
     out, value, features, row, column, mask, entropy_scale, READING: tl.constexpr,
 ):  # fmt: skip
-    """The gradient to pooled probabilities as it is; the one to full probabilities made logits'."""
+    """Store a gradient: of pooled probabilities as it is, else as the gradient of the logits."""
     if not READING.pooled:
         first = features.first
         dtype: tl.constexpr = (
@@ -89,13 +89,13 @@ def _border_class(place, size, regions, REGION: tl.constexpr):
 def _rmi_taps_kernel(
     grad_loss_ptr,  # []
     weights_ptr,  # [N * C, 2 R^2 + 1, R^2] float64: for residuals, for labels, and constants
-    taps_ptr,  # [N * C, (2R - 1)^2, 2 (2R - 1)^2 + 1]: per border class, taps and constant
+    taps_ptr,  # [N * C, (2R - 1)^2, 2 (2R - 1)^2 + 1]: for each border class taps and constant
     images,
     rmi_weight,
     REGION: tl.constexpr,
     CELL: tl.constexpr,
 ):
-    """Weights summed along lags, over the regions that exist; with all that scales the gradient."""
+    """Sums the weights along lags, over the regions that exist, and scales them as the gradient."""
     SPAN: tl.constexpr = 2 * REGION - 1
     AREA: tl.constexpr = REGION * REGION
     TAPS: tl.constexpr = SPAN * SPAN
@@ -140,7 +140,7 @@ def _rmi_interior_kernel(
     first_ptr,  # residuals [N, C, h, w], or logits
     second_ptr,  # labels [N, C, h, w], or target [N, h, w]
     taps_ptr,  # as in _rmi_taps_kernel
-    out_ptr,  # gradient to the pooled probabilities of the first planes, or to the logits
+    out_ptr,  # gradient of the pooled probabilities of the first planes, or of the logits
     rest_ptr,  # that of the planes from `split` on
     first_strides,
     second_strides,
@@ -152,9 +152,10 @@ def _rmi_interior_kernel(
     STRIP: tl.constexpr,
     READING: tl.constexpr,
 ):
-    """Pixels whose regions all exist: each row read feeds 2R - 1 unfinished rows in registers.
+    """Gradient of pixels whose regions all exist: a row read feeds 2R - 1 unfinished rows.
 
-    A lane has a chunk of columns. With several, sigmoids are kept until their row is finished.
+    Unfinished rows are in registers. A lane has a chunk of columns; if these are several, residuals
+    and slopes are kept until their row is finished.
     """
     dtype: tl.constexpr = statistics_ptr.dtype.element_ty
     REGION: tl.constexpr = STRIP.region
@@ -181,6 +182,7 @@ def _rmi_interior_kernel(
 
     rows = tl.minimum(STRIP.rows, height - REGION + 1 - first_row)
     for i in tl.range(0, rows + 2 * (REGION - 1)):
+        # feed a row to all unfinished rows that it belongs to
         row = first_row + i - (REGION - 1)
         own = ()
         for s in tl.static_range(SPAN - 1 + COLUMNS):
@@ -198,6 +200,7 @@ def _rmi_interior_kernel(
                 else:
                     fed = fed + (pending[q],)
             pending = fed
+        # store the row that is finished
         done = row - (REGION - 1)
         end = tl.where(i >= 2 * (REGION - 1), width - REGION + 1, 0)
         kept = own + kept
@@ -210,6 +213,7 @@ def _rmi_interior_kernel(
             else:
                 value = pending[v]
                 _store_gradient(out, value, features, done, place, mask, entropy_scale, READING)
+        # make room for the next row
         rest = ()
         for q in tl.static_range(COLUMNS, SPAN * COLUMNS):
             rest = rest + (pending[q],)
@@ -242,7 +246,7 @@ def _rmi_border_kernel(
     LANES: tl.constexpr,
     READING: tl.constexpr,
 ):
-    """Pixels of the frame: first its full rows, then what its columns have besides."""
+    """Gradient of the pixels of the frame: its full rows, then the rest of its columns."""
     SPAN: tl.constexpr = 2 * REGION - 1
     TAPS: tl.constexpr = SPAN * SPAN
     BAND: tl.constexpr = 2 * (REGION - 1)
@@ -253,6 +257,7 @@ def _rmi_border_kernel(
     out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
 
+    # where the program's pixels are: rows first, then what columns have beside them
     pixel = tl.program_id(1) * LANES + tl.arange(0, LANES)
     in_rows = BAND * width
     beside = pixel - in_rows
@@ -303,9 +308,9 @@ def _rmi_direct_gradient_kernel(
     DROP: tl.constexpr,
     READING: tl.constexpr,
 ):
-    """Every region of every pixel, where regions are left out one by one or maps are small.
+    """Gradient from every region of every pixel, for regions left out one by one or small maps.
 
-    In float64: with few regions the matrices are nearly singular, and their weights large.
+    It is summed in float64: with few regions the matrices are nearly singular, and weights large.
     """
     dtype: tl.constexpr = statistics_ptr.dtype.element_ty
     AREA: tl.constexpr = REGION * REGION
@@ -320,6 +325,7 @@ def _rmi_direct_gradient_kernel(
     window_columns = width - REGION + 1
     weights = weights_ptr + plane * ((2 * AREA + 1) * AREA)
 
+    # region after region that holds the pixel: its weights times its features
     pixel = tl.program_id(0) % blocks * LANES + tl.arange(0, LANES)
     mask = pixel < height * width
     row = pixel // width

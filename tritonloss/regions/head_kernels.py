@@ -5,8 +5,8 @@ Per (image, class), with P = Y + E the predictions and everything centred and ov
     M = S_Y - S_YP (S_P + eps I)^-1 S_PY + eps I,       information = log det M / (2 d)
     d information / dP = (K1 E + K2 Y) / d,             K1 = A^T M^-1 A,  K2 = A^T M^-1 (A - I)
 
-with A = S_YP (S_P + eps I)^-1. P is eliminated first, which leaves A^T and M in its wake; then M,
-whose pivots give the determinant while M^-1 A and A^T M^-1 A are accumulated. No inverse is formed.
+with A = S_YP (S_P + eps I)^-1. P is eliminated first, which leaves A^T and M. Then M is eliminated:
+its pivots give the determinant, while M^-1 A and A^T M^-1 A are accumulated. No inverse is formed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .features import SIZES
 
 
 class Moments(NamedTuple):
-    """Sums over all regions: of products of two places, and of each place. Rows are the first."""
+    """Sums over all regions: of products of two places (row, column), and of each place."""
 
     ee: Any
     ey: Any
@@ -42,7 +42,7 @@ def _row_of(tile, is_row):
 
 @triton.jit
 def _pivot(tile, info, rows, columns, k, OFFSET: tl.constexpr):
-    """(row without its pivot, pivot, info): a pivot that is not positive is reported, and is 1."""
+    """(row without its pivot, pivot, info); one that is not positive is noted in info, and is 1."""
     row = _row_of(tile, rows == k)
     pivot = tl.sum(tl.where(columns == k, row, 0.0), 1)[:, None]
     fails = (pivot > 0) == 0
@@ -52,7 +52,7 @@ def _pivot(tile, info, rows, columns, k, OFFSET: tl.constexpr):
 
 @triton.jit
 def _of_matrix(moments_ptr, rows, columns, inside, chunks, AREA: tl.constexpr):
-    """The moments as they stand in a matrix, the chunks added up in order."""
+    """The moments from stored matrices, whose chunks are added up in order."""
     SIDE: tl.constexpr = 2 * AREA + 1
     zero = rows * 0 + columns * 0
     ee = zero.to(tl.float64)
@@ -87,11 +87,11 @@ def _of_cells(
     up, left = rows // REGION + zero, rows % REGION + zero
     down, right = columns // REGION + zero, columns % REGION + zero
     dy = tl.abs(down - up)
-    # Of two of a kind the upper is the older, and in one row the left.
+    # Of two residuals, or two labels, the upper is the older one, and in the same row the left one.
     turned = (down < up) | ((down == up) & (right < left))
     own = dy * SPAN + tl.where(turned, left - right, right - left) + REGION - 1
     own_cell = (tl.maximum(up, down) * SPAN + tl.where(turned, right, left)) * LAGS
-    # Of a residual and a label the upper is the older, and in one row the label.
+    # Of a residual and a label the upper is the older one, and in the same row the label.
     after = down > up
     mixed = dy * SPAN + tl.where(after, right - left, left - right) + REGION - 1
     mixed += tl.where(after, 3 * KIND, 2 * KIND)
@@ -103,7 +103,7 @@ def _of_cells(
     yy = ee
     e_sum = (rows * 0).to(tl.float64)
     y_sum = e_sum
-    # R x R cells, and the core's columns that its strips have left.
+    # R x R cells, and then the columns of the core that its strips have left.
     for k in tl.range(0, REGION * REGION + CELLS - SPAN * SPAN):
         is_cell = k < REGION * REGION
         place = k // REGION * SPAN + k % REGION
@@ -126,7 +126,7 @@ def _store_loss(
     loss_ptr, statistics_ptr, partials_ptr, parts, mutual, bce_weight, bce_smooth,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Stores the loss, and what the gradient of the cross entropy is multiplied by."""
+    """Store the loss, and the scale of the cross entropy's gradient."""
     lane = tl.arange(0, BLOCK)
     entropy = tl.zeros((BLOCK,), tl.float64)
     valid = tl.zeros((BLOCK,), tl.float64)
@@ -150,13 +150,13 @@ def _rmi_head_kernel(
     center_ptr,  # [N * C], if CENTRED: then p - center takes the place of y in the moments
     partials_ptr,  # [2, parts]: sums of the cross entropy and of the valid pixels
     info_ptr,  # [N * C] int32
-    weights_ptr,  # [N * C, 2 d + 1, d] float64: K1 / (d n), K2 / (d n), what centring takes away
+    weights_ptr,  # [N * C, 2 d + 1, d] float64: K1 / (d n), K2 / (d n), constants of the centring
     loss_ptr,  # []
     statistics_ptr,  # [1]: bce_weight / (V + bce_smooth)
     scratch_ptr,
     tickets_ptr,
     programs,
-    chunks,  # or of CELLS how many regions there are
+    chunks,  # of matrices; if CELLS > 0 the number of regions
     parts,
     images,
     epsilon,
@@ -171,9 +171,10 @@ def _rmi_head_kernel(
     MIDDLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """MIDDLE: what has been taken from labels. CELL: by how much the maps are to be divided.
+    """The loss and the weights of its gradient, from the moments of one (image, class).
 
-    BLOCK parts are added up at a time.
+    MIDDLE has been subtracted from labels; maps are to be divided by CELL; BLOCK partial sums are
+    added up at a time.
     """
     AREA: tl.constexpr = REGION * REGION
     SIDE: tl.constexpr = 2 * AREA + 1
@@ -191,7 +192,7 @@ def _rmi_head_kernel(
         matrices = moments_ptr + matrix * chunks * (SIDE * SIDE)
         moments = _of_matrix(matrices, rows, columns, inside, chunks, AREA)
 
-    # A constant becomes float32 unless it is made float64 here.
+    # Moments per region, centred. A constant becomes float32 unless it is made float64 here.
     cell = tl.full((1, 1), CELL, tl.float64)
     one = tl.full((1, 1), 1.0, tl.float64)
     scalar = tl.zeros((1, 1), tl.int32)
@@ -204,7 +205,7 @@ def _rmi_head_kernel(
     ee = (moments.ee / area - e_sum * tl.trans(e_sum) / regions) * scale
     ey = (moments.ey / area - e_sum * tl.trans(y_sum) / regions) * scale
     yy = (moments.yy / area - y_sum * tl.trans(y_sum) / regions) * scale
-    if CENTRED:  # what was read as y is p - center; with y = p - e:
+    if CENTRED:  # p - center was read in the place of y, and y = p - e
         pp = yy
         py = pp - tl.trans(ey)
         yy = pp - ey - tl.trans(ey) + ee
@@ -221,7 +222,7 @@ def _rmi_head_kernel(
     pp += ridge  # S_P + eps I
     m = yy + ridge  # to become M; py, S_PY, is to become A^T
     info = tl.zeros((1, 1), tl.int32)
-    for k in tl.range(0, AREA):
+    for k in tl.range(0, AREA):  # eliminate P
         row, pivot, info = _pivot(pp, info, rows, columns, k, 0)
         scaled = row / pivot
         column = tl.trans(scaled)
@@ -235,7 +236,7 @@ def _rmi_head_kernel(
     right = a  # to become M^-1 A
     product = tl.zeros((WIDTH, WIDTH), tl.float64)  # to become A^T M^-1 A
     pivots = tl.full((1, WIDTH), 1.0, tl.float64)
-    for k in tl.range(0, AREA):
+    for k in tl.range(0, AREA):  # eliminate M
         row, pivot, info = _pivot(m, info, rows, columns, k, AREA)
         pivots = tl.where(columns == k, pivot, pivots)
         scaled = row / pivot

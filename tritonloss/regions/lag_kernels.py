@@ -1,7 +1,7 @@
 """Kernels of region mutual information: lag sums over the core of a map and over its frame.
 
-Lags and cells are documented in lag_sums.py. Of logits these kernels add up the cross entropy,
-too: nothing else would read them.
+Lags and cells are documented in lag_sums.py. Where these kernels read logits, they add up the cross
+entropy too, since no other kernel reads all pixels.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def _add_core(
     features, out, size, first_row, block, KINDS: tl.constexpr, STRIP: tl.constexpr,
     READING: tl.constexpr,
 ):  # fmt: skip
-    """Stores lag sums of some kinds over a strip of the core; returns its cross entropy.
+    """The strip's cross entropy; stores lag sums of some kinds over a strip of the core.
 
-    The older R - 1 rows stay in registers. What the columns leave that are no whole number of
-    lanes' chunks is the frame kernel's.
+    The older R - 1 rows stay in registers. Columns beyond the last whole chunk are left to the
+    frame kernel.
     """
     element: tl.constexpr = features.first.pointer.dtype.element_ty
     dtype: tl.constexpr = tl.float64 if element == tl.float64 else tl.float32
@@ -44,7 +44,7 @@ def _add_core(
     height, width = size
     chunks = (width - 2 * REGION + 2) // COLUMNS
     chunk = block * LANES + tl.arange(0, LANES)
-    # Lanes beyond the core look at its last chunk: no load needs a mask.
+    # Lanes beyond the core read its last chunk, so that no load needs a mask.
     column = REGION - 1 + tl.minimum(chunk, chunks - 1) * COLUMNS
 
     older_e = ()
@@ -58,6 +58,7 @@ def _add_core(
     entropy = tl.zeros((LANES,), dtype)
     product = tl.full((LANES,), 1.0, tl.float64)
 
+    # row by row: its features, then its products with itself and with the rows above it
     rows = tl.minimum(STRIP.rows, height - REGION + 1 - first_row)
     for i in tl.range(0, rows):
         new_e = ()
@@ -85,7 +86,7 @@ def _add_core(
             row_y = row_y + (new_y[REGION - 1 + v],)
             row_wide = row_wide + (new_wide[REGION - 1 + v],)
         for k in tl.static_range((REGION - 1) * COLUMNS):
-            row_wide = row_wide + (older_y[k].to(total),)  # fewer registers than kept ones
+            row_wide = row_wide + (older_y[k].to(total),)  # takes fewer registers than keeping it
         older = Row(e=row_e + older_e, y=row_y + older_y, wide=row_wide)
         sums = with_products(sums, older, Row(e=new_e, y=new_y, wide=new_wide), KINDS, STRIP)
         older_e = ()
@@ -103,14 +104,14 @@ def _add_core(
 def _valid_of_core(
     features, size, first_row, block, STRIP: tl.constexpr, READING: tl.constexpr
 ):  # fmt: skip
-    """How many pixels of a strip are valid."""
+    """The number of valid pixels in a strip of the core."""
     LANES: tl.constexpr = STRIP.lanes
     height, width = size
     core = (width - 2 * STRIP.region + 2) // STRIP.columns * STRIP.columns
     rows = tl.minimum(STRIP.rows, height - STRIP.region + 1 - first_row)
     count = tl.zeros((LANES,), tl.int32)
     for i in tl.range(0, rows * STRIP.columns):
-        # Neighbouring lanes have neighbouring columns here.
+        # Neighbouring lanes have neighbouring columns here, not chunks.
         column = (block * STRIP.columns + i % STRIP.columns) * LANES + tl.arange(0, LANES)
         label = load_label(
             features.second, first_row + i // STRIP.columns, column + STRIP.region - 1,
@@ -122,7 +123,7 @@ def _valid_of_core(
 
 @triton.jit
 def _center(features, height, width, READING: tl.constexpr):
-    """The mean of p over 32 x 32 places: near the mean of all, and exact if p is constant."""
+    """The mean of p over 32 x 32 pixels: near the mean of all, and exact if p is constant."""
     place = tl.arange(0, 1024)
     row, column = place // 32 * height // 32, place % 32 * width // 32
     e, y = load_features(features, row, column, None, READING)
@@ -149,9 +150,10 @@ def _rmi_lags_kernel(
     STRIP: tl.constexpr,
     READING: tl.constexpr,
 ):
-    """Lag sums over the core. The products are float32, their sums float64, or float32 if centred.
+    """Lag sums over the core, in float64, or in float32 if centred.
 
-    Those of a region of 4 would not fit the registers: there a program has half of all kinds.
+    Those of labels with labels are float32 unless logits are float64: they are exact. From a region
+    of 4 on, not all sums fit the registers: a program has half of the kinds.
     """
     SPAN: tl.constexpr = 2 * STRIP.region - 1
     LAGS: tl.constexpr = 4 * STRIP.region * SPAN + 2
@@ -190,7 +192,7 @@ def _rmi_lags_kernel(
 
 @triton.jit
 def _cross_entropy(features, row, column, mask, READING: tl.constexpr):
-    """(cross entropy, whether valid) of pixels, nothing where masked."""
+    """(cross entropy, whether valid) of pixels; both are 0 where masked out."""
     element: tl.constexpr = features.first.pointer.dtype.element_ty
     dtype: tl.constexpr = tl.float64 if element == tl.float64 else tl.float32
     label = load_label(features.second, row, column, mask, features.channels, READING.ignored)
@@ -204,7 +206,7 @@ def _cross_entropy(features, row, column, mask, READING: tl.constexpr):
 def _add_line(
     features, cells, size, line, first_dy, STRIP: tl.constexpr, READING: tl.constexpr
 ):  # fmt: skip
-    """Stores lag sums over a line; returns its cross entropy and how many pixels are valid.
+    """(cross entropy, number of valid pixels) of a line, whose lag sums are stored.
 
     Lines are the rows and the columns of the frame, between its corners, and then the columns of
     the core that the strips leave.
@@ -217,12 +219,13 @@ def _add_line(
     SIDE: tl.constexpr = 2 * (REGION - 1)
     SPAN: tl.constexpr = 2 * REGION - 1
     LAGS: tl.constexpr = 4 * REGION * SPAN + 2
+    # where the line is, and the cell that its sums go to
     height, width = size
     is_row = line < SIDE
-    spare = line - 2 * SIDE  # which of the columns that are left; negative in the frame
+    spare = line - 2 * SIDE  # the number of a column that strips left; negative in the frame
     left = (width - SIDE) % (STRIP.spare + 1)
     f = tl.where(is_row, line, line - SIDE)
-    of_line = tl.where(f < REGION - 1, f, f + 1)  # its class
+    of_line = tl.where(f < REGION - 1, f, f + 1)  # the kind of its row or column
     across = tl.where(is_row, height, width)
     place = tl.where(f < REGION - 1, f, f - SIDE + across)
     place = tl.where(spare >= 0, width - REGION + 1 - left + spare, place)
@@ -231,6 +234,7 @@ def _add_line(
     cell = tl.where(is_row, of_line * SPAN + REGION - 1, (REGION - 1) * SPAN + of_line)
     cell = tl.where(spare >= 0, SPAN * SPAN + spare, cell)
 
+    # along the line: its features and those around it, their products
     sums = no_sums(ALL, STRIP, tl.float64, tl.float64)
     entropy = tl.zeros((LANES,), dtype)
     valid = tl.zeros((LANES,), tl.int32)
@@ -266,7 +270,7 @@ def _add_line(
 
 @triton.jit
 def _corners(size, REGION: tl.constexpr):
-    """(rows, columns, cells, which there are) of the corners of the frame."""
+    """(rows, columns, cells, whether it is one) of the pixels in the corners of the frame."""
     SIDE: tl.constexpr = 2 * (REGION - 1)
     height, width = size
     corner = tl.arange(0, triton.next_power_of_2(SIDE * SIDE))
@@ -280,7 +284,7 @@ def _corners(size, REGION: tl.constexpr):
 
 @triton.jit
 def _add_corners(features, cells, size, lag, REGION: tl.constexpr, READING: tl.constexpr):
-    """Stores some lags of all corners of the frame, which are single products."""
+    """Store some lags of all pixels in the corners of the frame, which are single products."""
     SPAN: tl.constexpr = 2 * REGION - 1
     PLAIN: tl.constexpr = 4 * REGION * SPAN
     width = size[1]
@@ -305,7 +309,7 @@ def _add_corners(features, cells, size, lag, REGION: tl.constexpr, READING: tl.c
 
 @triton.jit
 def _core_sum(lags_ptr, first, parts, lag, LAGS: tl.constexpr):
-    """The sum of some lags over all strips, whose sums stand from ``first`` on."""
+    """The sums of some lags over ``parts`` strips, whose sums are stored from ``first`` on."""
     core = tl.zeros((16, lag.shape[0]), tl.float64)
     for start in tl.range(0, parts, 16):
         part = start + tl.arange(0, 16)[:, None]
@@ -332,9 +336,9 @@ def _rmi_frame_kernel(
     STRIP: tl.constexpr,
     READING: tl.constexpr,
 ):
-    """A line of the frame for each program, and for the last one all corners and the core's sum.
+    """Lag sums of one line of the frame; the last program has all corners and the core's total.
 
-    Where a region is so large that a line has too many sums, each dy has programs of its own.
+    Where a line of a large region has too many sums, each dy has programs of its own.
     """
     REGION: tl.constexpr = STRIP.region
     LINES: tl.constexpr = 4 * (REGION - 1) + STRIP.spare
@@ -353,14 +357,14 @@ def _rmi_frame_kernel(
     dtype: tl.constexpr = partials_ptr.dtype.element_ty
     entropy = tl.zeros((1,), dtype)
     valid = tl.zeros((1,), tl.int32)
-    if line < LINES:
+    if line < LINES:  # a line
         if LINES > 0:
             of_line, count = _add_line(
                 features, cells, size, line, share * STRIP.depth, STRIP, READING
             )
             entropy += of_line.to(dtype)
             valid += count
-    else:
+    else:  # the corners, and the core's total in the middle cell
         BLOCK: tl.constexpr = 32 if REGION < 4 else 8  # larger regions have more corners
         for start in tl.range(share * BLOCK, LAGS, BLOCK * SHARES):
             lag = start + tl.arange(0, BLOCK)

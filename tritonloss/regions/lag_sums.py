@@ -1,18 +1,18 @@
 """Sums of products by the distance of their two pixels, which the moments of regions are made of.
 
-A region of R x R pixels holds R^2 residuals e and R^2 labels y. Their moments are sums over all
-regions of products of two pixels at a fixed distance, a lag (dy, dx) of which there are (2R - 1)^2:
-all pairs of one lag differ only in which pixels near the border they leave out. So each lag is
-summed once over the core of the map, and once over each row, each column and each corner of a frame
-R - 1 pixels wide: instead of 2 R^4 products per pixel 2 (2R - 1)^2.
+A region of R x R pixels holds R^2 residuals e and R^2 labels y. Their moments are sums, over all
+regions, of products of two pixels at a fixed distance: a lag (dy, dx), of which there are
+(2R - 1)^2. The moments of one lag differ only in which pixels near the border they leave out. So
+each lag is summed once over the core of the map, and once over each row, each column and each
+corner of a frame R - 1 pixels wide. That takes 2 (2R - 1)^2 products per pixel instead of 2 R^4.
 
-Cells: a product lies in the cell of its newer pixel's row and its older pixel's column. Rows fall
-into 2R - 1 classes, the R - 1 uppermost, all of the core, and the R - 1 lowest; so do columns. The
+Cells: a product belongs to the cell of its newer pixel's row and its older pixel's column. Rows are
+of 2R - 1 kinds: the R - 1 uppermost, all of the core, and the R - 1 lowest; so are columns. The
 regions that hold a pair of pixels at places (a, b) and (a', b') keep its products in the R x R
 cells from (a', b) on, so that a moment is a sum of R^2 cells; the head adds them up.
 
-Lags: four kinds of R x (2R - 1), older times newer: e e, y y, y e and e y, of which those with
-dy = 0 are there once; then the plain sums of e and of y.
+Lags: four kinds of R x (2R - 1), older times newer: e e, y y, y e and e y. Of those with dy = 0
+each product is there once. Then come the plain sums of e and of y.
 
 Where sums are float32, p less its approximate mean takes the place of y (load_pair).
 """
@@ -34,11 +34,11 @@ class Strip(NamedTuple):
     """The part of a map that a program goes through, known when a kernel is compiled."""
 
     region: int
-    depth: int  # how many dy at once: all R, or one
+    depth: int  # how many dy a program sums: all R, or one
     columns: int  # neighbouring ones that one lane owns
     lanes: int
     rows: int
-    spare: int  # columns of the core that its strips leave to lines, at the most
+    spare: int  # the most columns of the core that its strips leave to lines
 
 
 class Row(NamedTuple):
@@ -54,7 +54,7 @@ class Row(NamedTuple):
 
 @triton.jit
 def no_sums(KINDS: tl.constexpr, STRIP: tl.constexpr, total: tl.constexpr, labels: tl.constexpr):
-    """Sums of nothing, by lag, and last those of e and of y; ``labels`` is the dtype of y y."""
+    """Zeros as sums of each lag, and of e and y; ``labels`` is the dtype of the sums of y y."""
     COUNT: tl.constexpr = STRIP.depth * (2 * STRIP.region - 1)
     FIRST: tl.constexpr = 2 * COUNT if KINDS == CROSS else 0
     LAST: tl.constexpr = 2 * COUNT if KINDS == OWN else 4 * COUNT
@@ -72,8 +72,9 @@ def no_sums(KINDS: tl.constexpr, STRIP: tl.constexpr, total: tl.constexpr, label
 def with_products(sums, older, newer, KINDS: tl.constexpr, STRIP: tl.constexpr):
     """The sums with the products of a row and what is above it, for all columns of a lane.
 
-    Older are the lane's own columns, row by row upwards; newer those of the row itself with R - 1
-    more on both sides. Of its products with itself those that come twice are left out.
+    ``older`` are the lane's own columns, row by row upwards. ``newer`` are the columns of the row
+    itself, with R - 1 more on both sides. Products of the row with itself that would be there twice
+    are left out.
     """
     REGION: tl.constexpr = STRIP.region
     DEPTH: tl.constexpr = STRIP.depth
@@ -82,6 +83,7 @@ def with_products(sums, older, newer, KINDS: tl.constexpr, STRIP: tl.constexpr):
     COUNT: tl.constexpr = DEPTH * SPAN
     FIRST: tl.constexpr = 2 * COUNT if KINDS == CROSS else 0
     LAST: tl.constexpr = 2 * COUNT if KINDS == OWN else 4 * COUNT
+    # the sums of every lag, by kind, dy and dx
     result = ()
     for q in tl.static_range(FIRST, LAST):
         value = sums[q - FIRST]
@@ -105,6 +107,7 @@ def with_products(sums, older, newer, KINDS: tl.constexpr, STRIP: tl.constexpr):
                         older.e[(q - 3 * COUNT) // SPAN * COLUMNS + v] * newer.wide[q % SPAN + v]
                     )
         result = result + (value,)
+    # the plain sums, of the row itself
     e = sums[LAST - FIRST]
     y = sums[LAST - FIRST + 1]
     for v in tl.static_range(COLUMNS):
@@ -115,9 +118,9 @@ def with_products(sums, older, newer, KINDS: tl.constexpr, STRIP: tl.constexpr):
 
 @triton.jit
 def store_sums(pointer, sums, mine, first_dy, KINDS: tl.constexpr, STRIP: tl.constexpr):
-    """Stores the sums of all lanes that are ``mine``, in the order of their lags.
+    """Store the sums over all lanes that are ``mine``, in the order of their lags.
 
-    At once: a store for each would compile for minutes.
+    It is one store for all lags: one for each would take minutes to compile.
     """
     REGION: tl.constexpr = STRIP.region
     DEPTH: tl.constexpr = STRIP.depth

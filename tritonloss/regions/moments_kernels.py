@@ -1,9 +1,9 @@
 """Kernels of region mutual information: second moments of regions, from every product of each.
 
-The way of regions that are left out one by one (ignore="drop"), and of small maps; all others are
-summed by lags, in lag_sums.py.
+They are used where regions are left out one by one (ignore="drop"), and for small maps. All other
+moments are sums by lags (lag_sums.py).
 
-Result: per (image, class) a symmetric matrix of side 2 R^2 + 1, float64: e, y, and a constant 1.
+The result per (image, class) is a symmetric float64 matrix of side 2 R^2 + 1: e, y, a constant 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .features import (
 @triton.jit(do_not_specialize=SIZES)
 def _rmi_regions_kernel(
     target_ptr,  # touched [N, h, w], or labels
-    kept_ptr,  # [N, h - R + 1, w - R + 1]: whether the region takes part
+    kept_ptr,  # [N, h - R + 1, w - R + 1]: whether the region counts
     target_strides,
     channels,
     window_rows,
@@ -34,7 +34,7 @@ def _rmi_regions_kernel(
     IGNORED: tl.constexpr,
     POOLED: tl.constexpr,
 ):
-    """Regions that touch no invalid pixel."""
+    """Marks the regions that touch no invalid pixel."""
     image = (tl.program_id(0) // window_rows).to(tl.int64)
     row = tl.program_id(0) % window_rows
     column = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -70,7 +70,7 @@ def _rmi_direct_moments_kernel(
     DROP: tl.constexpr,
     READING: tl.constexpr,
 ):
-    """One row of the moments, over every chunks-th block of regions."""
+    """Sums one row of the moments, over every chunks-th block of regions."""
     AREA: tl.constexpr = REGION * REGION
     SIDE: tl.constexpr = 2 * AREA + 1
     WIDTH: tl.constexpr = triton.next_power_of_2(SIDE)

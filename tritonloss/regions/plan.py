@@ -1,7 +1,7 @@
 """The plan of a call: what it computes, on maps of which sizes and in which arithmetic.
 
-Plan, forward, backward: a pass asks for its launches by ``of_kind``, which makes the plan and then
-the launches for logits and labels of one kind, once.
+A pass (``forward.py``, ``backward.py``) asks for its launches by ``of_kind``. It makes the plan and
+then the launches, once for logits and labels of one kind.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .._engine.strip_launch import ignored_class
 from .features import Reading
 from .lag_sums import Strip
 
-# See is_small.
+# An image of at most so many regions and pixels is small: see is_small.
 _FEW_REGIONS = 32 * 32
 _FEW_PIXELS = 128 * 128
 _few_regions = _FEW_REGIONS
 
-# How many columns a lane of the lag sums of logits owns, as many as do not spill.
+# By region_size: the columns that a lane owns where maps are logits, as many as do not spill.
 _SHARED_COLUMNS = {1: 4, 2: 4, 3: 4, 4: 2, 5: 1}
 
 _T = TypeVar("_T")
@@ -55,7 +55,7 @@ class Options(NamedTuple):
 
     @property
     def samples(self) -> bool:
-        """Whether a cell is read at a place, and not as a whole."""
+        """Whether a cell is read at one place, by interpolation, and not as a whole."""
         return self.pools and self.pooling == "nearest"
 
     @property
@@ -65,7 +65,7 @@ class Options(NamedTuple):
 
     @property
     def cell(self) -> int:
-        """By how much the pooled maps are to be divided: they hold sums for "avg"."""
+        """What the pooled maps are to be divided by: they hold sums for "avg"."""
         return self.pool_size**2 if self.pools and self.pooling == "avg" else 1
 
     @property
@@ -84,13 +84,14 @@ class Plan(NamedTuple):
     width: int
     rows: int  # of the maps that regions are taken from
     columns: int
-    has_maps: bool  # those maps are in memory; else they are the logits and the labels themselves
-    is_direct: bool  # the moments take every product of every region: no lag sums
+    has_maps: bool  # whether those maps are in memory; else they are the logits and the labels
+    is_direct: bool  # whether the moments are of every product of every region; else lag sums
     arithmetic: torch.dtype  # of probabilities, maps and gradients on their way to the logits
     ignored: int  # the ignore label as the kernels take it
 
     @property
     def planes(self) -> int:
+        """The number of all classes of all images."""
         return self.images * self.classes
 
     @property
@@ -99,27 +100,27 @@ class Plan(NamedTuple):
 
     @property
     def mark_shape(self) -> tuple[int, int, int]:
-        """Of marks on the maps that all classes share."""
+        """The shape of marks on the maps' pixels, which all classes share."""
         return self.images, self.rows, self.columns
 
     @property
     def region_rows(self) -> int:
-        """How many regions there are, one below the other."""
+        """The number of regions one below the other."""
         return self.rows - self.options.region_size + 1
 
     @property
     def region_columns(self) -> int:
-        """How many regions there are side by side."""
+        """The number of regions side by side."""
         return self.columns - self.options.region_size + 1
 
     @property
     def kept_shape(self) -> tuple[int, ...]:
-        """Of marks on the regions, where some are left out."""
+        """The shape of marks on the regions, where some are left out; else (0,)."""
         return (self.images, self.region_rows, self.region_columns) if self.options.drops else (0,)
 
     @property
     def side(self) -> int:
-        """Side of a matrix of moments: residuals, labels, and a constant 1."""
+        """The side of a matrix of moments: residuals, labels, and a constant 1."""
         return 2 * self.options.region_size**2 + 1
 
     @property
@@ -149,7 +150,7 @@ def of_kind(
     target: torch.Tensor,
     prepare: Callable[[Plan], _T],
 ) -> _T:
-    """What ``prepare`` makes of the plan, once for logits and labels of their kind."""
+    """What ``prepare`` returns for the plan; called once for logits and labels of one kind."""
     key = (part, options, kind(logits), kind(target))
     return prepared(key, lambda: prepare(plan_of(options, logits, target)))
 
@@ -178,9 +179,9 @@ def plan_of(options: Options, logits: torch.Tensor, target: torch.Tensor) -> Pla
 def is_small(options: Options, height: int, width: int) -> bool:
     """Whether an image of this size is to be float64 from its logits to their gradient.
 
-    Of few regions the covariance of the predictions is singular but for epsilon: its inverse makes
-    of float32's rounding errors up to 1 / epsilon of their size, and the gradient is what is left
-    of sums that cancel. That passes with the number of regions, and float64 costs little till then.
+    With few regions the covariance of the predictions would be singular without epsilon. Its
+    inverse makes rounding errors of float32 up to 1 / epsilon times as large, and the gradient is
+    what is left of sums that cancel. With more regions this ends; up to there float64 costs little.
     """
     rows, columns = pooled_size(height, width, options.pooling, options.pool_size)
     reach = options.region_size - 1
@@ -190,7 +191,7 @@ def is_small(options: Options, height: int, width: int) -> bool:
 
 @contextmanager
 def kernels_of_large_images() -> Iterator[None]:
-    """Let small images take the kernels of large ones: for what tests those on small images."""
+    """Let small images take the kernels of large ones, so that these can be tested on them."""
     global _few_regions
     _few_regions = 0
     try:
@@ -203,13 +204,13 @@ def kernels_of_large_images() -> Iterator[None]:
 
 
 def strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Strides of batch, channel, row and column; label maps have the channel stride 0."""
+    """(image, class, row, column) strides; label maps have the class stride 0."""
     stride = tensor.stride()
     return stride if tensor.dim() == 4 else (stride[0], 0, stride[1], stride[2])
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The same of a contiguous map that is not made yet; what classes share has the stride 0."""
+    """Strides as of ``strides``, of a contiguous map of this shape that is not allocated yet."""
     height, width = shape[-2:]
     channels = shape[1] if len(shape) == 4 else 0
     return max(channels, 1) * height * width, height * width if channels else 0, width, 1
@@ -221,9 +222,9 @@ def is_flat(*maps: torch.Tensor) -> bool:
 
 
 def feature_arguments(plan: Plan, *maps: torch.Tensor) -> dict[str, Any]:
-    """Launch arguments of a kernel that reads features of logits and labels, but for these two.
+    """Launch arguments of a kernel that reads features, except the pointers.
 
-    What follows them among the maps is written in the same way.
+    ``maps`` are the logits, the labels, and what is stored with the same walk.
     """
     logits, target = maps[:2]
     of_maps = contiguous_strides(plan.map_shape)
@@ -239,7 +240,7 @@ def feature_arguments(plan: Plan, *maps: torch.Tensor) -> dict[str, Any]:
 def configuration_of(
     operator: str, plan: Plan, logits: torch.Tensor, window: int, **heuristic: int
 ) -> Configuration:
-    """The launch configuration of an operator, tuned or else as given."""
+    """The launch configuration of an operator: a tuned one, or the heuristic as given."""
     return launch_configuration(
         operator,
         device=logits.device,
@@ -256,11 +257,11 @@ def core_strip(operator: str, plan: Plan, logits: torch.Tensor) -> dict[str, Any
     region = plan.options.region_size
     columns, lanes = 1, 128
     if not plan.has_maps:
-        # Neighbouring columns share the sigmoids beside them, if a row has so many.
+        # Columns of one lane share the sigmoids beside them, if a row has that many columns.
         columns = _SHARED_COLUMNS[region] if plan.columns >= 2 * region + 2 else 1
         operator, lanes = f"{operator}_of_logits", 32 if columns > 1 else 128
     elif operator == "rmi_moments" and region == 4:
-        lanes = 256  # with 128, ptxas stops at 168 registers and spills two
+        lanes = 256  # with 128, ptxas takes no more than 168 registers and spills two
     launch = configuration_of(
         operator, plan, logits, region, LANES=lanes, ROWS=64, num_warps=lanes // 32
     )
@@ -270,9 +271,9 @@ def core_strip(operator: str, plan: Plan, logits: torch.Tensor) -> dict[str, Any
 
 
 def cells_and_warps(pool_size: int) -> tuple[int, int]:
-    """How many cells a program takes.
+    """(cells, warps) of a program.
 
-    Few: padding makes one cell more in a row than fit evenly, 129 for 513 pixels.
+    They are few, since padding makes one cell in a row more than fit evenly: 129 for 513 pixels.
     """
     warps = 2 if pool_size == 2 else 1  # a single one spills under Triton 3.6
     return max(warps * 128 // triton.next_power_of_2(pool_size), 1), warps
@@ -296,7 +297,7 @@ def cell_arguments(operator: str, plan: Plan, logits: torch.Tensor) -> dict[str,
 
 
 def cell_grid(images: int, classes: int, width: int, cells: dict[str, Any]) -> tuple[int, int, int]:
-    """(rows of cells, blocks of cells, shares of the classes): few programs share the classes."""
+    """(rows of cells, blocks of cells, shares of classes); more shares where programs are few."""
     blocks = triton.cdiv(triton.cdiv(width + cells["SIZE"] // 2, cells["SIZE"]), cells["CELLS"])
     rows = images * cells["cell_rows"]
     return rows, blocks, min(classes, max(1, 4096 // (rows * blocks)))

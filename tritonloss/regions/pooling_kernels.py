@@ -27,14 +27,14 @@ from .features import (
     store_logit_gradient,
 )
 
-# A factor of the cross entropy is at most 2: as many as make a product that float32 can hold.
+# How many factors of the cross entropy are multiplied: each is at most 2, and float32 holds 2^64.
 FACTORS = tl.constexpr(64)
-# Beyond it sigmoids are 0 and 1, and logits need not be told from infinite ones.
+# Logits beyond it need not be told from infinite ones: their sigmoids are 0 and 1.
 LARGE = tl.constexpr(1e38)
 
 
 class Map(NamedTuple):
-    """A map of all images and channels."""
+    """A map of all images and classes."""
 
     pointer: Any
     strides: Any
@@ -65,15 +65,16 @@ def _cell_program(cell_rows, SIZE: tl.constexpr, SIDE: tl.constexpr, CELLS: tl.c
 
 @triton.jit
 def _in_row(inside, column, row, height, width):
-    """The mask of one row of pixels, the test of the row folded into the limit of the columns."""
+    """The mask of one row of pixels; a row outside the image has the column limit 0."""
     return inside & (column < tl.where((row >= 0) & (row < height), width, 0))
 
 
 @triton.jit
 def _nearest_place(index, pixels, cells):
-    """(pixel below, share of the pixel above) of a cell: corners of both grids at the same place.
+    """(the pixel before a cell's place, numerator of the share of the pixel after it).
 
-    In whole numbers: cell k lies at k (pixels - 1) / (cells - 1).
+    Corners of both grids are at the same place: cell k is at k (pixels - 1) / (cells - 1), computed
+    in whole numbers. The share is numerator / (cells - 1).
     """
     intervals = tl.maximum(cells - 1, 1)
     place = index.to(tl.int64) * (pixels - 1)
@@ -84,7 +85,7 @@ def _nearest_place(index, pixels, cells):
 def _hat(pixel, pixels, cells):
     """(cell, numerator) of the one cell that may read a pixel; its share is numerator / intervals.
 
-    Cells lie at least two pixels apart, so that no pixel is between two of them and its neighbours.
+    Cells are at least two pixels apart, so that two cells never read the same pixel.
     """
     intervals = tl.maximum(cells - 1, 1)
     span = tl.maximum(tl.where(cells > 1, pixels - 1, 1), 1)
@@ -99,7 +100,7 @@ def _leave_entropy(
     partials, parts, logits, target, size, LANES: tl.constexpr, ROWS: tl.constexpr,
     IGNORED: tl.constexpr,
 ):  # fmt: skip
-    """Stores the sums of a strip's cross entropy and of its valid pixels."""
+    """Store two sums over a strip: of the cross entropy, and of the valid pixels."""
     dtype: tl.constexpr = partials.dtype.element_ty
     channels, height, width = size
     bands, blocks = tl.cdiv(height, ROWS), tl.cdiv(width, LANES)
@@ -130,7 +131,7 @@ def _leave_entropy(
 
 @triton.jit
 def _corners_of_cells(target, cells, size, steps, dtype: tl.constexpr, IGNORED: tl.constexpr):
-    """(label of the nearest pixel, the four pixels around, whether one read is invalid)."""
+    """(label of the nearest pixel, the four pixels around, whether an invalid pixel is read)."""
     cell_row, cell, pooled_height, pooled_width = cells
     channels, height, width = size
     mask = cell < pooled_width
@@ -163,14 +164,14 @@ def _corners_of_cells(target, cells, size, steps, dtype: tl.constexpr, IGNORED: 
 
 @triton.jit
 def _sampled_residual(logits, corners, positive, mask, dtype: tl.constexpr):
-    """The residual of an interpolated p."""
+    """The residual p - y of cells, with p interpolated between its corners."""
     p = tl.zeros(positive.shape, dtype)
     rest = tl.zeros(positive.shape, dtype)  # 1 - p
     for k in tl.static_range(4):
         u = load_scaled(logits, corners.rows[k], corners.columns[k], mask, dtype)
         u = tl.where(corners.are_valid[k], u, float("-inf"))  # p = 0
         larger, smaller = sigmoid_pair(u)
-        # Selected: where it has no share, a pixel that is NaN does no harm.
+        # Selected, not multiplied: a NaN in a pixel that has no share does no harm.
         share = corners.shares[k]
         p += tl.where(share > 0, tl.where(u >= 0, larger, smaller) * share, 0.0)
         rest += tl.where(share > 0, tl.where(u >= 0, smaller, larger) * share, 0.0)
@@ -206,13 +207,14 @@ def _rmi_pool_kernel(
     IGNORED: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    """CELLS cells of a row; the classes are shared out along the third axis of the grid."""
+    """Pools CELLS cells of a row; the classes are shared out along the third axis of the grid."""
     dtype: tl.constexpr = residual_ptr.dtype.element_ty
     image, cell_row, cell, column, inside = _cell_program(cell_rows, SIZE, SIDE, CELLS)
     target = plane_of(target_ptr, target_strides, image, 0, FLAT)
     stored = cell < tl.where(cell_row < pooled_height, pooled_width, 0)
     offset = cell_row.to(tl.int64) * pooled_width + cell
 
+    # labels of the cells, for all classes
     labels = ()
     valid = tl.zeros((CELLS, SIDE), dtype)
     touched = tl.zeros((CELLS, SIDE), tl.int32)
@@ -227,6 +229,7 @@ def _rmi_pool_kernel(
         whole = touched_ptr + image * pooled_height * pooled_width
         tl.store(whole + offset, tl.max(touched, 1).to(tl.uint8), mask=stored)
 
+    # class after class: its pooled maps, and its part of the cross entropy
     entropy = tl.zeros((CELLS, SIDE), dtype)
     product = tl.full((CELLS, SIDE), 1.0, dtype)
     factors = 0
@@ -250,7 +253,7 @@ def _rmi_pool_kernel(
         if MAXIMUM:
             present = tl.max(count, 1) > 0
             pooled = consistent_residual(tl.max(largest, 1), present)
-            # A reduction drops NaN on some devices, and cannot be told not to.
+            # On some devices a reduction drops NaN, and no option prevents it.
             spoilt = tl.max((largest != largest).to(tl.int32), 1) > 0
             pooled = tl.where(spoilt, float("nan"), pooled)
             labelled = tl.where(present, 1.0, 0.0)
@@ -267,6 +270,7 @@ def _rmi_pool_kernel(
             factors = 0
     entropy += tl.log(product)
 
+    # the program's partial sums; valid pixels are counted by one share of the classes only
     programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
     program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
     program += tl.program_id(0)
@@ -289,7 +293,7 @@ def _rmi_cross_entropy_kernel(
     ROWS: tl.constexpr,
     IGNORED: tl.constexpr,
 ):
-    """The cross entropy alone, where no other pass reads all pixels."""
+    """Adds up the cross entropy alone, where no other kernel reads all pixels."""
     size = (channels, height, width)
     logits = Map(pointer=logits_ptr, strides=logits_strides)
     target = Map(pointer=target_ptr, strides=target_strides)
@@ -320,7 +324,7 @@ def _rmi_sample_kernel(
     DROP: tl.constexpr,
     IGNORED: tl.constexpr,
 ):
-    """Cells read at a place; the first `parts` programs add up the cross entropy instead."""
+    """Samples cells at their places; the first `parts` programs add up the cross entropy."""
     dtype: tl.constexpr = residual_ptr.dtype.element_ty
     logits = Map(pointer=logits_ptr, strides=logits_strides)
     target = Map(pointer=target_ptr, strides=target_strides)
@@ -361,7 +365,7 @@ def _rmi_expand_kernel(
     statistics_ptr,  # [1]: bce_weight / V
     logits_ptr,  # [N, C, H, W]
     target_ptr,  # [N, H, W]
-    grad_pooled_ptr,  # [some images, or classes, h, w]: gradient to each pixel's probability
+    grad_pooled_ptr,  # [some images, or classes, h, w]: gradient of each pixel's probability
     grad_logits_ptr,  # [N, C, H, W]
     logits_strides,
     target_strides,
@@ -389,6 +393,7 @@ def _rmi_expand_kernel(
     stored = cell < tl.where(cell_row < pooled_height, pooled_width, 0)
     offset = cell_row.to(tl.int64) * pooled_width + cell
     entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
+    # labels of the cells, for all classes
     labels = ()
     for j in tl.static_range(SIZE):
         row = cell_row * SIZE + j - SIZE // 2
@@ -403,7 +408,7 @@ def _rmi_expand_kernel(
         gradient = tl.load(grad_pooled_ptr + plane + offset, mask=stored, other=0.0)[:, None]
         first = tl.full((CELLS, 1), 0, tl.int32)
         if MAXIMUM:
-            # The pixel that the maximum came from: of the largest logits the first, or a NaN.
+            # The pixel that the maximum came from: the first of the largest logits, or of NaNs.
             largest = tl.full((CELLS, 1), float("-inf"), dtype)
             for j in tl.static_range(SIZE):
                 row = cell_row * SIZE + j - SIZE // 2
@@ -434,7 +439,7 @@ def _rmi_sample_backward_kernel(
     statistics_ptr,  # [1]: bce_weight / V
     logits_ptr,  # [N, C, H, W]
     target_ptr,  # [N, H, W]
-    grad_pooled_ptr,  # [some images, or classes, h, w]: gradient to interpolated probabilities
+    grad_pooled_ptr,  # [some images, or classes, h, w]: gradient of interpolated probabilities
     grad_logits_ptr,  # [N, C, H, W]
     logits_strides,
     target_strides,
@@ -450,7 +455,7 @@ def _rmi_sample_backward_kernel(
     LANES: tl.constexpr,
     IGNORED: tl.constexpr,
 ):
-    """One row of pixels: each takes its share of the gradient of the one cell that may read it."""
+    """Gives each pixel of a row its share of the gradient of the one cell that may read it."""
     dtype: tl.constexpr = statistics_ptr.dtype.element_ty
     image = (tl.program_id(0) // height).to(tl.int64)
     row = tl.program_id(0) % height

@@ -8,11 +8,11 @@ and P the predicted probabilities, both centred,
     RMI = mean over images, sum over classes, of log det M / (2 d)     Eq. 16
     loss = bce_weight BCE + (1 - bce_weight) RMI                       Eq. 15
 
-Passes, L bytes of logits and T of labels, pooling cells of s x s pixels: a pooling pass reads L + T
-and writes two maps of L / s^2; lag sums read them, a matrix per (image, class) is eliminated, and
-the backward correlates the maps with the weights found and spreads the result: 2 L + T. Without
-pooling the moments and the gradient are formed from logits and labels, and nothing but the gradient
-is stored.
+Bytes per pass, with L of logits, T of labels and pooling cells of s x s pixels. Forward: a pooling
+pass reads L + T and writes two maps of L / s^2; lag sums read them, and a matrix per (image, class)
+is eliminated. Backward: the maps are correlated with the weights found, and the result is spread
+over the pixels, 2 L + T. Without pooling the moments and the gradient are formed from logits and
+labels, and no map with classes is stored but the gradient.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _LARGEST_POOL = 8
 
 
 class Results(NamedTuple):
-    """What a forward pass returns: loss [] and info [N, C], and what ``Saved`` names."""
+    """What a forward pass returns: loss [], info int32 [N, C], and the tensors of ``Saved``."""
 
     loss: torch.Tensor
     info: torch.Tensor
@@ -93,6 +93,7 @@ def _backward(
 
 
 def _empty_results(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Results:
+    """Tensors of the shapes and dtypes that a forward pass returns."""
     plan = plan_of(options, logits, target)
     map_shape = plan.map_shape if plan.has_maps else (0,)
     return Results(
@@ -158,9 +159,10 @@ def rmi_loss(
         logits: [N, C, H, W] with C >= 1, float16, bfloat16 or float32 (or float64), any strides.
         target: integer labels [N, H, W], uint8 to int64: 0 to C - 1, or 0 and 1 if C is 1.
         region_size: side of a region in pooled pixels, 1 to 5. Default 3.
-        pooling: "avg" (default) or "max", both with a margin of pool_size // 2 as padding, of
-            zeros that count for "avg" and of nothing for "max"; "nearest" takes labels from the
-            nearest pixel and interpolates probabilities linearly, corners on corners; None.
+        pooling: "avg" (default) or "max", both with a margin of pool_size // 2 pixels, which are
+            zeros that count for "avg" and are left out for "max"; "nearest" takes labels from the
+            nearest pixel and interpolates probabilities linearly, corners on corners; None does
+            not pool.
         pool_size: side and step of the pooling, 1 (none) to 8. Default 4.
         moments: "mean" (default, the paper) divides by the number of regions; "sum" (the released
             code) does not.
@@ -173,16 +175,18 @@ def rmi_loss(
             to be given where there are more than 255 classes and it is one of them. Other labels
             out of range raise on the CPU; on a GPU, where looking would synchronise, they count as
             ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
-        precision: "float64" or "float32" for the sums of products; by default float32 on GPUs that
-            are slow in float64. ignore="drop", maps of less than 2 region_size - 1 rows or columns,
-            and images of up to 1024 regions and 128 x 128 pixels take float64 in any case.
+        precision: "float64" or "float32" for the sums of products, or None (default): float32 on
+            GPUs that are slow in float64, else float64. ignore="drop", maps of less than
+            2 region_size - 1 rows or columns, and images of up to 1024 regions and 128 x 128 pixels
+            take float64 in any case.
         bce_smooth: added to the number of valid pixels that BCE is divided by, >= 0; the released
             code has 1. Default 0.
-        return_info: also return info. Default False.
+        return_info: whether to return info as well. Default False.
 
     Returns:
         The loss, a float32 scalar (float64 for float64 logits); 0 with zero gradient if no pixel is
-        valid. With return_info also int32 [N, C] on the device: 0, or the order of the first
+        valid. The gradient has the dtype of the logits.
+        With return_info also info, int32 [N, C] on the device: 0, or the order of the first
         leading minor of the matrix of P and Y that is not positive definite (its loss is then NaN).
 
     Raises:
@@ -237,7 +241,7 @@ def _check_options(
     return_info: bool,
     classes: int | None = None,
 ) -> None:
-    """All options; without ``classes``, for any number of them."""
+    """Check all options; without ``classes``, for any number of them."""
     checks.check_integer("region_size", region_size, 1, _LARGEST_REGION)
     checks.check_option("pooling", pooling, POOLINGS, or_none=True)
     checks.check_integer("pool_size", pool_size, 1, _LARGEST_POOL)
@@ -282,7 +286,7 @@ class RMILoss(LossModule, function=rmi_loss, check=_check_options):
 
     @classmethod
     def released(cls, *, ignore_index: int | None = checks.IGNORE_INDEX) -> RMILoss:
-        """The authors' released code: sums for moments, 5e-4 on the diagonals, BCE over V + 1."""
+        """The loss of the authors' code: moments are sums, 5e-4 on diagonals, BCE over V + 1."""
         return cls(
             region_size=3,
             pooling="avg",
@@ -308,7 +312,7 @@ EXAMPLES = tuple(
 
 
 def _cell_candidates(pool_size: int) -> list[Configuration]:
-    """Of kernels whose tiles are pooling cells; the first is the heuristic's."""
+    """Candidates for kernels whose tiles are pooling cells; the first is the heuristic's."""
     first = cells_and_warps(pool_size)
     count = max(128 // triton.next_power_of_2(pool_size), 1)
     sizes = [first, (count, 1), (2 * count, 1), (2 * count, 2), (4 * count, 2), (4 * count, 4)]
@@ -320,13 +324,13 @@ def _cell_candidates(pool_size: int) -> list[Configuration]:
 
 
 def _lane_candidates(first: int) -> list[Configuration]:
-    """Of kernels that go along a row, ``first`` being the heuristic's lanes."""
+    """Candidates for kernels that go along a row; ``first`` are the heuristic's lanes."""
     lanes = [first, *(other for other in (64, 128, 256) if other != first)]
     return [{"LANES": count, "num_warps": warps} for count in lanes for warps in (2, 4)]
 
 
 def _row_candidates(lanes: int, rows: int, warps: int) -> list[Configuration]:
-    """Of kernels that go down a strip, the heuristic's first and then its neighbours."""
+    """Candidates for kernels that go down a strip: the heuristic's, then its neighbours."""
     sizes = [(lanes, rows, warps)]
     sizes += [(lanes, other, warps) for other in (rows // 2, rows // 4, 2 * rows)]
     sizes += [(lanes // 2, rows, warps // 2), (2 * lanes, rows, 2 * warps)]
@@ -343,8 +347,8 @@ def _tuning_pass(
     layout: str,
     device: torch.device,
 ) -> Launch:
-    """The passes that have the operator, with each of the options that its entry is used for."""
-    # All that is not contiguous is "strided"; of such logits those in channels_last are common.
+    """A launch of the passes that contain the operator, with each of the options in ``choices``."""
+    # The layout "strided" is all that is not contiguous. Of those, channels_last is common.
     memory = "channels_last" if layout == "strided" else layout
     logits = random_map(shape, memory, dtype, device).sub_(0.5).mul_(8)
     target = random_labels(shape, device)

@@ -1,1 +1,1 @@
-"""Losses of sliding windows, and their statistics."""
+"""Losses of sliding windows (structural similarity, SSIM), and the statistics of windows."""

@@ -1,8 +1,8 @@
 """Local Gaussian-window statistics: mean and variance of every k x k neighbourhood.
 
-The building block of the structural losses, public in its own right. How the kernels walk over an
-image, and why the variance is exact on flat maps, is told in ``_engine/strips.py``
-and ``_engine/strip_windows.py``.
+The building block of the structural losses, which is public as well. How the kernels walk over an
+image is documented in ``_engine/strips.py``; why the variance is exact on flat maps, in
+``_engine/strip_windows.py``.
 
 Bytes per pixel of a float32 map: forward 12 (x; mean, variance), backward 20 (x, mean and both
 gradients; the gradient of x).
@@ -43,7 +43,7 @@ from .gaussian_statistics_kernels import (
 
 
 class Options(NamedTuple):
-    """The options, as they pass through the operator."""
+    """The options of the statistics, as they pass through the operator."""
 
     window_size: int
     sigma: float
@@ -51,14 +51,14 @@ class Options(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Both maps of a forward pass, [N, C, H, W]."""
+    """Both maps of a forward pass, [N, C, H, W], smaller for padding "valid"."""
 
     mean: torch.Tensor
     variance: torch.Tensor
 
 
 def _empty_statistics(x: torch.Tensor, options: Options) -> Results:
-    """Two maps in the layout of x."""
+    """The maps that a forward pass fills, channels_last if x is."""
     lost = options.window_size - 1 if options.padding == "valid" else 0
     shape = (*x.shape[:2], x.size(2) - lost, x.size(3) - lost)
     layout = torch.channels_last if channels_in_lanes(x) else torch.contiguous_format
@@ -81,6 +81,7 @@ def _backward_heuristic(window_size: int) -> Configuration:
 
 
 def _gaussian_statistics_forward(x: torch.Tensor, options: Options) -> Results:
+    """Mean and variance of every window of x."""
     results = _empty_statistics(x, options)
     launch = prepared(
         ("gaussian_statistics forward", kind(x), options),
@@ -124,6 +125,7 @@ def _gaussian_statistics_backward(
     mean: torch.Tensor,
     options: Options,
 ) -> torch.Tensor:
+    """The gradient of x, from those of mean and variance."""
     grad_x = torch.empty_like(x)
     maps = (grad_mean, grad_variance, x, mean)
     launch = prepared(
@@ -182,7 +184,7 @@ def _backward_launch(
 
 
 def _tails(window: Window) -> tuple[float, ...]:
-    """For each tap the sum of the weights from its distance outwards: what an edge pixel is for."""
+    """For each tap the sum of weights from its distance outwards: for a repeated edge pixel."""
     middle = window.size // 2
     outwards = [sum(window.weights[middle + distance :]) for distance in range(middle + 1)]
     return tuple(outwards[abs(tap - middle)] for tap in range(window.size))

@@ -89,6 +89,7 @@ def _gaussian_statistics_forward_kernel(
 
         number = i - (SHIFT + SIZE - 1)
         out_row = Row(number=number, chunk=program.chunk, limit=tl.where(number >= 0, out_width, 0))
+        # store
         store_columns(mean_plane, out_row, mean, STRIP)
         store_columns(variance_plane, out_row, moments.variance, STRIP)
 
@@ -97,7 +98,7 @@ def _gaussian_statistics_forward_kernel(
 
 
 class Upstream(NamedTuple):
-    """What the adjoint reads: the gradients of both maps, and the mean; planes or their values."""
+    """What the adjoint reads: the gradients of both maps, and the mean; their planes or values."""
 
     grad_mean: Any
     grad_variance: Any
@@ -105,7 +106,11 @@ class Upstream(NamedTuple):
 
 
 class Adjoint(NamedTuple):
-    """sum_j w_j (g_j + 2 v_j (x - m_j)) = constant + slope (x - m), a tensor per column."""
+    """sum_j w_j (g_j + 2 v_j (x - m_j)) = constant + slope (x - m), a tensor per column.
+
+    g and v are the gradients of mean and variance, m_j the means, and m one mean that the sum is
+    taken about.
+    """
 
     constant: Any
     slope: Any
@@ -113,7 +118,7 @@ class Adjoint(NamedTuple):
 
 @triton.jit
 def _adjoint_row(upstream, WEIGHTS: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
-    """(m, adjoint) of one row."""
+    """(m, adjoint) of one row, with m the mean at each window's centre."""
     grad_mean = upstream.grad_mean
     grad_variance = upstream.grad_variance
     mean = upstream.mean
@@ -140,7 +145,7 @@ def _adjoint_row(upstream, WEIGHTS: tl.constexpr, SIZE: tl.constexpr, COLUMNS: t
 def _streamed_adjoint_row(
     planes, row, width, window, WINDOW: tl.constexpr, SHIFT: tl.constexpr, STRIP: tl.constexpr
 ):
-    """_adjoint_row for one column per lane, from the outermost taps inwards."""
+    """(m, adjoint) of one row, for one column per lane, from the outermost taps inwards."""
     RADIUS: tl.constexpr = WINDOW.size // 2
     middle = row.chunk + (SHIFT + RADIUS)
     reference = load_column(planes.mean, row, middle, STRIP, "zeros")
@@ -150,7 +155,7 @@ def _streamed_adjoint_row(
     excess = tl.zeros_like(reference)
     tail = tl.full((), 0.0, dtype)
     for step in tl.range(0, window):
-        # RADIUS, -RADIUS, RADIUS - 1, -(RADIUS - 1), ..., 0
+        # The taps are RADIUS, -RADIUS, RADIUS - 1, -(RADIUS - 1), ..., 0.
         distance = RADIUS - step // 2
         tap = distance - 2 * distance * (step % 2)
         weight = gaussian_weight(distance, dtype, WINDOW)
@@ -173,8 +178,8 @@ def _adjoint_column(
 ):  # fmt: skip
     """(finished, history): the vertical part of the adjoint, as filtered_column has it.
 
-    The history's unfinished sums are about the newest row's mean; ``steps`` is how far that has
-    just moved.
+    The unfinished sums are about the mean of the newest row. ``steps`` says how far that has moved
+    since the row before.
     """
     SIZE: tl.constexpr = WINDOW.size
     WEIGHTS: tl.constexpr = WINDOW.weights
@@ -280,8 +285,8 @@ def _gaussian_statistics_backward_kernel(
             )
             row_mean, row_adjoint = _adjoint_row(upstream, WEIGHTS, SIZE, COLUMNS)
 
-        # Rows outside the image do not move what the sums are about. Taken anew, not as the old one
-        # plus the step: in that a NaN would stay for all rows below.
+        # The mean that the sums are about. Rows outside the image do not move it. It is the row's
+        # own, not the old one plus the step, in which a NaN would stay for all rows below.
         steps = ()
         moved = ()
         for v in tl.static_range(COLUMNS):
@@ -294,6 +299,7 @@ def _gaussian_statistics_backward_kernel(
             row_adjoint, steps, history, first_row + number, height, TAILS, WINDOW, COLUMNS
         )
 
+        # the gradient of the row that is complete
         out_row = Row(number=number, chunk=program.chunk, limit=tl.where(number >= 0, width, 0))
         x = load_values(x_plane, out_row, STRIP, 0, COLUMNS, "zeros")
         gradient = ()

@@ -6,14 +6,14 @@ With window means m, variances s and the residual d = x - y (SSL paper, Eq. 6):
     1 - S_2 = s_d / (s_x + s_y + C2)                v, the contrast-structure's
     1 - SSIM = u + v - u v                          Eq. 7;  Eq. 9 is v alone
 
-Bytes per pass, X and Y of the inputs (labels for a loss): forward X + Y, and the map if it is
-wanted; backward X + Y twice, and the gradients. The backward recomputes the moments instead of
-keeping maps of them: it writes three coefficient maps (four with a gradient to y), of a few planes
-at a time, into a scratch, and lets the window's adjoint read them back from there, all in one
+Bytes per pass, with X and Y of the inputs (Y are labels for a loss): forward X + Y, and the map if
+it is wanted; backward X + Y twice, and the gradients. The backward pass recomputes the moments
+instead of keeping maps of them. It writes three coefficient maps (four with a gradient of y), of a
+few planes at a time, into a scratch. The window's adjoint reads them back from there, all in one
 launch (``ssim_backward_kernels.py``).
 
-Where single pixels are shown (the map), constants are small or windows wide, the moments are those
-of ``ssim_moments.py``; elsewhere the plain sums of ``ssim_sums.py`` are right enough.
+Where single pixels are returned (the map), constants are small or windows wide, the moments are
+those of ``ssim_moments.py``. Elsewhere the plain sums of ``ssim_sums.py`` are right enough.
 """
 
 from __future__ import annotations

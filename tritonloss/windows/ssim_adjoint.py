@@ -1,4 +1,4 @@
-"""The adjoint of a window, along a row and down the rows; with folds where images are mirrored."""
+"""The adjoint of a window, along a row and down the rows; folded where images are mirrored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def adjoint_rows(
     planes, row, width, window, WINDOW: tl.constexpr, SHIFT: tl.constexpr, STRIP: tl.constexpr,
     MAPS: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint of the window along one row, of the first MAPS planes: a tuple of tuples."""
+    """For each of the first MAPS planes the window's adjoint along one row, a tensor per column."""
     SIZE: tl.constexpr = WINDOW.size
     WEIGHTS: tl.constexpr = WINDOW.weights
     COLUMNS: tl.constexpr = STRIP.columns
@@ -53,7 +53,7 @@ def adjoint_rows(
 def folded_column(
     partials, row, out_row, height, dtype: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """filtered_column with the weights of a mirrored image: see folded_weight."""
+    """(finished sums, unfinished sums) as of filtered_column, with the weights of folded_weight."""
     SIZE: tl.constexpr = WINDOW.size
     WEIGHTS: tl.constexpr = WINDOW.weights
     sums = ()

@@ -1,15 +1,16 @@
 """The backward pass of SSIM in one launch: maps of coefficients, and the window's adjoint of them.
 
-The maps of all planes at once would take three times the memory of float32 logits, and a launch for
-every few planes leaves the GPU idle between them. So the maps live in a ring of a few units (a unit
-is a plane, or in channels_last some channels of an image), and one launch goes through a list:
+The maps of all planes at once would take three times the memory of float32 logits. A launch for
+every few planes would leave the GPU idle between launches. So the maps live in a ring of a few
+units (a unit is a plane, or in channels_last some channels of an image), and one launch goes
+through a list:
 
     step s: all tiles of the coefficients of unit s, then all of the gradients of unit s - lag
 
-A program takes the next tile of the list when it starts. What it may have to wait for has then been
-taken before: the gradients of a unit wait for its coefficients, and coefficients for the gradients
-of the unit whose place in the ring they take. Each tile's work is its own, so that the bits do not
-depend on the order.
+A program takes the next tile of the list when it starts. The gradients of a unit wait for its
+coefficients; coefficients wait for the gradients of the unit whose place in the ring they take. All
+that a program waits for comes earlier in the list, so that another program has taken it before. The
+work of a tile does not depend on the order, and so the bits do not.
 """
 
 from __future__ import annotations
@@ -39,20 +40,20 @@ _SIZES = (
     *SIZES, "unit_channels", "units_of_image", "units", "ring", "lag", "out_tiles_x", "out_tiles",
     "tiles", "out_rows", "rows",
 )  # fmt: skip
-# More chunks than any map has, and few enough for their columns to be counted in 32 bits.
+# A chunk beyond the end of every row; its columns are still counted in 32 bits.
 _BEYOND = tl.constexpr(2**28)
-_BLOCK = tl.constexpr(256)
+_BLOCK = tl.constexpr(256)  # counters that are put back at a time
 
 
 class Pass(NamedTuple):
-    """What a backward pass is given and gives; known when the kernel is compiled."""
+    """What a backward pass is given and returns; known when the kernel is compiled."""
 
-    mapped: bool  # a gradient for every pixel, of the map; else one, of the mean
-    both: bool  # a gradient to y as well
+    mapped: bool  # whether the upstream gradient is that of the map; else that of the mean
+    both: bool  # whether y has a gradient as well
 
 
 class Upstream(NamedTuple):
-    """The gradient that comes in, and its map's size; a run-time value, as those below are."""
+    """The upstream gradient, and its map's size; a run-time value, like the tuples below."""
 
     value: Any  # of the mean, times its scale
     plane: Any  # of the map
@@ -62,7 +63,7 @@ class Upstream(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The planes of the gradients that go out, and the size of the maps that they are made of."""
+    """The planes of the gradients to store, and the size of the coefficient maps."""
 
     x: Any
     y: Any
@@ -85,10 +86,10 @@ class Maps(NamedTuple):
 
 
 class Units(NamedTuple):
-    """How the planes are cut."""
+    """How the planes are cut into units, and units into tiles."""
 
     channels: Any  # of a unit
-    of_image: Any
+    of_image: Any  # units
     classes: Any
     rows: Any  # of a program
     tiles_x: Any
@@ -99,7 +100,7 @@ class Units(NamedTuple):
 
 @triton.jit
 def _wait_for(counter_ptr, count):
-    """Return when the counter has come to count; what was stored before is seen from then on."""
+    """Wait until the counter is at ``count``: all that was stored before it was is then seen."""
     seen = count - 1
     while seen < count:
         seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
@@ -108,7 +109,7 @@ def _wait_for(counter_ptr, count):
 
 @triton.jit
 def _count_one(counter_ptr):
-    """Let the counter say that all of this program's threads have stored."""
+    """Count this program, once all of its threads have stored."""
     tl.debug_barrier()
     tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
 
@@ -125,7 +126,7 @@ def _put_back(progress_ptr, units, programs):
 
 @triton.jit
 def _programs_of(unit, tile, place, units, STRIP: tl.constexpr):
-    """(program, program among the maps of coefficients, whose images are places of the ring)."""
+    """(program, the same in the coefficient maps, whose images are the places of the ring)."""
     LANES: tl.constexpr = STRIP.lanes
     tile_x = tile % units.tiles_x
     first_row = tile // units.tiles_x * units.rows
@@ -138,7 +139,7 @@ def _programs_of(unit, tile, place, units, STRIP: tl.constexpr):
         chunk = tl.where(exists, lane // units.channels, _BEYOND)
         channel = tl.minimum(first_channel + own, units.classes - 1)
     else:
-        own = unit - unit
+        own = unit - unit  # 0
         chunk = lane
         channel = first_channel
     image = (unit // units.of_image).to(tl.int64)
@@ -169,7 +170,7 @@ def _pair_of(maps, program, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
 
 @triton.jit
 def _value_of(grad_ptr, scale_ptr, dtype: tl.constexpr, PASS: tl.constexpr):
-    """The gradient of a single dissimilarity, where it is the same for all."""
+    """The gradient of each pixel's dissimilarity, if it is the same for all; 1 if not."""
     if PASS.mapped:
         value = 1.0
     else:
@@ -181,9 +182,9 @@ def _value_of(grad_ptr, scale_ptr, dtype: tl.constexpr, PASS: tl.constexpr):
 
 
 class Coefficients(NamedTuple):
-    """Of x_j, d_j and y_j in the gradients, which the window's adjoint sums up; or their planes.
+    """Coefficients of the gradients, which the window's adjoint sums up; or their planes.
 
-    With the loss dissimilarity = u + v - u v per pixel, its gradient to x_j is
+    With the dissimilarity = u + v - u v per pixel, its gradient to x_j is
     sum_i w_ij (a_i + 2 b_i (x_j - mean_x_i) + 2 c_i (d_j - mean_d_i)), where b = dv / d(variance_x
     + variance_y) and c = dv / d variance_d.
     """
@@ -196,7 +197,7 @@ class Coefficients(NamedTuple):
 
 @triton.jit
 def _coefficient_planes(pointer, strides, stride, program, STRIP: tl.constexpr):
-    """The planes of all coefficients; ``stride`` is from map to map, in grains."""
+    """The planes of all coefficient maps; ``stride`` is from map to map, in grains."""
     GRAIN: tl.constexpr = STRIP.grain
     step = stride.to(tl.int64) * GRAIN
     return Coefficients(
@@ -238,12 +239,13 @@ def _store_coefficients(
     pair, program, planes, upstream, PASS: tl.constexpr, SIMILARITY: tl.constexpr,
     WINDOW: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    """Fill a tile of the maps; the moments are found anew."""
+    """Store the coefficients of a tile, from moments that are computed anew."""
     SIZE: tl.constexpr = WINDOW.size
     COLUMNS: tl.constexpr = STRIP.columns
     UNROLL: tl.constexpr = STRIP.unroll
     SHIFT: tl.constexpr = 0 if WINDOW.padding == "valid" else -(WINDOW.size // 2)
     pair, history = begun(pair, program, upstream.rows, SIMILARITY, WINDOW, STRIP)
+    # row by row: moments, then the coefficients of the windows that are complete
     rows = tl.minimum(upstream.rows, upstream.height - program.first_row) + (SIZE - 1)
     for i in tl.range(0, rows, UNROLL):
         for j in tl.static_range(UNROLL):
@@ -266,7 +268,7 @@ def _store_coefficients(
                 if SIMILARITY.from_logits:
                     scale = tl.where(valid[v], scale, 0.0)
                 else:
-                    scale = -scale  # of the similarity
+                    scale = -scale  # the upstream gradient is that of the similarity
                 found = _coefficients_of(moments, v, scale, SIMILARITY)
                 maps_x = maps_x + (found.constant_x,)
                 maps_both = maps_both + (found.slope_both,)
@@ -287,7 +289,7 @@ def _store_gradients(
     pair, program, planes, gradients, PASS: tl.constexpr, SIMILARITY: tl.constexpr,
     WINDOW: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    """The window's adjoint of the coefficient maps, times what they multiply at the pixel."""
+    """Store a tile of the gradients: the adjoint sums, each times its factor at the pixel."""
     SIZE: tl.constexpr = WINDOW.size
     WEIGHTS: tl.constexpr = WINDOW.weights
     COLUMNS: tl.constexpr = STRIP.columns
@@ -323,7 +325,7 @@ def _store_gradients(
                 unfinished = unfinished + (partials,)
             history = unfinished
 
-            # what the sums multiply at the pixel
+            # the sums times their factors at the pixel
             limit = tl.where((i + j >= SIZE - 1) & (number < pair.height), pair.width, 0)
             out_row = Row(number=number, chunk=program.chunk, limit=limit)
             x, d, valid = load_pair(
@@ -357,7 +359,7 @@ def _ssim_backward_kernel(
     y_ptr,  # [N, H, W] or [N, C, H, W]
     coefficients_ptr,  # [3 or 4, ring, channels of a unit, out_height, out_width]
     grad_x_ptr,  # [N, C, H, W]
-    grad_y_ptr,  # like y, if PASS.both
+    grad_y_ptr,  # [N, C, H, W], if PASS.both
     progress_ptr,  # int32, all 0: tiles taken, programs ended; tiles done of each unit, by kind
     grad_strides,
     x_strides,
@@ -370,8 +372,8 @@ def _ssim_backward_kernel(
     unit_channels,
     units_of_image,
     units,
-    ring,
-    lag,
+    ring,  # units that the coefficient maps hold
+    lag,  # of gradients behind coefficients, in units
     programs,
     height,
     width,
@@ -390,7 +392,7 @@ def _ssim_backward_kernel(
     STRIP: tl.constexpr,  # of the gradients
     PASS: tl.constexpr,
 ):
-    """A tile of coefficients or of gradients, whichever comes next in the list."""
+    """Works on a tile of coefficients or of gradients, whichever comes next in the list."""
     dtype: tl.constexpr = coefficients_ptr.dtype.element_ty
     ticket = tl.atomic_add(progress_ptr, 1, sem="relaxed", scope="gpu")
     step = ticket // (out_tiles + tiles)
@@ -400,6 +402,7 @@ def _ssim_backward_kernel(
         x=x_ptr, y=y_ptr, x_strides=x_strides, y_strides=y_strides, classes=classes, height=height,
         width=width, window=window,
     )  # fmt: skip
+    # a tile of coefficients, in the place of an earlier unit
     if tile < out_tiles:
         if step < units:
             if step >= ring:
@@ -421,7 +424,7 @@ def _ssim_backward_kernel(
                 pair, program, planes, upstream, PASS, SIMILARITY, WINDOW, OUT_STRIP
             )
             _count_one(stored_ptr + 2 * step)
-    else:
+    else:  # a tile of gradients, from coefficients that are complete
         unit = step - lag
         if (unit >= 0) & (unit < units):
             _wait_for(stored_ptr + 2 * unit, out_tiles)

@@ -1,4 +1,4 @@
-"""Forward kernel of SSIM; the mathematics is told in ssim.py."""
+"""Forward kernel of SSIM; ssim.py has the mathematics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def second_plane_of(y_ptr, y_strides, program, SIMILARITY: tl.constexpr, STRIP: 
 
 @triton.jit
 def _of_rows(rows, program, STRIP: tl.constexpr):
-    """A strip's program that has so many rows instead."""
+    """The strip's program with ``rows`` rows in the place of the strip's."""
     ROWS: tl.constexpr = STRIP.rows
     return Program(
         image=program.image,
@@ -72,7 +72,7 @@ def _ssim_forward_kernel(
     SHIFT: tl.constexpr,
     MAPPED: tl.constexpr,
 ):
-    """Reads x and y once; mean dissimilarity of logits, mean similarity or its map of images."""
+    """Reads x and y once; writes the mean loss of logits, or the mean or map of a similarity."""
     SIZE: tl.constexpr = WINDOW.size
     COLUMNS: tl.constexpr = STRIP.columns
     UNROLL: tl.constexpr = STRIP.unroll
@@ -89,6 +89,7 @@ def _ssim_forward_kernel(
     )
     map_plane = plane_of(result_ptr, result_strides, program, STRIP)
 
+    # row by row: moments, dissimilarities, their sums
     dissimilarity_sum = zeros(pair.x, STRIP)
     count = zeros(pair.x, STRIP)
     pair, history = begun(pair, program, rows, SIMILARITY, WINDOW, STRIP)
@@ -123,6 +124,7 @@ def _ssim_forward_kernel(
             if MAPPED:
                 store_columns(map_plane, row, similarities, STRIP)
     if not MAPPED:
+        # the mean, by the last program
         sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs, rows=2)
         leave(sums, 0, tl.sum(dissimilarity_sum))
         leave(sums, 1, tl.sum(count))

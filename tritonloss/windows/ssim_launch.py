@@ -27,20 +27,21 @@ from .ssim_backward_kernels import Pass, _ssim_backward_kernel
 from .ssim_kernels import _ssim_forward_kernel
 from .ssim_moments import Similarity
 
-# The coefficient maps that exist at a time, unless a single plane has more.
+# The bytes of the coefficient maps that exist at a time, unless a single plane has more.
 SCRATCH_BYTES = 256 * 2**20
-# Programs that a large GPU runs at a time, two on each of 132 processors; and about twice as many.
+# How many programs a large GPU runs at a time, two on each of 132 processors; about twice as many.
 AT_A_TIME = 264
 ENOUGH = 500
-# Plain sums are right to 1e-7 of the square of the values, which are probabilities.
+# The smallest constants for plain sums, whose error is 1e-7 for probabilities.
 LEAST_C1 = 5e-5
 LEAST_C2 = 5e-4
-# Wider windows are read tap by tap; in one of a single pixel every variance has to be exactly 0.
+# The window sizes of plain sums. Wider windows are read tap by tap. In a window of a single pixel
+# every variance has to be exactly 0.
 SIZES_OF_SUMS = range(3, 12)
 
 
 class Comparison(NamedTuple):
-    """What the kernels are compiled for."""
+    """What the kernels are compiled for: the arithmetic and the window."""
 
     similarity: Similarity
     window: Window
@@ -58,22 +59,22 @@ class LossOptions(NamedTuple):
 
     @property
     def padding(self) -> str:
-        """Outside the image x = y = 0."""
+        """Always "zeros": outside the image x = y = 0."""
         return "zeros"
 
     @property
     def mapped(self) -> bool:
-        """A loss is a mean."""
+        """Always False: a loss is a mean, not a map."""
         return False
 
     @property
     def careful(self) -> bool:
-        """Whether plain sums would be too wrong beside the constants, or the window is wide."""
+        """Whether plain sums are too wrong for the constants, or not for the window's size."""
         small = self.c2 < LEAST_C2 or (self.full and self.c1 < LEAST_C1)
         return small or self.window_size not in SIZES_OF_SUMS
 
     def comparison(self, x: torch.Tensor, y: torch.Tensor) -> Comparison:
-        """What the kernels are compiled for, of logits and labels."""
+        """What the kernels are compiled for, given logits and labels."""
         ignored = ignored_class(self.ignore_index, x.size(1), y.dtype)
         crowded = y.dtype == torch.uint8 and x.size(1) > 255
         similarity = Similarity(True, self.full, self.c1, self.c2, ignored, crowded, self.careful)
@@ -91,14 +92,14 @@ class ImageOptions(NamedTuple):
 
     @property
     def careful(self) -> bool:
-        """Whether single pixels are shown, or the window's size asks for it.
+        """Whether single pixels are returned, or plain sums are not for the window's size.
 
-        The constants are in proportion to the images.
+        The constants do not matter: they are in proportion to the images.
         """
         return self.mapped or self.window_size not in SIZES_OF_SUMS
 
     def comparison(self, x: torch.Tensor, y: torch.Tensor) -> Comparison:
-        """What the kernels are compiled for."""
+        """What the kernels are compiled for, given two images."""
         c1, c2 = (0.01 * self.data_range) ** 2, (0.03 * self.data_range) ** 2
         similarity = Similarity(False, True, c1, c2, -1, False, self.careful)
         return Comparison(similarity, window_of(self.window_size, self.sigma, self.padding))
@@ -111,7 +112,7 @@ class Results(NamedTuple):
     """What a forward pass returns."""
 
     result: torch.Tensor  # the mean [], or the map
-    scale: torch.Tensor  # [], or [0] for a map
+    scale: torch.Tensor  # []: 1 / count of the mean; or [0] for a map
 
 
 def empty_results(x: torch.Tensor, options: Options) -> Results:
@@ -125,7 +126,7 @@ def empty_results(x: torch.Tensor, options: Options) -> Results:
 def empty_gradients(
     x: torch.Tensor, y: torch.Tensor, both: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients to x and, if it is wanted, to y; [0] if not."""
+    """(gradient of x, gradient of y or [0]), to be filled; ``both`` asks for that of y."""
     return torch.empty_like(x), torch.empty_like(y) if both else x.new_empty(0)
 
 
@@ -140,7 +141,7 @@ class _ForwardPlan(NamedTuple):
 
 
 def ssim_forward(x: torch.Tensor, y: torch.Tensor, options: Options) -> Results:
-    """Mean dissimilarity of a loss, mean similarity of images or its map; and 1 / count."""
+    """(loss, or similarity of images as mean or map; 1 / count, for means)."""
     results = empty_results(x, options)
     plan = prepared(
         ("ssim forward", options, kind(x), kind(y)),
@@ -193,7 +194,8 @@ def _forward_plan(
         "MAPPED": options.mapped,
         **launch,
     }
-    return _ForwardPlan(PreparedLaunch(_ssim_forward_kernel, (programs,), arguments), programs)
+    forward = PreparedLaunch(_ssim_forward_kernel, (programs,), arguments, strip.grain > 1)
+    return _ForwardPlan(forward, programs)
 
 
 # --- backward -------------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ def ssim_backward(
     options: Options,
     both: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gradient to x, gradient to y or [0]); grad is that of the mean [] or of the map."""
+    """(gradient of x, gradient of y or [0]); ``grad`` is that of the mean [] or of the map."""
     grad_x, grad_y = empty_gradients(x, y, both)
     plan = prepared(
         ("ssim backward", options, both, kind(grad), kind(x), kind(y)),
@@ -261,7 +263,8 @@ def _backward_plan(tensors: tuple[torch.Tensor, ...], options: Options) -> _Back
     lanes, warps = max((out.strip.lanes, out.warps), (own.strip.lanes, own.warps))
     out, own = out.with_lanes(lanes), own.with_lanes(lanes)
 
-    # So many units that the next ones keep the GPU busy until a unit's coefficients are all there.
+    # The gradients of a unit follow its coefficients after so many units that those in between keep
+    # the GPU busy until all of the unit's coefficients are stored.
     lag = triton.cdiv(AT_A_TIME, out.programs + own.programs) + 1
     ring = min(most, units, 2 * lag)
     lag = ring // 2
@@ -302,14 +305,16 @@ def _backward_plan(tensors: tuple[torch.Tensor, ...], options: Options) -> _Back
         "num_warps": warps,
         "enable_fp_fusion": True,
     }
-    launch = PreparedLaunch(_ssim_backward_kernel, (programs,), arguments)
+    aligned = own.strip.grain > 1
+    launch = PreparedLaunch(_ssim_backward_kernel, (programs,), arguments, aligned)
     return _BackwardPlan(launch, scratch, in_lanes, 2 * units + 2)
 
 
 def _unit(classes: int, plane: int, in_lanes: bool) -> tuple[int, int]:
-    """(channels of a unit, units that the scratch takes), of planes of so many bytes.
+    """(channels of a unit, units that the scratch holds); a unit's plane takes ``plane`` bytes.
 
-    In channels_last a unit has many channels, since lanes run over them: equal parts of an image's.
+    In channels_last lanes run over channels: a unit has many, the channels of an image in equal
+    parts.
     """
     planes = max(1, SCRATCH_BYTES // max(1, plane))
     channels = 1
@@ -339,7 +344,7 @@ class _Tiles(NamedTuple):
     strip: Strip
     warps: int
     rows: int  # of a program
-    chunks: int  # in a row of all its channels that lanes run over
+    chunks: int  # in a row, of all channels that lanes run over
     tiles_x: int
     programs: int
 
@@ -352,9 +357,9 @@ class _Tiles(NamedTuple):
         padding: str,
         moved: list[torch.Tensor],
     ) -> _Tiles:
-        """For so many units in the scratch, of some channels of maps of ``shape`` each.
+        """The tiles of maps of ``shape``, ``units`` units of ``channels`` channels at a time.
 
-        ``moved`` are all tensors that are moved.
+        ``moved`` are all tensors that are loaded or stored.
         """
         (_,), launch = strip_launch(
             torch.Size((1, channels, *shape[2:])), configuration, padding, *moved
@@ -366,7 +371,7 @@ class _Tiles(NamedTuple):
         return _Tiles(strip, launch["num_warps"], rows, chunks, launch["tiles_x"], programs)
 
     def with_lanes(self, lanes: int) -> _Tiles:
-        """The same for programs of more lanes."""
+        """The same tiles with ``lanes`` lanes in a program."""
         tiles_x = triton.cdiv(self.chunks, lanes)
         programs = self.programs // self.tiles_x * tiles_x
         return self._replace(
@@ -377,7 +382,7 @@ class _Tiles(NamedTuple):
 def rows_of(strip: Strip, height: int, others: int, wanted: int) -> int:
     """The rows of a program: about the strip's, shared out evenly, an even number.
 
-    Fewer where, times so many ``others``, there would be fewer programs than are wanted.
+    There are fewer rows where the strips times ``others`` would be fewer programs than ``wanted``.
     """
     strips = max(1, -(-(height - strip.rows // 8) // strip.rows))
     while strips * 16 < height and strips * others < wanted:
@@ -389,28 +394,28 @@ def operator_of(direction: str, options: Options) -> str:
     """The name under which configurations of a pass are kept."""
     if options.careful:
         return f"ssim_careful_{direction}"
-    # Gradients to two images take other registers than one to logits.
+    # The gradients of two images take more registers than that of logits.
     of_loss = direction == "backward" and isinstance(options, LossOptions)
     return "ssim_loss_backward" if of_loss else f"ssim_{direction}"
 
 
 def ssim_heuristic(direction: str, options: Options) -> Configuration:
-    """The operator's own choice."""
+    """A configuration that is always valid, for a pass with these options."""
     window_size = options.window_size
     backward = direction == "backward"
     if not options.careful:
-        # In the backward pass so many strips have to fit into the scratch as run at a time.
+        # In the backward pass the scratch has to hold as many strips as run at a time.
         configuration = strip_heuristic(4, ROWS=144 if backward else 256, UNROLL=2)
         if backward and window_size > 7 and isinstance(options, ImageOptions):
             configuration["COLUMNS"] = 2  # the adjoint of four maps would not fit the registers
         if backward and window_size == 7:
-            configuration["UNROLL"] = 1  # ptxas keeps to 168 registers, for a spill of 16 bytes
+            configuration["UNROLL"] = 1  # with 2, ptxas takes 168 registers and spills 16 bytes
         if not backward and window_size <= 3 and options.padding == "valid":
-            configuration["UNROLL"] = 1  # or to 72, for one of 8
+            configuration["UNROLL"] = 1  # with 2, ptxas takes 72 registers and spills 8 bytes
         return configuration
     configuration = strip_heuristic(4 if window_size <= 5 else 2 if window_size <= 11 else 1)
     if backward and window_size > 21:
-        # With four warps ptxas keeps to 168 registers, for a spill of 8 bytes.
+        # With four warps ptxas takes no more than 168 registers, and spills 8 bytes.
         configuration["LANES"] = 2 * int(configuration["LANES"])
         configuration["num_warps"] = 8
     return configuration

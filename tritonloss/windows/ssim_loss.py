@@ -1,4 +1,4 @@
-"""SSIM of sigmoid maps and one-hot labels, as a loss; the mathematics is told in ``ssim.py``."""
+"""SSIM of sigmoid maps and one-hot labels, as a loss; ``ssim.py`` has the mathematics."""
 
 from __future__ import annotations
 
@@ -97,16 +97,17 @@ def ssim_loss(
         c2: stability of the contrast-structure term, 1e-20 to 1e20. Default 0.03^2.
         ignore_index: label of pixels that are ignored, any integer or None. Default 255,
             which has to be given where there are more than 255 classes and it is one of them. Other
-            labels out of range raise on the CPU; on a GPU they count as ignored unless
-            TRITONLOSS_CHECK_LABELS=1 is set.
+            labels out of range raise on the CPU; on a GPU, where looking would synchronise, they
+            count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
 
     Returns:
         The loss, a float32 scalar (float64 for float64 logits) in [0, 2]; 0 with zero gradient if
-        no pixel is valid.
+        no pixel is valid. The gradient has the dtype of the logits.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes do not match, an option is out of range, or a label is.
+        ValueError: shapes do not match, an option is out of range, or a label is (see
+            ignore_index).
 
     Reference:
         Zhao et al., "Structural Similarity Loss for Semantic Segmentation", Eq. 7 and 9.
@@ -154,7 +155,7 @@ def _check_options(
     ignore_index: int | None,
     classes: int | None = None,
 ) -> None:
-    """All options; without ``classes``, for any number of them."""
+    """Check all options; without ``classes``, for any number of them."""
     checks.check_option("form", form, FORMS)
     checks.check_window_size(window_size)
     checks.check_sigma(sigma)
@@ -164,7 +165,10 @@ def _check_options(
 
 
 def tuning_cases() -> list[TuningCase]:
-    """What ``python -m tritonloss tune`` measures for this slice; the rest is that of images."""
+    """What ``python -m tritonloss tune`` measures for this slice: the backward pass.
+
+    The forward pass shares its configurations with that of images, which ``ssim.py`` tunes.
+    """
     cases = []
     for window_size in (11, 7):
         options = LossOptions(True, window_size, 1.5, 1e-4, 9e-4, checks.IGNORE_INDEX)

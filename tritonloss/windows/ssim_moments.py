@@ -1,7 +1,7 @@
 """Window moments of a pair of maps, row by row: what every kernel of SSIM starts from.
 
-All work on x and the residual d = x - y, whose window variance is the numerator of 1 - S_2: formed
-as such, nothing cancels when the two maps are nearly alike.
+The moments are those of x and of the residual d = x - y, whose window variance is the numerator of
+1 - S_2. Computed in this way, nothing cancels when the two maps are nearly alike.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Similarity(NamedTuple):
     full: bool  # luminance and contrast-structure (Eq. 7); else contrast-structure alone (Eq. 9)
     c1: float
     c2: float
-    ignored: int  # the ignore label if it is one of the classes, else -1
-    crowded: bool  # all values of 8-bit labels are classes
-    careful: bool  # moments in two levels, for small constants; else plain sums about a pivot
+    ignored: int  # the ignore label as sanitised_label takes it
+    crowded: bool  # whether all values of 8-bit labels are classes
+    careful: bool  # moments in two levels, as for small constants; else plain sums about a pivot
 
 
 class Pair(NamedTuple):
-    """The two maps that are compared; a run-time value, as those below are."""
+    """The two maps that are compared; a run-time value, like the tuples below."""
 
     x: Any  # a plane
     y: Any  # a plane: of labels, or of the other image
@@ -46,13 +46,14 @@ class Values(NamedTuple):
 
     x: Any
     d: Any  # x - y
-    valid: Any
+    valid: Any  # of images: whether there is a pixel
 
 
 class PairMoments(NamedTuple):
-    """Of a row, or of whole windows: a tensor per column. Or what is kept of the rows before.
+    """Moments of a row, or of whole windows, a tensor per column; or what is kept of rows before.
 
-    Kept are the row means of SIZE - 1 rows, and the unfinished vertical sums of the spreads.
+    What is kept of them is the row means of SIZE - 1 rows, and the unfinished vertical sums of the
+    spreads.
     """
 
     mean_x: Any
@@ -66,7 +67,7 @@ def load_pair(
     pair, row, channel, SIMILARITY: tl.constexpr, STRIP: tl.constexpr, SHIFT: tl.constexpr,
     COUNT: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
-    """COUNT columns of a row per lane, from SHIFT columns after each chunk's first."""
+    """The Values of COUNT columns per lane, from SHIFT columns after each chunk's first."""
     IGNORED: tl.constexpr = SIMILARITY.ignored
     first, inside = load_columns(pair.x, row, STRIP, SHIFT, COUNT, PADDING)
     second, _ = load_columns(pair.y, row, STRIP, SHIFT, COUNT, PADDING)
@@ -129,7 +130,7 @@ def _moments_about(
 def _row_moments_of_pair(
     x, d, WEIGHTS: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """The moments along a row."""
+    """The moments along a row, of the windows of COLUMNS columns."""
     mean_x = ()
     mean_d = ()
     both = ()
@@ -212,7 +213,7 @@ def next_moments(
         )
         along = _row_moments_of_pair(x, d, WEIGHTS, SIZE, COLUMNS)
 
-    # those of the windows
+    # moments of the windows that the row completes
     both, sums_both = filtered_column(history.both, along.both, WEIGHTS, SIZE, COLUMNS)
     residual, sums_d = filtered_column(history.residual, along.residual, WEIGHTS, SIZE, COLUMNS)
     means_x = history.mean_x + along.mean_x
@@ -240,7 +241,7 @@ def next_moments(
 
 
 class Dissimilarities(NamedTuple):
-    """Of one column."""
+    """The dissimilarities of the windows in one column, and their inverse divisors."""
 
     luminance: Any  # u = 1 - S_1
     structure: Any  # v = 1 - S_2
@@ -250,7 +251,7 @@ class Dissimilarities(NamedTuple):
 
 @triton.jit
 def dissimilarities(moments, v: tl.constexpr, SIMILARITY: tl.constexpr):
-    """Both factors' dissimilarities in column v, and what they were divided by."""
+    """The Dissimilarities of column v: 1 - S_1, 1 - S_2 and their inverse divisors (Eq. 6)."""
     C1: tl.constexpr = SIMILARITY.c1
     C2: tl.constexpr = SIMILARITY.c2
     mean_x = moments.mean_x[v]

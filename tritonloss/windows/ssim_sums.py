@@ -1,12 +1,12 @@
 """Window moments of a pair of maps from plain sums about a pivot: four separable filters, no more.
 
-A variance E[q^2] - E[q]^2 is as wrong as the rounding of E[q^2]. With q = x - pivot that is nothing
-where the map is flat, at whatever level, and at an edge 1e-7 of its height squared: 1e-4 of the
-default C2 for a step of the whole range, less than that where it matters, since a dissimilarity is
+The error of a variance E[q^2] - E[q]^2 is the rounding of E[q^2]. With q = x - pivot it is 0 where
+the map is flat, at whatever level, and 1e-7 of the squared height at an edge. For a step of the
+whole range that is 1e-4 of the default C2. It matters less than that, since a dissimilarity is
 divided by the variances too. Smaller constants need the moments of ``ssim_moments.py``.
 
-The second moments are those of d = x - y and the product x y: with the covariance c of x and y and
-the variance s_d of d, s_x + s_y = s_d + 2 c. So nothing cancels where the maps are nearly alike.
+The second moments are those of d = x - y and of the product x y. With the covariance c of x and y
+and the variance s_d of d, s_x + s_y = s_d + 2 c. Nothing cancels where the maps are nearly alike.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from .ssim_moments import (
 
 
 class Sums(NamedTuple):
-    """Of a row, or of whole windows: a tensor per column. Or the unfinished ones of a strip."""
+    """Sums of a row, or of whole windows, a tensor per column; or a strip's unfinished sums."""
 
-    x: Any  # x and y less their pivot here and below
+    x: Any  # here and below, x and y stand for their differences from their pivots
     d: Any  # x - y
     product: Any  # x y
     square: Any  # d^2
@@ -53,7 +53,7 @@ class Sums(NamedTuple):
 def pivoted(pair, program, rows, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
     """The pair and its pivot: the mean of four pixels down each chunk's first column, if finite.
 
-    In a flat map that is its level to the last bit; with two levels, about halfway between them.
+    In a flat map the pivot is the map's level to the bit. With two levels it is often between them.
     """
     x = zeros(pair.x, STRIP)
     d = zeros(pair.x, STRIP)
@@ -81,7 +81,7 @@ def near_columns(
     plane, row, STRIP: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr,
     PADDING: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
-    """load_columns with OTHER for columns that do not exist, and one address for all chunks."""
+    """(values, inside) as load_columns, with OTHER where no column is, and one address per lane."""
     LANES: tl.constexpr = STRIP.lanes
     COLUMNS: tl.constexpr = STRIP.columns
     row_ptr = row_of(plane, row.number, STRIP)
@@ -116,9 +116,9 @@ def near_columns(
 def _near_labels(
     pair, row, STRIP: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr
 ):  # fmt: skip
-    """(labels, inside): near_columns with a label that is no class where there is no pixel.
+    """(labels, inside): where there is no pixel, the label is none of the classes.
 
-    Unless all values of 8 bits are classes: then ``inside`` has to be asked.
+    Unless all values of 8 bits are classes: then only ``inside`` tells.
     """
     NO_CLASS: tl.constexpr = 255 if pair.y.pointer.dtype.element_ty == tl.uint8 else -1
     return near_columns(pair.y, row, STRIP, SHIFT, COUNT, "zeros", NO_CLASS)
@@ -145,7 +145,7 @@ def _is_valid(label, inside, pair, SIMILARITY: tl.constexpr):
 
 @triton.jit
 def valid_columns(pair, row, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
-    """Whether the chunk's own pixels are valid."""
+    """Whether each pixel of a chunk is valid: a tensor [lanes] per column."""
     COLUMNS: tl.constexpr = STRIP.columns
     labels, inside = _near_labels(pair, row, STRIP, 0, COLUMNS)
     valids = ()
@@ -159,7 +159,7 @@ def _pivoted_pair(
     pair, row, channel, SIMILARITY: tl.constexpr, STRIP: tl.constexpr, SHIFT: tl.constexpr,
     COUNT: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
-    """(x, y) less their pivot; see load_pair."""
+    """(x, y), each less its pivot, of the columns that load_pair would load."""
     first, _ = near_columns(pair.x, row, STRIP, SHIFT, COUNT, PADDING, 0)
     xs = ()
     ys = ()
@@ -189,7 +189,8 @@ def _pivoted_pair(
 def _filtered(values, history, WINDOW: tl.constexpr, STRIP: tl.constexpr):
     """(finished sums, history) of one moment, along the row and down the rows at once.
 
-    One moment after the other: the row's sums of all four would take registers that are not there.
+    It is called for one moment after the other: there are not enough registers for the row sums of
+    all four.
     """
     SIZE: tl.constexpr = WINDOW.size
     WEIGHTS: tl.constexpr = WINDOW.weights
@@ -228,17 +229,19 @@ def next_sums(
         ds = ds + (xs[j] - ys[j],)
         products = products + (xs[j] * ys[j],)
         squares = squares + (ds[j] * ds[j],)
+    # the four sums of the windows, one after the other
     x, rest_x = _filtered(xs, history.x, WINDOW, STRIP)
     d, rest_d = _filtered(ds, history.d, WINDOW, STRIP)
     product, rest_product = _filtered(products, history.product, WINDOW, STRIP)
     square, rest_square = _filtered(squares, history.square, WINDOW, STRIP)
 
+    # means and variances, from the sums about the pivots
     mean_x = ()
     mean_d = ()
     both = ()
     residual = ()
     for v in tl.static_range(COLUMNS):
-        # Rounding may leave a variance below 0; what is not a number stays that.
+        # Rounding may leave a variance below 0; a NaN stays NaN.
         variance_d = tl.maximum(square[v] - d[v] * d[v], 0.0, propagate_nan=tl.PropagateNan.ALL)
         covariance = product[v] - x[v] * (x[v] - d[v])
         mean_x = mean_x + (x[v] + pair.pivot_x,)
@@ -254,7 +257,7 @@ def next_sums(
 
 @triton.jit
 def begun(pair, program, rows, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr):
-    """(pair, history) for the first of a strip's rows."""
+    """(pair, history) before the first row of a strip."""
     if SIMILARITY.careful:
         history = empty_history(pair, WINDOW, STRIP)
     else:

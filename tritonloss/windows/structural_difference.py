@@ -1,7 +1,7 @@
 """The structural difference e of a strip, row by row (SSL paper, Eq. 10).
 
-A row of pixels completes the windows half a window above it: with each row that is read comes e of
-a row further up, together with the pixels of that one.
+A row of pixels completes the windows that are centred half a window above it. Each row that is read
+therefore gives e of a row further up, together with the pixels of that row.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Sampling(NamedTuple):
     ignored: int  # the ignore label as sanitised_label takes it
     threshold: float
     reweight: bool
-    delayed: bool  # the half window still to be completed is kept in registers, not loaded again
+    delayed: bool  # pixels stay in registers until their windows are complete; else loaded again
 
 
 class Maps(NamedTuple):
-    """What the programs of a strip read; a run-time value, as those below are."""
+    """What the program of a strip reads; a run-time value, like the tuples below."""
 
     logits: Any  # a plane, from the first row of the strip on
     target: Any  # likewise
@@ -69,7 +69,7 @@ class History(NamedTuple):
 
     moments: Any  # of the probabilities in the rows before
     labels: Any  # unfinished means of the labels
-    late: Any  # pixels of the half window that is still to be completed
+    late: Any  # the pixels whose windows are not complete yet, if SAMPLING.delayed
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def _label_row(
     labels, channel, dtype: tl.constexpr, SAMPLING: tl.constexpr, WINDOW: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One row's part of the means of y and, unless that is found from y's, of 1 - y."""
+    """One row's part of the means of y, and of 1 - y unless that follows from the means of y."""
     LABEL_WEIGHTS: tl.constexpr = SAMPLING.label_weights
     y = ()
     complement = ()
@@ -152,7 +152,7 @@ def _streamed_row(
 def _structural_difference(
     probability, belongs, moments, means, STABILITY: tl.constexpr, PRESENT: tl.constexpr
 ):
-    """E of one column, from the window moments of p and the window means of y."""
+    """The structural difference e of one column, from moments of p and means of y (Eq. 10)."""
     deviation = tl.sqrt(moments.variance)
     excess = (probability - moments.centre) - moments.shift  # p - mean_p
     if PRESENT:
@@ -162,7 +162,7 @@ def _structural_difference(
         numerator = (label_excess + STABILITY) * (deviation + STABILITY) - (excess + STABILITY) * (
             label_deviation + STABILITY
         )
-    else:
+    else:  # y = 0 in the whole window: its term of Eq. 10 is 1
         denominator = deviation + STABILITY
         numerator = deviation - excess
     return tl.abs(numerator) * inverse(denominator)
@@ -196,7 +196,7 @@ def next_row(
     i, history, maps, program, SAMPLING: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr,
     PRESENT: tl.constexpr,
 ):  # fmt: skip
-    """Take in row i, counted from the strip's first one: (e, pixels, history).
+    """(e, pixels, history) after row i, counted from the strip's first row.
 
     e and the pixels are those of the row whose window row i completes, half a window further up.
     """
@@ -223,7 +223,7 @@ def next_row(
         dtype: tl.constexpr = newest.probability[0].dtype
         row_of_means = _label_row(newest.label, program.channel, dtype, SAMPLING, SIZE, COLUMNS)
 
-    # those of the windows that the row completes
+    # moments and label means of the windows that the row completes
     moments, unfinished = column_moments(row_of_moments, history.moments, WEIGHTS, SIZE, COLUMNS)
     positive = moments.centre
     negative = moments.centre
@@ -264,12 +264,13 @@ def next_row(
         middle = Row(number=i - RADIUS, chunk=program.chunk, limit=limit)
         pixels = load_pixels(maps, middle, IGNORED, STRIP, 0, COLUMNS, "zeros")
 
+    # e of the row that is complete
     differences = ()
     for v in tl.static_range(COLUMNS):
         probability = pixels.probability[v]
         belongs = pixels.label[v] == program.channel
         if SIZE == 1:
-            # One pixel has no structure (Eq. 10 is 1 for y and p alike): compared as they are.
+            # One pixel has no structure, n(y) = n(p) = 1 in Eq. 10: y and p are compared instead.
             e = tl.abs(tl.where(belongs, 1.0, 0.0).to(probability.dtype) - probability)
         else:
             of_column = WindowMoments(

@@ -1,10 +1,10 @@
 """Which classes occur where, and how many pixels are valid: one look at the labels before the work.
 
-Most (strip, class) pairs of a street scene hold no pixel of the class. There y = 0 throughout, and
-much of the structural loss's arithmetic falls away. So the label map is cut into patches, and a bit
-is kept per patch and class: whether any window that is centred in the patch sees the class. Patches
-are of one size, whatever strips later kernels work on: the forward pass leaves the bits to the
-backward pass.
+In a street scene, most strips hold no pixel of most classes. There y = 0 throughout, and much of
+the structural loss's arithmetic falls away. So the label map is cut into patches, and a bit is kept
+for each patch and class: whether any window that is centred in the patch sees the class. Patches
+are of one size, whatever strips later kernels work on, so that the backward pass can use the bits
+of the forward pass.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from .._engine.sums import Sums, comes_last, leave, sums_over, total
 
 PATCH_ROWS = tl.constexpr(32)
 PATCH_COLUMNS = tl.constexpr(128)
-_COLUMNS = 4  # of a lane
+_COLUMNS = 4  # of a lane's chunk
 _BITS = tl.constexpr(32)  # of a word
-# Above the index of every class: no label is at least this.
+# Larger than every class: a label is never as large.
 ABOVE_ALL = tl.constexpr(1 << 30)
 
 # --- device functions -----------------------------------------------------------------------------
 
 
 class Look(NamedTuple):
-    """Where the bits are; a run-time value."""
+    """Where the bits are, and the size of the label map; a run-time value."""
 
     found: Any  # int32 [images, patches in y, patches in x, words]
     classes: Any
@@ -71,12 +71,13 @@ def class_is_present(look, program, STRIP: tl.constexpr):
 @triton.jit
 def _bit_of(label, first_class):
     """The bit of a class in the word that begins with ``first_class``; 0 if it is in another."""
-    place = (label - first_class).to(tl.uint32, bitcast=True)  # a small one is large now
+    place = (label - first_class).to(tl.uint32, bitcast=True)  # large for a label below
     return tl.where(place < _BITS, 1 << (place & (_BITS - 1)).to(tl.int32), 0)
 
 
 @triton.jit
 def _either(a, b):
+    """All bits of both."""
     return a | b
 
 
@@ -88,7 +89,7 @@ def _label_look_kernel(
     scratch_ptr,  # see _engine/sums.py
     tickets_ptr,
     target_strides,
-    channels,  # words, for the grid
+    channels,  # words of a patch, which the grid has in the place of channels
     classes,
     height,
     width,
@@ -115,7 +116,7 @@ def _label_look_kernel(
     outer += tl.where(border >= RADIUS, LANES * COLUMNS, 0)
     outer_exists = (border < 2 * RADIUS) & (outer >= 0)
 
-    # Several rows at a time, so that their loads are on the way together.
+    # Rows of the patch and of its border, several at a time, so that their loads overlap.
     found = tl.zeros((LANES,), tl.int32)
     beside = tl.zeros((BORDER,), tl.int32)
     valid = tl.zeros((LANES,), tl.int32)
@@ -138,6 +139,7 @@ def _label_look_kernel(
                 label = sanitised_label(label, exists, classes, IGNORED)
                 beside |= _bit_of(label, first_class)
 
+    # store the bits, and count the valid pixels once
     bits = tl.reduce(found, 0, _either) | tl.reduce(beside, 0, _either)
     tl.store(found_ptr + tl.program_id(0), bits)
     sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs, rows=1)
@@ -150,7 +152,7 @@ def _label_look_kernel(
 
 
 def empty_found(logits: torch.Tensor) -> torch.Tensor:
-    """Memory for the bits of all patches and classes."""
+    """Memory for the bits of all patches and classes: int32 [N, patches in y and x, words]."""
     images, classes, height, width = logits.shape
     patches_y = -(-height // PATCH_ROWS.value)
     patches_x = -(-width // PATCH_COLUMNS.value)

@@ -10,14 +10,15 @@ one-hot label, both normalised by the statistics of a Gaussian window,
 e, f and M carry no gradient, so that dL/dz = (p - y) (a m + b e f) is elementwise: a = bce_weight /
 V, b = (1 - bce_weight) / M, with V valid pixels.
 
-Bytes per pass, L of logits and T of labels: forward L + T; backward 2 L + T. Two schedules:
+Bytes per pass, with L of logits and T of labels: forward L + T, and T for the look at the labels
+(``structural_labels.py``); backward 2 L + T. There are two schedules:
 
-- recompute: the forward writes sums only, the backward recomputes e from the logits;
-- stored: the forward leaves e f in the buffer that the backward turns into the gradient, which
-  spares the window's arithmetic at the price of 2 L more traffic. Pays for large windows; for
-  float32 logits only, since e would lose its digits in 16 bits.
+- recompute: the forward pass writes sums only, the backward pass recomputes e from the logits;
+- stored: the forward pass leaves e f in the buffer that the backward pass turns into the gradient.
+  This spares the window's arithmetic at the price of 2 L more traffic. It pays for large windows.
+  It is not for logits of 16 bits, in which e would lose its digits.
 
-The gradient is the only map in memory under both.
+Under both, the gradient is the only map with classes that is allocated.
 """
 
 from __future__ import annotations
@@ -64,9 +65,10 @@ def _structural_similarity_reuse(
     stored: torch.Tensor,
     options: Options,
 ) -> torch.Tensor | None:
-    """The gradient in the buffer that holds e f, if there is one.
+    """The gradient in the buffer that holds e f; None without one.
 
-    As .data it has a version of its own: whoever changes the gradient does not spoil the graph.
+    It is the buffer's .data, which has a version counter of its own: a caller who changes the
+    gradient does not spoil the graph.
     """
     if stored.dim() < 4:
         return None
@@ -208,7 +210,7 @@ def _check_options(
     ignore_index: int | None,
     classes: int | None = None,
 ) -> None:
-    """All options; without ``classes``, for any number of them."""
+    """Check all options; without ``classes``, for any number of them."""
     checks.check_window_size(window_size)
     checks.check_sigma(sigma)
     checks.check_range("beta", beta, 0.0, 1.0, interval="[)")
@@ -276,7 +278,7 @@ def _tuning_candidates(
 
 
 def _tuning_stored(shape: Shape, layout: str, device: torch.device) -> Launch:
-    """The gradient from a copy of what is stored, which it overwrites."""
+    """A launch of the stored schedule's backward pass, on a copy, since it overwrites e f."""
     logits = random_map(shape, layout, torch.float32, device).sub_(0.5).mul_(8)
     target = random_labels(shape, device)
     options = Options(window_size=11, store=True)
@@ -294,7 +296,7 @@ def _tuning_stored(shape: Shape, layout: str, device: torch.device) -> Launch:
 def _tuning_pass(
     window_size: int, dtype: torch.dtype, shape: Shape, layout: str, device: torch.device
 ) -> Launch:
-    """Forward and backward: which schedule is faster shows in both together."""
+    """A launch of both passes, whose time together says which schedule is faster."""
     logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
     target = random_labels(shape, device)
 

@@ -1,4 +1,4 @@
-"""Kernels of the structural similarity loss; its mathematics: structural_similarity.py."""
+"""Kernels of the structural similarity loss; structural_similarity.py has its mathematics."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class StripSums(NamedTuple):
 
 @triton.jit
 def _is_hard(e, column, row, height, width, SAMPLING: tl.constexpr, WINDOW: tl.constexpr):
-    """Whether a valid pixel is hard (f, SSL paper, Eq. 11). A NaN is, and so reaches the loss."""
+    """Whether a valid pixel is hard (f, SSL paper, Eq. 11). A NaN is hard: it reaches the loss."""
     hard = ~(e <= SAMPLING.threshold)
     if WINDOW.padding == "valid":
         RADIUS: tl.constexpr = WINDOW.size // 2
@@ -63,6 +63,7 @@ def _forward_strip(
         differences, pixels, history = next_row(
             i, history, maps, program, SAMPLING, WINDOW, STRIP, PRESENT
         )
+        # the pixels of the complete row, which count from the strip's first row on
         number = program.first_row + i - RADIUS
         lowest_label = tl.where(i >= RADIUS, 0, ABOVE_ALL)
         kept = ()
@@ -112,7 +113,7 @@ def _structural_similarity_forward_kernel(
     tiles_y,
     window,
     programs,
-    bce_weight,  # the sum of both, to the precision of float64
+    bce_weight,  # bce_weight + bce_weight_rest has the precision of float64
     bce_weight_rest,
     SAMPLING: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -141,6 +142,7 @@ def _structural_similarity_forward_kernel(
     else:
         found = _forward_strip(maps, stored, program, SAMPLING, WINDOW, STRIP, STORED, False)
 
+    # the sums of all strips, and the loss
     sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs, rows=3)
     leave(sums, 0, found.entropy)
     leave(sums, 1, found.weighted)
@@ -158,7 +160,7 @@ def _structural_similarity_forward_kernel(
 
 
 class Scales(NamedTuple):
-    """Of the two parts of the gradient, which is (p - y) (entropy + weighted e f)."""
+    """The scales of the gradient's two parts: it is (p - y) (entropy + weighted e f)."""
 
     entropy: Any
     weighted: Any
@@ -166,7 +168,7 @@ class Scales(NamedTuple):
 
 @triton.jit
 def _residual(u, probability, belongs, PRESENT: tl.constexpr):
-    """The residual p - y; for y = 1 as -sigmoid(-z), since p - 1 has no digits left near 1."""
+    """The residual p - y; -sigmoid(-z) where y = 1, since p - 1 has no digits left near p = 1."""
     residual = probability
     if PRESENT:
         residual = tl.where(belongs, negated(sigmoid_base2(negated(u))), probability)
@@ -178,7 +180,7 @@ def _backward_strip(
     scales, maps, grad, program, SAMPLING: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr,
     PRESENT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one strip: (p - y) (a m + b e f)."""
+    """Store the gradient of one strip: (p - y) (a m + b e f), m: whether a pixel is valid."""
     RADIUS: tl.constexpr = WINDOW.size // 2
     COLUMNS: tl.constexpr = STRIP.columns
     UNROLL: tl.constexpr = STRIP.unroll
@@ -196,8 +198,8 @@ def _backward_strip(
             hard = _is_hard(
                 differences[v], column, number, maps.height, maps.width, SAMPLING, WINDOW
             )
-            # Where a pixel is not valid p = y = 0, and with them the gradient: but 0 times a NaN,
-            # of a neighbour, would be one.
+            # Where a pixel is not valid p = y = 0, which makes the gradient 0. But a NaN of a
+            # neighbour in e would make it NaN: the weight is selected.
             hard = hard & (label >= 0)
             weight = tl.where(hard, differences[v] if SAMPLING.reweight else 1.0, 0.0)
             belongs = label == program.channel

@@ -48,14 +48,14 @@ class Options(NamedTuple):
     hard_mining: bool = True
     reweight: bool = True
     ignore_index: int | None = 255
-    store: bool = False  # the forward pass leaves e f to the backward pass
+    store: bool = False  # whether the forward pass leaves e f to the backward pass
 
 
 class Results(NamedTuple):
     """What a forward pass returns."""
 
     loss: torch.Tensor  # []
-    statistics: torch.Tensor  # [2]
+    statistics: torch.Tensor  # [2]: bce_weight / V, (1 - bce_weight) / M
     stored: torch.Tensor  # e f [N, C, H, W], or [0] unless the options say "store"
     found: torch.Tensor  # which classes occur where, see structural_labels.py
 
@@ -66,12 +66,12 @@ def _label_weights(
 ) -> tuple[tuple[float, ...], str]:
     """(weights, complement): 1-D weights for label maps, and how 1 - mean_y is found with them.
 
-    1 - mean_y must be 0 on flat maps and precise when only a far corner differs. Rounded to
-    multiples of half the dtype's epsilon that sum to 1, all weighted sums along a row are exact,
-    and an all-ones window has the mean 1 to the bit: then 1 - mean_y is a plain difference
-    ("window") as long as the corner weighs enough, else a difference per row ("row"). That rounding
-    would spoil weights below 5e-4; there the complement is filtered on its own ("filtered"), as for
-    one column per lane, whose weights are computed on the way.
+    1 - mean_y must be 0 on flat maps, and precise when only a far corner differs. The weights are
+    rounded to multiples of half the dtype's epsilon that sum to 1. All weighted sums along a row
+    are then exact, and an all-ones window has the mean 1 to the bit. So 1 - mean_y is a plain
+    difference ("window") as long as the corner weighs enough, and otherwise a difference per row
+    ("row"). The rounding would spoil weights below 5e-4: there 1 - y is filtered on its own
+    ("filtered"). So it is for one column per lane, whose weights are computed in the kernel.
     """
     weights = gaussian_window(window_size, sigma)
     if weights[0] < 5e-4 or columns == 1:
@@ -98,8 +98,8 @@ def _window_arguments(
         ignored=ignored_class(options.ignore_index, logits.size(1), target.dtype),
         threshold=threshold if options.hard_mining else -1.0,
         reweight=options.reweight,
-        # Mirrored columns beyond the image are no pixels of their own: looked up anew. So is what
-        # would take too many registers: four columns of three rows.
+        # Pixels are loaded again where a row's columns are mirrored, since those are other pixels,
+        # and where they would take too many registers, as four columns of three rows do.
         delayed=columns > 1 and columns * (size // 2) < 12 and padding in ("zeros", "valid"),
     )
     return {
@@ -110,7 +110,7 @@ def _window_arguments(
 
 
 def heuristic_of(operator: str, window_size: int) -> Configuration:
-    """The operator's own choice."""
+    """A configuration that is always valid, for windows of this size."""
     columns = 4 if 3 <= window_size <= 7 else 2 if window_size <= 11 else 1
     configuration = strip_heuristic(columns, ROWS=64 if window_size <= 5 else 128)
     if operator == "structural_similarity_forward":
@@ -123,8 +123,8 @@ def _configuration(operator: str, logits: torch.Tensor, window_size: int) -> Con
 
 
 def stores_differences(logits: torch.Tensor, window_size: int) -> bool:
-    """Whether the schedule for such logits is "stored": the forward leaves e f for the backward."""
-    # Kept in 16 bits, e would be rounded before it weights the gradient: there it is recomputed.
+    """Whether such logits have the schedule "stored", in which the forward pass leaves e f."""
+    # Kept in 16 bits, e would be rounded before it weights the gradient: it is recomputed instead.
     if logits.element_size() < 4:
         return False
 
@@ -144,8 +144,8 @@ def empty_results(logits: torch.Tensor, target: torch.Tensor, options: Options) 
     return Results(loss, statistics, stored, empty_found(logits))
 
 
-# What the launches below are kept under, beside all that they depend on: a tensor that is made like
-# another one is not looked at again.
+# Names of the launches below, in the keys under which they are kept. The keys hold what a launch
+# depends on, except tensors that are allocated like one in the key.
 _SCHEDULE, _FORWARD, _BACKWARD, _STORED = (f"structural_similarity {i}" for i in range(4))
 
 
@@ -157,7 +157,7 @@ class _ForwardPlan(NamedTuple):
 
 
 def forward_pass(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Results:
-    """The loss, and what the backward pass needs."""
+    """The loss, and what the backward pass needs: Results."""
     results = empty_results(logits, target, options)
     plan = prepared(
         (_FORWARD, kind(logits), kind(target), options),
@@ -213,7 +213,7 @@ def _forward_plan(
 
 
 def _halves(number: float) -> tuple[float, float]:
-    """Two numbers that float32 holds, the sum of which is ``number``: kernels take no others."""
+    """Two float32 numbers whose sum is ``number``: kernels take floats as float32."""
     high = float(numpy.float32(number))
     return high, float(numpy.float32(number - high))
 
@@ -226,7 +226,7 @@ def backward_pass(
     found: torch.Tensor,
     options: Options,
 ) -> torch.Tensor:
-    """The gradient by recomputing e."""
+    """The gradient of the logits, with e recomputed."""
     grad_logits = torch.empty_like(logits)
     launch = prepared(
         (_BACKWARD, kind(logits), kind(target), options),
@@ -276,7 +276,7 @@ def stored_pass(
     stored: torch.Tensor,
     ignore_index: int | None,
 ) -> None:
-    """The gradient from the stored e f, in its place."""
+    """Turn the stored e f into the gradient, in place."""
     launch = prepared(
         (_STORED, kind(logits), kind(target), kind(stored), ignore_index),
         lambda: _stored_plan(logits, target, stored, ignore_index),
@@ -299,7 +299,7 @@ def _stored_plan(
     )
     moved = (logits, target, stored)
     if grain_of(int(configuration["COLUMNS"]), *moved) == 1 and not channels_in_lanes(logits):
-        configuration["COLUMNS"] = 1  # there is no window: so neighbouring lanes are neighbours
+        configuration["COLUMNS"] = 1  # so that neighbouring lanes have neighbouring pixels
     grid, launch = strip_launch(logits.shape, configuration, "zeros", *moved)
     arguments = {
         "logits_strides": strides(logits, launch["STRIP"]),

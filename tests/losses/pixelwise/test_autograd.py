@@ -154,7 +154,7 @@ def test_same_bits_every_time(loss: Loss, layout: str, device: torch.device) -> 
 
 
 def test_what_is_saved_is_small(loss: Loss, device: torch.device) -> None:
-    """4 bytes per pixel; nothing for binary cross entropy."""
+    """It is 4 bytes per pixel, and nothing for binary cross entropy."""
     for dtype in (torch.float32, torch.bfloat16):
         logits, target = segmentation_case((1, 6, 8, 12), dtype=dtype, device=device)
         leaf = logits.requires_grad_()

@@ -41,7 +41,7 @@ def test_focal_gradient_of_the_specification() -> None:
 def test_sums_over_many_classes_keep_their_digits(
     value: float, layout: str, device: torch.device
 ) -> None:
-    """Equal logits but for one: every rounding of a running sum goes the same way."""
+    """All logits but one are equal, so that every rounding of a running sum goes the same way."""
     logits = as_layout(torch.full((1, 1000, 1, 2), value, device=device), layout)
     logits[:, 0] += 1
     target = torch.zeros(1, 1, 2, dtype=torch.int16, device=device)
@@ -98,7 +98,7 @@ def test_large_logits_keep_their_differences(
 
 
 def test_confident_pixels_keep_their_digits(device: torch.device) -> None:
-    """Losses of 1e-6: nothing is rounded away beside a 1, nothing added and taken away again."""
+    """Losses are 1e-6: nothing may be rounded away beside a 1, nor added and taken away again."""
     logits = torch.full((1, 5, 2, 4), -14.0, device=device)
     logits[:, 2] = 14.0
     target = torch.full((1, 2, 4), 2, device=device)
@@ -113,7 +113,7 @@ def test_confident_pixels_keep_their_digits(device: torch.device) -> None:
 
 @pytest.mark.parametrize("gamma", [0.3, 0.5, 1.0, 2.0])
 def test_focal_loss_of_certain_pixels(gamma: float, device: torch.device) -> None:
-    """1 - p = 0: q^(gamma - 1) is infinite and must not show."""
+    """Where q = 1 - p is 0, q^(gamma - 1) may be infinite, which must not show."""
     logits = torch.zeros(1, 3, 2, 4, device=device)
     logits[:, 1] = 200.0
     for label in (1, 0):
@@ -125,7 +125,7 @@ def test_focal_loss_of_certain_pixels(gamma: float, device: torch.device) -> Non
 
 @pytest.mark.parametrize("gap", [0.5, 3.4, 3.5, 4.0, 5.0])
 def test_focal_loss_in_float64(gap: float, device: torch.device) -> None:
-    """1 - p by its series, where p is nearly 1, and by a difference elsewhere."""
+    """1 - p is computed by its series where p is nearly 1, and as a difference elsewhere."""
     logits = torch.tensor([gap, 0.0], dtype=torch.float64, device=device).view(1, 2, 1, 1)
     target = torch.zeros(1, 1, 1, dtype=torch.uint8, device=device)
     value, gradient = kernel_gradient(focal_loss, logits, target)
@@ -139,7 +139,7 @@ def test_focal_loss_in_float64(gap: float, device: torch.device) -> None:
 
 @pytest.mark.parametrize("value", [2.0, 0.75])
 def test_references_know_the_closed_forms(value: float) -> None:
-    """Two classes apart by v: -log p is softplus(-v) for the larger."""
+    """Where two logits are v apart, -log p of the larger one is softplus(-v)."""
     logits = torch.tensor([value, 0.0], dtype=torch.float64).view(1, 2, 1, 1)
     target = torch.zeros(1, 1, 1, dtype=torch.long)
     entropy = F.softplus(torch.tensor(-value, dtype=torch.float64))

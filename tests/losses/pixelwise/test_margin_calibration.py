@@ -41,7 +41,7 @@ def test_every_dtype(variant: str, dtype: torch.dtype, layout: str, device: torc
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("classes", [2, 3, 4, 8, 9, 16, 17, 33])
 def test_every_number_of_classes(classes: int, layout: str, device: torch.device) -> None:
-    """All classes held in one block, and gone through twice in several."""
+    """All classes are held in one block, or gone through twice in several."""
     logits, target = segmentation_case((1, classes, 3, 5), device=device)
     for variant in ("paper", "margin"):
         check(as_layout(logits, layout), target, variant=variant)
@@ -65,7 +65,7 @@ def test_many_classes(device: torch.device) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.shipped_sizes
 def test_sums_over_many_classes_keep_their_digits(layout: str, device: torch.device) -> None:
-    """Equal scores but for one: every rounding of a running sum goes the same way."""
+    """All scores but one are equal, so that every rounding of a running sum goes the same way."""
     logits = torch.full((1, 1000, 1, 2), -0.3, device=device)
     logits[:, 0] = 0.0
     target = torch.zeros(1, 1, 2, dtype=torch.int16, device=device)
@@ -204,7 +204,7 @@ def test_what_is_not_a_number_is_not_hidden(
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("left", [[0, 8], [8, 0], [3, 4], [0], [8]])
 def test_masked_classes(left: list[int], variant: str, layout: str, device: torch.device) -> None:
-    """-inf in all classes but one or two: the next best is one of them, of no weight."""
+    """-inf in all classes but one or two: where the next best is masked, it has no weight."""
     logits = torch.full((1, 9, 2, 3), -float("inf"), device=device)
     for place, index in enumerate(left):
         logits[:, index] = 0.5 - place
@@ -217,7 +217,7 @@ def test_masked_classes(left: list[int], variant: str, layout: str, device: torc
 def test_huge_and_tied_logits(
     scale: float, variant: str, layout: str, device: torch.device
 ) -> None:
-    """-1, 0 and 1 in nine classes: nearly every pixel's best score is tied."""
+    """Nine classes have -1, 0 or 1, so that nearly every pixel's best score is tied."""
     logits, target = segmentation_case((1, 9, 6, 12), device=device)
     check(as_layout(scale * (logits / 3).round().clamp(-1, 1), layout), target, variant=variant)
 
@@ -273,7 +273,7 @@ def test_backward_twice_and_logits_reused(variant: str, device: torch.device) ->
 
 
 def test_no_gradient_wanted(variant: str, device: torch.device) -> None:
-    """Without a backward pass the forward does less, and finds the same."""
+    """Without a backward pass the forward pass does less, and finds the same."""
     logits, target = segmentation_case((1, 3, 6, 12), device=device)
     expected, _ = kernel_gradient(logits, target, variant=variant)
     offsets = MarginOffsets(*(x.requires_grad_() for x in offsets_for(3, device)))
@@ -343,7 +343,7 @@ def test_module() -> None:
     with tritonloss.use_backend("reference"):
         expected = margin_calibrated_loss(logits, target, offsets_for(3), **options)
         assert torch.equal(criterion(logits, target), expected)
-        # The offsets travel: into another module, and to another dtype.
+        # The offsets can be loaded into another module and converted to another dtype.
         other = tritonloss.MarginCalibratedLoss((torch.zeros(3), torch.zeros(3)), **options)
         other.load_state_dict(criterion.state_dict())
         assert torch.equal(other(logits, target), expected)

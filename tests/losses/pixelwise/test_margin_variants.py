@@ -63,7 +63,7 @@ def test_released_variant_is_the_authors() -> None:
 def wrong_winner(classes: int, offsets: MarginOffsets, variant: str, backend: str) -> float:
     """Derivative of a pixel's loss by its best score, which is not the label's, at equal scores.
 
-    Class 0 wins, by next to nothing; of two pixels the labels are the last class and the runner-up.
+    Class 0 wins by next to nothing. The labels of the two pixels are the last class and class 1.
     """
     logits = torch.zeros(1, classes, 1, 2, dtype=torch.float64)
     logits[:, 0] = 1e-9
@@ -116,7 +116,7 @@ def test_wrong_winner_with_the_offsets_of_forty_million_pixels(
 
 
 def test_the_readme_shows_a_loss_that_lowers_a_wrong_winner() -> None:
-    """Its lines as they are, with 19 classes of 200 000 pixels each."""
+    """The README's lines run as they are, on 19 classes of 200 000 pixels each."""
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     (lines,) = re.findall(r"```python\n(# label_loader.*?)```", readme, flags=re.DOTALL)
     names = {"tritonloss": tritonloss, "label_loader": torch.arange(19).repeat(200_000)}
@@ -131,7 +131,7 @@ def test_the_readme_shows_a_loss_that_lowers_a_wrong_winner() -> None:
 def test_margin_variant_by_hand(
     margin: float, own: float, other: float, device: torch.device
 ) -> None:
-    """A ramp that falls from 1 at a margin of 0 to 0 at rho: 2 for the own, 4 for the others."""
+    """The ramp falls from 1 at a margin of 0 to 0 at rho: 2 for the own class, 4 for the others."""
     logits = torch.tensor([margin, 0.0], device=device).view(1, 2, 1, 1)
     offsets = (torch.full((2,), 2.0, device=device), torch.full((2,), 4.0, device=device))
     target = torch.zeros(1, 1, 1, dtype=torch.uint8, device=device)
@@ -142,7 +142,7 @@ def test_margin_variant_by_hand(
 
 
 def test_offsets_of_zero_make_a_step(device: torch.device) -> None:
-    """rho = 0, as absent classes have it: right is 0, wrong or tied is 1, no slope anywhere."""
+    """With rho = 0, as absent classes have it, right is 0, wrong or tied is 1, and all is flat."""
     logits = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 2.0]], device=device).view(1, 2, 1, 3)
     zero = torch.zeros(2, device=device)
     target = torch.zeros(1, 1, 3, dtype=torch.uint8, device=device)

@@ -109,7 +109,7 @@ def test_every_dtype(loss: Loss, dtype: torch.dtype, layout: str, device: torch.
 def test_every_number_of_classes(
     loss: Loss, classes: int, layout: str, device: torch.device
 ) -> None:
-    """Less than a block, whole blocks, and what is left over of them."""
+    """The classes fill less than a block, whole blocks, or whole blocks and a part of one."""
     logits, target = segmentation_case((1, classes, 3, 5), device=device)
     if loss is not binary_cross_entropy and classes == 1:
         with pytest.raises(ValueError, match="logits must .* use binary_cross_entropy"):
@@ -139,7 +139,7 @@ def test_many_classes(device: torch.device) -> None:
     "shape", [(1, 2, 1, 1), (3, 2, 1, 67), (2, 3, 13, 11), (1, 3, 129, 1), (2, 2, 8, 16)], ids=str
 )
 def test_every_shape(loss: Loss, shape: tuple[int, ...], device: torch.device) -> None:
-    """One pixel, odd, prime, more than a program has, H != W."""
+    """Sizes are one pixel, odd, prime, more than a program has, with H != W."""
     logits, target = segmentation_case(shape, device=device, ignore_index=None)
     for layout in ("contiguous", "channels_last"):
         check(loss, as_layout(logits, layout), target)
@@ -172,7 +172,7 @@ def test_every_layout_of_labels(loss: Loss, layout: str, device: torch.device) -
 
 
 def test_crop_of_channels_last_logits(loss: Loss, device: torch.device) -> None:
-    """Classes lie side by side, rows of pixels do not follow each other."""
+    """Classes are neighbours in memory, but rows of pixels do not follow each other."""
     logits, target = segmentation_case((2, 6, 5, 9), device=device)
     around = torch.full((2, 8, 7, 12), float("nan"), device=device)
     around = around.contiguous(memory_format=torch.channels_last)
@@ -283,7 +283,7 @@ def test_labels_out_of_range(
                 pytest.raises(ValueError, match=rf"target .*got 2 labels .*{outside} \(2x\)"),
             ):
                 loss(logits, target)
-    # Where nobody looked they count as ignored.
+    # Where labels are not checked, those count as ignored.
     monkeypatch.setattr(checks, "check_labels_in_range", lambda *_: None)
     found = kernel_gradient(loss, logits, target)
     expected = kernel_gradient(loss, logits, target.where(target != outside, 255))

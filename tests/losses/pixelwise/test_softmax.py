@@ -32,7 +32,7 @@ def with_the_largest_everywhere(classes: int, shift: float, device: torch.device
     logits = torch.randn(classes, pixels, generator=generator)
     place = torch.arange(pixels)
     logits[place % classes, place] = logits.amax(0) + 0.5
-    # Of two bundles that both have it, either is right.
+    # A second class has the largest logit, too: where they are in two bundles, either is right.
     logits[(3 * place + 1) % classes, place] = logits.amax(0)
     return (logits + shift).view(1, classes, pixels // 12, 12).to(device)
 
@@ -83,7 +83,7 @@ def test_blocks_need_not_be_bundles(unroll: int, device: torch.device) -> None:
 
 
 def test_a_gradient_of_another_layout(device: torch.device) -> None:
-    """Going forward neighbouring addresses are classes, going back they are pixels."""
+    """Neighbouring addresses are classes in the logits, and pixels in their gradient."""
     column = torch.randn(1, 70, 3, 1, device=device).to(memory_format=torch.channels_last)
     logits = column.detach().expand(-1, -1, -1, 12).requires_grad_()
     target = labels_of(logits)
@@ -97,7 +97,7 @@ def test_a_gradient_of_another_layout(device: torch.device) -> None:
 
 @pytest.mark.parametrize("classes", [2, 255, 256])
 def test_equal_logits(classes: int, device: torch.device) -> None:
-    """The logarithm of the sum at the end of what fixed point holds."""
+    """The logarithm of the sum is at the end of the range that fixed point has."""
     logits = torch.full((1, classes, 2, 4), 3.25, device=device)
     _, gradient = kernel_gradient(
         cross_entropy, logits, labels_of(logits), ignore_index=None, reduction="sum"
@@ -111,7 +111,7 @@ def test_equal_logits(classes: int, device: torch.device) -> None:
 def test_pixels_without_a_value_have_no_gradient(
     loss: Loss, value: float, layout: str, device: torch.device
 ) -> None:
-    """NaN in all classes of the pixel, and nowhere else."""
+    """Their gradient is NaN in all classes, and no other pixel's is."""
     logits = with_the_largest_everywhere(19, 0.0, device)
     logits[0, :, 1, 5] = value
     if value > 0 or value != value:
