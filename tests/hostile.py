@@ -41,7 +41,12 @@ from tritonloss._tools.interpreter import hasten_interpreter
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 SIZE = (4, 6)
-SIZES = {"region_mutual_information": (6, 8)}  # more regions than a region has pixels
+# Pooled, 4 x 6 pixels are 6 regions, whose labels the predictions explain all but one degree of
+# freedom: M is epsilon, and the float32 gradient of large images is what is left of terms 1e4 times
+# as large. Calls with images so small are float64, as the first example is.
+SIZES = {"rmi_loss, large images": (6, 8)}
+# Of the largest gradient: as the slice's own tests have it; elsewhere the rounding of the dtype.
+TOLERANCES = {"rmi_loss, large images": 2e-5}
 LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOATS = (float("nan"), float("inf"), -float("inf"), 3e38, -3e38)
 INTEGERS = (-(2**63), -(2**31), -(2**15), -1, 2**7 - 1, 2**15 - 1, 2**16, 2**31 - 1, 2**63 - 1)
@@ -235,8 +240,10 @@ def check_pixels_and_maps(
     return maps.count
 
 
-def check_other_images(loss: Loss, logits: Tensor, target: Tensor, layout: str) -> None:
-    """One image full of hostile values: the value is not finite, the other image is unharmed."""
+def check_other_images(
+    loss: Loss, logits: Tensor, target: Tensor, layout: str, tolerance: float | None
+) -> None:
+    """An image full of hostile values: the value is not finite, the other image none the worse."""
     wild = logits.clone()
     wild[0] = filled(logits[0])
     given = as_layout(wild, layout), as_layout(target, layout)
@@ -245,7 +252,7 @@ def check_other_images(loss: Loss, logits: Tensor, target: Tensor, layout: str) 
     _, truth = value_and_gradient(loss, given[0].double(), given[1], backend="reference")
     assert not value.isfinite() and not expected.isfinite()
     assert gradient[1].isfinite().all()
-    assert_no_worse(gradient[1], yardstick[1], truth[1], tolerance=1e-3)
+    assert_no_worse(gradient[1], yardstick[1], truth[1], tolerance=tolerance)
 
 
 def check(name: str, device: torch.device) -> None:
@@ -258,7 +265,7 @@ def check(name: str, device: torch.device) -> None:
     first = [example.name for example in one_of_each(EXAMPLES.values()).values()]
     for example in SLICES[name]:
         later = example.name in EXAMPLES and example.name not in first
-        size = SIZES.get(name, SIZE) if example.name in EXAMPLES else SIZE
+        size = SIZES.get(example.name, SIZE)
         logits, target = segmentation_case((2, 3, *size), device=device)
         if example.module is not None and not is_pixelwise(example):
             logits, target = logits[:, :2], target.where(target != 2, 0)  # fewer planes: quicker
@@ -266,7 +273,7 @@ def check(name: str, device: torch.device) -> None:
         loss = loss_of(example, logits.size(1), device)
         for layout, labels in itertools.islice(turns, 1 if later else len(LAYOUTS)):
             print(layout, labels, example.name, flush=True)  # how far it came
-            check_other_images(loss, logits, target, layout)
+            check_other_images(loss, logits, target, layout, TOLERANCES.get(example.name))
             if example.module is not None:
                 count = check_pixels_and_maps(loss, logits, target, layout, labels)
                 assert count >= SAVED.get(name, 0), f"{count} saved maps"

@@ -90,7 +90,8 @@ def slope(factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE
     return tl.where(is_own, 0.0, 2 * factors.scale * tl.maximum(block.logits[SLOT], 0.0))
 
 
-SQUARES = Loss("squares", Record(start, add, finish, factors, slope, no_lookups), lambda logits: ())
+RECORD = Record(start, add, finish, factors, slope, no_lookups)
+SQUARES = Loss("squares", RECORD, saved=lambda logits, upsampled: ())
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

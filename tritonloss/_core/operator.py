@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .custom_operators import custom_operator, filled, several, signed
+
 _WANTS = "wants_"
 _GRAD = "grad_"
 
@@ -35,18 +37,22 @@ class Operator:
 
     Args:
         name: the name of the custom operators, and of the operator in messages.
+<<<<<<< HEAD
         forward: the launcher of the forward pass. A result that it does not have is None; custom
             operators return an empty tensor for it.
         backward: the launcher of the backward pass, or None if no result has a gradient.
+=======
+        forward: the launcher of the forward pass. A result may be None: to custom operators, empty.
+        backward: the launcher of the backward pass.
+>>>>>>> cells
         allocate: like ``forward``, but only dtype and shape of its results count.
         results: a NamedTuple of the tensors that ``forward`` returns.
         options: a NamedTuple of numbers, strings and flags, or None if there is none.
         returned: how many results a caller gets; the others are for the backward pass.
         differentiable: names of the inputs with a gradient, in the order of ``backward``.
         allocate_gradient: like ``backward``; by default the gradient is like the first input.
-        reuse: like ``backward``, and may ask for more of what was saved. It writes the gradient
-            into a saved tensor. It is therefore called for a graph's first backward pass only, and
-            returns None if there was no ``can_reuse``: ``backward`` then does the work.
+        reuse: like ``backward``, but it writes the gradient into a saved tensor: called for a
+            graph's first backward pass only. It returns None to leave the work to ``backward``.
         batched: whether every tensor has leading batch dimensions, to which vmap may add one. Where
             it has not, a mapped operator is launched for one element of the batch after the other.
     """
@@ -213,10 +219,10 @@ class Operator:
         made = self.options or tuple
 
         def forward(*arguments: Any) -> tuple[Tensor, ...]:
-            return _filled(self._forward(**forward_arguments(arguments)))
+            return filled(self._forward(**forward_arguments(arguments)))
 
         def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-            return _filled(allocate(**forward_arguments(arguments)))
+            return filled(allocate(**forward_arguments(arguments)))
 
         def backward(*arguments: Any) -> Any:
             return self._returned(self._backward(**backward_arguments(arguments)))
@@ -235,6 +241,7 @@ class Operator:
             return given | self._extras(made(*arguments[len(self._given) :]))
 
         save = {"save": bool} if self._saves else {}
+<<<<<<< HEAD
         _sign(forward, tensors | save | fields, _several(len(self.results)))
         self.forward = _custom(f"{self.name}_forward", forward, forward_fake)
         count = len(self.differentiable)
@@ -243,6 +250,15 @@ class Operator:
         given = dict.fromkeys(self.grads, Tensor) | saved | dict.fromkeys(self.wants, bool)
         _sign(backward, given | fields, _several(count) if count > 1 else Tensor)
         self.backward = _custom(f"{self.name}_backward", backward, backward_fake)
+=======
+        signed(forward, tensors | save | fields, several(len(self.results)))
+        upstream = dict.fromkeys(self.grads, Tensor)
+        wants = dict.fromkeys(self.wants, bool)
+        count = len(self.differentiable)
+        signed(backward, upstream | saved | wants | fields, several(count) if count > 1 else Tensor)
+        self.forward = custom_operator(f"{self.name}_forward", forward, forward_fake)
+        self.backward = custom_operator(f"{self.name}_backward", backward, backward_fake)
+>>>>>>> cells
         self._differentiate(len(save) + len(fields), made)
 
     def _differentiate(self, extras: int, options: Callable[..., Any]) -> None:
@@ -346,7 +362,7 @@ class _TransformedForward(_Forward):
     def forward(  # type: ignore[override]
         operator: Operator, save: bool, options: Any, *tensors: Any
     ) -> Any:
-        return _filled(operator.run_forward(tensors, options, save)[0])
+        return filled(operator.run_forward(tensors, options, save)[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -468,33 +484,7 @@ def _reverse_mode_only(operator: Operator) -> NoReturn:
     )
 
 
-# --- custom operators -----------------------------------------------------------------------------
-
-
 def _picker(names: Sequence[str], known: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
     """Gives the values of ``names``, in their order, of a tuple of those of ``known``."""
     at = [known.index(name) for name in names]
     return itemgetter(*at) if len(at) > 1 else lambda values: tuple([values[i] for i in at])
-
-
-def _sign(function: Any, arguments: dict[str, Any], returned: Any) -> None:
-    """Give a function of ``*arguments`` the signature that torch.library reads a schema from."""
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(n, kind, annotation=t) for n, t in arguments.items()]
-    function.__signature__ = inspect.Signature(parameters, return_annotation=returned)
-
-
-def _filled(results: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """The results with an empty tensor in every place where there is none."""
-    there = next(result for result in results if result is not None)
-    return tuple(there.new_empty(0) if result is None else result for result in results)
-
-
-def _several(count: int) -> Any:
-    return tuple.__class_getitem__((Tensor,) * count)
-
-
-def _custom(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    operator = torch.library.custom_op(f"tritonloss::{name}", function, mutates_args=())
-    operator.register_fake(fake)
-    return operator

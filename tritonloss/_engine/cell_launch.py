@@ -212,7 +212,8 @@ def cell_heuristic(losses: Sequence[Loss], direction: str, most: int) -> Configu
         columns = min(triton.next_power_of_2(most), pixels)
         # Cells are about as high as wide.
         rows = min(pixels // columns, triton.next_power_of_2(most))
-        return {"COLUMNS": columns, "ROWS": rows, "UNROLL": 8, "num_warps": 4}
+        unroll = min(8, *(loss.unroll for loss in losses))
+        return {"COLUMNS": columns, "ROWS": rows, "UNROLL": unroll, "num_warps": 4}
     columns = min(triton.next_power_of_2(most), _MOST_COLUMNS)
     # One warp: what neighbouring lanes exchange never leaves it.
     return {"COLUMNS": columns, "ROWS": 16, "UNROLL": 5, "num_warps": 1}

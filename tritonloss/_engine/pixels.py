@@ -71,10 +71,10 @@ def no_bundles(saved, pixel, TILE: tl.constexpr):
 class Record(NamedTuple):
     """A pixelwise loss, as device functions.
 
-    At pixels that are not valid, these functions may return anything: the walk replaces it. Only the
-    slopes have to be 0 there if the scale is 0 and all logits are finite, whatever has been saved of
-    such a pixel. OPTIONS is the loss's own NamedTuple of what kernels are compiled for, TILE a
-    ``Tile``.
+    At pixels that are not valid, these functions may return anything: the walk replaces it. Only
+    the slopes have to be 0 there if the scale is 0 and all logits are finite, whatever has been
+    saved of such a pixel. OPTIONS is the loss's own NamedTuple of what kernels are compiled for,
+    TILE a ``Tile``.
 
     Attributes:
         start: (OPTIONS, TILE) -> the state before the first class, a tuple. A sum or an extreme

@@ -36,7 +36,7 @@ class Moments(NamedTuple):
 
 @triton.jit
 def _row_of(tile, is_row):
-    """The chosen row of a tile: [1, SIDE]."""
+    """The chosen row of a tile [WIDTH, WIDTH]: [1, WIDTH]."""
     return tl.sum(tl.where(is_row, tile, 0.0), 0)[None, :]
 
 
@@ -171,10 +171,9 @@ def _rmi_head_kernel(
     MIDDLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The loss and the weights of its gradient, from the moments of one (image, class).
+    """One matrix for each program; the last one adds up the losses, and the cross entropy's parts.
 
-    MIDDLE has been subtracted from labels; maps are to be divided by CELL; BLOCK partial sums are
-    added up at a time.
+    MIDDLE: what was taken from labels. CELL: what maps are divided by. BLOCK: parts at a time.
     """
     AREA: tl.constexpr = REGION * REGION
     SIDE: tl.constexpr = 2 * AREA + 1

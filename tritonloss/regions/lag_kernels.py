@@ -32,8 +32,8 @@ def _add_core(
 ):  # fmt: skip
     """The strip's cross entropy; stores lag sums of some kinds over a strip of the core.
 
-    The older R - 1 rows stay in registers. Columns beyond the last whole chunk are left to the
-    frame kernel.
+    The older R - 1 rows stay in registers. Columns that make no whole chunk of a lane are left to
+    the frame kernel.
     """
     element: tl.constexpr = features.first.pointer.dtype.element_ty
     dtype: tl.constexpr = tl.float64 if element == tl.float64 else tl.float32
@@ -60,7 +60,9 @@ def _add_core(
 
     # row by row: its features, then its products with itself and with the rows above it
     rows = tl.minimum(STRIP.rows, height - REGION + 1 - first_row)
-    for i in tl.range(0, rows):
+    # A row that grows older moves to other registers: with two rows a round half as often.
+    AT_ONCE: tl.constexpr = 2 if COLUMNS == 4 and REGION == 3 and total == tl.float64 else 1
+    for i in tl.range(0, rows, loop_unroll_factor=AT_ONCE):
         new_e = ()
         new_y = ()
         new_wide = ()
@@ -73,10 +75,10 @@ def _add_core(
             if KINDS != CROSS and s >= REGION - 1 and s < REGION - 1 + COLUMNS:
                 entropy += seen.excess
                 if READING.centred:
-                    entropy += seen.rest
-                    of_row *= seen.kept
+                    entropy += seen.smaller - (1.0 - seen.larger)  # what 1 - smaller lost
+                    of_row *= seen.larger
                 else:
-                    product *= seen.kept
+                    product -= product * seen.smaller
         product *= of_row.to(tl.float64)
         row_e = ()
         row_y = ()
@@ -150,10 +152,9 @@ def _rmi_lags_kernel(
     STRIP: tl.constexpr,
     READING: tl.constexpr,
 ):
-    """Lag sums over the core, in float64, or in float32 if centred.
+    """Lag sums over the core: in float64, or if centred in float32.
 
-    Those of labels with labels are float32 unless logits are float64: they are exact. From a region
-    of 4 on, not all sums fit the registers: a program has half of the kinds.
+    From regions of 4 on not all of them fit the registers: a program has half of the kinds.
     """
     SPAN: tl.constexpr = 2 * STRIP.region - 1
     LAGS: tl.constexpr = 4 * STRIP.region * SPAN + 2
@@ -338,7 +339,7 @@ def _rmi_frame_kernel(
 ):
     """Lag sums of one line of the frame; the last program has all corners and the core's total.
 
-    Where a line of a large region has too many sums, each dy has programs of its own.
+    Of large regions a line has too many sums for a program: each dy has programs of its own.
     """
     REGION: tl.constexpr = STRIP.region
     LINES: tl.constexpr = 4 * (REGION - 1) + STRIP.spare

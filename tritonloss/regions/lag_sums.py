@@ -14,7 +14,9 @@ cells from (a', b) on, so that a moment is a sum of R^2 cells; the head adds the
 Lags: four kinds of R x (2R - 1), older times newer: e e, y y, y e and e y. Of those with dy = 0
 each product is there once. Then come the plain sums of e and of y.
 
-Where sums are float32, p less its approximate mean takes the place of y (load_pair).
+Where sums are float32, p less its approximate mean takes the place of y (load_pair). Lanes of
+several columns then keep what a sum rounds away, and take it off the next row's products (Kahan):
+their sums have as many more terms.
 """
 
 from __future__ import annotations
@@ -28,6 +30,11 @@ import triton.language as tl
 ALL = tl.constexpr(0)
 OWN = tl.constexpr(1)
 CROSS = tl.constexpr(2)
+
+# How a lane's products are added: one by one; those of a row first; so, and with compensation.
+PLAIN = tl.constexpr(0)
+BY_ROWS = tl.constexpr(1)
+COMPENSATED = tl.constexpr(2)
 
 
 class Strip(NamedTuple):
@@ -54,7 +61,10 @@ class Row(NamedTuple):
 
 @triton.jit
 def no_sums(KINDS: tl.constexpr, STRIP: tl.constexpr, total: tl.constexpr, labels: tl.constexpr):
-    """Zeros as sums of each lag, and of e and y; ``labels`` is the dtype of the sums of y y."""
+    """Sums of nothing, by lag, then those of e and of y; last what was rounded away, where kept.
+
+    ``labels`` is the dtype of y y.
+    """
     COUNT: tl.constexpr = STRIP.depth * (2 * STRIP.region - 1)
     FIRST: tl.constexpr = 2 * COUNT if KINDS == CROSS else 0
     LAST: tl.constexpr = 2 * COUNT if KINDS == OWN else 4 * COUNT
@@ -65,7 +75,37 @@ def no_sums(KINDS: tl.constexpr, STRIP: tl.constexpr, total: tl.constexpr, label
             sums = sums + (tl.zeros((LANES,), labels),)
         else:
             sums = sums + (tl.zeros((LANES,), total),)
-    return sums + (tl.zeros((LANES,), total), tl.zeros((LANES,), labels))
+    sums = sums + (tl.zeros((LANES,), total), tl.zeros((LANES,), labels))
+    if STRIP.columns > 1 and total == tl.float32:
+        for _q in tl.static_range(FIRST, LAST):
+            sums = sums + (tl.zeros((LANES,), total),)
+    return sums
+
+
+@triton.jit
+def _with_row(
+    total, missed, older, newer, LAG: tl.constexpr, SUMMATION: tl.constexpr, STRIP: tl.constexpr
+):  # fmt: skip
+    """(total, by how much rounding made it too large) with a lag's products of a lane's columns."""
+    COLUMNS: tl.constexpr = STRIP.columns
+    SPAN: tl.constexpr = 2 * STRIP.region - 1
+    DOWN: tl.constexpr = LAG // SPAN % STRIP.depth * COLUMNS
+    ASIDE: tl.constexpr = LAG % SPAN
+    if SUMMATION == PLAIN:
+        for v in tl.static_range(COLUMNS):
+            total += older[DOWN + v] * newer[ASIDE + v]
+    else:
+        row = older[DOWN] * newer[ASIDE]
+        for v in tl.static_range(1, COLUMNS):
+            row += older[DOWN + v] * newer[ASIDE + v]
+        if SUMMATION == COMPENSATED:
+            row -= missed
+            before = total
+            total += row
+            missed = (total - before) - row
+        else:
+            total += row
+    return total, missed
 
 
 @triton.jit
@@ -83,37 +123,42 @@ def with_products(sums, older, newer, KINDS: tl.constexpr, STRIP: tl.constexpr):
     COUNT: tl.constexpr = DEPTH * SPAN
     FIRST: tl.constexpr = 2 * COUNT if KINDS == CROSS else 0
     LAST: tl.constexpr = 2 * COUNT if KINDS == OWN else 4 * COUNT
-    # the sums of every lag, by kind, dy and dx
+    CAREFUL: tl.constexpr = COLUMNS > 1 and older.wide[0].dtype == tl.float32  # as in no_sums
+    SUMMATION: tl.constexpr = COMPENSATED if CAREFUL else PLAIN
     result = ()
+    lost = ()
     for q in tl.static_range(FIRST, LAST):
         value = sums[q - FIRST]
+        missed = sums[LAST - FIRST + 2 + q - FIRST] if CAREFUL else 0.0
         if (
             DEPTH < REGION
             or q // SPAN % DEPTH > 0
             or q // COUNT == 2
             or (q // COUNT < 2 and q % SPAN >= REGION - 1)
         ):
-            for v in tl.static_range(COLUMNS):
-                if q // COUNT == 0:
-                    value += older.e[q // SPAN * COLUMNS + v] * newer.e[q % SPAN + v]
-                elif q // COUNT == 1:
-                    value += older.y[(q - COUNT) // SPAN * COLUMNS + v] * newer.y[q % SPAN + v]
-                elif q // COUNT == 2:
-                    value += (
-                        older.wide[(q - 2 * COUNT) // SPAN * COLUMNS + v] * newer.e[q % SPAN + v]
-                    )
-                else:
-                    value += (
-                        older.e[(q - 3 * COUNT) // SPAN * COLUMNS + v] * newer.wide[q % SPAN + v]
-                    )
+            if q // COUNT == 0:  # into the inverse of p's moments e e does not go
+                value, missed = _with_row(value, missed, older.e, newer.e, q, PLAIN, STRIP)
+            elif q // COUNT == 1:
+                # Of logits y y is 1 / 4 for each pixel and itself: a row adds a single constant.
+                value, missed = _with_row(
+                    value, missed, older.y, newer.y, q,
+                    BY_ROWS if SUMMATION == PLAIN and q % COUNT == REGION - 1 else SUMMATION, STRIP,
+                )  # fmt: skip
+            elif q // COUNT == 2:
+                value, missed = _with_row(value, missed, older.wide, newer.e, q, SUMMATION, STRIP)
+            else:
+                value, missed = _with_row(value, missed, older.e, newer.wide, q, SUMMATION, STRIP)
         result = result + (value,)
-    # the plain sums, of the row itself
+        lost = lost + (missed,)
     e = sums[LAST - FIRST]
     y = sums[LAST - FIRST + 1]
     for v in tl.static_range(COLUMNS):
         e += older.e[v]
         y += older.y[v]
-    return result + (e, y)
+    result = result + (e, y)
+    if CAREFUL:
+        result = result + lost
+    return result
 
 
 @triton.jit
