@@ -37,14 +37,8 @@ class Operator:
 
     Args:
         name: the name of the custom operators, and of the operator in messages.
-<<<<<<< HEAD
-        forward: the launcher of the forward pass. A result that it does not have is None; custom
-            operators return an empty tensor for it.
-        backward: the launcher of the backward pass, or None if no result has a gradient.
-=======
         forward: the launcher of the forward pass. A result may be None: to custom operators, empty.
-        backward: the launcher of the backward pass.
->>>>>>> cells
+        backward: the launcher of the backward pass, or None if no result has a gradient.
         allocate: like ``forward``, but only dtype and shape of its results count.
         results: a NamedTuple of the tensors that ``forward`` returns.
         options: a NamedTuple of numbers, strings and flags, or None if there is none.
@@ -72,7 +66,8 @@ class Operator:
         reuse: Callable[..., Tensor | None] | None = None,
         batched: bool = False,
     ) -> None:
-        self.name, self.options = name, options
+        self.name = name
+        self.options = options
         self.returned = returned
         self.batched = batched
         self.results = tuple(results._fields)
@@ -107,9 +102,7 @@ class Operator:
         self.function: Any = type(title, (_Forward,), {})
         self.transformed_function: Any = type(title, (_TransformedForward,), {})
         self.gradient_function: Any = type(f"{title}Gradient", (_Gradient,), {})
-        self._declare(
-            allocate, allocate_gradient or (lambda **given: torch.empty_like(given[self.inputs[0]]))
-        )
+        self._declare(allocate, allocate_gradient or self._like_the_input)
 
     def __call__(self, *tensors: Tensor | None, options: Any = ()) -> tuple[Tensor, ...]:
         """The results that a caller gets."""
@@ -192,8 +185,11 @@ class Operator:
         self, gradients: Sequence[Tensor], needed: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
         """A gradient or None for every input."""
-        found = dict(zip(self._positions, gradients, strict=True))
-        return tuple([found.get(i) if needed[i] else None for i in range(len(self.inputs))])
+        places: list[Tensor | None] = [None] * len(self.inputs)
+        for position, gradient in zip(self._positions, gradients, strict=True):
+            if needed[position]:
+                places[position] = gradient
+        return tuple(places)
 
     def of_wants(self, needed: Sequence[bool]) -> list[bool]:
         """The flags that the backward pass asks for: whether an input needs a gradient."""
@@ -209,6 +205,9 @@ class Operator:
 
     def _tupled(self, gradients: Any) -> tuple[Tensor, ...]:
         return gradients if isinstance(gradients, tuple) else (gradients,)
+
+    def _like_the_input(self, **given: Any) -> Tensor:
+        return torch.empty_like(given[self.inputs[0]])
 
     def _declare(self, allocate: Callable[..., Any], allocate_gradient: Callable[..., Any]) -> None:
         """Declare the custom operators, for tensors without data."""
@@ -241,24 +240,15 @@ class Operator:
             return given | self._extras(made(*arguments[len(self._given) :]))
 
         save = {"save": bool} if self._saves else {}
-<<<<<<< HEAD
-        _sign(forward, tensors | save | fields, _several(len(self.results)))
-        self.forward = _custom(f"{self.name}_forward", forward, forward_fake)
+        signed(forward, tensors | save | fields, several(len(self.results)))
+        self.forward = custom_operator(f"{self.name}_forward", forward, forward_fake)
         count = len(self.differentiable)
         if not count:
             return
-        given = dict.fromkeys(self.grads, Tensor) | saved | dict.fromkeys(self.wants, bool)
-        _sign(backward, given | fields, _several(count) if count > 1 else Tensor)
-        self.backward = _custom(f"{self.name}_backward", backward, backward_fake)
-=======
-        signed(forward, tensors | save | fields, several(len(self.results)))
         upstream = dict.fromkeys(self.grads, Tensor)
         wants = dict.fromkeys(self.wants, bool)
-        count = len(self.differentiable)
         signed(backward, upstream | saved | wants | fields, several(count) if count > 1 else Tensor)
-        self.forward = custom_operator(f"{self.name}_forward", forward, forward_fake)
         self.backward = custom_operator(f"{self.name}_backward", backward, backward_fake)
->>>>>>> cells
         self._differentiate(len(save) + len(fields), made)
 
     def _differentiate(self, extras: int, options: Callable[..., Any]) -> None:
