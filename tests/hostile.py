@@ -189,8 +189,14 @@ def bounds_checked() -> Iterator[None]:
         check(pointers, mask, value.dtype.itemsize)
         return real.store(pointers, value, mask)
 
+    def atomic_rmw(operation: Any, pointers: Any, value: Any, mask: Any, semantics: Any) -> Any:
+        check(pointers, mask, value.dtype.itemsize)
+        return real.atomic_rmw(operation, pointers, value, mask, semantics)
+
     names = {name: getattr(real, name) for name in dir(real) if not name.startswith("_")}
-    interpreter._interpreter = SimpleNamespace(**{**names, "load": load, "store": store})
+    interpreter._interpreter = SimpleNamespace(
+        **{**names, "load": load, "store": store, "atomic_rmw": atomic_rmw}
+    )
     interpreter.GridExecutor._init_args_hst = initialised
     try:
         yield

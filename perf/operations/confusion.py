@@ -41,7 +41,7 @@ def launch_of_logits(case: Case, tensors: tuple[Tensor, ...]) -> Tensor:
     options = confusion.Options(ignore_index=255)._replace(**case.options)
     confusion.MATRIX.run_forward(tensors, options, False)
     predicting = confusion.PredictOptions(target.shape[1:], align_corners=options.align_corners)
-    prediction: Tensor = confusion.PREDICTION.run_forward((logits,), predicting, False)[0]
+    (prediction,), _ = confusion.PREDICTION.run_forward((logits,), predicting, False)
     return prediction
 
 

@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels_reference
 import tritonloss
 from perf.measuring.memory import allocated_peak
+from tests.hostile import bounds_checked, filled
 from tests.oracle import LAYOUTS, as_layout, segmentation_case
 from tritonloss import confusion_matrix, metrics, predict
 from tritonloss._core import checks
+from tritonloss._core.backend import INTERPRETED
 from tritonloss._core.configurations import forced
 
 pytestmark = pytest.mark.parity
@@ -140,6 +142,28 @@ def test_labels_that_nobody_looked_at(
     assert torch.equal(found.cpu(), counted(largest(logits), target, 5, None))
     found = confusion_matrix(prediction, target, num_classes=5, ignore_index=None)
     assert torch.equal(found.cpu(), counted(prediction, target, 5, None))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="for Triton's interpreter")
+@pytest.mark.parametrize("upsample", [None, "bilinear"])
+@pytest.mark.parametrize("classes", [1, 5, 40])
+def test_no_access_leaves_the_tensors(
+    classes: int, upsample: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever logits and labels are; the matrix and the prediction included."""
+    monkeypatch.setattr(checks, "check_labels_in_range", lambda *_: None)
+    logits, target = filled(torch.zeros(2, classes, 5, 6)), filled(torch.ones(2, 5, 6).long())
+    count = max(classes, 2)
+    target[0] = torch.arange(30).view(5, 6) % count
+    if upsample is not None:
+        logits = logits[..., :3, :4].clone()
+    with bounds_checked():
+        found = confusion_matrix(logits, target, upsample=upsample, ignore_index=None)
+        prediction = predict(logits, target.shape[1:])
+        labels = confusion_matrix(target, target, num_classes=count, ignore_index=None)
+    assert (prediction < count).all()
+    assert torch.equal(found, counted(prediction, target, count, None))
+    assert torch.equal(labels, counted(target, target, count, None)) and labels.sum() == 30
 
 
 @pytest.mark.parametrize("classes", [2, 40])
