@@ -56,6 +56,21 @@ def as_layout(tensor: Tensor, layout: str) -> Tensor:
     return tensor[..., :1, :].contiguous().expand_as(tensor)
 
 
+def unaligned(values: Tensor, offset: int) -> Tensor:
+    """The values as a part of wider maps, which begins ``offset`` elements after an aligned place.
+
+    What lies around must not be seen: NaN, or 77.
+    """
+    *outer, height, width = values.shape
+    around = torch.full(
+        (*outer, height + 1, width + 5),
+        float("nan") if values.is_floating_point() else 77,
+        dtype=values.dtype,
+        device=values.device,
+    )
+    return around[..., :height, offset : offset + width].copy_(values)
+
+
 def segmentation_case(
     shape: Sequence[int],
     *,

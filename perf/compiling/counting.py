@@ -66,7 +66,7 @@ class LoopReading(NamedTuple):
     within: str
     rounds: float
     when: str | None
-    unroll: float
+    unroll: float | None
     share: float
 
 
@@ -96,7 +96,7 @@ def reading(
             loop.within,
             loop.rounds(given),
             loop.when,
-            loop.unroll(given),
+            loop.unroll(given) if loop.unroll else None,
             loop.share(given),
         )
         for loop in notes.loops
@@ -190,7 +190,7 @@ def _instructions(loops: Sequence[Loop], notes: LoopReading, entries: float) -> 
     by_size = sorted(loops, key=lambda loop: -loop.instructions)
     sizes = [_size(loop) for loop in by_size]
     unit = float(sizes[-1])
-    if notes.unroll > 1:
+    if notes.unroll is not None and (notes.unroll > 1 or len(loops) == 1):
         unit = sizes[0] / notes.unroll
     elif len(loops) == 1:
         unit /= _unrolled(loops[0])

@@ -187,7 +187,8 @@ class LoopNotes:
             times; one alone is about all of them.
         rounds: how many rounds one program makes of the loop as it is written, in all.
         when: the only case in which it runs, like "class present"; None for always.
-        unroll: how many rounds the source asks the compiler to make one of.
+        unroll: how many rounds the source asks the compiler to make one of. None where it does not
+            ask: the compiler may have done so by itself, which is told by what is left in no loop.
         share: the outputs that it completes, as a share of the kernel's.
     """
 
@@ -195,7 +196,7 @@ class LoopNotes:
     within: str
     rounds: Number
     when: str | None = None
-    unroll: Number = one
+    unroll: Number | None = None
     share: Number = one
 
 

@@ -68,7 +68,11 @@ SHIPPED = variations(
     ),
     *({"dtype": dtype, "everywhere": False} for dtype in ("bfloat16", "float16")),
     *({"layout": layout, "everywhere": False} for layout in ("channels_last", "strided")),
-    {"shape": SHAPES["voc"], "everywhere": False},
+    # Rows that begin anywhere.
+    *(
+        {"shape": SHAPES["voc"], "options": {"window_size": window}, "everywhere": False}
+        for window in (3, 7, 11)
+    ),
     *(
         {"options": {"padding": padding}, "everywhere": False}
         for padding in ("reflect", "replicate", "valid")
@@ -80,6 +84,7 @@ SHIPPED = variations(
 RARE = rarely(
     SHIPPED[0],
     *({"dtype": "float64", "options": {"window_size": window}} for window in (5, 7, 9, 11, 15)),
+    *({"shape": SHAPES["voc"], "dtype": dtype} for dtype in ("bfloat16", "float64")),
 )
 
 

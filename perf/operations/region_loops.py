@@ -77,6 +77,12 @@ def _of_cells(given: Given) -> float:
     return float(region**2 + given["CELLS"] - (2 * region - 1) ** 2)
 
 
+def _rows_at_once(given: Given) -> float:
+    """Rows that a round of the lag sums is made of, as the kernel says."""
+    is_pair = given["STRIP.columns"] == 4 and given["STRIP.region"] == 3
+    return 2.0 if is_pair and not given["READING.centred"] else 1.0
+
+
 def _rows_of_entropy(given: Given) -> float:
     return float(given["ROWS"] * given["parts"] / given["PROGRAMS"])
 
@@ -97,7 +103,12 @@ KERNELS = {
     "_rmi_lags_kernel": KernelNotes(
         lambda given: _strip_pixels(given) / _passes(given),
         (
-            LoopNotes("rows", "_add_core", lambda g: g["STRIP.rows"] / _passes(g)),
+            LoopNotes(
+                "rows",
+                "_add_core",
+                lambda g: g["STRIP.rows"] / _passes(g),
+                unroll=_rows_at_once,
+            ),
             LoopNotes(
                 "valid pixels",
                 "_valid_of_core",

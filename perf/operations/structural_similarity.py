@@ -99,7 +99,11 @@ SHIPPED = variations(
     *({"dtype": dtype, "everywhere": False} for dtype in ("bfloat16", "float16")),
     {"labels": "int64", "everywhere": False},
     *({"layout": layout, "everywhere": False} for layout in ("channels_last", "strided")),
-    {"shape": SHAPES["voc"], "everywhere": False},
+    # Rows that begin anywhere.
+    *(
+        {"shape": SHAPES["voc"], "options": {"window_size": window}, "everywhere": False}
+        for window in (3, 7, 11)
+    ),
     *(
         {"options": {"padding": padding}, "everywhere": False}
         for padding in ("reflect", "replicate", "valid")
@@ -123,6 +127,12 @@ RARE = rarely(
         for window in (7, 11)
     ),
     *({"labels": labels} for labels in ("int16", "int32")),
+    *(
+        {"shape": SHAPES["voc"], "schedule": "recompute", "options": {"window_size": window}}
+        for window in (7, 11)
+    ),
+    *({"shape": SHAPES["voc"], "dtype": dtype} for dtype in ("bfloat16", "float64")),
+    *({"shape": SHAPES["voc"], "labels": labels} for labels in ("int16", "int64")),
 )
 
 

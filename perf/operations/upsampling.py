@@ -127,7 +127,7 @@ def _rows_of_cells(given: Given) -> float:
 
 
 def _rows_of_pixels(given: Given) -> float:
-    return _rows_of_cells(given) * given["sizes.rows"] / given["sizes.height"]
+    return _rows_of_cells(given) * given["sizes.highest"]
 
 
 def _chunks(given: Given) -> float:
@@ -141,8 +141,8 @@ def _class_loop(name: str) -> LoopNotes:
 _BACKWARD = KernelNotes(
     share_of_the_map,
     (
-        LoopNotes("rows of cells", "_upsampled_backward_kernel.row", _rows_of_cells),
-        LoopNotes("rows of pixels", "sums_of_cells.y", _rows_of_pixels),
+        LoopNotes("rows of cells", "_upsampled_backward_kernel.i", _rows_of_cells),
+        LoopNotes("rows of pixels", "sums_of_cells.r", _rows_of_pixels),
         LoopNotes("chunks of columns", "sums_of_cells.chunk", _chunks),
     ),
 )

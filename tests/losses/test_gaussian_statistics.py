@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kernels_reference
 import tritonloss
-from tests.oracle import LAYOUTS, as_layout, check_three_way, value_and_gradients
+from tests.oracle import LAYOUTS, as_layout, check_three_way, unaligned, value_and_gradients
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("small_programs")]
 
@@ -111,6 +111,27 @@ def test_empty_batch(padding: str, device: torch.device) -> None:
 def test_every_layout(layout: str, padding: str, device: torch.device) -> None:
     x = as_layout(image(2, 3, 5, 10).to(device), layout)
     check_three_way(statistics(3, padding=padding), x)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(
+    ("window_size", "width", "dtype"),
+    [
+        (3, 13, torch.float32),
+        (5, 14, torch.bfloat16),
+        (7, 133, torch.float16),
+        (11, 21, torch.float32),
+        (9, 20, torch.float64),
+    ],
+)
+@pytest.mark.shipped_sizes
+def test_unaligned_maps(
+    window_size: int, width: int, dtype: torch.dtype, padding: str, device: torch.device
+) -> None:
+    """Rows that begin anywhere in a chunk: of odd widths, and of parts of larger maps."""
+    x = image(1, 2, 11, width, dtype=dtype).to(device)
+    check_three_way(statistics(window_size, padding=padding), x)
+    check_three_way(statistics(window_size, padding=padding), unaligned(x, 3))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

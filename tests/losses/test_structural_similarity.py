@@ -13,7 +13,14 @@ from torch.nn import functional as F
 
 import kernels_reference
 import tritonloss
-from tests.oracle import LAYOUTS, as_layout, check_three_way, segmentation_case, settled_case
+from tests.oracle import (
+    LAYOUTS,
+    as_layout,
+    check_three_way,
+    segmentation_case,
+    settled_case,
+    unaligned,
+)
 from tritonloss._core import checks, configurations
 from tritonloss.functional import structural_similarity_loss
 
@@ -21,6 +28,16 @@ pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("small_programs")]
 
 # e is a ratio over a C4 of 0.01: a rounding error of 6e-8 in a mean is one of 1e-5 in a weight.
 WEIGHT_TOLERANCE = 2e-5
+
+
+# Windows of four columns per lane and of two, with labels of every size.
+UNALIGNED = [
+    (3, 13, torch.uint8),
+    (5, 14, torch.int16),
+    (7, 133, torch.int64),
+    (11, 21, torch.uint8),
+    (9, 20, torch.int32),
+]
 
 
 @pytest.fixture(params=["recompute", "stored"])
@@ -154,14 +171,17 @@ def test_every_layout_of_labels(layout: str, device: torch.device) -> None:
     check(logits, spread, **options)
 
 
-def test_unaligned_maps(schedule: str, device: torch.device) -> None:
-    """Views that begin in the middle of a chunk are moved column by column."""
-    logits, target = segmentation_case((1, 2, 5, 12), device=device)
-    moved = torch.empty(logits.numel() + 1, device=device)[1:].view_as(logits).copy_(logits)
-    labels = torch.empty(target.numel() + 1, dtype=target.dtype, device=device)[1:]
-    labels = labels.view_as(target).copy_(target)
-    assert moved.data_ptr() % 16 and moved.is_contiguous()
-    check(moved, labels)
+@pytest.mark.parametrize(("window_size", "width", "label_dtype"), UNALIGNED)
+@pytest.mark.shipped_sizes
+def test_unaligned_maps(
+    window_size: int, width: int, label_dtype: torch.dtype, schedule: str, device: torch.device
+) -> None:
+    """Rows that begin anywhere in a chunk: of odd widths, and of parts of larger maps."""
+    shape = (1, 2, 7, width)
+    window = {"window_size": window_size}
+    logits, target = settled_case(shape, label_dtype=label_dtype, device=device, **window)
+    check(logits, target, **window)
+    check(unaligned(logits, 3), unaligned(target, 2), **window)
 
 
 def test_every_label_dtype(device: torch.device) -> None:

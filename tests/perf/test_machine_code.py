@@ -244,7 +244,7 @@ def _machine_code(*loops: Loop, once: int = 100) -> MachineCode:
 
 
 def _notes(name: str, within: str, rounds: float, **others: Any) -> LoopReading:
-    known = LoopReading(name, within, rounds, when=None, unroll=1.0, share=1.0)
+    known = LoopReading(name, within, rounds, when=None, unroll=None, share=1.0)
     return known._replace(**others)
 
 
@@ -286,7 +286,7 @@ def test_every_loop_counts_as_often_as_it_runs() -> None:
 def test_rounds_of_an_unrolled_loop_and_what_is_left_of_them() -> None:
     place = _place("strip", "i", 5)
 
-    def executed(rounds: float, *loops: Loop, unroll: float = 1.0) -> float:
+    def executed(rounds: float, *loops: Loop, unroll: float | None = None) -> float:
         read = Reading(1.0, (_notes("rows", "strip", rounds, unroll=unroll),))
         (found,) = counts(read, _machine_code(*loops)).loops
         return found.executed
@@ -299,6 +299,8 @@ def test_rounds_of_an_unrolled_loop_and_what_is_left_of_them() -> None:
     # the compiler has done it, and what is left is in no loop
     assert executed(12, Loop(0, 400, moves=40, beside=30, place=place)) == 3 * 400
     assert executed(12, Loop(0, 400, moves=40, beside=7, place=place)) == 12 * 400
+    # the source has said that a round is one: what is beside the loop comes before it
+    assert executed(12, Loop(0, 400, moves=40, beside=20, place=place), unroll=1.0) == 12 * 400
     # two versions of a loop, of which one runs
     assert executed(12, whole, Loop(9, 380, moves=40, place=place)) == 12 * 400
 

@@ -152,14 +152,17 @@ def _upsampled_backward_kernel(
     class_block = program % BLOCKS
     program = program // BLOCKS
     block = program % sizes.blocks
-    program = program // sizes.blocks
-    strip = program % sizes.bands
-    image = (program // sizes.bands).to(tl.int64)
+    image = (program // sizes.blocks).to(tl.int64)
     # The last block begins early enough to be a whole one; what it shares, one of them stores.
     unseen = class_block * TILE.unroll
     first_class = tl.minimum(unseen, TILE.classes - TILE.unroll)
-    # The last lane is there for the left neighbour's right nodes.
-    column = block * (LANES - 1) + tl.arange(0, LANES)
+    # A lane's column of cells, in a strip of rows. The last lane is there for the nodes between it
+    # and its neighbour.
+    lane = tl.arange(0, LANES)
+    index = block * (LANES - 1) + lane
+    strip = index // (sizes.width + 1)
+    column = index - strip * (sizes.width + 1)
+    first_row = strip * CELLS.nodes
 
     rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
     columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
@@ -180,22 +183,22 @@ def _upsampled_backward_kernel(
         column_axis=columns,
         sizes=sizes,
     )
+    pointer = grad_ptr + image * grad_strides[0] + first_row * wide(grad_strides[2])
     gradient = Gradient(
-        pointer=grad_ptr + image * grad_strides[0] + column * wide(grad_strides[3]),
+        pointer=pointer + column * wide(grad_strides[3]),
         row_stride=wide(grad_strides[2]),
         class_stride=wide(grad_strides[1]),
-        end=tl.minimum(sizes.width - block * (LANES - 1), LANES - 1),
+        rows=tl.where((lane < LANES - 1) & (column < sizes.width), sizes.height - first_row, 0),
         first=first_class,
         unseen=unseen,
     )
 
-    first_row = strip * CELLS.nodes
-    end_row = tl.minimum(first_row + CELLS.nodes, sizes.height)
     waiting = nothing_waits(TILE)
-    for row in tl.range(first_row, end_row + 1):
+    for i in tl.range(0, CELLS.nodes + 1):
+        row = first_row + i
         cells = cells_at((rows, columns), row, column, (target_ptr, target_strides), image, sizes)
         nodes = nodes_around(logits_ptr, logits_strides, image, row, column, sizes)
         sums = sums_of_cells(walk, nodes, cells, first_class, TERMS, TILE, CELLS)
         complete, waiting = join_rows(waiting, sums, TILE)
-        if row > first_row:
-            store_nodes(gradient, complete, row - 1, TILE)
+        if i > 0:
+            store_nodes(gradient, complete, i - 1, TILE)

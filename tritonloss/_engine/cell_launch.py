@@ -165,7 +165,9 @@ def launch_cells_backward(
     own, other = tables_of(terms, logits)
 
     def prepare() -> tuple[PreparedLaunch, int]:
-        programs, arguments = _backward_launch(losses, logits, target, walk, columns.most)
+        programs, arguments = _backward_launch(
+            losses, logits, target, walk, rows.most, columns.most
+        )
         reduced = walk.reduction != "none"
         constants = {
             **numbers_of(terms),
@@ -251,7 +253,7 @@ def _forward_launch(
     programs = blocks * chunks * bands * logits.size(0)
     classes = logits.size(1)
     return programs, {
-        "sizes": _sizes(logits, target, blocks, bands),
+        "sizes": _sizes(logits, target, blocks, highest, rows),
         "full": (classes - 1) // tile.unroll * tile.unroll,
         "TILE": tile,
         "CELLS": _cell_tile(losses, logits, target, walk, (rows, columns, chunks, 1)),
@@ -265,6 +267,7 @@ def _backward_launch(
     logits: torch.Tensor,
     target: torch.Tensor,
     walk: Walk,
+    highest: int,
     widest: int,
 ) -> tuple[int, dict[str, Any]]:
     """(programs, arguments) of the kernel that goes back."""
@@ -272,11 +275,11 @@ def _backward_launch(
     columns, nodes = int(configuration["COLUMNS"]), int(configuration["ROWS"])
     chunks = triton.cdiv(widest, columns)
     tile = _tile(configuration, logits)
-    blocks = triton.cdiv(logits.size(3), tile.pixels - 1)
     strips = triton.cdiv(logits.size(2), nodes)
+    blocks = triton.cdiv(strips * (logits.size(3) + 1), tile.pixels - 1)
     class_blocks = triton.cdiv(logits.size(1), tile.unroll)
-    return class_blocks * blocks * strips * logits.size(0), {
-        "sizes": _sizes(logits, target, blocks, strips),
+    return class_blocks * blocks * logits.size(0), {
+        "sizes": _sizes(logits, target, blocks, highest, rows=1),
         "TILE": tile,
         "CELLS": _cell_tile(losses, logits, target, walk, (1, columns, chunks, nodes)),
         "num_warps": int(configuration["num_warps"]),
@@ -323,7 +326,16 @@ def _cell_tile(
     )
 
 
-def _sizes(logits: torch.Tensor, target: torch.Tensor, blocks: int, bands: int) -> Sizes:
-    height, width = logits.shape[2:]
-    rows, columns = target.shape[1:]
-    return Sizes(height, width, rows, columns, blocks, bands)
+def _sizes(
+    logits: torch.Tensor, target: torch.Tensor, blocks: int, highest: int, rows: int
+) -> Sizes:
+    """Of ``blocks`` of cells, the highest of which has so many rows, a lane ``rows`` at once."""
+    return Sizes(
+        height=logits.size(2),
+        width=logits.size(3),
+        rows=target.size(1),
+        columns=target.size(2),
+        blocks=blocks,
+        bands=triton.cdiv(highest, rows),
+        highest=highest,
+    )

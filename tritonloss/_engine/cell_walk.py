@@ -52,10 +52,9 @@ class Upstream(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of pixels in a row of cells, with a block of classes."""
+    """A row of pixels in cells, with a block of classes."""
 
-    y: Any  # in the map of labels
-    share: Any  # of the nodes below
+    share: Any  # [cells], of the nodes below
     lefts: Any  # of every class the left logit, [cells]
     steps: Any  # and the step to the right one
     first: Any  # the first class
@@ -73,10 +72,10 @@ class NodeSums(NamedTuple):
 class Gradient(NamedTuple):
     """Where the gradients of the nodes of an image go to."""
 
-    pointer: Any  # [cells], to the nodes of the first row and class
+    pointer: Any  # [cells], to the lane's node of the first row and class
     row_stride: Any
     class_stride: Any
-    end: Any  # one more than the last lane that has a node to store
+    rows: Any  # [cells], of nodes that are the lane's to store
     first: Any  # the first class of the block
     unseen: Any  # the first class that no other program has
 
@@ -234,22 +233,23 @@ def finish_pixels(
 def sums_of_cells(
     walk, nodes, cells, first, TERMS: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr
 ):
-    """What the pixels of a row of cells add to the nodes, of the block that begins at ``first``."""
+    """What the pixels of cells add to their nodes, of the block of classes from ``first`` on."""
     UNROLL: tl.constexpr = TILE.unroll
     corners = _load_corners(nodes, first, TILE.unroll, TILE)
     nothing = _zeros(TILE)
     sums = NodeSums(left=nothing, right=nothing, below_left=nothing, below_right=nothing)
     has_valid = no_class_yet(TILE)
-    for y in tl.range(cells.top, cells.bottom):
-        share = tl.load(walk.row_axis.shares + y)
+    for r in tl.range(0, walk.sizes.highest):
+        here = further(cells, r, 0, walk.sizes)
+        # Below the cell anything will do.
+        share = tl.load(walk.row_axis.shares + tl.minimum(here.top, walk.sizes.rows - 1))
         lefts = ()
         steps = ()
         for j in tl.static_range(UNROLL):
             left, step = along_row(corners[j], share)
             lefts = lefts + (left,)
             steps = steps + (step,)
-        row = Row(y=y, share=share, lefts=lefts, steps=steps, first=first)
-        here = further(cells, y - cells.top, 0, walk.sizes)
+        row = Row(share=share, lefts=lefts, steps=steps, first=first)
         in_row = (nothing, nothing, has_valid)
         if CELLS.chunks == 1:
             in_row = _add_chunk(in_row, walk, nodes, here, row, TERMS, TILE, CELLS)
@@ -323,7 +323,7 @@ def _factors(walk, nodes, here, TERMS: tl.constexpr, TILE: tl.constexpr, CELLS: 
     if CELLS.reduced:
         value = upstream.value
     else:
-        offsets = row.y * upstream.row_stride + cells.first * upstream.column_stride
+        offsets = cells.top * upstream.row_stride + cells.first * upstream.column_stride
         value = tl.load(upstream.pointer + offsets, mask=pixel.inside, other=0.0).to(dtype)
     scales = ()
     for k in tl.static_range(len(TERMS.slope)):
@@ -400,13 +400,12 @@ def store_nodes(gradient, complete, row, TILE: tl.constexpr):
     UNROLL: tl.constexpr = TILE.unroll
     left, right = complete
     LANES: tl.constexpr = TILE.pixels
-    lane = tl.arange(0, LANES)
-    neighbour = tl.minimum(lane + 1, LANES - 1)
+    neighbour = tl.minimum(tl.arange(0, LANES) + 1, LANES - 1)
     pointers = gradient.pointer + row * gradient.row_stride
     for j in tl.static_range(UNROLL):
         total = right[j] + tl.gather(left[j], neighbour, 0)
         number = gradient.first + j
-        mask = lane < tl.where(number >= gradient.unseen, gradient.end, 0)
+        mask = row < tl.where(number >= gradient.unseen, gradient.rows, 0)
         tl.store(pointers + number * gradient.class_stride, total, mask=mask)
 
 

@@ -48,7 +48,8 @@ class Sizes(NamedTuple):
     rows: Any  # of the labels
     columns: Any
     blocks: Any  # of cells
-    bands: Any  # of rows of pixels in the highest cell; going back, strips of rows of nodes
+    bands: Any  # of rows of pixels in the highest cell
+    highest: Any  # rows of pixels in that cell
 
 
 class Axis(NamedTuple):
@@ -73,8 +74,8 @@ class Cells(NamedTuple):
 
     first: Any  # [cells], the column
     end: Any  # [cells], one more than the last column; ``first`` where no row is left
-    top: Any  # the row: [cells], or scalar if the cells have one row
-    bottom: Any  # one more than the last row
+    top: Any  # [cells], the row
+    bottom: Any  # [cells], one more than the last row
     label: Any  # [cells], pointers to the label of the first pixel
     place: Any  # [cells], where that pixel is in a map [N, H, W]
     strides: Any  # of the labels: from row to row, from column to column
@@ -91,7 +92,7 @@ def wide(stride):
 
 @triton.jit
 def cells_at(axes, row, column, target, image, sizes):
-    """The cells of an image in these rows, scalar or [cells], and columns [cells] of cells.
+    """The cells of an image in these rows and columns of cells, [cells] each.
 
     Cells beyond the image have no pixels. ``target`` is (pointer, strides).
     """

@@ -65,33 +65,50 @@ def strip_candidates(heuristic: Configuration, **choices: Sequence[str]) -> list
 
 
 def strip_launch(
-    shape: torch.Size, configuration: Configuration, padding: str, *maps: torch.Tensor
+    shape: torch.Size,
+    configuration: Configuration,
+    padding: str,
+    *maps: torch.Tensor,
+    fitted: bool = False,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """(grid, arguments) of a kernel that covers maps of ``shape`` [N, C, H, W] with strips.
 
     ``maps`` are all tensors that it loads or stores. The first decides whether lanes are channels.
+    ``fitted`` says whether programs may have fewer warps than they are configured for wherever that
+    leaves fewer lanes beyond the last column; else that is done for maps narrower than a program.
     """
     images, channels, height, width = shape
     columns, rows = int(configuration["COLUMNS"]), int(configuration["ROWS"])
     lanes, warps = int(configuration["LANES"]), int(configuration["num_warps"])
     in_lanes = channels_in_lanes(maps[0])
     needed = triton.cdiv(width, columns) * (channels if in_lanes else 1)
-    while warps > 1 and lanes // 2 >= needed:  # a small map would leave whole warps idle
-        lanes, warps = lanes // 2, warps // 2
+    filled = needed if fitted else min(triton.next_power_of_2(needed), lanes)
+    lanes, warps = _fitted(lanes, warps, filled)
 
     # Mirrored columns are loaded one by one, which makes the code long enough without unrolling.
     mirrored = padding in ("reflect", "replicate")
     grain = 1 if mirrored else grain_of(columns, *maps)
+    shifted = grain == 1 < columns and all(tensor.stride(-1) == 1 for tensor in maps)
     unroll = 1 if mirrored else int(configuration["UNROLL"])
     tiles_x, tiles_y = triton.cdiv(needed, lanes), triton.cdiv(height, rows)
     return (images * tiles_x * tiles_y * (1 if in_lanes else channels),), {
         "channels": channels,
         "tiles_x": tiles_x,
         "tiles_y": tiles_y,
-        "STRIP": Strip(columns, lanes, rows, unroll, grain, in_lanes),
+        "STRIP": Strip(columns, lanes, rows, unroll, grain, in_lanes, shifted),
         "num_warps": warps,
         "enable_fp_fusion": True,
     }
+
+
+def _fitted(lanes: int, warps: int, needed: int) -> tuple[int, int]:
+    """Lanes and warps of a program, of which about as few are idle as with any fewer warps.
+
+    Of 129 lanes, a row of 513 columns, two programs of four warps would leave 127 idle.
+    """
+    choices = [(lanes >> halvings, warps >> halvings) for halvings in range(warps.bit_length())]
+    totals = [triton.cdiv(needed, lanes) * lanes for lanes, _ in choices]
+    return choices[next(i for i, total in enumerate(totals) if total * 16 <= min(totals) * 17)]
 
 
 def strides(tensor: torch.Tensor, strip: Strip) -> Strides:

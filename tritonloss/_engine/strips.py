@@ -2,9 +2,13 @@
 
 A program owns a strip of an image: a number of lanes, each with a chunk of neighbouring columns, a
 number of rows high. It walks down the rows and keeps what the rows above contribute in registers,
-so that each value is loaded once per strip (neighbouring columns come from the cache), with no
-shared memory and no barrier. Tuples hold one tensor [lanes] per column of a chunk; histories hold
-several rows of them, oldest first.
+so that each value is loaded once per strip (neighbouring columns come from the cache). Tuples hold
+one tensor [lanes] per column of a chunk; histories hold several rows of them, oldest first.
+
+Chunks are loaded and stored whole. Where rows begin anywhere, those of odd widths or of parts of
+larger maps, aligned chunks are loaded and the columns chosen out of them (``shifted_columns``), and
+lanes exchange their columns before they store them (``_dealt``): all that a warp moves at a time
+lies side by side. Only there is shared memory used.
 
 ``strip_windows.py`` holds the arithmetic of windows, ``strip_launch.py`` how strips are launched.
 """
@@ -32,6 +36,7 @@ class Strip(NamedTuple):
     unroll: int  # rows in one turn of the loop
     grain: int  # ``columns`` if every row is made of whole aligned chunks, moved at once; else 1
     channels_in_lanes: bool  # channels_last: lanes run over (chunk, channel), not over chunks
+    shifted: bool  # grain is 1, but columns are neighbours: chunks are aligned ones, shifted
 
 
 class Strides(NamedTuple):
@@ -217,6 +222,16 @@ def join_columns(columns, LANES: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _dealt(columns, LANES: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tuple of COLUMNS tensors [LANES] in which neighbouring lanes hold neighbouring columns.
+
+    They exchange them through shared memory.
+    """
+    block = tl.reshape(join_columns(columns, LANES, COLUMNS), (COLUMNS, LANES))
+    return split_columns(tl.trans(block), LANES, COLUMNS)
+
+
+@triton.jit
 def widened(loaded):
     """The values in the dtype of the arithmetic: float32, or float64 for float64."""
     result = loaded
@@ -237,21 +252,111 @@ def zeros(plane, STRIP: tl.constexpr):
 
 
 @triton.jit
+def shifted_columns(
+    row_ptr, row, STRIP: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr,
+    OTHER: tl.constexpr,
+):  # fmt: skip
+    """load_columns of a row that begins anywhere, but whose columns are neighbours in memory.
+
+    Loaded are the aligned chunks that hold the columns, each by one wide instruction; the place in
+    the first of them at which the columns begin, another one in each row, says which values to
+    take. Values of less than 32 bits are taken several at a time. No page of memory ends within an
+    aligned chunk: one that holds a single column of the row may be loaded whole.
+    """
+    LANES: tl.constexpr = STRIP.lanes
+    SIZE: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
+    UNIT: tl.constexpr = max(SIZE, 4)  # bytes of what is chosen
+    UNITS: tl.constexpr = max(STRIP.columns * SIZE // UNIT, 1)  # of a chunk
+    PLACES: tl.constexpr = UNITS * UNIT // SIZE
+    CHUNKS: tl.constexpr = (COUNT + 2 * PLACES - 2) // PLACES
+    NEEDED: tl.constexpr = (COUNT * SIZE + UNIT - SIZE + UNIT - 1) // UNIT
+    start = row.chunk * STRIP.columns + SHIFT
+    address = (row_ptr + start).to(tl.int64)  # [LANES]
+    place = (address.to(tl.int32) & (SIZE * (PLACES - 1))) // SIZE
+    unit_type: tl.constexpr = row_ptr.dtype.element_ty if SIZE >= 4 else tl.uint32
+    aligned_ptr = (address & -(SIZE * PLACES)).to(tl.pointer_type(unit_type))
+    aligned_ptr = tl.multiple_of(aligned_ptr, min(SIZE * PLACES, 16))
+
+    # A chunk is there if its first column is before the limit, and its last not before 0.
+    limit = tl.where(row.limit > 0, row.limit + place, 0)
+    units = ()
+    for j in tl.static_range(CHUNKS):
+        exists = start + j * PLACES < limit
+        if SHIFT + j * PLACES < 0:
+            exists = exists & (start + (j * PLACES + PLACES - 1) >= place)
+        if UNITS == 1:
+            units = units + (tl.load(aligned_ptr + j, mask=exists, other=0),)
+        else:
+            pointer = aligned_ptr[:, None] + tl.arange(0, UNITS)[None, :]  # [LANES, UNITS]
+            mask = tl.broadcast_to(exists[:, None], (LANES, UNITS))
+            block = tl.load(pointer + j * UNITS, mask=mask, other=0)
+            units = units + split_columns(block, LANES, UNITS)
+    if UNITS == 4:
+        units = _moved(units, place & (PLACES // 2) != 0, 2, NEEDED + 1)
+    if UNITS >= 2:
+        units = _moved(units, place & (PLACES // UNITS) != 0, 1, NEEDED)
+    if SIZE < 4:
+        units = _unpacked(units, (place % (4 // SIZE)) * (8 * SIZE), row_ptr, COUNT)
+    values = ()
+    inside = ()
+    for j in tl.static_range(COUNT):
+        exists = is_below(start + j, row.limit)
+        inside = inside + (exists,)
+        values = values + (units[j] if OTHER is None else tl.where(exists, units[j], OTHER),)
+    return values, inside
+
+
+@triton.jit
+def _moved(units, condition, BY: tl.constexpr, COUNT: tl.constexpr):
+    """The first COUNT of a tuple or, on a condition, those BY places later."""
+    moved = ()
+    for j in tl.static_range(COUNT):
+        if j + BY < len(units):
+            moved = moved + (tl.where(condition, units[j + BY], units[j]),)
+        else:
+            moved = moved + (units[j],)
+    return moved
+
+
+@triton.jit
+def _unpacked(units, bit, like, COUNT: tl.constexpr):
+    """COUNT values of less than 32 bits, of which the first begins at a bit of the first unit."""
+    value_type: tl.constexpr = like.dtype.element_ty
+    BITS: tl.constexpr = value_type.primitive_bitwidth
+    EACH: tl.constexpr = 32 // BITS
+    bits_type: tl.constexpr = tl.uint8 if BITS == 8 else tl.uint16
+    values = ()
+    for j in tl.static_range(COUNT):
+        if j % EACH == 0:
+            unit = units[j // EACH].to(tl.uint64)
+            if j // EACH + 1 < len(units):
+                unit = unit | (units[j // EACH + 1].to(tl.uint64) << 32)
+            unit = (unit >> bit).to(tl.uint32)
+        value = (unit >> (j % EACH) * BITS).to(bits_type)
+        values = values + (value.to(value_type, bitcast=True),)
+    return values
+
+
+@triton.jit
 def load_columns(
-    plane, row, STRIP: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr, PADDING: tl.constexpr
-):
+    plane, row, STRIP: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr,
+    PADDING: tl.constexpr, OTHER: tl.constexpr = 0,
+):  # fmt: skip
     """(values, inside): COUNT columns of one row from SHIFT columns after each chunk's first.
 
-    Both are tuples of [lanes]. ``inside`` says which values exist; the others are loaded as 0. A
-    grain above 1 loads whole chunks, with one wide instruction each; otherwise every column is
-    loaded on its own.
+    ``inside`` tells which of them exist; the others are OTHER, or may be anything if it is None.
+    Chunks are loaded whole, one wide instruction each, where their columns are neighbours in
+    memory; else, and where columns are mirrored, every column on its own.
     """
     LANES: tl.constexpr = STRIP.lanes
     COLUMNS: tl.constexpr = STRIP.columns
     row_ptr = row_of(plane, row.number, STRIP)
     values = ()
     inside = ()
-    if STRIP.grain > 1:
+    REST: tl.constexpr = 0 if OTHER is None else OTHER
+    if STRIP.shifted and (PADDING == "zeros" or PADDING == "valid"):
+        values, inside = shifted_columns(row_ptr, row, STRIP, SHIFT, COUNT, OTHER)
+    elif STRIP.grain > 1:
         FIRST: tl.constexpr = SHIFT // COLUMNS
         SKIP: tl.constexpr = SHIFT - FIRST * COLUMNS
         CHUNKS: tl.constexpr = (SKIP + COUNT + COLUMNS - 1) // COLUMNS
@@ -261,7 +366,7 @@ def load_columns(
             exists = is_below(start + (FIRST + j) * COLUMNS, row.limit)
             mask = tl.broadcast_to(exists[:, None], (LANES, COLUMNS))
             # A constant added to the pointer is part of the load instruction.
-            block = tl.load(pointer + (FIRST + j) * COLUMNS, mask=mask, other=0)
+            block = tl.load(pointer + (FIRST + j) * COLUMNS, mask=mask, other=REST)
             loaded = split_columns(block, LANES, COLUMNS)
             for v in tl.static_range(COLUMNS):
                 if j * COLUMNS + v >= SKIP and j * COLUMNS + v < SKIP + COUNT:
@@ -271,7 +376,7 @@ def load_columns(
         for j in tl.static_range(COUNT):
             source, exists = source_column(row.chunk * COLUMNS + (SHIFT + j), row.limit, PADDING)
             pointer = row_ptr + source * plane.column_stride
-            values = values + (tl.load(pointer, mask=exists, other=0),)
+            values = values + (tl.load(pointer, mask=exists, other=REST),)
             inside = inside + (exists,)
     return values, inside
 
@@ -307,6 +412,12 @@ def store_columns(plane, row, columns, STRIP: tl.constexpr):
         offsets = start[:, None] + tl.arange(0, COLUMNS)[None, :]  # [LANES, COLUMNS]
         mask = tl.broadcast_to((start < row.limit)[:, None], (LANES, COLUMNS))
         tl.store(row_ptr + offsets, join_columns(columns, LANES, COLUMNS), mask=mask)
+    elif STRIP.shifted:
+        dealt = _dealt(columns, LANES, COLUMNS)
+        first = row.chunk * COLUMNS - tl.arange(0, LANES) * (COLUMNS - 1)
+        pointer = row_ptr + first
+        for v in tl.static_range(COLUMNS):
+            tl.store(pointer + v * LANES, dealt[v], mask=first < row.limit - v * LANES)
     else:
         for v in tl.static_range(COLUMNS):
             column = row.chunk * COLUMNS + v

@@ -35,6 +35,10 @@ from .._engine.pixels import (
 )
 from .softmax import own_weight
 
+# Classes of a lane whose logarithm is one: their product, below 2^96, is a float32. Of more, every
+# block has its own.
+_ONE_LOGARITHM = tl.constexpr(96)
+
 
 class Options(NamedTuple):
     """The options of the loss, except the weights."""
@@ -55,9 +59,10 @@ class Compiled(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What has been added up so far."""
+    """What has been added up so far, of the classes that are not the pixel's own."""
 
-    others: Any  # softplus(z) of the classes that are not the pixel's own
+    others: Any  # softplus(z), but for log(1 + rest)
+    rest: Any  # 1 + rest is the product of 1 + e^-|z| of the classes whose logarithm is not taken
 
 
 class _Factors(NamedTuple):
@@ -70,7 +75,8 @@ class _Factors(NamedTuple):
 
 @triton.jit
 def _start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    return _State(others=nothing_yet(0.0, TILE))
+    nothing = nothing_yet(0.0, TILE)
+    return _State(others=nothing, rest=nothing)
 
 
 @triton.jit
@@ -79,17 +85,21 @@ def _add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
     own = for_classes(pixel.own, TILE)
     # Summed within the block first: one sum over a thousand classes would lose its last digits.
     linear = tl.zeros_like(state.others)
-    rest = tl.zeros_like(state.others)
+    rest = state.rest
     for j in tl.static_range(len(block.logits)):
         # The own class is left out. Added here and taken away again, it would cost a confident
         # pixel all of its digits.
         z = tl.where(class_of(block, j, TILE) == own, float("-inf"), block.logits[j])
         t = tl.exp2(tl.abs(z) * -LOG2_E)
         linear += tl.maximum(z, 0.0)
-        # One logarithm for all of the block: 1 + rest is the product of all 1 + t. Without the 1,
-        # as rest + t + rest t, small values are not rounded away.
+        # One logarithm for many classes, of the product of all 1 + t. Without the 1, as
+        # rest + t + rest t, small values are not rounded away.
         rest = tl.fma(rest, t, rest + t)
-    return _State(others=state.others + (linear + log_one_plus(rest)))
+    if TILE.classes > _ONE_LOGARITHM * TILE.lanes:
+        state = _State(others=state.others + (linear + log_one_plus(rest)), rest=state.rest)
+    else:
+        state = _State(others=state.others + linear, rest=rest)
+    return state
 
 
 @triton.jit
@@ -97,7 +107,7 @@ def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr)
     """(w_t softplus(-z_t) + sum of softplus(z_k) over the other classes, 1, nothing saved)."""
     positive = own_weight(pixel, given, OPTIONS, TILE) * softplus_base2(own * -LOG2_E)
     positive = tl.where(pixel.own >= 0, positive, 0.0)
-    loss = sum_of_lanes(state.others, TILE) + positive
+    loss = sum_of_lanes(state.others + log_one_plus(state.rest), TILE) + positive
     return loss, tl.zeros_like(loss) + 1.0, ()
 
 

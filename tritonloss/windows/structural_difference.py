@@ -78,8 +78,8 @@ def load_pixels(
     COUNT: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
     """COUNT pixels of a row per lane, from SHIFT columns after each chunk's first."""
-    loaded, _ = load_columns(maps.logits, row, STRIP, SHIFT, COUNT, PADDING)
-    found, inside = load_columns(maps.target, row, STRIP, SHIFT, COUNT, PADDING)
+    loaded, _ = load_columns(maps.logits, row, STRIP, SHIFT, COUNT, PADDING, None)
+    found, inside = load_columns(maps.target, row, STRIP, SHIFT, COUNT, PADDING, None)
     scaled = ()
     probabilities = ()
     labels = ()

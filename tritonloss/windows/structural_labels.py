@@ -125,7 +125,7 @@ def _label_look_kernel(
             number = first + i + j
             limit = tl.where(number < end, width, 0)
             row = Row(number=number, chunk=program.chunk, limit=limit)
-            labels, inside = load_columns(target, row, STRIP, 0, COLUMNS, "zeros")
+            labels, inside = load_columns(target, row, STRIP, 0, COLUMNS, "zeros", None)
             is_own = (number >= program.first_row) & (number < end_row)
             lowest_label = tl.where(is_own, 0, ABOVE_ALL)
             for v in tl.static_range(COLUMNS):
