@@ -152,6 +152,7 @@ _UPSAMPLED_SHIPPED = (
 _FOLD = class_loop("classes", "_fold_blocks")
 _FOLD_CELLS = upsampling._class_loop("classes")
 _COUNT = LoopNotes("draws", "_count_drawn", _draws)
+# Of the instructions: the first that shipped, and a twentieth.
 GOALS = (
     *(
         Goal(f"Confusion matrix, {case.text}: share of the copy bandwidth", case, "share_of_copy",
@@ -161,9 +162,8 @@ GOALS = (
     Goal("Confusion matrix: extra MiB, the matrix alone", CASES[0], "peak_delta_MiB",
          at_most=8 * 19 * 19 / 2**20 + 0.001),
     CodeGoal("Confusion matrix, 150 classes: instructions per pixel and class", _SHIPPED[1],
-             "_confusion_matrix_kernel", "classes", at_most=5.5),
+             "_confusion_matrix_kernel", "classes", at_most=5.9),
 )  # fmt: skip
-# Of eager's interpolated logits nothing is left: what is compared with is their size.
 UPSAMPLED_GOALS = (
     *(
         Goal(f"Confusion matrix of upsampled logits, {case.text}: speed against eager", case,
@@ -171,7 +171,7 @@ UPSAMPLED_GOALS = (
         for case in _UPSAMPLED[:2]
     ),
     CodeGoal("Confusion matrix of upsampled logits, ratio 4: instructions per pixel and class",
-             _UPSAMPLED_SHIPPED[0], "_upsampled_confusion_kernel", "total", at_most=12.5),
+             _UPSAMPLED_SHIPPED[0], "_upsampled_confusion_kernel", "total", at_most=10.3),
 )  # fmt: skip
 
 OPERATIONS = (
