@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import tritonloss
-from tests.losses.test_confusion_matrix import counted, largest
+from tests.losses.test_confusion_matrix import Recorded, counted, largest
 from tests.oracle import as_layout, segmentation_case
 from tritonloss import confusion_matrix, predict
 from tritonloss._core.configurations import forced
@@ -103,3 +104,27 @@ def test_between_infinities(device: torch.device) -> None:
     logits[:, 1, :, 0], logits[:, 2, :, 3] = float("inf"), -float("inf")
     prediction = predict(logits, (4, 8))
     assert (prediction[..., :3] == 1).all() and not prediction[..., 3:].any()
+
+
+def test_inside_pytorch(device: torch.device) -> None:
+    """The operators are sound, and compiled for any sizes."""
+    torch._dynamo.reset()
+
+    def both(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        found = confusion_matrix(logits, target, upsample="bilinear")
+        return found, predict(logits, target.shape[1:])
+
+    how = "inductor" if device.type == "cuda" else "aot_eager"
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend=how)
+    for height in (4, 6):
+        logits, _ = segmentation_case((1, 3, height, 5), device=device)
+        _, target = segmentation_case((1, 3, 3 * height, 13), device=device)
+        expected = both(logits, target)
+        results = compiled(logits, target)
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+    with Recorded() as recorded:
+        both(logits, target)
+    assert len(recorded.calls) == 2
+    for func, arguments in recorded.calls:
+        torch.library.opcheck(func, arguments)
