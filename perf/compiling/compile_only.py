@@ -10,12 +10,12 @@ hence the work is done in processes of its own, started without TRITON_INTERPRET
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import math
 import multiprocessing
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -319,14 +319,24 @@ def _loop(place: Sequence[Any], **numbers: Any) -> Loop:
 
 @cache
 def _analysis_version() -> str:
-    """A hash of the code that reads machine code.
-
-    The text of its comments does not count; its docstrings and the number of its lines do.
-    """
+    """A hash of the code that reads machine code, without its comments and docstrings."""
     files = (machine_code.__file__, control_flow.__file__, source_loops.__file__, counting.__file__)
-    lines = "\n".join(Path(str(file)).read_text() for file in files).splitlines()
-    code = "\n".join(re.sub(r"\s*#.*", "", line) for line in lines)
+    code = "\n".join(_code(Path(str(file)).read_text(encoding="utf-8")) for file in files)
     return hashlib.sha256(code.encode()).hexdigest()
+
+
+def _code(source: str) -> str:
+    """A module's statements. Those that are a text alone, docstrings, are none."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [part for part in body if not _is_text(part)]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

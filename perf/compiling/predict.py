@@ -293,9 +293,5 @@ def _text(configuration: Configuration) -> str:
     return " ".join(f"{name}={value}" for name, value in configuration.items())
 
 
-def _indices(case: TuningCase) -> range:
-    return range(len(case.candidates))
-
-
 def _place(case: TuningCase) -> Place:
     return case.slice, case.number, case.shape, case.layout

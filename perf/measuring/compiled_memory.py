@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from perf.measuring.memory import allocated_peak
 from perf.measuring.trial import Trial
 from perf.operations.contract import Case, Operation, bytes_of
 
@@ -65,16 +65,3 @@ def share(function: Callable[..., object], case: Case, inputs: Sequence[Tensor])
     for _ in range(2):  # what is made only once is made now
         trial.full()
     return allocated_peak(trial.full) / bytes_of([x for x in inputs if x.is_floating_point()])
-
-
-def allocated_peak(function: Callable[[], object]) -> int:
-    """Bytes that the CPU's allocator holds at the peak beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        kept = function()
-    del kept
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak

@@ -275,8 +275,9 @@ def _method(report: Report) -> list[str]:
         "Bandwidths are the bytes a pass cannot do without over its time. No provider is timed "
         "before its outputs and gradients have passed the parity check of the same case in the "
         "same run: no element's error may exceed twice the worst of eager PyTorch in the same "
-        "dtype plus one rounding, all against float64, relative to the largest element. Rows that "
-        "failed have an error and no time. Rows that are slower than another provider stay in.",
+        "dtype plus a rounding (1e-5 in float32), all against float64, relative to the largest "
+        "element. Rows that failed have an error and no time. Rows that are slower than another "
+        "provider stay in.",
     ]
     if report.memory:
         notes.append(

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from perf.measuring.compiled_memory import CompiledMemory, allocated_peak, compiled, share
+from perf.measuring.compiled_memory import CompiledMemory, compiled, share
 from perf.measuring.counted import CountedMemory
 from perf.operations.contract import SHAPES, Case, operations
 from perf.report import picture
@@ -52,17 +52,6 @@ def test_a_loss_that_was_not_compiled_is_named() -> None:
     text = picture.drawn([ENTRY], CompiledMemory({}, {"some_loss": "why"}))
     assert "Inductor did not compile some loss." in text
     assert text.count('class="compile"') == 1  # in the legend
-
-
-def test_what_the_allocator_holds_at_its_peak() -> None:
-    """There are two tensors at once, then one of them and two more."""
-
-    def holding() -> torch.Tensor:
-        first, second = torch.empty(1000), torch.empty(3000)
-        del first
-        return torch.cat((second[:500], torch.empty(10)))
-
-    assert allocated_peak(holding) == 4 * (3000 + 1000)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
