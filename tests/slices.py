@@ -56,6 +56,11 @@ def is_pixelwise(example: Example) -> bool:
     return "own_table" in example.operator.inputs
 
 
+def is_upsampled(example: Example) -> bool:
+    """Whether it interpolates its logits: a pixel's loss depends on more than those under it."""
+    return example.options.get("upsample") is not None
+
+
 def as_a_number(results: Iterable[Tensor]) -> Tensor:
     """One number that depends on all differentiable results: a scalar itself, or maps' squares."""
     floating = [result for result in results if result.is_floating_point()]

@@ -25,8 +25,6 @@ from tritonloss._tools.interpreter import hasten_interpreter
 
 _WINDOW = 7
 _KINDS = 4
-# Small enough for several programs even on a tiny map: the interpreter takes 30 us a step.
-_SMALL_LAUNCH = {"LANES": 8, "ROWS": 8, "num_warps": 1}
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def judge(operation: Operation, case: Case) -> Parity:
 def _small_launches(operation: Operation) -> Iterator[None]:
     with ExitStack() as stack:
         for operator in operation.operators:
-            stack.enter_context(forced(operator, dict(_SMALL_LAUNCH)))
+            stack.enter_context(forced(operator, dict(operation.small_launch)))
         yield
 
 

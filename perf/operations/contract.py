@@ -208,6 +208,9 @@ class KernelNotes:
     loops: tuple[LoopNotes, ...] = ()
 
 
+_SMALL_LAUNCH = {"LANES": 8, "ROWS": 8, "num_warps": 1}
+
+
 @dataclass(frozen=True)
 class Operation:
     """One public function: how to call it, and what to ask of it.
@@ -224,6 +227,8 @@ class Operation:
         kernels: kernel name -> how to read its machine code, for every kernel that is launched.
         operators: names of configurations, for forcing small launches in the interpreter. Of an
             operation with several schedules the first one chooses the schedule.
+        small_launch: what of a configuration is forced there: small enough for several programs
+            even on a tiny map, since the interpreter takes 30 us a step.
         excused: elements of the first input's gradient where rounding may flip a decision, so
             that no kernel could agree with float64; None where there is no such thing.
         libraries: other people's implementations, name -> adapter in perf/operations/peers.py.
@@ -241,6 +246,7 @@ class Operation:
     kernels: Mapping[str, KernelNotes]
     operators: tuple[str, ...]
     goals: tuple[Goal | CodeGoal, ...] = ()
+    small_launch: Mapping[str, int] = field(default_factory=lambda: dict(_SMALL_LAUNCH))
     excused: Callable[..., Tensor] | None = None
     libraries: Mapping[str, Callable[[], Callable[..., Outputs]]] = field(default_factory=dict)
     differentiable: bool = True

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Sequence
 
 from perf.compiling.facts import MAIN_TARGET, KernelFacts, pivoted
 from perf.compiling.targets import TARGETS
+from perf.measuring.counted import CountedMemory
 from perf.measuring.rows import Row
+from perf.report import upsampled
 from perf.report.page import Bars, Block, Card, Page, Paragraph, Picture, Section, Table
 from perf.report.picture import share_of_compiled
 from perf.report.report import Report
@@ -92,7 +94,7 @@ def _memory_card(report: Report) -> Card:
 
 
 def _counted_memory_card(report: Report) -> Card:
-    entries = first_per_op(report.memory)
+    entries = first_per_op(_at_labels(report))
     if not entries:
         return Card("not counted", "how much less memory")
     ratios = [entry.eager / max(entry.kernels, 1) for entry in entries]
@@ -101,6 +103,11 @@ def _counted_memory_card(report: Report) -> Card:
     detail += f"to {times(max(ratios))}; the kernels take {min(size):.2f} to {max(size):.2f} of "
     detail += "the input's size. Counted at full size, not measured."
     return Card(f"{statistics.median(ratios):.1f}x less", "extra memory, counted", detail)
+
+
+def _at_labels(report: Report) -> list[CountedMemory]:
+    """What was counted of logits at the labels' resolution; the others have their own section."""
+    return [entry for entry in report.memory if not upsampled.is_upsampled(entry)]
 
 
 def _machine_card(report: Report) -> Card:
@@ -178,7 +185,7 @@ def _offline_plots(report: Report) -> list[Block]:
             **share_of_compiled(entry),
             "eager": entry.eager / entry.input_bytes,
         }
-        for entry in first_per_op(report.memory)
+        for entry in first_per_op(_at_labels(report))
     }
     code: dict[str, dict[str, float]] = {}
     for fact in report.facts:
@@ -192,6 +199,7 @@ def _offline_plots(report: Report) -> list[Block]:
 
 
 def _sections(report: Report) -> Iterable[Section]:
+    yield Section(upsampled.TITLE, upsampled.blocks(report.memory))
     yield from of_the_losses(report)
     yield Section("Training on photographs", _training_blocks(report))
     yield Section("Compiled, not run", _code_blocks(report.facts))

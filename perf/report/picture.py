@@ -3,6 +3,7 @@
 `python -m perf picture` counts at full size (no GPU is needed, nothing is computed), commits the
 numbers to perf/baseline/memory.json and draws perf/results/memory.svg; `--draw` only draws.
 `--compile` counts torch.compile, too, which takes minutes; else its committed numbers are kept.
+Losses of upsampled logits have a table instead (`upsampled.py`), counted and written with it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from perf.measuring.compiled_memory import ABOUT, CompiledMemory, of_compiled
 from perf.measuring.counted import CountedMemory, count
 from perf.operations.contract import Case, Operation, operations
+from perf.report import upsampled
 from perf.report.page import number
 from perf.report.wording import words
 
@@ -56,13 +58,14 @@ def question(operation: Operation) -> Case | None:
     """The loss's first case at the picture's size; None if it is no loss of logits and labels."""
     for case in operation.cases if operation.differentiable else ():
         plain = case.dtype == "float32" and case.layout == "contiguous" and case.schedule is None
-        if plain and case.labels == "uint8" and case.shape.name == _SHAPE:
+        at_labels = case.labels == "uint8" and case.ratio is None
+        if plain and at_labels and case.shape.name == _SHAPE:
             return case
     return None
 
 
 def asked() -> list[tuple[Operation, Case]]:
-    """Every loss with the case that is shown."""
+    """Every loss of logits at the labels' resolution, with the case that is shown."""
     found = [(operation, question(operation)) for operation in operations()]
     return [(operation, case) for operation, case in found if case is not None]
 
@@ -87,6 +90,9 @@ def read_compiled(path: Path = NUMBERS) -> CompiledMemory:
 
 def share_of_compiled(entry: CountedMemory) -> dict[str, float]:
     """torch.compile's committed share in this very case, by its bar's name; empty without one."""
+    if upsampled.is_upsampled(entry):
+        share = upsampled.read().compiled.shares.get(upsampled.key(entry.op, entry.case))
+        return {} if share is None else {"compile": share}
     known = {(other.op, other.case) for other in read()}
     share = read_compiled().shares.get(entry.op) if (entry.op, entry.case) in known else None
     return {} if share is None else {"compile": share}
@@ -203,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.draw:
         write(counted(), of_compiled(asked()) if options.compile else read_compiled())
+        upsampled.update(options.compile)
     PICTURE.write_text(drawn(read(), read_compiled()), encoding="utf-8")
     print(PICTURE)
     return 0

@@ -2,8 +2,9 @@
 
 Every loss gets the same initial weights, the same crops in the same order, the same first fifth
 of the steps with cross entropy, and the same hyper-parameters, which were chosen once with plain
-cross entropy. Two photographs show that each loss trains; they cannot rank losses. What comes out
-is reported, also where it speaks against a loss of this project.
+cross entropy. One loss is that of a network that stops at half the resolution, whose logits are
+interpolated within the loss. Two photographs show that each loss trains; they cannot rank losses.
+What comes out is reported, also where it speaks against a loss of this project.
 
 `python -m perf train [--out DIRECTORY] [--quick] [--times] [--losses NAME ...]`
 """
@@ -30,6 +31,7 @@ from tritonloss import MarginOffsets, count_labels, margin_offsets
 from tritonloss._core.example import Example
 from tritonloss._core.progress import Progress
 from tritonloss._tools.examples import examples
+from tritonloss.functional import cross_entropy as fused_cross_entropy
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -59,7 +61,20 @@ QUICK = Settings(seeds=(0,), steps=10, batch=4, crop=64)
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """The usual baseline: softmax and the logarithm, mean over valid pixels."""
-    return functional.cross_entropy(logits, target.long(), ignore_index=VOID)
+    at_labels = _interpolated(logits, target.shape[1:])
+    return functional.cross_entropy(at_labels, target.long(), ignore_index=VOID)
+
+
+def upsampled_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy of logits of a lower resolution, which are interpolated within the loss."""
+    return fused_cross_entropy(logits, target, ignore_index=VOID, upsample="bilinear")
+
+
+def _interpolated(logits: Tensor, size: torch.Size) -> Tensor:
+    """The logits at this size; as they are where that is their own."""
+    if logits.shape[2:] == size:
+        return logits
+    return functional.interpolate(logits, size=size, mode="bilinear")
 
 
 def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -108,15 +123,20 @@ def _declared() -> Iterator[tuple[str, Loss]]:
 
 
 BASELINE = "cross entropy"
+UPSAMPLED = "cross entropy, upsampled"
 _AGAINST = f"against {BASELINE}"
+_HALF = f"""
+Under "{UPSAMPLED}" the network stops at half the resolution, without the last two convolutions,
+and its logits are interpolated within the loss: it is another network, with another result."""
 _TIMING = """
 Seconds are medians over the steps after the first fifth, on this machine's CPU: they time the
 reference and not the kernels. The loss's share counts its forward and backward pass."""
-# What the slices declare; the baselines are PyTorch's own.
+# What the slices declare, and one of them with interpolation; the baselines are PyTorch's own.
 LOSSES: Mapping[str, Loss] = {
     **dict(_declared()),
     BASELINE: cross_entropy,
     "binary cross entropy": binary_cross_entropy,
+    UPSAMPLED: upsampled_cross_entropy,
 }
 KEPT = Path(__file__).parents[1] / "results" / "training" / "train.csv"
 
@@ -148,24 +168,29 @@ class Block(nn.Sequential):
 
 
 class Network(nn.Module):
-    """A U-Net of three levels.
+    """A U-Net of three levels, or one that stops at half the resolution.
 
-    The head is drawn last, so that the body starts the same however many classes there are.
+    The head is drawn last, so that the body starts the same however many classes there are, and
+    what both networks have starts the same.
     """
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, half: bool = False) -> None:
         super().__init__()
         self.down = nn.ModuleList(
             [Block(1, width), Block(width, 2 * width), Block(2 * width, 4 * width)]
         )
-        self.up = nn.ModuleList([Block(6 * width, 2 * width), Block(3 * width, width)])
-        self.head = nn.Conv2d(width, channels, 1)
+        self.up = nn.ModuleList([Block(6 * width, 2 * width)])
+        if not half:
+            self.up.append(Block(3 * width, width))
+        self.head = nn.Conv2d(2 * width if half else width, channels, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         fine = self.down[0](image)
         middle = self.down[1](functional.max_pool2d(fine, 2))
         coarse = self.down[2](functional.max_pool2d(middle, 2))
         middle = self.up[0](_join(coarse, middle))
+        if len(self.up) == 1:
+            return self.head(middle)
         return self.head(self.up[1](_join(middle, fine)))
 
 
@@ -198,6 +223,11 @@ def _crop(scene: Photograph, size: int, generator: torch.Generator) -> tuple[Ten
     return image, label
 
 
+def network_of(name: str, width: int) -> Network:
+    """A new network for a loss: of half the resolution if the loss interpolates."""
+    return Network(len(CLASSES), width, half=name == UPSAMPLED)
+
+
 def train(
     name: str, seed: int, scenes: Sequence[Photograph], settings: Settings
 ) -> tuple[Network, pandas.DataFrame]:
@@ -206,7 +236,7 @@ def train(
     The seconds leave out the steps of the warm-up.
     """
     torch.manual_seed(seed)
-    network = Network(len(CLASSES), settings.width)
+    network = network_of(name, settings.width)
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     seconds = []
@@ -241,7 +271,8 @@ def _step(
 @torch.no_grad()
 def predict(network: Network, image: Tensor) -> Tensor:
     """The most likely class at each pixel of one whole photograph, uint8 [H, W]."""
-    return network(image.unsqueeze(0)).argmax(1).squeeze(0).to(torch.uint8)
+    logits = _interpolated(network(image.unsqueeze(0)), image.shape[-2:])
+    return logits.argmax(1).squeeze(0).to(torch.uint8)
 
 
 def intersection_over_union(predictions: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
@@ -373,7 +404,8 @@ first fifth were chosen after a first run in which rectifiers without a leak die
 under some losses. The labels come from scikit-image's published recipes; void pixels are left out.
 The picture shows seed {seeds[0]}."""
     timing = [_TIMING] if "seconds_per_step" in frame else []
-    return "\n".join([notes, *timing, *_missed_classes(frame)])
+    half = [_HALF] if UPSAMPLED in frame["loss"].unique() else []
+    return "\n".join([notes, *half, *timing, *_missed_classes(frame)])
 
 
 def _missed_classes(frame: pandas.DataFrame) -> Iterator[str]:

@@ -65,11 +65,11 @@ def test_a_module_takes_what_its_function_takes(example: Example) -> None:
     assert list(inspect.signature(example.module).parameters.values()) == of_function
 
     logits, target = segmentation_case((1, 3, 9, 12))
-    extra = example.arguments(logits, target)[2:]
-    module = example.module(*extra, **example.options)
+    given = example.arguments(logits, target)
+    module = example.module(*given[2:], **example.options)
     expected = example(logits, target)[0]
     for made in (module, pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
-        assert torch.equal(made(logits, target), expected)
+        assert torch.equal(made(*given[:2]), expected)
         assert repr(made) == repr(module)
     for name, default in keywords(example.function).items():
         if not isinstance(default, torch.Tensor) and default is not None:

@@ -63,7 +63,7 @@ def test_interpolated_in_every_layout(
     target = torch.where(first - second > 1e-5, target, 100)
     logits[:, 1, 0], target[:, :4] = float("nan"), 100
     given = as_layout(logits, layout), as_layout(target.to(labels), layout)
-    sizes = {"COLUMNS": 2, "ROWS": 2, "UNROLL": 2, "num_warps": 1}
+    sizes = {"PIXEL_COLUMNS": 2, "PIXEL_ROWS": 2, "UNROLL": 2, "num_warps": 1}
     with forced("confusion_matrix_upsampled_forward", sizes):
         found = confusion_matrix(*given, upsample="bilinear", ignore_index=100)
         prediction = predict(given[0], (14, 27))

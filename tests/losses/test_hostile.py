@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import tritonloss
 from tests import hostile
 from tests.oracle import as_layout, segmentation_case, value_and_gradients
-from tests.slices import OF_LABELS, is_pixelwise, operators_with, with_more
+from tests.slices import OF_LABELS, is_pixelwise, is_upsampled, operators_with, with_more
 from tritonloss import linalg
 from tritonloss._core.configurations import forced
 from tritonloss.functional import (
@@ -139,7 +139,9 @@ MORE: dict[str, Any] = {
         for variant in ("paper", "released", "margin")
     },
 }
-PIXELWISE = with_more({n: e for n, e in OF_LABELS.items() if is_pixelwise(e)}, MORE)
+PIXELWISE = with_more(
+    {n: e for n, e in OF_LABELS.items() if is_pixelwise(e) and not is_upsampled(e)}, MORE
+)
 
 
 def pixelwise(name: str, target: Tensor) -> Callable[[Tensor], Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import tritonloss
-from tests.slices import OF_LABELS, one_of_each, with_more
+from tests.slices import OF_LABELS, is_upsampled, one_of_each, with_more
 from tritonloss._core.example import Example
 
 MORE: dict[str, Any] = {
@@ -22,7 +22,7 @@ MORE: dict[str, Any] = {
     "focal_loss": {"mean": {}},
     "rmi_loss": {"no pooling": {"options": {"region_size": 1, "pooling": None}}},
 }
-WAYS = with_more(OF_LABELS, MORE)
+WAYS = with_more({n: e for n, e in OF_LABELS.items() if not is_upsampled(e)}, MORE)
 RELEASED = {"module": tritonloss.RMILoss.released}
 MODULES = with_more(one_of_each(), {**MORE, "rmi_loss": {**MORE["rmi_loss"], "released": RELEASED}})
 REFUSED = r"^ignore_index must be given for 300 classes, of which its default is one: 255 .*None"

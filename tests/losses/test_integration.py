@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonloss
 from tests.oracle import as_layout, segmentation_case
-from tests.slices import OF_MAPS, as_a_number, is_pixelwise
+from tests.slices import OF_MAPS, as_a_number, is_pixelwise, is_upsampled
 from tritonloss._core import backend, configurations
 from tritonloss._core.example import Example, logits_and_target
 from tritonloss._tools.tuning_cases import tuning_cases
@@ -46,7 +46,11 @@ class Loss:
 
 
 LOSSES = {name: Loss(example) for name, example in OF_MAPS.items()}
-PIXELWISE = [loss for loss in LOSSES.values() if is_pixelwise(loss.example)]
+PIXELWISE = [
+    loss
+    for loss in LOSSES.values()
+    if is_pixelwise(loss.example) and not is_upsampled(loss.example)
+]
 
 
 @contextmanager

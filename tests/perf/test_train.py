@@ -59,7 +59,8 @@ def test_every_loss_has_the_same_schedule(monkeypatch: pytest.MonkeyPatch) -> No
     scenes = photographs()
     taken_over = []
     baseline = train.LOSSES[train.BASELINE]
-    for name in [name for name in train.LOSSES if name != train.BASELINE]:
+    at_labels = [name for name in train.LOSSES if name != train.UPSAMPLED]
+    for name in [name for name in at_labels if name != train.BASELINE]:
         called: list[tuple[str, torch.Tensor]] = []
 
         def recorded(label: str, function: train.Loss, calls: list = called) -> train.Loss:
@@ -85,7 +86,7 @@ def test_units_that_are_negative_everywhere_still_learn(name: str) -> None:
     """With rectifiers that do not leak, such units and all below them would get no gradient."""
     loss = train.LOSSES[name]
     torch.manual_seed(0)
-    network = train.Network(len(CLASSES), width=4)
+    network = train.network_of(name, width=4)
     for block in (*network.down, *network.up):
         torch.nn.init.constant_(block[-2].bias, -10.0)  # before the last rectifier
     images, labels = next(train.batches(photographs(), train.QUICK, seed=0))
@@ -132,9 +133,30 @@ def test_the_kept_table_is_what_the_tool_writes() -> None:
 
 def test_every_loss_that_a_slice_declares_can_be_trained() -> None:
     declared = {example.function for example in OF_LABELS.values()}
-    assert len(train.LOSSES) == len(declared)
     slices = {function.__module__.rpartition(".")[2].replace("_", " ") for function in declared}
-    assert set(train.LOSSES) == slices
+    assert len(slices) == len(declared)
+    assert set(train.LOSSES) == {*slices, train.UPSAMPLED}
+
+
+def test_a_network_of_half_the_resolution_is_trained_with_interpolation() -> None:
+    """What it has in common with the others starts the same, and the warm-up's loss is its own."""
+    networks = []
+    for name in (train.BASELINE, train.UPSAMPLED):
+        torch.manual_seed(3)
+        networks.append(train.network_of(name, width=4).state_dict())
+    whole, half = networks
+    common = [name for name in half if not name.startswith("head")]
+    assert len(common) < len(whole) - 2  # the head has two tensors
+    assert all(torch.equal(whole[name], half[name]) for name in common)
+
+    network = train.network_of(train.UPSAMPLED, width=4)
+    images, labels = next(train.batches(photographs(), train.QUICK, seed=0))
+    logits = network(images)
+    assert logits.shape[2:] == (train.QUICK.crop // 2, train.QUICK.crop // 2)
+    with use_backend("reference"):
+        fused = train.LOSSES[train.UPSAMPLED](logits, labels)
+    torch.testing.assert_close(fused, train.LOSSES[train.BASELINE](logits, labels))
+    assert train.predict(network, images[0]).shape == labels.shape[1:]
 
 
 def test_a_new_loss_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 from triton.runtime import interpreter
 
 import tritonloss
-from tests.slices import OF_MAPS, as_a_number, one_of_each
+from tests.slices import OF_MAPS, as_a_number, is_upsampled, one_of_each
 from tests.tools.tuned import (
     CPU,
 )
@@ -104,6 +104,18 @@ def ask_losses(dtype: torch.dtype, layout: str, device: torch.device) -> None:
         loss.backward()
 
 
+def ask_upsampled(dtype: torch.dtype, device: torch.device) -> None:
+    """Whatever interpolates, at the ratios of most networks."""
+    for ratio in (4, 8) if dtype == torch.float32 else (4,):
+        logits = tuning_inputs.random_map((1, 19, 4, 6), "contiguous", dtype, device)
+        target = tuning_inputs.random_labels((1, 19, 4 * ratio, 6 * ratio), device)
+        for way in one_of_each(way for way in OF_MAPS.values() if is_upsampled(way)).values():
+            given = logits.requires_grad_(), target, *way.arguments(logits, target)[2:]
+            way.function(*given, upsample="bilinear").backward()
+        tritonloss.confusion_matrix(logits, target, upsample="bilinear")
+        tritonloss.predict(logits, target.shape[1:])
+
+
 def ask_metrics(dtype: torch.dtype, layout: str, device: torch.device) -> None:
     """The confusion matrix, and the prediction, which takes the same configurations."""
     logits = tuning_inputs.random_map((1, 19, 24, 40), layout, dtype, device)
@@ -138,6 +150,7 @@ def test_the_tuner_has_a_case_for_whatever_a_launcher_asks(
             for layout in ("contiguous", "channels_last", "strided"):
                 ask_losses(dtype, layout, device)
                 ask_metrics(dtype, layout, device)
+            ask_upsampled(dtype, device)
         for dtype in (torch.float32, torch.float64):
             ask_linalg(dtype, device)
     cases = {case.key: case for case in tuning_cases.tuning_cases()}

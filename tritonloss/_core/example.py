@@ -18,6 +18,13 @@ def logits_and_target(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch
     return logits, target
 
 
+def half_resolution_and_target(
+    logits: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """What losses that interpolate take: of the logits every second row and column."""
+    return logits[..., ::2, ::2], target
+
+
 @dataclass(frozen=True)
 class Example:
     """A call of a public function, with options that show one way through its kernels.

@@ -68,7 +68,9 @@ def axis_tables(
     elif align_corners:
         place = pixel * ((sizes[0] - 1) / (sizes[1] - 1))
     else:
-        place = (pixel + 0.5) * (sizes[0] / sizes[1]) - 0.5
+        # PyTorch's is a fused multiply-add, rounded once: in 53 bits the product is exact.
+        place = (pixel + 0.5).double() * (sizes[0] / sizes[1]).double() - 0.5
+        place = place.to(dtype)
     before = place.clamp(min=0).floor().clamp(max=nodes - 1)
     shares = (place.clamp(min=0) - before).clamp(0, 1)
     cells = torch.where(place < 0, 0, before + 1).long()
@@ -215,10 +217,15 @@ def cell_heuristic(losses: Sequence[Loss], direction: str, most: int) -> Configu
         # Cells are about as high as wide.
         rows = min(pixels // columns, triton.next_power_of_2(most))
         unroll = min(8, *(loss.unroll for loss in losses))
-        return {"COLUMNS": columns, "ROWS": rows, "UNROLL": unroll, "num_warps": 4}
+        return {
+            "PIXEL_COLUMNS": columns,
+            "PIXEL_ROWS": rows,
+            "UNROLL": unroll,
+            "num_warps": 4,
+        }
     columns = min(triton.next_power_of_2(most), _MOST_COLUMNS)
     # One warp: what neighbouring lanes exchange never leaves it.
-    return {"COLUMNS": columns, "ROWS": 16, "UNROLL": 5, "num_warps": 1}
+    return {"PIXEL_COLUMNS": columns, "NODE_ROWS": 16, "UNROLL": 5, "num_warps": 1}
 
 
 def _configuration(
@@ -246,7 +253,7 @@ def _forward_launch(
 ) -> tuple[int, dict[str, Any]]:
     """(programs, arguments) of the kernel that goes forward."""
     configuration = _configuration(losses, "forward", logits, widest)
-    columns, rows = int(configuration["COLUMNS"]), int(configuration["ROWS"])
+    columns, rows = int(configuration["PIXEL_COLUMNS"]), int(configuration["PIXEL_ROWS"])
     chunks, bands = triton.cdiv(widest, columns), triton.cdiv(highest, rows)
     tile = _tile(configuration, logits)
     blocks = triton.cdiv((logits.size(2) + 1) * (logits.size(3) + 1), tile.pixels)
@@ -272,7 +279,7 @@ def _backward_launch(
 ) -> tuple[int, dict[str, Any]]:
     """(programs, arguments) of the kernel that goes back."""
     configuration = _configuration(losses, "backward", logits, widest)
-    columns, nodes = int(configuration["COLUMNS"]), int(configuration["ROWS"])
+    columns, nodes = int(configuration["PIXEL_COLUMNS"]), int(configuration["NODE_ROWS"])
     chunks = triton.cdiv(widest, columns)
     tile = _tile(configuration, logits)
     strips = triton.cdiv(logits.size(2), nodes)

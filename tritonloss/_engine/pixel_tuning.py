@@ -11,6 +11,7 @@ import torch
 from .._core.configurations import Configuration, Launch, Shape, TuningCase
 from .._core.operator import Operator
 from .._core.tuning_inputs import random_labels, random_map
+from .cell_launch import cell_heuristic
 from .pixel_launch import pixel_heuristic
 from .pixel_terms import Loss
 
@@ -34,8 +35,57 @@ def pixel_candidates(
     return [c for i, c in enumerate(candidates) if c not in candidates[:i]]
 
 
+def cell_candidates(loss: Loss, direction: str, ratio: int) -> list[Configuration]:
+    """The heuristic for a whole ratio, and its neighbours."""
+    heuristic = cell_heuristic([loss], direction, ratio)
+    columns, unroll = int(heuristic["PIXEL_COLUMNS"]), int(heuristic["UNROLL"])
+    warps = int(heuristic["num_warps"])
+    changes: list[Configuration] = [{"PIXEL_COLUMNS": columns // 2}]
+    changes += [{"UNROLL": unroll - unroll // 2}, {"UNROLL": unroll * 2}]
+    changes += [{"num_warps": warps * 2}]
+    if direction == "forward":
+        rows = int(heuristic["PIXEL_ROWS"])
+        changes += [{"PIXEL_ROWS": max(rows // 2, 1)}, {"num_warps": warps // 2}]
+    else:
+        nodes = int(heuristic["NODE_ROWS"])
+        changes += [{"NODE_ROWS": nodes // 2}, {"NODE_ROWS": nodes * 2}]
+    candidates = [heuristic, *({**heuristic, **change} for change in changes)]
+    return [c for i, c in enumerate(candidates) if c not in candidates[:i]]
+
+
 def pixel_cases(loss: Loss, operator: Operator, options: Any, tables: int = 0) -> list[TuningCase]:
     """The tuning cases of a loss with these options and this number of tables."""
+    whole = _whole_cases(loss, operator, options, tables)
+    headlines = 4  # both directions and dtypes of one size
+    upsampled = _upsampled_cases(loss, operator, options, tables)
+    return [*whole[:headlines], *upsampled, *whole[headlines:]]
+
+
+def _upsampled_cases(loss: Loss, operator: Operator, options: Any, tables: int) -> list[TuningCase]:
+    """The cases of interpolated logits: few, as tuned ones are checked for other classes too."""
+    classes, options = 19, options._replace(upsample="bilinear")
+    cases = []
+    for ratio, dtype in ((4, torch.float32), (4, torch.bfloat16), (8, torch.float32)):
+        run = functools.partial(
+            _tuning_pass, operator, options, tables, dtype, (2, classes, 512, 512), "contiguous",
+            ratio=ratio,
+        )  # fmt: skip
+        cases += [
+            TuningCase(
+                f"{loss.name}_upsampled_{direction}",
+                classes,
+                ratio,
+                dtype,
+                "contiguous",
+                run,
+                cell_candidates(loss, direction, ratio),
+            )
+            for direction in ("forward", "backward")
+        ]
+    return cases
+
+
+def _whole_cases(loss: Loss, operator: Operator, options: Any, tables: int) -> list[TuningCase]:
     cases = []
     layouts = ("contiguous", "channels_last")
     for classes, layout in (*itertools.product((19, 150), layouts), (1, "contiguous")):
@@ -70,11 +120,14 @@ def _tuning_pass(
     shape: Shape,
     layout: str,
     device: torch.device,
+    ratio: int = 1,
 ) -> Launch:
-    """A launch of both passes, for logits of a shape and layout."""
-    logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
+    """A launch of both passes, for labels of a shape and logits smaller by the ratio."""
+    batch, classes, height, width = shape
+    smaller = (batch, classes, height // ratio, width // ratio)
+    logits = random_map(smaller, layout, dtype, device).sub_(0.5).mul_(8)
     target = random_labels(shape, device)
-    table = torch.full((shape[1],), 0.1, device=device)
+    table = torch.full((classes,), 0.1, device=device)
     given = (logits, target, *(table,) * tables, *(None,) * (2 - tables))
 
     def both_passes() -> tuple[torch.Tensor, ...]:

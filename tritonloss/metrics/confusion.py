@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,10 +20,10 @@ from kernels_reference.confusion_matrix import predict as predict_reference
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import Launch, Shape, TuningCase
-from .._core.example import Example
+from .._core.example import Example, half_resolution_and_target
 from .._core.operator import Operator
 from .._core.tuning_inputs import random_labels, random_map
-from .._engine.pixel_tuning import pixel_candidates
+from .._engine.pixel_tuning import cell_candidates, pixel_candidates
 from .confusion_launch import (
     LARGEST,
     empty_prediction,
@@ -107,11 +107,15 @@ PREDICTION = Operator(
 
 def tuning_cases() -> list[TuningCase]:
     """What ``python -m tritonloss tune`` measures for this slice."""
+    return [*_whole_cases(), *_upsampled_cases()]
+
+
+def _whole_cases() -> list[TuningCase]:
     cases = []
     for classes, layout in ((19, "contiguous"), (150, "contiguous"), (19, "channels_last"),
                             (150, "channels_last"), (1, "contiguous")):  # fmt: skip
         for dtype in (torch.float32, torch.bfloat16):
-            sized = functools.partial(_tuning_pass, dtype)
+            sized = functools.partial(_tuning_pass, dtype, 1)
             candidates = functools.partial(pixel_candidates, LARGEST, "forward", dtype)
             cases.append(
                 TuningCase(
@@ -129,8 +133,28 @@ def tuning_cases() -> list[TuningCase]:
     return cases
 
 
-def _tuning_pass(dtype: torch.dtype, shape: Shape, layout: str, device: torch.device) -> Launch:
-    logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
+def _upsampled_cases() -> list[TuningCase]:
+    return [
+        TuningCase(
+            f"{LARGEST.name}_upsampled_forward",
+            19,
+            ratio,
+            dtype,
+            "contiguous",
+            functools.partial(_tuning_pass, dtype, ratio, (2, 19, 512, 512), "contiguous"),
+            cell_candidates(LARGEST, "forward", ratio),
+        )
+        for ratio, dtype in ((4, torch.float32), (4, torch.bfloat16), (8, torch.float32))
+    ]
+
+
+def _tuning_pass(
+    dtype: torch.dtype, ratio: int, shape: Shape, layout: str, device: torch.device
+) -> Launch:
+    """A launch for labels of a shape and logits smaller by the ratio."""
+    batch, classes, height, width = shape
+    smaller = (batch, classes, height // ratio, width // ratio)
+    logits = random_map(smaller, layout, dtype, device).sub_(0.5).mul_(8)
     target = random_labels(shape, device)
     return lambda: launch_matrix(logits, target, 255)
 
@@ -405,7 +429,19 @@ def _logits_alone(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Ten
     return (logits,)
 
 
+def _half_resolution_and_size(logits: torch.Tensor, target: torch.Tensor) -> tuple[Any, ...]:
+    return half_resolution_and_target(logits, target)[0], target.shape[1:]
+
+
 EXAMPLES = (
     Example("confusion_matrix", confusion_matrix, MATRIX),
+    Example(
+        "confusion_matrix, upsampled",
+        confusion_matrix,
+        MATRIX,
+        {"upsample": "bilinear"},
+        arguments=half_resolution_and_target,
+    ),
     Example("predict", predict, PREDICTION, arguments=_logits_alone),
+    Example("predict, upsampled", predict, PREDICTION, arguments=_half_resolution_and_size),
 )

@@ -19,7 +19,7 @@ from kernels_reference.pixelwise import (
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
-from .._core.example import Example
+from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule
 from .._engine.math import LOG2_E, log_one_plus, sigmoid_base2, softplus_base2
 from .._engine.pixel_operator import pixelwise_operator
@@ -283,5 +283,13 @@ EXAMPLES = (
         BINARY_CROSS_ENTROPY,
         {},
         BinaryCrossEntropyLoss,
+    ),
+    Example(
+        "binary_cross_entropy, upsampled",
+        binary_cross_entropy,
+        BINARY_CROSS_ENTROPY,
+        {"upsample": "bilinear", "align_corners": True},
+        BinaryCrossEntropyLoss,
+        half_resolution_and_target,
     ),
 )

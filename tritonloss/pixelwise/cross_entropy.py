@@ -19,7 +19,7 @@ from kernels_reference.pixelwise import cross_entropy as cross_entropy_reference
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
-from .._core.example import Example
+from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule
 from .._engine.math import LN_2
 from .._engine.pixel_operator import pixelwise_operator
@@ -290,5 +290,13 @@ class CrossEntropyLoss(LossModule, function=cross_entropy, check=_check_options)
 EXAMPLES = (
     Example(
         "cross_entropy", cross_entropy, CROSS_ENTROPY, {"label_smoothing": 0.1}, CrossEntropyLoss
+    ),
+    Example(
+        "cross_entropy, upsampled",
+        cross_entropy,
+        CROSS_ENTROPY,
+        {"label_smoothing": 0.1, "upsample": "bilinear"},
+        CrossEntropyLoss,
+        half_resolution_and_target,
     ),
 )

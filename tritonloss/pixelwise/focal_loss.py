@@ -17,7 +17,7 @@ from kernels_reference.pixelwise import focal_loss as focal_loss_reference
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
-from .._core.example import Example
+from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule
 from .._engine.math import LOG2_E
 from .._engine.pixel_operator import pixelwise_operator
@@ -248,7 +248,9 @@ def focal_loss(
         )
     alpha = None if alpha is None else checks.without_gradient(alpha)
     ignored = checks.plain_label(ignore_index)
-    options = Options(float(gamma), bool(detach_weight), ignored, reduction)
+    options = Options(
+        float(gamma), bool(detach_weight), ignored, reduction, upsample, align_corners
+    )
     return FOCAL(logits, target, alpha, None, options=options)[0]
 
 
@@ -287,4 +289,14 @@ class FocalLoss(LossModule, function=focal_loss, check=_check_options):
     """
 
 
-EXAMPLES = (Example("focal_loss", focal_loss, FOCAL, {"reduction": "none"}, FocalLoss),)
+EXAMPLES = (
+    Example("focal_loss", focal_loss, FOCAL, {"reduction": "none"}, FocalLoss),
+    Example(
+        "focal_loss, upsampled",
+        focal_loss,
+        FOCAL,
+        {"reduction": "none", "upsample": "bilinear"},
+        FocalLoss,
+        half_resolution_and_target,
+    ),
+)

@@ -30,7 +30,7 @@ from kernels_reference.margin_calibration import (
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
-from .._core.example import Example
+from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule
 from .._engine.pixel_operator import pixelwise_operator
 from .._engine.pixel_terms import REDUCTIONS, Loss, Term
@@ -296,14 +296,28 @@ def _with_offsets(logits: torch.Tensor, target: torch.Tensor) -> tuple[Any, ...]
     return logits, target, MarginOffsets(offset, offset)
 
 
-EXAMPLES = tuple(
+def _upsampled_with_offsets(logits: torch.Tensor, target: torch.Tensor) -> tuple[Any, ...]:
+    return _with_offsets(*half_resolution_and_target(logits, target))
+
+
+EXAMPLES = (
+    *(
+        Example(
+            f"margin_calibrated_loss, {variant}",
+            margin_calibrated_loss,
+            MARGIN_CALIBRATED,
+            {"variant": variant},
+            MarginCalibratedLoss,
+            _with_offsets,
+        )
+        for variant in VARIANTS
+    ),
     Example(
-        f"margin_calibrated_loss, {variant}",
+        "margin_calibrated_loss, upsampled",
         margin_calibrated_loss,
         MARGIN_CALIBRATED,
-        {"variant": variant},
+        {"upsample": "bilinear"},
         MarginCalibratedLoss,
-        _with_offsets,
-    )  # fmt: skip
-    for variant in VARIANTS
+        _upsampled_with_offsets,
+    ),
 )

@@ -1,0 +1,71 @@
+"""Where the pixels of an axis lie between its nodes: PyTorch's own arithmetic, to the last bit."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tritonloss._engine.cell_launch import axis_tables
+
+CPU = torch.device("cpu")
+
+
+def interpolated(axis: Tensor, pixels: int, align_corners: bool) -> Tensor:
+    return F.interpolate(
+        axis.view(1, 1, 1, -1), (1, pixels), mode="bilinear", align_corners=align_corners
+    ).flatten()
+
+
+def pairs() -> list[tuple[int, int]]:
+    """(nodes, pixels): all small ones, the usual crops, and others."""
+    found = {(n, p) for n in range(1, 13) for p in range(n, 41)}
+    found |= {
+        (n, n * ratio + more) for n in (32, 97, 128) for ratio in (2, 3, 4, 8) for more in (0, 1)
+    }
+    chosen = random.Random(0)
+    for _ in range(400):
+        nodes = chosen.randint(2, 300)
+        found.add((nodes, chosen.randint(nodes, 2100)))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_axes_are_torchs(align_corners: bool, dtype: torch.dtype) -> None:
+    """Of alternating zeros and ones, interpolation leaves the very shares."""
+    for nodes, pixels in pairs():
+        tables = axis_tables.__wrapped__(nodes, pixels, align_corners, dtype, CPU)
+        counts = tables.starts.diff()
+        assert tables.starts.dtype == torch.int32 and tables.starts.shape == (nodes + 2,)
+        assert tables.starts[0] == 0 and tables.starts[-1] == pixels and (counts >= 0).all()
+        assert tables.most == counts.max()
+        cells = torch.repeat_interleave(torch.arange(nodes + 1), counts)
+        assert tables.shares.dtype == dtype and cells.shape == tables.shares.shape == (pixels,)
+
+        left, right = (cells - 1).clamp(min=0), cells.clamp(max=nodes - 1)
+        odd = torch.arange(nodes) % 2
+        of_odd = interpolated(odd.to(dtype), pixels, align_corners)
+        of_even = interpolated((1 - odd).to(dtype), pixels, align_corners)
+        share = torch.where(odd[right] == 1, of_odd, of_even)
+        inner = left != right
+        # In 64 bits the place is rounded once more: so far off may it be.
+        off = nodes * torch.finfo(dtype).eps if dtype == torch.float64 else 0.0
+        assert ((tables.shares - share)[inner].abs() <= off).all(), (nodes, pixels)
+        assert ((tables.shares >= 0) & (tables.shares <= 1)).all()
+
+        # Beyond the outermost nodes no sum of gradients is for a node that is not there.
+        assert (tables.shares[cells == 0] == 1).all() and (tables.shares[cells == nodes] == 0).all()
+        ramp = torch.arange(nodes, dtype=dtype)
+        place = torch.lerp(ramp[left], ramp[right], tables.shares)
+        tolerance = 4 * nodes * torch.finfo(dtype).eps
+        expected = interpolated(ramp, pixels, align_corners)
+        assert (place - expected).abs().max() <= tolerance, (nodes, pixels)
+
+
+def test_tables_are_made_once() -> None:
+    given = (3, 7, False, torch.float32, CPU)
+    assert axis_tables(*given) is axis_tables(*given)
