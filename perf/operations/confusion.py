@@ -207,7 +207,7 @@ OPERATIONS = (
             "_upsampled_confusion_kernel": KernelNotes(share_of_the_map, (_FOLD_CELLS, _COUNT)),
             "_upsampled_predict_kernel": KernelNotes(share_of_the_map, (_FOLD_CELLS,)),
         },
-        operators=("confusion_matrix_upsampled_forward",),
+        operators=(),
         goals=UPSAMPLED_GOALS,
         differentiable=False,
     ),

@@ -12,7 +12,6 @@ import tritonloss
 from tests.losses.test_confusion_matrix import Recorded, counted, largest
 from tests.oracle import as_layout, segmentation_case
 from tritonloss import confusion_matrix, predict
-from tritonloss._core.configurations import forced
 
 pytestmark = pytest.mark.parity
 
@@ -55,18 +54,16 @@ def test_interpolated_logits(
 def test_interpolated_in_every_layout(
     dtype: torch.dtype, labels: torch.dtype, layout: str, device: torch.device
 ) -> None:
-    """Of programs of one warp, with voids at the border and NaN under them."""
-    logits, _ = segmentation_case((2, 5, 6, 9), dtype=dtype, device=device)
-    _, target = segmentation_case((2, 5, 14, 27), ignore_index=100, device=device)
-    wide = torch.nn.functional.interpolate(logits.double(), (14, 27), mode="bilinear")
+    """Of several programs, with voids at the border and NaN under them."""
+    logits, _ = segmentation_case((2, 5, 9, 13), dtype=dtype, device=device)
+    _, target = segmentation_case((2, 5, 23, 31), ignore_index=100, device=device)
+    wide = torch.nn.functional.interpolate(logits.double(), (23, 31), mode="bilinear")
     first, second = wide.topk(2, dim=1).values.unbind(1)
     target = torch.where(first - second > 1e-5, target, 100)
     logits[:, 1, 0], target[:, :4] = float("nan"), 100
     given = as_layout(logits, layout), as_layout(target.to(labels), layout)
-    sizes = {"PIXEL_COLUMNS": 2, "PIXEL_ROWS": 2, "UNROLL": 2, "num_warps": 1}
-    with forced("confusion_matrix_upsampled_forward", sizes):
-        found = confusion_matrix(*given, upsample="bilinear", ignore_index=100)
-        prediction = predict(given[0], (14, 27))
+    found = confusion_matrix(*given, upsample="bilinear", ignore_index=100)
+    prediction = predict(given[0], (23, 31))
     assert torch.equal(found.cpu(), counted(largest(wide), target, 5, 100))
     # Of a row of NaN all pixels see something that lie between it and the next one.
     assert (prediction[:, :3] == 1).all()

@@ -105,15 +105,13 @@ def ask_losses(dtype: torch.dtype, layout: str, device: torch.device) -> None:
 
 
 def ask_upsampled(dtype: torch.dtype, device: torch.device) -> None:
-    """Whatever interpolates, at the ratios of most networks."""
+    """Every loss that interpolates, at the ratios of most networks."""
     for ratio in (4, 8) if dtype == torch.float32 else (4,):
         logits = tuning_inputs.random_map((1, 19, 4, 6), "contiguous", dtype, device)
         target = tuning_inputs.random_labels((1, 19, 4 * ratio, 6 * ratio), device)
         for way in one_of_each(way for way in OF_MAPS.values() if is_upsampled(way)).values():
             given = logits.requires_grad_(), target, *way.arguments(logits, target)[2:]
             way.function(*given, upsample="bilinear").backward()
-        tritonloss.confusion_matrix(logits, target, upsample="bilinear")
-        tritonloss.predict(logits, target.shape[1:])
 
 
 def ask_metrics(dtype: torch.dtype, layout: str, device: torch.device) -> None:

@@ -250,9 +250,10 @@ def _forward_launch(
     walk: Walk,
     highest: int,
     widest: int,
+    configuration: Configuration | None = None,
 ) -> tuple[int, dict[str, Any]]:
-    """(programs, arguments) of the kernel that goes forward."""
-    configuration = _configuration(losses, "forward", logits, widest)
+    """(programs, arguments) of a kernel that goes forward; tuned if no configuration is given."""
+    configuration = configuration or _configuration(losses, "forward", logits, widest)
     columns, rows = int(configuration["PIXEL_COLUMNS"]), int(configuration["PIXEL_ROWS"])
     chunks, bands = triton.cdiv(widest, columns), triton.cdiv(highest, rows)
     tile = _tile(configuration, logits)

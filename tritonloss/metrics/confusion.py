@@ -19,11 +19,11 @@ from kernels_reference.confusion_matrix import predict as predict_reference
 
 from .._core import checks
 from .._core.backend import serves_triton
-from .._core.configurations import Launch, Shape, TuningCase
+from .._core.configurations import Launch, TuningCase
 from .._core.example import Example, half_resolution_and_target
 from .._core.operator import Operator
 from .._core.tuning_inputs import random_labels, random_map
-from .._engine.pixel_tuning import cell_candidates, pixel_candidates
+from .._engine.pixel_tuning import pixel_candidates
 from .confusion_launch import (
     LARGEST,
     empty_prediction,
@@ -106,55 +106,25 @@ PREDICTION = Operator(
 
 
 def tuning_cases() -> list[TuningCase]:
-    """What ``python -m tritonloss tune`` measures for this slice."""
-    return [*_whole_cases(), *_upsampled_cases()]
-
-
-def _whole_cases() -> list[TuningCase]:
-    cases = []
-    for classes, layout in ((19, "contiguous"), (150, "contiguous"), (19, "channels_last"),
-                            (150, "channels_last"), (1, "contiguous")):  # fmt: skip
-        for dtype in (torch.float32, torch.bfloat16):
-            sized = functools.partial(_tuning_pass, dtype, 1)
-            candidates = functools.partial(pixel_candidates, LARGEST, "forward", dtype)
-            cases.append(
-                TuningCase(
-                    f"{LARGEST.name}_forward",
-                    classes,
-                    1,
-                    dtype,
-                    layout,
-                    functools.partial(sized, (2, classes, 512, 512), layout),
-                    candidates(classes, layout),
-                    sized=sized,
-                    sized_candidates=candidates,
-                )
-            )
-    return cases
-
-
-def _upsampled_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` measures for this slice: the most common, and no more."""
     return [
         TuningCase(
-            f"{LARGEST.name}_upsampled_forward",
+            f"{LARGEST.name}_forward",
             19,
-            ratio,
+            1,
             dtype,
-            "contiguous",
-            functools.partial(_tuning_pass, dtype, ratio, (2, 19, 512, 512), "contiguous"),
-            cell_candidates(LARGEST, "forward", ratio),
+            layout,
+            functools.partial(_tuning_pass, dtype, layout),
+            pixel_candidates(LARGEST, "forward", dtype, 19, layout),
         )
-        for ratio, dtype in ((4, torch.float32), (4, torch.bfloat16), (8, torch.float32))
+        for layout in ("contiguous", "channels_last", "strided")
+        for dtype in (torch.float32, torch.bfloat16)
     ]
 
 
-def _tuning_pass(
-    dtype: torch.dtype, ratio: int, shape: Shape, layout: str, device: torch.device
-) -> Launch:
-    """A launch for labels of a shape and logits smaller by the ratio."""
-    batch, classes, height, width = shape
-    smaller = (batch, classes, height // ratio, width // ratio)
-    logits = random_map(smaller, layout, dtype, device).sub_(0.5).mul_(8)
+def _tuning_pass(dtype: torch.dtype, layout: str, device: torch.device) -> Launch:
+    shape = (2, 19, 512, 1024)
+    logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
     target = random_labels(shape, device)
     return lambda: launch_matrix(logits, target, 255)
 

@@ -9,7 +9,7 @@ import torch
 
 from .._core.backend import device_guard
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
-from .._engine.cell_launch import _axes, _forward_launch
+from .._engine.cell_launch import _axes, _forward_launch, cell_heuristic
 from .._engine.pixel_launch import _launch, _strides
 from .._engine.pixel_terms import Loss, Term, Walk, terms_of
 from .._engine.pixels import Record, no_lookups
@@ -24,8 +24,8 @@ from .confusion_kernels import (
     largest_start,
 )
 
-# Configurations are those of a loss's forward pass, kept under this name. Nothing but the fold of
-# its record is called.
+# Configurations are those of a loss's forward pass, kept under this name; of interpolated logits
+# they are the heuristic's. Nothing but the fold of its record is called.
 LARGEST = Loss(
     "confusion_matrix",
     Record(largest_start, largest_add, largest_add, largest_add, largest_add, no_lookups),
@@ -154,8 +154,9 @@ def _launch_cells(
     name = "prediction" if matrix is None else "target"
 
     def prepare() -> PreparedLaunch:
+        configuration = cell_heuristic([LARGEST], "forward", columns.most)
         programs, arguments = _forward_launch(
-            [LARGEST], logits, labels, walk, rows.most, columns.most
+            [LARGEST], logits, labels, walk, rows.most, columns.most, configuration
         )
         constants = {
             "logits_strides": logits.stride(),
