@@ -188,6 +188,19 @@ def test_every_shape(shape: tuple[int, ...], device: torch.device) -> None:
     check_loss(*segmentation_case(shape, device=device), window_size=3)
 
 
+@pytest.mark.parametrize("window_size", [7, 9, 11])
+def test_lanes_exchange_their_pixels(window_size: int, device: torch.device) -> None:
+    """Within a program and from beside it: three programs to a row, two below each other."""
+    logits, target = segmentation_case((1, 2, 10, 136), device=device)
+    check_loss(logits, target, window_size=window_size)
+
+
+@pytest.mark.shipped_sizes
+def test_lanes_exchange_their_pixels_in_shipped_programs(device: torch.device) -> None:
+    logits, target = segmentation_case((1, 1, 4, 520), device=device)
+    check_loss(logits, target, window_size=11)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 1, 4)], ids=str)
 def test_maps_smaller_than_the_window(shape: tuple[int, ...], device: torch.device) -> None:
     check_loss(*segmentation_case(shape, device=device), window_size=5)

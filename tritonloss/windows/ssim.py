@@ -12,8 +12,10 @@ instead of keeping maps of them. It writes three coefficient maps (four with a g
 few planes at a time, into a scratch. The window's adjoint reads them back from there, all in one
 launch (``ssim_backward_kernels.py``).
 
-Where single pixels are returned (the map), constants are small or windows wide, the moments are
-those of ``ssim_moments.py``. Elsewhere the plain sums of ``ssim_sums.py`` are right enough.
+Where single pixels are shown (the map), constants are small or windows wide, the moments are those
+of ``ssim_moments.py``; elsewhere the plain sums of ``ssim_sums.py`` are right enough. The loss's
+values are evaluated once for all lanes that see them (``ssim_values.py``), which takes 8 KiB of
+memory for each program.
 """
 
 from __future__ import annotations

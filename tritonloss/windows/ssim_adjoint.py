@@ -12,8 +12,7 @@ from .._engine.strip_windows import (
     repeated,
     without_oldest,
 )
-from .._engine.strips import load_column, zeros
-from .ssim_sums import near_columns
+from .._engine.strips import load_column, load_columns, zeros
 
 
 @triton.jit
@@ -44,7 +43,7 @@ def adjoint_rows(
             rows = rows + ((sums[m],),)
     else:
         for m in tl.static_range(MAPS):
-            values, _ = near_columns(planes[m], row, STRIP, SHIFT, COLUMNS + SIZE - 1, "zeros", 0)
+            values, _ = load_columns(planes[m], row, STRIP, SHIFT, COLUMNS + SIZE - 1, "zeros")
             rows = rows + (filtered_row(values, WEIGHTS, SIZE, COLUMNS),)
     return rows
 

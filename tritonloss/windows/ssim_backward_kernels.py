@@ -7,10 +7,14 @@ through a list:
 
     step s: all tiles of the coefficients of unit s, then all of the gradients of unit s - lag
 
-A program takes the next tile of the list when it starts. The gradients of a unit wait for its
-coefficients; coefficients wait for the gradients of the unit whose place in the ring they take. All
-that a program waits for comes earlier in the list, so that another program has taken it before. The
-work of a tile does not depend on the order, and so the bits do not.
+A program takes the next tile of the list when it starts. What it may have to wait for has then been
+taken before: the gradients of a unit wait for its coefficients, and coefficients for the gradients
+of the unit whose place in the ring they take. A program that has started keeps its processor until
+it ends, so that the first tile that is not done never waits. A counter is raised, with release,
+after a barrier behind the stores, and read, with acquire, before a barrier in front of the loads:
+that orders what all threads of both programs do. The last program to end has seen all others do
+their last count, and sets the counters to 0. Each tile's work is its own, so that the bits do not
+depend on the order.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .._engine.math import negated
 from .._engine.strip_windows import filtered_column, repeated
 from .._engine.strips import (
     SIZES,
@@ -34,7 +39,8 @@ from .._engine.strips import (
 from .ssim_adjoint import adjoint_rows, folded_column
 from .ssim_kernels import second_plane_of
 from .ssim_moments import Pair, dissimilarities, load_pair
-from .ssim_sums import advanced, begun, valid_columns
+from .ssim_sums import advanced, begun
+from .ssim_values import exchange_of, valid_columns
 
 _SIZES = (
     *SIZES, "unit_channels", "units_of_image", "units", "ring", "lag", "out_tiles_x", "out_tiles",
@@ -154,7 +160,7 @@ def _programs_of(unit, tile, place, units, STRIP: tl.constexpr):
 
 
 @triton.jit
-def _pair_of(maps, program, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
+def _pair_of(maps, program, exchange_ptr, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
     """The planes of both maps that a program works on."""
     return Pair(
         x=plane_of(maps.x, maps.x_strides, program, STRIP),
@@ -163,8 +169,12 @@ def _pair_of(maps, program, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
         height=maps.height,
         width=maps.width,
         window=maps.window,
+        exchange_ptr=exchange_ptr,
         pivot_x=0.0,
-        pivot_y=0.0,
+        pivot_d=0.0,
+        share_of_y=1.0,
+        ones=1.0,
+        one=1.0,
     )
 
 
@@ -209,18 +219,23 @@ def _coefficient_planes(pointer, strides, stride, program, STRIP: tl.constexpr):
 
 
 @triton.jit
-def _coefficients_of(moments, v: tl.constexpr, scale, SIMILARITY: tl.constexpr):
+def _coefficients_of(
+    moments, v: tl.constexpr, scale, SIMILARITY: tl.constexpr, SQUARE: tl.constexpr
+):  # fmt: skip
     """The coefficients of the windows in column v; scale is the gradient of a dissimilarity."""
+    C1: tl.constexpr = SIMILARITY.c1
     mean_x = moments.mean_x[v]
     mean_d = moments.mean_d[v]
-    found = dissimilarities(moments, v, SIMILARITY)
+    found = dissimilarities(moments, v, SIMILARITY, SQUARE)
     mean_y = mean_x - mean_d
-    to_structure = 2.0 * scale * found.inverse_e
+    to_structure = (2.0 * SQUARE) * scale * found.inverse_e
     if SIMILARITY.full:
-        to_structure = to_structure * (1.0 - found.luminance)
+        to_structure = to_structure * found.similar
         to_luminance = 2.0 * scale * found.inverse_d * (1.0 - found.structure)
-        direct_x = to_luminance * (mean_d - found.luminance * mean_x)
-        direct_y = to_luminance * (-mean_d - found.luminance * mean_y)
+        # m_d - u m_x loses its digits where m_y is 0: it is m_d (m_y (m_x + m_y) + C1) / D.
+        to_means = to_luminance * (mean_d * found.inverse_d)
+        direct_x = to_means * (mean_y * (mean_x + mean_y) + C1)
+        direct_y = -to_means * (mean_x * (mean_x + mean_y) + C1)
     else:
         direct_x = tl.zeros_like(to_structure)
         direct_y = direct_x
@@ -244,8 +259,8 @@ def _store_coefficients(
     COLUMNS: tl.constexpr = STRIP.columns
     UNROLL: tl.constexpr = STRIP.unroll
     SHIFT: tl.constexpr = 0 if WINDOW.padding == "valid" else -(WINDOW.size // 2)
-    pair, history = begun(pair, program, upstream.rows, SIMILARITY, WINDOW, STRIP)
-    # row by row: moments, then the coefficients of the windows that are complete
+    SQUARE: tl.constexpr = 1.0 if SIMILARITY.careful else WINDOW.unit * WINDOW.unit
+    pair, history = begun(pair, program, upstream.rows, SIMILARITY, WINDOW, STRIP, SHIFT)
     rows = tl.minimum(upstream.rows, upstream.height - program.first_row) + (SIZE - 1)
     for i in tl.range(0, rows, UNROLL):
         for j in tl.static_range(UNROLL):
@@ -269,7 +284,7 @@ def _store_coefficients(
                     scale = tl.where(valid[v], scale, 0.0)
                 else:
                     scale = -scale  # the upstream gradient is that of the similarity
-                found = _coefficients_of(moments, v, scale, SIMILARITY)
+                found = _coefficients_of(moments, v, scale, SIMILARITY, SQUARE)
                 maps_x = maps_x + (found.constant_x,)
                 maps_both = maps_both + (found.slope_both,)
                 maps_d = maps_d + (found.slope_d,)
@@ -328,7 +343,7 @@ def _store_gradients(
             # the sums times their factors at the pixel
             limit = tl.where((i + j >= SIZE - 1) & (number < pair.height), pair.width, 0)
             out_row = Row(number=number, chunk=program.chunk, limit=limit)
-            x, d, valid = load_pair(
+            values = load_pair(
                 pair, out_row, program.channel, SIMILARITY, STRIP, 0, COLUMNS, "zeros"
             )
             found = Coefficients(
@@ -337,14 +352,20 @@ def _store_gradients(
             gradient_x = ()
             gradient_y = ()
             for v in tl.static_range(COLUMNS):
-                residual_part = found.slope_d[v] * d[v]
-                gradient = found.constant_x[v] + found.slope_both[v] * x[v] + residual_part
+                x = values.x[v]
+                d = values.d[v]
+                if SIMILARITY.from_logits and not SIMILARITY.careful:
+                    # To all its digits. Beside small constants it has to be what the means saw.
+                    d = tl.where(values.y[v] > 0.5, negated(values.rest[v]), x)
+                # The first two nearly cancel.
+                residual_part = found.slope_d[v] * d
+                gradient = (found.constant_x[v] + residual_part) + found.slope_both[v] * x
                 if SIMILARITY.from_logits:
-                    gradient = tl.where(valid[v], gradient * x[v] * (1.0 - x[v]), 0.0)
+                    gradient = tl.where(values.valid[v], gradient * (x * values.rest[v]), 0.0)
                 gradient_x = gradient_x + (gradient,)
                 if PASS.both:
                     slope = found.slope_both[v]
-                    gradient = found.constant_y[v] + slope * (x[v] - d[v]) - residual_part
+                    gradient = (found.constant_y[v] - residual_part) + slope * values.y[v]
                     gradient_y = gradient_y + (gradient,)
             store_columns(gradients.x, out_row, gradient_x, STRIP)
             if PASS.both:
@@ -359,7 +380,8 @@ def _ssim_backward_kernel(
     y_ptr,  # [N, H, W] or [N, C, H, W]
     coefficients_ptr,  # [3 or 4, ring, channels of a unit, out_height, out_width]
     grad_x_ptr,  # [N, C, H, W]
-    grad_y_ptr,  # [N, C, H, W], if PASS.both
+    grad_y_ptr,  # like y, if PASS.both
+    exchange_ptr,  # see ssim_values.py
     progress_ptr,  # int32, all 0: tiles taken, programs ended; tiles done of each unit, by kind
     grad_strides,
     x_strides,
@@ -409,7 +431,8 @@ def _ssim_backward_kernel(
                 _wait_for(stored_ptr + (2 * (step - ring) + 1), tiles)
             cut = Units(unit_channels, units_of_image, classes, out_rows, out_tiles_x)
             program, in_ring = _programs_of(step, tile, step % ring, cut, OUT_STRIP)
-            pair = _pair_of(maps, program, SIMILARITY, OUT_STRIP)
+            exchange = exchange_of(exchange_ptr, step % ring * out_tiles + tile, OUT_STRIP)
+            pair = _pair_of(maps, program, exchange, SIMILARITY, OUT_STRIP)
             upstream = Upstream(
                 rows=out_rows,
                 value=_value_of(grad_ptr, scale_ptr, dtype, PASS),
@@ -431,7 +454,7 @@ def _ssim_backward_kernel(
             tile -= out_tiles
             cut = Units(unit_channels, units_of_image, classes, rows, tiles_x)
             program, in_ring = _programs_of(unit, tile, unit % ring, cut, STRIP)
-            pair = _pair_of(maps, program, SIMILARITY, STRIP)
+            pair = _pair_of(maps, program, exchange_ptr, SIMILARITY, STRIP)
             gradients = Gradients(
                 rows=rows,
                 x=plane_of(grad_x_ptr, grad_x_strides, program, STRIP),

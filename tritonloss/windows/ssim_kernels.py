@@ -16,8 +16,9 @@ from .._engine.strips import (
     zeros,
 )
 from .._engine.sums import Sums, comes_last, leave, total
-from .ssim_moments import Pair, dissimilarities
-from .ssim_sums import advanced, begun, valid_columns
+from .ssim_moments import Pair, dissimilarities, dissimilarity
+from .ssim_sums import advanced, begun
+from .ssim_values import exchange_of, valid_columns
 
 # --- forward --------------------------------------------------------------------------------------
 
@@ -53,6 +54,7 @@ def _ssim_forward_kernel(
     scale_ptr,  # []: 1 / count, unless MAPPED
     scratch_ptr,  # see _engine/sums.py
     tickets_ptr,
+    exchange_ptr,  # see ssim_values.py
     x_strides,
     y_strides,
     result_strides,
@@ -76,6 +78,7 @@ def _ssim_forward_kernel(
     SIZE: tl.constexpr = WINDOW.size
     COLUMNS: tl.constexpr = STRIP.columns
     UNROLL: tl.constexpr = STRIP.unroll
+    SQUARE: tl.constexpr = 1.0 if SIMILARITY.careful else WINDOW.unit * WINDOW.unit
     program = _of_rows(rows, strip_program(channels, tiles_x, tiles_y, STRIP), STRIP)
     pair = Pair(
         x=plane_of(x_ptr, x_strides, program, STRIP),
@@ -84,15 +87,19 @@ def _ssim_forward_kernel(
         height=height,
         width=width,
         window=window,
+        exchange_ptr=exchange_of(exchange_ptr, tl.program_id(0), STRIP),
         pivot_x=0.0,
-        pivot_y=0.0,
+        pivot_d=0.0,
+        share_of_y=1.0,
+        ones=1.0,
+        one=1.0,
     )
     map_plane = plane_of(result_ptr, result_strides, program, STRIP)
 
     # row by row: moments, dissimilarities, their sums
     dissimilarity_sum = zeros(pair.x, STRIP)
     count = zeros(pair.x, STRIP)
-    pair, history = begun(pair, program, rows, SIMILARITY, WINDOW, STRIP)
+    pair, history = begun(pair, program, rows, SIMILARITY, WINDOW, STRIP, SHIFT)
     steps = tl.minimum(rows, out_height - program.first_row) + (SIZE - 1)
     for i in tl.range(0, steps, UNROLL):
         for j in tl.static_range(UNROLL):
@@ -106,21 +113,21 @@ def _ssim_forward_kernel(
                 valid = valid_columns(pair, row, SIMILARITY, STRIP)
             similarities = ()
             for v in tl.static_range(COLUMNS):
-                found = dissimilarities(moments, v, SIMILARITY)
-                if SIMILARITY.full:
-                    dissimilarity = (
-                        found.luminance + found.structure - found.luminance * found.structure
-                    )
+                if SIMILARITY.from_logits and not SIMILARITY.careful:
+                    different = dissimilarity(moments, v, SIMILARITY, SQUARE)
                 else:
-                    dissimilarity = found.structure
+                    found = dissimilarities(moments, v, SIMILARITY, SQUARE)
+                    different = found.structure
+                    if SIMILARITY.full:
+                        different += found.luminance * (1.0 - found.structure)
                 if SIMILARITY.from_logits:
                     counts = valid[v]
                 else:
                     counts = program.chunk * COLUMNS + v < limit
                 weight = tl.where(counts, 1.0, 0.0).to(count.dtype)
-                dissimilarity_sum += dissimilarity * weight
+                dissimilarity_sum += different * weight
                 count += weight
-                similarities = similarities + (1.0 - dissimilarity,)
+                similarities = similarities + (1.0 - different,)
             if MAPPED:
                 store_columns(map_plane, row, similarities, STRIP)
     if not MAPPED:

@@ -20,12 +20,13 @@ from .._engine.strip_launch import (
     strip_heuristic,
     strip_launch,
 )
-from .._engine.strip_windows import Window, window_of
 from .._engine.strips import LabelStrides, Strides, Strip
 from .._engine.sums import sums_over, tickets
 from .ssim_backward_kernels import Pass, _ssim_backward_kernel
 from .ssim_kernels import _ssim_forward_kernel
 from .ssim_moments import Similarity
+from .ssim_sums import SumWindow, sum_window_of
+from .ssim_values import exchanged_elements, is_exchanged
 
 # The bytes of the coefficient maps that exist at a time, unless a single plane has more.
 SCRATCH_BYTES = 256 * 2**20
@@ -44,7 +45,7 @@ class Comparison(NamedTuple):
     """What the kernels are compiled for: the arithmetic and the window."""
 
     similarity: Similarity
-    window: Window
+    window: SumWindow
 
 
 class LossOptions(NamedTuple):
@@ -73,12 +74,22 @@ class LossOptions(NamedTuple):
         small = self.c2 < LEAST_C2 or (self.full and self.c1 < LEAST_C1)
         return small or self.window_size not in SIZES_OF_SUMS
 
-    def comparison(self, x: torch.Tensor, y: torch.Tensor) -> Comparison:
+    def comparison(self, x: torch.Tensor, y: torch.Tensor, strip: Strip) -> Comparison:
         """What the kernels are compiled for, given logits and labels."""
         ignored = ignored_class(self.ignore_index, x.size(1), y.dtype)
         crowded = y.dtype == torch.uint8 and x.size(1) > 255
-        similarity = Similarity(True, self.full, self.c1, self.c2, ignored, crowded, self.careful)
-        return Comparison(similarity, window_of(self.window_size, self.sigma, self.padding))
+        exchanged = not self.careful and is_exchanged(strip, self.window_size)
+        similarity = Similarity(
+            from_logits=True,
+            full=self.full,
+            c1=self.c1,
+            c2=self.c2,
+            ignored=ignored,
+            crowded=crowded,
+            exchanged=exchanged,
+            careful=self.careful,
+        )
+        return Comparison(similarity, sum_window_of(self.window_size, self.sigma, self.padding))
 
 
 class ImageOptions(NamedTuple):
@@ -98,11 +109,20 @@ class ImageOptions(NamedTuple):
         """
         return self.mapped or self.window_size not in SIZES_OF_SUMS
 
-    def comparison(self, x: torch.Tensor, y: torch.Tensor) -> Comparison:
+    def comparison(self, x: torch.Tensor, y: torch.Tensor, strip: Strip) -> Comparison:
         """What the kernels are compiled for, given two images."""
         c1, c2 = (0.01 * self.data_range) ** 2, (0.03 * self.data_range) ** 2
-        similarity = Similarity(False, True, c1, c2, -1, False, self.careful)
-        return Comparison(similarity, window_of(self.window_size, self.sigma, self.padding))
+        similarity = Similarity(
+            from_logits=False,
+            full=True,
+            c1=c1,
+            c2=c2,
+            ignored=-1,
+            crowded=False,
+            exchanged=False,
+            careful=self.careful,
+        )
+        return Comparison(similarity, sum_window_of(self.window_size, self.sigma, self.padding))
 
 
 Options = LossOptions | ImageOptions
@@ -138,6 +158,7 @@ class _ForwardPlan(NamedTuple):
 
     launch: PreparedLaunch
     programs: int
+    exchanged: int  # numbers that lanes leave to each other
 
 
 def ssim_forward(x: torch.Tensor, y: torch.Tensor, options: Options) -> Results:
@@ -160,6 +181,7 @@ def ssim_forward(x: torch.Tensor, y: torch.Tensor, options: Options) -> Results:
             scale_ptr=results.scale,
             scratch_ptr=sums["scratch_ptr"],
             tickets_ptr=sums["tickets_ptr"],
+            exchange_ptr=torch.empty(plan.exchanged, dtype=results.scale.dtype, device=x.device),
         )
     return results
 
@@ -167,7 +189,6 @@ def ssim_forward(x: torch.Tensor, y: torch.Tensor, options: Options) -> Results:
 def _forward_plan(
     x: torch.Tensor, y: torch.Tensor, result: torch.Tensor, options: Options
 ) -> _ForwardPlan:
-    comparison = options.comparison(x, y)
     shape = _out_shape(x, options)
     configuration = _configuration("forward", x, options)
     moved = (x, y, result) if options.mapped else (x, y)
@@ -177,6 +198,7 @@ def _forward_plan(
     rows = rows_of(strip, shape[2], of_a_row, ENOUGH)
     launch["tiles_y"] = triton.cdiv(shape[2], rows)
     programs = of_a_row * launch["tiles_y"]
+    comparison = options.comparison(x, y, strip)
     arguments = {
         "x_strides": strides(x, strip),
         "y_strides": _second_strides(y, strip),
@@ -194,8 +216,8 @@ def _forward_plan(
         "MAPPED": options.mapped,
         **launch,
     }
-    forward = PreparedLaunch(_ssim_forward_kernel, (programs,), arguments, strip.grain > 1)
-    return _ForwardPlan(forward, programs)
+    kernel = PreparedLaunch(_ssim_forward_kernel, (programs,), arguments, strip.grain > 1)
+    return _ForwardPlan(kernel, programs, _exchanged(comparison, strip, programs))
 
 
 # --- backward -------------------------------------------------------------------------------------
@@ -207,6 +229,7 @@ class _BackwardPlan(NamedTuple):
     launch: PreparedLaunch | None  # None for no images
     scratch: tuple[int, ...]  # maps, units, channels, height, width
     channels_last: bool  # how the scratch lies in memory
+    exchanged: int
     counters: int
 
 
@@ -234,6 +257,7 @@ def ssim_backward(
                 coefficients_ptr=_scratch(plan.scratch, plan.channels_last, scale.dtype, x.device),
                 grad_x_ptr=grad_x,
                 grad_y_ptr=grad_y,
+                exchange_ptr=torch.empty(plan.exchanged, dtype=scale.dtype, device=x.device),
                 progress_ptr=tickets(plan.counters, x.device),
             )
     return grad_x, grad_y
@@ -248,9 +272,8 @@ def _backward_plan(tensors: tuple[torch.Tensor, ...], options: Options) -> _Back
     of_image = triton.cdiv(x.size(1), channels)
     units = x.size(0) * of_image
     if x.numel() == 0:
-        return _BackwardPlan(None, (), False, 0)
+        return _BackwardPlan(None, (), False, 0, 0)
 
-    comparison = options.comparison(x, y)
     some = _scratch((maps, 1, channels, *out_shape[2:]), in_lanes, dtype, x.device)[0]
     moved = [x, y, some, grad_x]
     moved += [grad] if kinds.mapped else []
@@ -262,6 +285,7 @@ def _backward_plan(tensors: tuple[torch.Tensor, ...], options: Options) -> _Back
     own = _Tiles.of(x.shape, channels, min(units, most), configuration, options.padding, moved)
     lanes, warps = max((out.strip.lanes, out.warps), (own.strip.lanes, own.warps))
     out, own = out.with_lanes(lanes), own.with_lanes(lanes)
+    comparison = options.comparison(x, y, out.strip)
 
     # The gradients of a unit follow its coefficients after so many units that those in between keep
     # the GPU busy until all of the unit's coefficients are stored.
@@ -307,7 +331,8 @@ def _backward_plan(tensors: tuple[torch.Tensor, ...], options: Options) -> _Back
     }
     aligned = own.strip.grain > 1
     launch = PreparedLaunch(_ssim_backward_kernel, (programs,), arguments, aligned)
-    return _BackwardPlan(launch, scratch, in_lanes, 2 * units + 2)
+    exchanged = _exchanged(comparison, out.strip, ring * out.programs)
+    return _BackwardPlan(launch, scratch, in_lanes, exchanged, 2 * units + 2)
 
 
 def _unit(classes: int, plane: int, in_lanes: bool) -> tuple[int, int]:
@@ -424,6 +449,11 @@ def ssim_heuristic(direction: str, options: Options) -> Configuration:
 def _configuration(direction: str, x: torch.Tensor, options: Options) -> Configuration:
     heuristic = ssim_heuristic(direction, options)
     return strip_configuration(operator_of(direction, options), x, options.window_size, heuristic)
+
+
+def _exchanged(comparison: Comparison, strip: Strip, programs: int) -> int:
+    """How many numbers lanes leave to each other in so many programs."""
+    return programs * exchanged_elements(strip) if comparison.similarity.exchanged else 0
 
 
 def _second_strides(y: torch.Tensor, strip: Strip) -> Strides | LabelStrides:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .._engine.math import LOG2_E, inverse, plus, sanitised_label, sigmoid_base2
+from .._engine.math import LOG2_E, inverse, plus, sanitised_label, sigmoids_base2
 from .._engine.strip_windows import filtered_column, gaussian_weight, repeated, without_oldest
 from .._engine.strips import Row, load_columns, row_limit, source_row, widened, zeros
 
@@ -23,9 +23,10 @@ class Similarity(NamedTuple):
     full: bool  # luminance and contrast-structure (Eq. 7); else contrast-structure alone (Eq. 9)
     c1: float
     c2: float
-    ignored: int  # the ignore label as sanitised_label takes it
-    crowded: bool  # whether all values of 8-bit labels are classes
-    careful: bool  # moments in two levels, as for small constants; else plain sums about a pivot
+    ignored: int  # the ignore label if it is one of the classes, else -1
+    crowded: bool  # all values of 8-bit labels are classes
+    exchanged: bool  # a lane evaluates its own pixels only, and leaves them to its neighbours
+    careful: bool  # moments in two levels, for small constants; else plain sums about a pivot
 
 
 class Pair(NamedTuple):
@@ -37,16 +38,22 @@ class Pair(NamedTuple):
     height: Any
     width: Any
     window: Any  # its size, for loops that are not to be unrolled
-    pivot_x: Any  # what plain sums are taken about
-    pivot_y: Any
+    exchange_ptr: Any  # where a program's lanes leave their pixels
+    pivot_x: Any  # what plain sums of x are taken about
+    pivot_d: Any  # and those of d
+    share_of_y: Any  # d is x - y if it is 1, x if it is 0
+    ones: Any  # the sum of a window that is 1 everywhere, to the last bit
+    one: Any  # its inverse
 
 
 class Values(NamedTuple):
     """What was loaded of a row, a tensor [lanes] per column; x and y are 0 where not valid."""
 
     x: Any
+    y: Any
     d: Any  # x - y
-    valid: Any  # of images: whether there is a pixel
+    rest: Any  # 1 - x of the loss, to all its digits
+    valid: Any
 
 
 class PairMoments(NamedTuple):
@@ -72,23 +79,29 @@ def load_pair(
     first, inside = load_columns(pair.x, row, STRIP, SHIFT, COUNT, PADDING)
     second, _ = load_columns(pair.y, row, STRIP, SHIFT, COUNT, PADDING)
     xs = ()
+    ys = ()
     residuals = ()
+    rests = ()
     valids = ()
     for j in tl.static_range(COUNT):
         x = widened(first[j])
+        rest = x
         if SIMILARITY.from_logits:
             label = sanitised_label(second[j], inside[j], pair.classes, IGNORED)
             valid = label >= 0
             # Selected, not multiplied: an infinite logit under an ignored pixel does no harm.
-            x = tl.where(valid, sigmoid_base2(x * LOG2_E), 0.0)
+            sigmoid, rest = sigmoids_base2(x * LOG2_E)
+            x = tl.where(valid, sigmoid, 0.0)
             y = tl.where(label == channel, 1.0, 0.0).to(x.dtype)
         else:
             valid = inside[j]
             y = widened(second[j])
         xs = xs + (x,)
+        ys = ys + (y,)
         residuals = residuals + (x - y,)
+        rests = rests + (rest,)
         valids = valids + (valid,)
-    return Values(x=xs, d=residuals, valid=valids)
+    return Values(x=xs, y=ys, d=residuals, rest=rests, valid=valids)
 
 
 @triton.jit
@@ -208,10 +221,10 @@ def next_moments(
         along = _streamed_moments_of_pair(pair, centre, program.channel, SIMILARITY, WINDOW, STRIP)
     else:
         row = Row(number=number, chunk=program.chunk, limit=limit)
-        x, d, _ = load_pair(
+        values = load_pair(
             pair, row, program.channel, SIMILARITY, STRIP, SHIFT, COLUMNS + SIZE - 1, PADDING
         )
-        along = _row_moments_of_pair(x, d, WEIGHTS, SIZE, COLUMNS)
+        along = _row_moments_of_pair(values.x, values.d, WEIGHTS, SIZE, COLUMNS)
 
     # moments of the windows that the row completes
     both, sums_both = filtered_column(history.both, along.both, WEIGHTS, SIZE, COLUMNS)
@@ -240,27 +253,52 @@ def next_moments(
     return moments, history
 
 
+@triton.jit
+def dissimilarity(moments, v: tl.constexpr, SIMILARITY: tl.constexpr, SQUARE: tl.constexpr):
+    """1 - SSIM in column v, or 1 - S_2, of probabilities and labels; one division instead of two.
+
+    With D = m_x^2 + m_y^2 + C1 and E = s_x + s_y + C2 it is (m_d^2 E + s_d (D - m_d^2)) / (D E),
+    and D - m_d^2 = 2 m_x m_y + C1.
+    """
+    C1: tl.constexpr = SIMILARITY.c1
+    C2: tl.constexpr = SIMILARITY.c2 * SQUARE
+    structure = moments.both[v] + C2
+    if SIMILARITY.full:
+        mean_x = moments.mean_x[v]
+        mean_d = moments.mean_d[v]
+        squared = mean_d * mean_d
+        twice_product = 2.0 * mean_x * (mean_x - mean_d) + C1
+        numerator = squared * structure + moments.residual[v] * twice_product
+        result = numerator * inverse((squared + twice_product) * structure)
+    else:
+        result = moments.residual[v] * inverse(structure)
+    return result
+
+
 class Dissimilarities(NamedTuple):
     """The dissimilarities of the windows in one column, and their inverse divisors."""
 
     luminance: Any  # u = 1 - S_1
+    similar: Any  # 1 - u, which is next to 0 where one map's mean is: not a difference
     structure: Any  # v = 1 - S_2
     inverse_d: Any  # 1 / (m_x^2 + m_y^2 + C1)
-    inverse_e: Any  # 1 / (s_x + s_y + C2)
+    inverse_e: Any  # 1 / (s_x + s_y + C2), in the variances' unit
 
 
 @triton.jit
-def dissimilarities(moments, v: tl.constexpr, SIMILARITY: tl.constexpr):
+def dissimilarities(moments, v: tl.constexpr, SIMILARITY: tl.constexpr, SQUARE: tl.constexpr):
     """The Dissimilarities of column v: 1 - S_1, 1 - S_2 and their inverse divisors (Eq. 6)."""
     C1: tl.constexpr = SIMILARITY.c1
-    C2: tl.constexpr = SIMILARITY.c2
+    C2: tl.constexpr = SIMILARITY.c2 * SQUARE
     mean_x = moments.mean_x[v]
     mean_d = moments.mean_d[v]
-    mean_y = mean_x - mean_d
-    inverse_d = inverse(mean_x * mean_x + mean_y * mean_y + C1)
+    squared = mean_d * mean_d
+    twice_product = 2.0 * mean_x * (mean_x - mean_d) + C1
+    inverse_d = inverse(squared + twice_product)
     inverse_e = inverse(moments.both[v] + C2)
     return Dissimilarities(
-        luminance=mean_d * mean_d * inverse_d,
+        luminance=squared * inverse_d,
+        similar=twice_product * inverse_d,
         structure=moments.residual[v] * inverse_e,
         inverse_d=inverse_d,
         inverse_e=inverse_e,

@@ -1,12 +1,16 @@
 """Window moments of a pair of maps from plain sums about a pivot: four separable filters, no more.
 
-The error of a variance E[q^2] - E[q]^2 is the rounding of E[q^2]. With q = x - pivot it is 0 where
-the map is flat, at whatever level, and 1e-7 of the squared height at an edge. For a step of the
-whole range that is 1e-4 of the default C2. It matters less than that, since a dissimilarity is
-divided by the variances too. Smaller constants need the moments of ``ssim_moments.py``.
+A variance E[q^2] - E[q]^2 is as wrong as the rounding of E[q^2], whose window sums err by 4e-7 at
+the most and 1e-9 on average. That is 5e-4 q^2 of the default C2: nothing where q is next to 0, and
+up to that share of a coefficient where it is not, in a window that is flat itself. No pivot is near
+to both sides of an edge. So gradients near edges lose up to 6e-5 of the largest one, where moments
+in two levels lose 1e-5, and small constants need those, of ``ssim_moments.py``.
 
-The second moments are those of d = x - y and of the product x y. With the covariance c of x and y
-and the variance s_d of d, s_x + s_y = s_d + 2 c. Nothing cancels where the maps are nearly alike.
+Of images q is d = x - y, less a mean of each lane's. Nothing cancels where they are nearly alike:
+with c the covariance of x and y, s_x + s_y = s_d + 2 c. The sums are those of x, d, x y and d^2.
+
+Of the loss q is d, about 0, or x, about its middle: see ``pivoted``. The sums are those of y, q,
+y q and q^2. The variance of a label is E[y] (1 - E[y]), c = c_yd + s_y, and s_d = s_x + s_y - 2 c.
 """
 
 from __future__ import annotations
@@ -16,54 +20,140 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .._engine.math import LOG2_E, label_of, sigmoid_base2
-from .._engine.strip_windows import filtered_column, filtered_row, repeated
-from .._engine.strips import (
-    Row,
-    row_limit,
-    row_of,
-    source_column,
-    source_row,
-    split_columns,
-    widened,
-    zeros,
-)
-from .ssim_moments import (
-    Pair,
-    PairMoments,
-    empty_history,
-    load_pair,
-    next_moments,
-)
+from .._engine.math import plus
+from .._engine.strip_windows import filtered_column, filtered_row, repeated, window_of
+from .._engine.strips import widened, zeros
+from .ssim_moments import Pair, PairMoments, empty_history, next_moments
+from .ssim_values import leave_row, pivoted, row_values
+
+# In units of lighter outermost weights squares of large values would leave float32.
+_LEAST_WEIGHT = 1e-3
+
+
+class SumWindow(NamedTuple):
+    """A ``Window``, and what its plain sums are weighted with, along rows and down them.
+
+    An outermost weight of 1 takes one product less for each sum. So sums of x and d are ``unit``
+    times what they would be, and those of products ``unit`` squared.
+    """
+
+    size: int
+    weights: tuple[float, ...]
+    exponent: float
+    padding: str
+    unit: float
+    along: tuple[float, ...]
+    down: tuple[float, ...]
+    down_of_products: tuple[float, ...]
 
 
 class Sums(NamedTuple):
-    """Sums of a row, or of whole windows, a tensor per column; or a strip's unfinished sums."""
+    """Of whole windows: a tensor per column. Or the unfinished ones of a strip."""
 
-    x: Any  # here and below, x and y stand for their differences from their pivots
-    d: Any  # x - y
-    product: Any  # x y
+    first: Any  # see RowValues
+    d: Any
+    product: Any  # first times other
     square: Any  # d^2
 
 
-# --- device functions: values about their pivot ---------------------------------------------------
+@triton.jit
+def _empty_sums(pair, WINDOW: tl.constexpr, STRIP: tl.constexpr):
+    """What a strip carries before its first row."""
+    ROWS: tl.constexpr = (WINDOW.size - 1) * STRIP.columns
+    rows = repeated(zeros(pair.x, STRIP), ROWS)
+    return Sums(first=rows, d=rows, product=rows, square=rows)
 
 
 @triton.jit
-def pivoted(pair, program, rows, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
-    """The pair and its pivot: the mean of four pixels down each chunk's first column, if finite.
+def _filtered(values, history, DOWN: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr):
+    """(finished sums, history) of one moment, along the row and down the rows at once.
 
-    In a flat map the pivot is the map's level to the bit. With two levels it is often between them.
+    It is called for one moment after the other: there are not enough registers for the row sums of
+    all four.
     """
-    x = zeros(pair.x, STRIP)
-    d = zeros(pair.x, STRIP)
-    for sample in tl.static_range(4):
-        number = tl.minimum(program.first_row + sample * rows // 4, pair.height - 1)
-        row = Row(number=number, chunk=program.chunk, limit=pair.width)
-        pixel = load_pair(pair, row, program.channel, SIMILARITY, STRIP, 0, 1, "zeros")
-        x += pixel.x[0] * 0.25
-        d += pixel.d[0] * 0.25
-    finite = (x - x == 0.0) & (d - d == 0.0)
+    SIZE: tl.constexpr = WINDOW.size
+    ALONG: tl.constexpr = WINDOW.along
+    COLUMNS: tl.constexpr = STRIP.columns
+    row = filtered_row(values, ALONG, SIZE, COLUMNS)
+    return filtered_column(history, row, DOWN, SIZE, COLUMNS)
+
+
+@triton.jit
+def _next_sums(
+    i, history, pair, program, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr,
+    STRIP: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Take in row i of the strip: (sums of the windows that it completes, history)."""
+    DOWN: tl.constexpr = WINDOW.down
+    DOWN_OF_PRODUCTS: tl.constexpr = WINDOW.down_of_products
+    COUNT: tl.constexpr = STRIP.columns + WINDOW.size - 1
+    row = row_values(i, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
+    products = ()
+    squares = ()
+    for j in tl.static_range(COUNT):
+        products = products + (row.first[j] * row.other[j],)
+        squares = squares + (row.d[j] * row.d[j],)
+    first, rest_first = _filtered(row.first, history.first, DOWN, WINDOW, STRIP)
+    d, rest_d = _filtered(row.d, history.d, DOWN, WINDOW, STRIP)
+    product, rest = _filtered(products, history.product, DOWN_OF_PRODUCTS, WINDOW, STRIP)
+    square, rest_square = _filtered(squares, history.square, DOWN_OF_PRODUCTS, WINDOW, STRIP)
+    sums = Sums(first=first, d=d, product=product, square=square)
+    return sums, Sums(first=rest_first, d=rest_d, product=rest, square=rest_square)
+
+
+@triton.jit
+def _moments_of(sums, pair, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
+    """The moments of windows; variances in the square of the window's unit."""
+    COLUMNS: tl.constexpr = STRIP.columns
+    mean_x = ()
+    mean_d = ()
+    both = ()
+    residual = ()
+    for v in tl.static_range(COLUMNS):
+        first = sums.first[v]
+        d = sums.d[v]
+        variance_d = sums.square[v] - d * d
+        if SIMILARITY.from_logits:
+            # The variance of y is E[y] (1 - E[y]), and exactly 0 where y is 1 in the whole window.
+            variance_y = first * (pair.ones - first)
+            covariance = sums.product[v] - d * first
+            mean_y = first * pair.one
+            missing = 1.0 - pair.share_of_y
+            shift_d = (d * pair.one + pair.pivot_d) - missing * mean_y
+            mean = shift_d + mean_y
+            variance_d += missing * (variance_y - 2.0 * covariance)
+            covariance += pair.share_of_y * variance_y
+            variances = variance_d + 2.0 * covariance
+        else:
+            shift_d = d * pair.one + pair.pivot_d
+            mean = first * pair.one + pair.pivot_x
+            covariance = sums.product[v] - first * (first - d)
+            # Of large values rounding may leave a variance far below 0. NaN stays NaN.
+            variance_d = tl.maximum(variance_d, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            variances = tl.maximum(variance_d + 2.0 * covariance, 0.0)
+        mean_x = mean_x + (mean,)
+        mean_d = mean_d + (shift_d,)
+        both = both + (variances,)
+        residual = residual + (variance_d,)
+    return PairMoments(mean_x=mean_x, mean_d=mean_d, both=both, residual=residual)
+
+
+@triton.jit
+def _with_ones(pair, WINDOW: tl.constexpr):
+    """The pair with the sum of a window that is 1 everywhere, taken as all sums are.
+
+    Compilers know it and its inverse.
+    """
+    SIZE: tl.constexpr = WINDOW.size
+    ALONG: tl.constexpr = WINDOW.along
+    DOWN: tl.constexpr = WINDOW.down
+    one = widened(tl.full((), 1.0, pair.x.pointer.dtype.element_ty))
+    row = one * ALONG[0]
+    for j in tl.static_range(1, SIZE):
+        row = plus(row, one, ALONG[j])
+    ones = row * DOWN[0]
+    for j in tl.static_range(1, SIZE):
+        ones = plus(ones, row, DOWN[j])
     return Pair(
         x=pair.x,
         y=pair.y,
@@ -71,198 +161,31 @@ def pivoted(pair, program, rows, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
         height=pair.height,
         width=pair.width,
         window=pair.window,
-        pivot_x=tl.where(finite, x, 0.0),
-        pivot_y=tl.where(finite, x - d, 0.0),
+        exchange_ptr=pair.exchange_ptr,
+        pivot_x=pair.pivot_x,
+        pivot_d=pair.pivot_d,
+        share_of_y=pair.share_of_y,
+        ones=ones,
+        one=1.0 / ones,
     )
-
-
-@triton.jit
-def near_columns(
-    plane, row, STRIP: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr,
-    PADDING: tl.constexpr, OTHER: tl.constexpr,
-):  # fmt: skip
-    """(values, inside) as load_columns, with OTHER where no column is, and one address per lane."""
-    LANES: tl.constexpr = STRIP.lanes
-    COLUMNS: tl.constexpr = STRIP.columns
-    row_ptr = row_of(plane, row.number, STRIP)
-    values = ()
-    inside = ()
-    if STRIP.grain > 1:
-        FIRST: tl.constexpr = SHIFT // COLUMNS
-        SKIP: tl.constexpr = SHIFT - FIRST * COLUMNS
-        CHUNKS: tl.constexpr = (SKIP + COUNT + COLUMNS - 1) // COLUMNS
-        own = (row.chunk * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]  # [LANES, COLUMNS]
-        pointers = row_ptr + own
-        limit = row.limit.to(tl.uint32)
-        for j in tl.static_range(CHUNKS):
-            exists = ((row.chunk + (FIRST + j)) * COLUMNS).to(tl.uint32) < limit
-            mask = tl.broadcast_to(exists[:, None], (LANES, COLUMNS))
-            block = tl.load(pointers + (FIRST + j) * COLUMNS, mask=mask, other=OTHER)
-            loaded = split_columns(block, LANES, COLUMNS)
-            for v in tl.static_range(COLUMNS):
-                if j * COLUMNS + v >= SKIP and j * COLUMNS + v < SKIP + COUNT:
-                    values = values + (loaded[v],)
-                    inside = inside + (exists,)
-    else:
-        for j in tl.static_range(COUNT):
-            source, exists = source_column(row.chunk * COLUMNS + (SHIFT + j), row.limit, PADDING)
-            pointer = row_ptr + source * plane.column_stride
-            values = values + (tl.load(pointer, mask=exists, other=OTHER),)
-            inside = inside + (exists,)
-    return values, inside
-
-
-@triton.jit
-def _near_labels(
-    pair, row, STRIP: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr
-):  # fmt: skip
-    """(labels, inside): where there is no pixel, the label is none of the classes.
-
-    Unless all values of 8 bits are classes: then only ``inside`` tells.
-    """
-    NO_CLASS: tl.constexpr = 255 if pair.y.pointer.dtype.element_ty == tl.uint8 else -1
-    return near_columns(pair.y, row, STRIP, SHIFT, COUNT, "zeros", NO_CLASS)
-
-
-@triton.jit
-def _is_valid(label, inside, pair, SIMILARITY: tl.constexpr):
-    """Whether a label that _near_labels has found is a class, and not ignored."""
-    IGNORED: tl.constexpr = SIMILARITY.ignored
-    if IGNORED < -1:  # one class: see sanitised_label
-        valid = label < 2
-        if IGNORED < -2:
-            valid = valid & (label != -3 - IGNORED)
-    else:
-        valid = label < pair.classes
-        if IGNORED >= 0:
-            valid = valid & (label != IGNORED)
-    if label.dtype != tl.uint8:
-        valid = valid & (label >= 0)
-    if SIMILARITY.crowded:
-        valid = valid & inside
-    return valid
-
-
-@triton.jit
-def valid_columns(pair, row, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
-    """Whether each pixel of a chunk is valid: a tensor [lanes] per column."""
-    COLUMNS: tl.constexpr = STRIP.columns
-    labels, inside = _near_labels(pair, row, STRIP, 0, COLUMNS)
-    valids = ()
-    for v in tl.static_range(COLUMNS):
-        valids = valids + (_is_valid(labels[v], inside[v], pair, SIMILARITY),)
-    return valids
-
-
-@triton.jit
-def _pivoted_pair(
-    pair, row, channel, SIMILARITY: tl.constexpr, STRIP: tl.constexpr, SHIFT: tl.constexpr,
-    COUNT: tl.constexpr, PADDING: tl.constexpr,
-):  # fmt: skip
-    """(x, y), each less its pivot, of the columns that load_pair would load."""
-    first, _ = near_columns(pair.x, row, STRIP, SHIFT, COUNT, PADDING, 0)
-    xs = ()
-    ys = ()
-    if SIMILARITY.from_logits:
-        labels, inside = _near_labels(pair, row, STRIP, SHIFT, COUNT)
-        mine = label_of(channel, SIMILARITY.ignored)
-        for j in tl.static_range(COUNT):
-            x = sigmoid_base2(widened(first[j]) * LOG2_E) - pair.pivot_x
-            valid = _is_valid(labels[j], inside[j], pair, SIMILARITY)
-            own = labels[j] == mine
-            if SIMILARITY.ignored != -1 or SIMILARITY.crowded:
-                own = own & valid
-            xs = xs + (tl.where(valid, x, 0.0 - pair.pivot_x),)
-            ys = ys + (tl.where(own, 1.0 - pair.pivot_y, 0.0 - pair.pivot_y),)
-    else:
-        second, _ = near_columns(pair.y, row, STRIP, SHIFT, COUNT, PADDING, 0)
-        for j in tl.static_range(COUNT):
-            xs = xs + (widened(first[j]) - pair.pivot_x,)
-            ys = ys + (widened(second[j]) - pair.pivot_y,)
-    return xs, ys
-
-
-# --- device functions: sums -----------------------------------------------------------------------
-
-
-@triton.jit
-def _filtered(values, history, WINDOW: tl.constexpr, STRIP: tl.constexpr):
-    """(finished sums, history) of one moment, along the row and down the rows at once.
-
-    It is called for one moment after the other: there are not enough registers for the row sums of
-    all four.
-    """
-    SIZE: tl.constexpr = WINDOW.size
-    WEIGHTS: tl.constexpr = WINDOW.weights
-    COLUMNS: tl.constexpr = STRIP.columns
-    row = filtered_row(values, WEIGHTS, SIZE, COLUMNS)
-    return filtered_column(history, row, WEIGHTS, SIZE, COLUMNS)
-
-
-@triton.jit
-def empty_sums(pair, WINDOW: tl.constexpr, STRIP: tl.constexpr):
-    """What a strip carries before its first row."""
-    ROWS: tl.constexpr = (WINDOW.size - 1) * STRIP.columns
-    rows = repeated(zeros(pair.x, STRIP), ROWS)
-    return Sums(x=rows, d=rows, product=rows, square=rows)
-
-
-@triton.jit
-def next_sums(
-    i, history, pair, program, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr,
-    STRIP: tl.constexpr, SHIFT: tl.constexpr,
-):  # fmt: skip
-    """Take in row i of the strip: (moments of the windows that it completes, history)."""
-    SIZE: tl.constexpr = WINDOW.size
-    PADDING: tl.constexpr = WINDOW.padding
-    COLUMNS: tl.constexpr = STRIP.columns
-    number = source_row(program.first_row + i + SHIFT, pair.height, PADDING)
-    limit = row_limit(number, pair.height, pair.width)
-    row = Row(number=number, chunk=program.chunk, limit=limit)
-    xs, ys = _pivoted_pair(
-        pair, row, program.channel, SIMILARITY, STRIP, SHIFT, COLUMNS + SIZE - 1, PADDING
-    )
-    ds = ()
-    products = ()
-    squares = ()
-    for j in tl.static_range(COLUMNS + SIZE - 1):
-        ds = ds + (xs[j] - ys[j],)
-        products = products + (xs[j] * ys[j],)
-        squares = squares + (ds[j] * ds[j],)
-    # the four sums of the windows, one after the other
-    x, rest_x = _filtered(xs, history.x, WINDOW, STRIP)
-    d, rest_d = _filtered(ds, history.d, WINDOW, STRIP)
-    product, rest_product = _filtered(products, history.product, WINDOW, STRIP)
-    square, rest_square = _filtered(squares, history.square, WINDOW, STRIP)
-
-    # means and variances, from the sums about the pivots
-    mean_x = ()
-    mean_d = ()
-    both = ()
-    residual = ()
-    for v in tl.static_range(COLUMNS):
-        # Rounding may leave a variance below 0; a NaN stays NaN.
-        variance_d = tl.maximum(square[v] - d[v] * d[v], 0.0, propagate_nan=tl.PropagateNan.ALL)
-        covariance = product[v] - x[v] * (x[v] - d[v])
-        mean_x = mean_x + (x[v] + pair.pivot_x,)
-        mean_d = mean_d + (d[v] + (pair.pivot_x - pair.pivot_y),)
-        both = both + (tl.maximum(variance_d + 2.0 * covariance, 0.0),)
-        residual = residual + (variance_d,)
-    moments = PairMoments(mean_x=mean_x, mean_d=mean_d, both=both, residual=residual)
-    return moments, Sums(x=rest_x, d=rest_d, product=rest_product, square=rest_square)
 
 
 # --- device functions: either way -----------------------------------------------------------------
 
 
 @triton.jit
-def begun(pair, program, rows, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr):
+def begun(
+    pair, program, rows, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr,
+    SHIFT: tl.constexpr,
+):  # fmt: skip
     """(pair, history) before the first row of a strip."""
     if SIMILARITY.careful:
         history = empty_history(pair, WINDOW, STRIP)
     else:
-        pair = pivoted(pair, program, rows, SIMILARITY, STRIP)
-        history = empty_sums(pair, WINDOW, STRIP)
+        pair = pivoted(_with_ones(pair, WINDOW), program, rows, SIMILARITY, STRIP)
+        history = _empty_sums(pair, WINDOW, STRIP)
+        if SIMILARITY.exchanged:
+            leave_row(0, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
     return pair, history
 
 
@@ -275,5 +198,18 @@ def advanced(
     if SIMILARITY.careful:
         moments, history = next_moments(i, history, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
     else:
-        moments, history = next_sums(i, history, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
+        sums, history = _next_sums(i, history, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
+        moments = _moments_of(sums, pair, SIMILARITY, STRIP)
     return moments, history
+
+
+# --- host -----------------------------------------------------------------------------------------
+
+
+def sum_window_of(size: int, sigma: float, padding: str) -> SumWindow:
+    """The compile-time description of a Gaussian window."""
+    window = window_of(size, sigma, padding)
+    outermost = window.weights[0] if window.weights[0] > _LEAST_WEIGHT else 1.0
+    along = tuple(weight / outermost for weight in window.weights)
+    products = tuple(weight / outermost**3 for weight in window.weights)
+    return SumWindow(*window, outermost**-2, along, along, products)
