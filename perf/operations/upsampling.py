@@ -125,6 +125,8 @@ RARE = rarely(
     {"ratio": 2},
     {"ratio": 16},
     {"dtype": "float16"},
+    {"labels": "int16"},
+    {"labels": "int32"},
     {"labels": "int64"},
     {"dtype": "float64"},
     {"options": {"align_corners": True}},

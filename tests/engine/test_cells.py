@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.losses.pixelwise.cases import kernel_gradient
+from tests.losses.pixelwise.upsampled import upsampled_case
+from tritonloss._core import configurations
 from tritonloss._engine.cell_launch import axis_tables
+from tritonloss._engine.pixel_tuning import cell_candidates
+from tritonloss.functional import cross_entropy
+from tritonloss.pixelwise.cross_entropy import LOSS
 
 CPU = torch.device("cpu")
 
@@ -64,6 +70,21 @@ def test_axes_are_torchs(align_corners: bool, dtype: torch.dtype) -> None:
         tolerance = 4 * nodes * torch.finfo(dtype).eps
         expected = interpolated(ramp, pixels, align_corners)
         assert (place - expected).abs().max() <= tolerance, (nodes, pixels)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_whatever_the_tuner_tries_computes_the_same(direction: str, device: torch.device) -> None:
+    logits, target = upsampled_case((1, 2), (4, 8), classes=6, device=device)
+    candidates = cell_candidates(LOSS, direction, 4)
+    results = []
+    for candidate in candidates:
+        with configurations.forced(f"cross_entropy_upsampled_{direction}", candidate):
+            results.append(kernel_gradient(cross_entropy, logits, target, upsample="bilinear"))
+    assert len(candidates) > 5
+    for value, gradient in results[1:]:
+        torch.testing.assert_close(value, results[0][0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient, results[0][1], rtol=1e-5, atol=1e-7)
 
 
 def test_tables_are_made_once() -> None:

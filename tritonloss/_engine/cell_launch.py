@@ -210,8 +210,8 @@ def launch_cells_backward(
 
 def cell_heuristic(losses: Sequence[Loss], direction: str, most: int) -> Configuration:
     """A configuration that is always valid; the widest cell has ``most`` columns of pixels."""
+    twice = any(loss.record.join is not None for loss in losses)
     if direction == "forward":
-        twice = any(loss.record.join is not None for loss in losses)
         pixels = _MOST_PIXELS_TWICE if twice else _MOST_PIXELS
         columns = min(triton.next_power_of_2(most), pixels)
         # Cells are about as high as wide.
@@ -225,7 +225,8 @@ def cell_heuristic(losses: Sequence[Loss], direction: str, most: int) -> Configu
         }
     columns = min(triton.next_power_of_2(most), _MOST_COLUMNS)
     # One warp: what neighbouring lanes exchange never leaves it.
-    return {"PIXEL_COLUMNS": columns, "NODE_ROWS": 16, "UNROLL": 5, "num_warps": 1}
+    unroll = 4 if twice else 5  # a pixel's factors are more
+    return {"PIXEL_COLUMNS": columns, "NODE_ROWS": 16, "UNROLL": unroll, "num_warps": 1}
 
 
 def _configuration(

@@ -38,7 +38,7 @@ def pixelwise_operator(
         save: bool,
     ) -> Results:
         terms = (term(logits, own_table, other_table, options, save),)
-        walk = walk_of(options)
+        walk = walk_of(options, logits, target)
         launch = launch_forward if walk.upsample is None else launch_cells_forward
         return results(*launch(terms, logits, target, walk, save))
 
@@ -54,7 +54,7 @@ def pixelwise_operator(
         options: Any,
     ) -> torch.Tensor:
         terms = (term(logits, own_table, other_table, options, True),)
-        walk = walk_of(options)
+        walk = walk_of(options, logits, target)
         kept = Kept(scale, (first, second))
         launch = launch_backward if walk.upsample is None else launch_cells_backward
         return launch(terms, grad_loss, kept, logits, target, walk)
@@ -66,7 +66,9 @@ def pixelwise_operator(
         save: bool,
         **_: torch.Tensor | None,
     ) -> Results:
-        return results(*allocated(made([loss], logits, target, walk_of(options), save), logits))
+        return results(
+            *allocated(made([loss], logits, target, walk_of(options, logits, target), save), logits)
+        )
 
     return Operator(
         loss.name,

@@ -88,8 +88,10 @@ class Walk(NamedTuple):
     align_corners: bool = False
 
 
-def walk_of(options: Any) -> Walk:
-    """The walk that a loss's options ask for."""
+def walk_of(options: Any, logits: torch.Tensor, target: torch.Tensor) -> Walk:
+    """The walk that a loss's options ask for; to interpolate to the same size is to do nothing."""
+    if options.upsample is None or logits.shape[2:] == target.shape[1:]:
+        return Walk(options.ignore_index, options.reduction)
     return Walk(options.ignore_index, options.reduction, options.upsample, options.align_corners)
 
 

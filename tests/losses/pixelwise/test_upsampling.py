@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from triton.runtime import interpreter
 
 import tritonloss
 from tests.engine.test_offsets import far_apart
@@ -410,6 +411,25 @@ def test_the_same_bits_whatever_the_order_of_calls(loss: Loss, device: torch.dev
     first = kernel_gradient(loss, logits, target, **BILINEAR)
     kernel_gradient(loss, logits[..., :7], target, **BILINEAR)
     second = kernel_gradient(loss, logits, target, **BILINEAR)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has an order of its own")
+def test_the_same_bits_whatever_the_order_of_programs(
+    loss: Loss, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, target = upsampled_case((3, 40), (4, 43), device=device)
+    first = kernel_gradient(loss, logits, target, **BILINEAR)
+    builder = interpreter.interpreter_builder
+    set_index, seen = builder.set_grid_idx, []
+
+    def set_reversed(x: int, y: int, z: int) -> None:
+        seen.append(x)
+        set_index(builder.grid_dim[0] - 1 - x, y, z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", set_reversed)
+    second = kernel_gradient(loss, logits, target, **BILINEAR)
+    assert max(seen) > 0
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
