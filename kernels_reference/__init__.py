@@ -1,5 +1,6 @@
 """The functions of tritonloss in eager PyTorch, written to be read; gradients by autograd."""
 
+from kernels_reference.confusion_matrix import confusion_matrix, predict
 from kernels_reference.gaussian_window import gaussian_statistics, gaussian_window
 from kernels_reference.label_statistics import count_labels, margin_offsets
 from kernels_reference.margin_calibration import margin_calibrated_loss, margins
@@ -14,6 +15,7 @@ from kernels_reference.structural_similarity import (
 
 __all__ = [
     "binary_cross_entropy",
+    "confusion_matrix",
     "count_labels",
     "cross_entropy",
     "focal_loss",
@@ -23,6 +25,7 @@ __all__ = [
     "margin_calibrated_loss",
     "margin_offsets",
     "margins",
+    "predict",
     "rmi_loss",
     "ssim",
     "ssim_loss",

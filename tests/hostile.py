@@ -25,6 +25,7 @@ from torch.nn import functional as F
 import tritonloss
 from tests.oracle import LAYOUTS, as_layout, assert_no_worse, segmentation_case
 from tests.slices import (
+    DIFFERENTIABLE,
     EXAMPLES,
     OF_MAPS,
     as_a_number,
@@ -71,7 +72,9 @@ def _matrices(x: Tensor, _: Tensor) -> Tensor:
     square = x.flatten(1, 2)
     A = square.mT @ square + torch.eye(square.size(2), device=x.device, dtype=x.dtype)
     total = torch.zeros((), device=x.device)
-    for function in dict.fromkeys(e.function for n, e in EXAMPLES.items() if n not in OF_MAPS):
+    for function in dict.fromkeys(
+        e.function for n, e in DIFFERENTIABLE.items() if n not in OF_MAPS
+    ):
         given = (A, square.mT)[: len(inspect.signature(function).parameters)]
         results = function(*given)
         for result in [results] if isinstance(results, Tensor) else results:
@@ -188,8 +191,14 @@ def bounds_checked() -> Iterator[None]:
         check(pointers, mask, value.dtype.itemsize)
         return real.store(pointers, value, mask)
 
+    def atomic_rmw(operation: Any, pointers: Any, value: Any, mask: Any, semantics: Any) -> Any:
+        check(pointers, mask, value.dtype.itemsize)
+        return real.atomic_rmw(operation, pointers, value, mask, semantics)
+
     names = {name: getattr(real, name) for name in dir(real) if not name.startswith("_")}
-    interpreter._interpreter = SimpleNamespace(**{**names, "load": load, "store": store})
+    interpreter._interpreter = SimpleNamespace(
+        **{**names, "load": load, "store": store, "atomic_rmw": atomic_rmw}
+    )
     interpreter.GridExecutor._init_args_hst = initialised
     try:
         yield

@@ -18,8 +18,10 @@ from tritonloss._tools.tuning_cases import own_cases, slices
 Ways = dict[str, Example]
 
 EXAMPLES: Ways = {example.name: example for example in examples()}
+# What has a gradient.
+DIFFERENTIABLE: Ways = {n: e for n, e in EXAMPLES.items() if e.operator.differentiable}
 # Matrices are no maps: tests/losses/test_linalg.py tests them.
-OF_MAPS: Ways = {n: e for n, e in EXAMPLES.items() if "linalg" not in e.function.__module__}
+OF_MAPS: Ways = {n: e for n, e in DIFFERENTIABLE.items() if "linalg" not in e.function.__module__}
 # The losses of logits and labels: what is also a module.
 OF_LABELS: Ways = {name: example for name, example in EXAMPLES.items() if example.module}
 

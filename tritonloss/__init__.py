@@ -6,8 +6,9 @@ Losses are here as modules, and in ``tritonloss.functional`` as functions. ``gau
 
 __version__ = "0.1.0"
 
-from . import functional, linalg
+from . import functional, linalg, metrics
 from ._core.backend import use_backend
+from .metrics.confusion import confusion_matrix, predict
 from .metrics.label_statistics import MarginOffsets, count_labels, margin_offsets
 from .pixelwise.binary_cross_entropy import BinaryCrossEntropyLoss
 from .pixelwise.cross_entropy import CrossEntropyLoss
@@ -27,10 +28,13 @@ __all__ = [
     "RMILoss",
     "SSIMLoss",
     "StructuralSimilarityLoss",
+    "confusion_matrix",
     "count_labels",
     "functional",
     "gaussian_statistics",
     "linalg",
     "margin_offsets",
+    "metrics",
+    "predict",
     "use_backend",
 ]

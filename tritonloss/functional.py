@@ -1,5 +1,6 @@
-"""All losses as functions, and the similarity ``ssim`` that one of them is made of."""
+"""All losses as functions, the similarity ``ssim`` that one is made of, the confusion matrix."""
 
+from .metrics.confusion import confusion_matrix
 from .pixelwise.binary_cross_entropy import binary_cross_entropy
 from .pixelwise.cross_entropy import cross_entropy
 from .pixelwise.focal_loss import focal_loss
@@ -11,6 +12,7 @@ from .windows.structural_similarity import structural_similarity_loss
 
 __all__ = [
     "binary_cross_entropy",
+    "confusion_matrix",
     "cross_entropy",
     "focal_loss",
     "margin_calibrated_loss",

@@ -22,7 +22,7 @@ class Call:
     leaves: list[Tensor]
 
     def forward(self) -> list[Tensor]:
-        """The outputs that have a gradient."""
+        """The outputs: the only one, or of several those that have a gradient."""
         found = self.function()
         return [found] if isinstance(found, Tensor) else [x for x in found if x.requires_grad]
 
@@ -31,8 +31,9 @@ class Call:
         return [torch.ones_like(output) for output in outputs]
 
     def backward(self, outputs: list[Tensor], upstream: list[Tensor]) -> None:
-        """Compute the leaves' gradients."""
-        torch.autograd.grad(outputs, self.leaves, upstream)
+        """Compute the leaves' gradients, where there are some."""
+        if any(output.requires_grad for output in outputs):
+            torch.autograd.grad(outputs, self.leaves, upstream)
 
 
 def of_operation(operation: Operation, shape: tuple[int, int, int, int] = SHAPE) -> Call:

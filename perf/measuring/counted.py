@@ -62,6 +62,8 @@ def of_kernels(operation: Operation, case: Case) -> int:
             leaf.grad = None
         found = operation.function(*inputs, **case.options)
         outputs = [found] if isinstance(found, torch.Tensor) else list(found)
+        if not operation.differentiable:
+            return
         torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
 
     with (

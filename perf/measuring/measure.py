@@ -17,6 +17,7 @@ from perf.operations.contract import PASSES, Case, Operation, Outputs, UnknownCa
 from tritonloss._tools.launches import recorded
 
 PARITY_FAILED = "not timed: parity failed"
+NO_GRADIENT = "there is no gradient"
 OURSELVES = ("triton", "eager", "compile")
 _MIB = 2**20
 
@@ -132,6 +133,9 @@ class Bench:
         counted = self.machine.has_gpu or provider == "eager"
         trial = Trial(function, case, operation.inputs(case, self.machine.device))
         for name in PASSES:
+            if name == "backward" and not operation.differentiable:
+                yield {"pass": name, "timer": NO_GRADIENT, **answer}
+                continue
             row = {"pass": name, **answer, **self._times(operation, case, trial, name)}
             # What the backward pass holds was mostly allocated by the forward pass: see "full".
             if counted and name != "backward":

@@ -71,4 +71,4 @@ def _relative_error(tensor: Tensor, truth: Tensor, excused: Tensor | None) -> Te
     difference = (tensor.double() - truth).abs()
     if excused is not None:
         difference = difference.masked_fill(excused, 0)
-    return difference.max() / truth.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return difference.max() / truth.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny)

@@ -33,8 +33,10 @@ class Trial:
         return outputs, [x for x in arguments if x.requires_grad]
 
     def backward(self, state: State) -> tuple[Tensor, ...]:
-        """Gradients of the inputs; torch.autograd.grad adds to no buffer."""
+        """Gradients of the inputs; torch.autograd.grad adds to no buffer. None of what has none."""
         outputs, leaves = state
+        if not any(output.requires_grad for output in outputs):
+            return ()
         if self._upstream is None:
             self._upstream = [_upstream(index, output) for index, output in enumerate(outputs)]
         return torch.autograd.grad(outputs, leaves, self._upstream)

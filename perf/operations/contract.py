@@ -219,7 +219,7 @@ class Operation:
         function: the public function of tritonloss, called as function(*inputs, **options).
         reference: the same function of kernels_reference, or PyTorch's own where it has one.
         inputs: makes a case's tensors on a device, random and repeatable.
-        launch: runs the launchers of forward and backward on a case's tensors, without autograd.
+        launch: runs all launchers on a case's tensors, without autograd.
             It must work with tensors on torch's meta device.
         floor: bytes that a case has to move.
         cases: what the report measures, the most telling first.
@@ -232,6 +232,7 @@ class Operation:
         excused: elements of the first input's gradient where rounding may flip a decision, so
             that no kernel could agree with float64; None where there is no such thing.
         libraries: other people's implementations, name -> adapter in perf/operations/peers.py.
+        differentiable: whether there is a backward pass.
     """
 
     name: str
@@ -248,6 +249,7 @@ class Operation:
     small_launch: Mapping[str, int] = field(default_factory=lambda: dict(_SMALL_LAUNCH))
     excused: Callable[..., Tensor] | None = None
     libraries: Mapping[str, Callable[[], Callable[..., Outputs]]] = field(default_factory=dict)
+    differentiable: bool = True
 
 
 def operations(names: Iterable[str] | None = None) -> list[Operation]:

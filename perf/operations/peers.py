@@ -9,6 +9,7 @@ differently. No library is timed whose values and gradients have not passed the 
 | cross_entropy | segmentation-models-pytorch | float32, with and without label smoothing |
 | binary_cross_entropy | segmentation-models-pytorch | float32, several classes |
 | focal_loss | kornia, MONAI | float32, the softmax's; the mean over valid pixels |
+| confusion_matrix | torchmetrics | several classes, logits or labels |
 | ssim | pytorch-msssim | window 11, padding "valid" |
 | ssim | fused-ssim | window 11, float32, padding "zeros" and "valid" |
 | ssim | kornia | any window, padding "reflect" and "valid"; also the map |
@@ -161,6 +162,20 @@ def _same_formula(logits: Tensor, options: Mapping[str, Any], *known: str) -> No
         raise UnknownCaseError
 
 
+def _torchmetrics() -> Callable[..., Tensor]:
+    functional = _imported("torchmetrics.functional.classification")
+
+    def matrix(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        if options or logits.size(1) == 1:
+            raise UnknownCaseError
+        found: Tensor = functional.multiclass_confusion_matrix(
+            logits, target.long(), logits.size(1), ignore_index=_IGNORED, validate_args=False
+        )
+        return found
+
+    return matrix
+
+
 def _only(options: Mapping[str, Any], **known: tuple[Any, ...]) -> None:
     """Refuse options that the library does not have; what is not given has its default."""
     asked = {"window_size": 11, "padding": "zeros", "reduction": "mean", **options}
@@ -174,6 +189,7 @@ CROSS_ENTROPY: Mapping[str, Loader] = {"segmentation-models-pytorch": _smp_cross
 BINARY_CROSS_ENTROPY: Mapping[str, Loader] = {
     "segmentation-models-pytorch": _smp_binary_cross_entropy
 }
+CONFUSION_MATRIX: Mapping[str, Loader] = {"torchmetrics": _torchmetrics}
 FOCAL_LOSS: Mapping[str, Loader] = {"kornia": _kornia_focal, "MONAI": _monai_focal}
 SSIM: Mapping[str, Loader] = {
     "fused-ssim": _fused_ssim,

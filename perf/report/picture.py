@@ -56,7 +56,7 @@ line { stroke: #d1d9e0 }
 
 def question(operation: Operation) -> Case | None:
     """The loss's first case at the picture's size; None if it is no loss of logits and labels."""
-    for case in operation.cases:
+    for case in operation.cases if operation.differentiable else ():
         plain = case.dtype == "float32" and case.layout == "contiguous" and case.schedule is None
         at_labels = case.labels == "uint8" and case.ratio is None
         if plain and at_labels and case.shape.name == _SHAPE:

@@ -36,5 +36,8 @@ def test_images_of_any_size_share_their_kernels(
     name: str, direction: str, counted: Counted
 ) -> None:
     sizes, distinct = counted
+    if direction == "backward" and not operations([name])[0].differentiable:
+        assert kernels.of_pass(distinct[name], direction) == 0
+        return
     most = MOST if sizes == kernels.PHOTOGRAPHS else EXCEPTIONS.get((name, direction), MOST)
     assert 1 <= kernels.of_pass(distinct[name], direction) <= most, distinct[name]

@@ -114,6 +114,14 @@ def ask_upsampled(dtype: torch.dtype, device: torch.device) -> None:
             way.function(*given, upsample="bilinear").backward()
 
 
+def ask_metrics(dtype: torch.dtype, layout: str, device: torch.device) -> None:
+    """The confusion matrix, and the prediction, which takes the same configurations."""
+    logits = tuning_inputs.random_map((1, 19, 24, 40), layout, dtype, device)
+    target = tuning_inputs.random_labels((1, 19, 24, 40), device)
+    tritonloss.confusion_matrix(logits, target)
+    tritonloss.predict(logits)
+
+
 def ask_linalg(dtype: torch.dtype, device: torch.device) -> None:
     """Every function on matrices, and its gradient, for orders in lanes and in tiles."""
     for order in (2, 4, 8, 9, 10, 16, 32, 64):
@@ -139,6 +147,7 @@ def test_the_tuner_has_a_case_for_whatever_a_launcher_asks(
         for dtype in (torch.float32, torch.bfloat16):
             for layout in ("contiguous", "channels_last", "strided"):
                 ask_losses(dtype, layout, device)
+                ask_metrics(dtype, layout, device)
             ask_upsampled(dtype, device)
         for dtype in (torch.float32, torch.float64):
             ask_linalg(dtype, device)

@@ -145,7 +145,14 @@ def plain_label(ignore_index: int | None) -> int | None:
     return None if ignore_index is None else int(ignore_index)
 
 
-def check_labels_in_range(target: torch.Tensor, classes: int, ignore_index: int | None) -> None:
+def holds_labels(tensor: object) -> bool:
+    """Whether it is a tensor of integers as labels may be."""
+    return isinstance(tensor, torch.Tensor) and tensor.dtype in _INTEGERS
+
+
+def check_labels_in_range(
+    target: torch.Tensor, classes: int, ignore_index: int | None, name: str = "target"
+) -> None:
     """Every label must lie in [0, classes) or be ``ignore_index``.
 
     On a GPU looking at the labels would synchronise, so it takes ``TRITONLOSS_CHECK_LABELS=1``.
@@ -163,7 +170,7 @@ def check_labels_in_range(target: torch.Tensor, classes: int, ignore_index: int 
     with _disable_current_modes():
         found = _labels_outside(target, classes, ignore_index)
     if found:
-        raise ValueError(labels_outside("target", classes, ignore_index, found))
+        raise ValueError(labels_outside(name, classes, ignore_index, found))
 
 
 def _labels_outside(

@@ -24,7 +24,7 @@ _GRAD = "grad_"
 
 
 class Operator:
-    """A differentiable operator, made of a launcher for each direction.
+    """An operator, made of a launcher for each direction.
 
     What the operator takes and keeps is read from the launchers' signatures:
 
@@ -38,7 +38,7 @@ class Operator:
     Args:
         name: the name of the custom operators, and of the operator in messages.
         forward: the launcher of the forward pass. A result may be None: to custom operators, empty.
-        backward: the launcher of the backward pass.
+        backward: the launcher of the backward pass, or None if no result has a gradient.
         allocate: like ``forward``, but only dtype and shape of its results count.
         results: a NamedTuple of the tensors that ``forward`` returns.
         options: a NamedTuple of numbers, strings and flags, or None if there is none.
@@ -56,7 +56,7 @@ class Operator:
         name: str,
         *,
         forward: Callable[..., Any],
-        backward: Callable[..., Any],
+        backward: Callable[..., Any] | None,
         allocate: Callable[..., Any],
         results: type[Any],
         options: type[Any] | None = None,
@@ -71,15 +71,16 @@ class Operator:
         self.returned = returned
         self.batched = batched
         self.results = tuple(results._fields)
-        self._forward, self._backward, self._reuse = forward, backward, reuse
+        self._forward, self._reuse = forward, reuse
+        self._backward: Any = backward
         forward_names = list(inspect.signature(forward).parameters)
         self._saves = "save" in forward_names
         self.inputs = tuple(n for n in forward_names if n not in ("options", "save"))
         self._for_forward = _picker(forward_names, (*self.inputs, "options", "save"))
-        self.differentiable = differentiable or self.inputs[:1]
+        self.differentiable = differentiable or (self.inputs[:1] if backward else ())
         self._positions = tuple(self.inputs.index(name) for name in self.differentiable)
 
-        names = list(inspect.signature(backward).parameters)
+        names = list(inspect.signature(backward).parameters) if backward else []
         known = (*self.inputs, *self.results)
         self.grads = tuple(n for n in names if n.startswith(_GRAD))
         self.saved = tuple(n for n in names if n in known)
@@ -240,11 +241,13 @@ class Operator:
 
         save = {"save": bool} if self._saves else {}
         signed(forward, tensors | save | fields, several(len(self.results)))
+        self.forward = custom_operator(f"{self.name}_forward", forward, forward_fake)
+        count = len(self.differentiable)
+        if not count:
+            return
         upstream = dict.fromkeys(self.grads, Tensor)
         wants = dict.fromkeys(self.wants, bool)
-        count = len(self.differentiable)
         signed(backward, upstream | saved | wants | fields, several(count) if count > 1 else Tensor)
-        self.forward = custom_operator(f"{self.name}_forward", forward, forward_fake)
         self.backward = custom_operator(f"{self.name}_backward", backward, backward_fake)
         self._differentiate(len(save) + len(fields), made)
 

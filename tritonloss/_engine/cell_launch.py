@@ -216,7 +216,13 @@ def cell_heuristic(losses: Sequence[Loss], direction: str, most: int) -> Configu
         columns = min(triton.next_power_of_2(most), pixels)
         # Cells are about as high as wide.
         rows = min(pixels // columns, triton.next_power_of_2(most))
-        return {"PIXEL_COLUMNS": columns, "PIXEL_ROWS": rows, "UNROLL": 8, "num_warps": 4}
+        unroll = min(8, *(loss.unroll for loss in losses))
+        return {
+            "PIXEL_COLUMNS": columns,
+            "PIXEL_ROWS": rows,
+            "UNROLL": unroll,
+            "num_warps": 4,
+        }
     columns = min(triton.next_power_of_2(most), _MOST_COLUMNS)
     # One warp: what neighbouring lanes exchange never leaves it.
     unroll = 4 if twice else 5  # a pixel's factors are more
@@ -245,9 +251,10 @@ def _forward_launch(
     walk: Walk,
     highest: int,
     widest: int,
+    configuration: Configuration | None = None,
 ) -> tuple[int, dict[str, Any]]:
-    """(programs, arguments) of the kernel that goes forward."""
-    configuration = _configuration(losses, "forward", logits, widest)
+    """(programs, arguments) of a kernel that goes forward; tuned if no configuration is given."""
+    configuration = configuration or _configuration(losses, "forward", logits, widest)
     columns, rows = int(configuration["PIXEL_COLUMNS"]), int(configuration["PIXEL_ROWS"])
     chunks, bands = triton.cdiv(widest, columns), triton.cdiv(highest, rows)
     tile = _tile(configuration, logits)

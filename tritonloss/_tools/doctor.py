@@ -1,9 +1,10 @@
 """What ``python -m tritonloss doctor`` reports: the installation, the devices, and a self-test.
 
-The self-test runs the examples of every slice forward and backward. It compares the Triton kernels
-with the reference in float64. The kernels run on the GPU. Without one they run in Triton's
-interpreter, in a process of their own, since the interpreter must be chosen before the import.
-Where the interpreter cannot run at all, the reference is tested in float32, which the CPU uses.
+The self-test runs the examples of every slice forward and, where they have a gradient, backward. It
+compares the Triton kernels with the reference in float64. The kernels run on the GPU. Without one
+they run in Triton's interpreter, in a process of their own, since the interpreter must be chosen
+before the import. Where the interpreter cannot run at all, the reference is tested in float32,
+which the CPU uses.
 """
 
 from __future__ import annotations
@@ -139,7 +140,10 @@ def _values_and_gradient(
 ) -> list[torch.Tensor]:
     leaf = logits.detach().requires_grad_()
     with use_backend(backend):
-        values = [v for v in example(leaf, target) if v.requires_grad]
+        results = example(leaf, target)
+        values = [v for v in results if v.requires_grad]
+        if not values:  # counts, which have no gradient
+            return list(results)
         upstream = [
             torch.linspace(0.5, 1.5, value.numel()).reshape(value.shape) for value in values
         ]

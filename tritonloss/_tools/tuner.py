@@ -199,26 +199,27 @@ def _within_reach(case: TuningCase) -> list[TuningCase]:
 
 
 def tensors(result: object) -> list[torch.Tensor]:
-    """The floating-point tensors in what a launch returned."""
+    """The tensors in what a launch returned."""
     if isinstance(result, torch.Tensor):
-        return [result] if result.is_floating_point() else []
+        return [result]
     if isinstance(result, (tuple, list)):
         return [tensor for part in result for tensor in tensors(part)]
     return []
 
 
 def disagreement(result: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str | None:
-    """Why two results are not the same up to rounding; None if they are."""
+    """Why two results differ by more than rounding, or counts at all; None if they do not."""
     if [tensor.shape for tensor in result] != [tensor.shape for tensor in expected]:
         return "wrong: other shapes than the heuristic's"
     for actual, wanted in zip(result, expected, strict=True):
         if wanted.numel() == 0:
             continue
         # A non-finite difference fails the comparison, as it should.
-        exact = torch.promote_types(wanted.dtype, torch.float32)
+        is_count = not wanted.is_floating_point()
+        exact = torch.float64 if is_count else torch.promote_types(wanted.dtype, torch.float32)
         scale = float(wanted.abs().max())
         difference = float((actual.to(exact) - wanted.to(exact)).abs().max())
-        if not difference <= _TOLERANCE[wanted.dtype] * scale:
+        if not difference <= (0.0 if is_count else _TOLERANCE[wanted.dtype]) * scale:
             return f"wrong: differs from the heuristic by {difference:.3g} (of {scale:.3g})"
     return None
 
