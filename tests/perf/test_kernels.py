@@ -11,11 +11,8 @@ pytestmark = pytest.mark.compile_only
 
 # Kernels of a loss in one pass, all together.
 MOST = 6
-# From thumbnails on, those of two losses are more.
+# From thumbnails on, those of one loss are more.
 EXCEPTIONS = {
-    # Programs of three widths, each of whole grains and of single pixels, and the look at labels
-    # of both kinds: dropping one would slow down the maps that it is for.
-    ("structural_similarity_loss", "forward"): 8,
     # One of a kind each: four for most images, three in float64 for the smallest.
     ("rmi_loss", "forward"): 7,
 }

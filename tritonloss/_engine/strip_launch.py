@@ -102,11 +102,13 @@ def strip_launch(
 
 
 def _fitted(lanes: int, warps: int, needed: int) -> tuple[int, int]:
-    """Lanes and warps of a program, of which about as few are idle as with any fewer warps.
+    """Lanes and warps of a program: those given, or a quarter if that leaves far fewer idle.
 
-    Of 129 lanes, a row of 513 columns, two programs of four warps would leave 127 idle.
+    Of 129 lanes, a row of 513 columns, two programs of four warps would leave 127 idle. Every choice
+    more would be a kernel more to compile.
     """
-    choices = [(lanes >> halvings, warps >> halvings) for halvings in range(warps.bit_length())]
+    quarters = (0, 2) if warps >= 4 else range(warps.bit_length())
+    choices = [(lanes >> halvings, warps >> halvings) for halvings in quarters]
     totals = [triton.cdiv(needed, lanes) * lanes for lanes, _ in choices]
     return choices[next(i for i, total in enumerate(totals) if total * 16 <= min(totals) * 17)]
 
