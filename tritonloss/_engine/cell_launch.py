@@ -223,10 +223,10 @@ def cell_heuristic(losses: Sequence[Loss], direction: str, most: int) -> Configu
             "UNROLL": unroll,
             "num_warps": 4,
         }
-    columns = min(triton.next_power_of_2(most), _MOST_COLUMNS)
+    # What a pixel needs going back takes registers, most of all where it looks up several logits.
+    columns = 1 if twice else min(triton.next_power_of_2(most), _MOST_COLUMNS)
     # One warp: what neighbouring lanes exchange never leaves it.
-    unroll = 4 if twice else 5  # a pixel's factors are more
-    return {"PIXEL_COLUMNS": columns, "NODE_ROWS": 16, "UNROLL": unroll, "num_warps": 1}
+    return {"PIXEL_COLUMNS": columns, "NODE_ROWS": 16, "UNROLL": 5, "num_warps": 1}
 
 
 def _configuration(

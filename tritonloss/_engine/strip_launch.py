@@ -104,8 +104,8 @@ def strip_launch(
 def _fitted(lanes: int, warps: int, needed: int) -> tuple[int, int]:
     """Lanes and warps of a program: those given, or a quarter if that leaves far fewer idle.
 
-    Of 129 lanes, a row of 513 columns, two programs of four warps would leave 127 idle. Every choice
-    more would be a kernel more to compile.
+    Of 129 lanes, a row of 513 columns, two programs of four warps would leave 127 idle. A third
+    choice would be one more kernel to compile.
     """
     quarters = (0, 2) if warps >= 4 else range(warps.bit_length())
     choices = [(lanes >> halvings, warps >> halvings) for halvings in quarters]

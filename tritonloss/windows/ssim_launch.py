@@ -190,7 +190,7 @@ def _forward_plan(
     x: torch.Tensor, y: torch.Tensor, result: torch.Tensor, options: Options
 ) -> _ForwardPlan:
     shape = _out_shape(x, options)
-    configuration = _configuration("forward", x, options)
+    configuration = _configuration("forward", x, y, options)
     moved = (x, y, result) if options.mapped else (x, y)
     (programs,), launch = strip_launch(shape, configuration, options.padding, *moved)
     strip = launch["STRIP"]
@@ -278,7 +278,7 @@ def _backward_plan(tensors: tuple[torch.Tensor, ...], options: Options) -> _Back
     moved = [x, y, some, grad_x]
     moved += [grad] if kinds.mapped else []
     moved += [grad_y] if kinds.both else []
-    configuration = _configuration("backward", x, options)
+    configuration = _configuration("backward", x, y, options)
     out = _Tiles.of(out_shape, channels, min(units, most), configuration, options.padding, moved)
     if options.padding == "reflect":
         configuration["COLUMNS"] = 1  # only the streamed row folds the images outside back in
@@ -424,8 +424,10 @@ def operator_of(direction: str, options: Options) -> str:
     return "ssim_loss_backward" if of_loss else f"ssim_{direction}"
 
 
-def ssim_heuristic(direction: str, options: Options) -> Configuration:
-    """A configuration that is always valid, for a pass with these options."""
+def ssim_heuristic(
+    direction: str, options: Options, labels: torch.dtype | None = None
+) -> Configuration:
+    """A configuration that is always valid, for a pass with these options and such labels."""
     window_size = options.window_size
     backward = direction == "backward"
     if not options.careful:
@@ -435,6 +437,8 @@ def ssim_heuristic(direction: str, options: Options) -> Configuration:
             configuration["COLUMNS"] = 2  # the adjoint of four maps would not fit the registers
         if backward and window_size == 7:
             configuration["UNROLL"] = 1  # with 2, ptxas takes 168 registers and spills 16 bytes
+        if backward and window_size <= 3 and labels == torch.int64:
+            configuration["UNROLL"] = 1  # with 2, ptxas takes 96 registers and spills 8 bytes
         if not backward and window_size <= 3 and options.padding == "valid":
             configuration["UNROLL"] = 1  # with 2, ptxas takes 72 registers and spills 8 bytes
         return configuration
@@ -446,8 +450,10 @@ def ssim_heuristic(direction: str, options: Options) -> Configuration:
     return configuration
 
 
-def _configuration(direction: str, x: torch.Tensor, options: Options) -> Configuration:
-    heuristic = ssim_heuristic(direction, options)
+def _configuration(
+    direction: str, x: torch.Tensor, y: torch.Tensor, options: Options
+) -> Configuration:
+    heuristic = ssim_heuristic(direction, options, y.dtype)
     return strip_configuration(operator_of(direction, options), x, options.window_size, heuristic)
 
 
