@@ -13,6 +13,7 @@ from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._engine.planes import compute_dtype
 from .._engine.strip_launch import (
     channels_in_lanes,
+    grain_of,
     ignored_class,
     label_strides,
     strides,
@@ -424,10 +425,11 @@ def operator_of(direction: str, options: Options) -> str:
     return "ssim_loss_backward" if of_loss else f"ssim_{direction}"
 
 
-def ssim_heuristic(
-    direction: str, options: Options, labels: torch.dtype | None = None
-) -> Configuration:
-    """A configuration that is always valid, for a pass with these options and such labels."""
+def ssim_heuristic(direction: str, options: Options, is_plain: bool = True) -> Configuration:
+    """A configuration that is always valid, for a pass with these options.
+
+    ``is_plain``: rows are aligned, and labels have no 64 bits.
+    """
     window_size = options.window_size
     backward = direction == "backward"
     if not options.careful:
@@ -437,7 +439,7 @@ def ssim_heuristic(
             configuration["COLUMNS"] = 2  # the adjoint of four maps would not fit the registers
         if backward and window_size == 7:
             configuration["UNROLL"] = 1  # with 2, ptxas takes 168 registers and spills 16 bytes
-        if backward and window_size <= 3 and labels == torch.int64:
+        if backward and window_size <= 3 and not is_plain:
             configuration["UNROLL"] = 1  # with 2, ptxas takes 96 registers and spills 8 bytes
         if not backward and window_size <= 3 and options.padding == "valid":
             configuration["UNROLL"] = 1  # with 2, ptxas takes 72 registers and spills 8 bytes
@@ -453,7 +455,8 @@ def ssim_heuristic(
 def _configuration(
     direction: str, x: torch.Tensor, y: torch.Tensor, options: Options
 ) -> Configuration:
-    heuristic = ssim_heuristic(direction, options, y.dtype)
+    is_plain = y.dtype != torch.int64 and grain_of(4, x, y) > 1
+    heuristic = ssim_heuristic(direction, options, is_plain)
     return strip_configuration(operator_of(direction, options), x, options.window_size, heuristic)
 
 
