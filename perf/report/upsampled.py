@@ -39,9 +39,11 @@ class Memory:
 
 
 def asked() -> list[tuple[Operation, Case]]:
-    """Every operation's plain cases at a quarter of the labels' resolution."""
+    """Every loss's plain cases at a quarter of the labels' resolution."""
     found = []
     for operation in operations():
+        if not operation.differentiable:
+            continue
         first = operation.cases[0]
         for case in operation.cases:
             if first.ratio is not None and case.parameters == first.parameters:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 import tritonloss
 from tests.oracle import segmentation_case
-from tests.slices import OF_MAPS, as_a_number, with_more
+from tests.slices import OF_MAPS, as_a_number, one_of_each, with_more
 from tritonloss._core.example import Example
 
 WAYS = with_more(OF_MAPS, {"focal_loss": {"one alpha": {"options": {"alpha": 0.3}}}})
 # Ways that differ only in their kernels are one way to the reference.
 DISTINCT = {(way.function, str(way.options)): way for way in reversed(WAYS.values())}
+FIRST = one_of_each(reversed(DISTINCT.values())).values()
 
 
 def numbers_of(example: Example) -> dict[str, Any]:
@@ -30,7 +31,13 @@ def numbers_of(example: Example) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("way", list(reversed(DISTINCT.values())), ids=lambda way: way.name)
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, id=way.name, marks=() if way in FIRST else pytest.mark.thorough)
+        for way in reversed(DISTINCT.values())
+    ],
+)
 def test_the_reference_compiles_with_symbolic_sizes(way: Example) -> None:
     """Several sizes go through one graph, with options that come in as arguments."""
     torch._dynamo.reset()

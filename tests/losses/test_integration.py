@@ -21,6 +21,7 @@ from tests.oracle import as_layout, segmentation_case
 from tests.slices import OF_MAPS, as_a_number, is_pixelwise, is_upsampled
 from tritonloss._core import backend, configurations
 from tritonloss._core.example import Example, logits_and_target
+from tritonloss._tools.interpreter import hasten_interpreter
 from tritonloss._tools.tuning_cases import tuning_cases
 from tritonloss.functional import (
     rmi_loss,
@@ -167,6 +168,8 @@ def test_functional_call(loss: Loss, device: torch.device) -> None:
 
 def train_on_one_rank(rank: int, directory: str, device: str) -> None:
     torch.set_num_threads(1)
+    if device == "cpu":  # a process of its own, which conftest.py has not seen
+        hasten_interpreter()
     store = torch.distributed.FileStore(os.path.join(directory, "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     gradients = {}

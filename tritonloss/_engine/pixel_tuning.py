@@ -40,7 +40,7 @@ def cell_candidates(loss: Loss, direction: str, ratio: int) -> list[Configuratio
     heuristic = cell_heuristic([loss], direction, ratio)
     columns, unroll = int(heuristic["PIXEL_COLUMNS"]), int(heuristic["UNROLL"])
     warps = int(heuristic["num_warps"])
-    changes: list[Configuration] = [{"PIXEL_COLUMNS": columns // 2}]
+    changes: list[Configuration] = [{"PIXEL_COLUMNS": columns // 2 or 2}]
     changes += [{"UNROLL": unroll - unroll // 2}, {"UNROLL": unroll * 2}]
     changes += [{"num_warps": warps * 2}]
     if direction == "forward":
