@@ -41,9 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "shipped_sizes: with programs of the size that ships")
-    config.addinivalue_line(
-        "markers", "thorough: too slow for the short part"
-    )
+    config.addinivalue_line("markers", "thorough: too slow for the short part")
     config.addinivalue_line("markers", "large: takes tens of GiB of a GPU's memory")
 
 

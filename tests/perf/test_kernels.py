@@ -21,7 +21,17 @@ WAYS = [(layout, sizes) for layout in kernels.LAYOUTS for sizes in RANGES]
 Counted = tuple[kernels.Range, dict[str, kernels.Distinct]]
 
 
-@pytest.fixture(scope="module", params=WAYS, ids=lambda way: f"{way[0]}, {way[1][0]} and more")
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            (layout, sizes),
+            id=f"{layout}, {sizes[0]} and more",
+            marks=() if sizes == kernels.PHOTOGRAPHS else pytest.mark.thorough,
+        )
+        for layout, sizes in WAYS
+    ],
+)
 def counted(request: pytest.FixtureRequest) -> Counted:
     layout, sizes = request.param
     return sizes, kernels.collect(layout, sizes)
