@@ -17,7 +17,8 @@ from tritonloss.windows import ssim_launch
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("small_programs")]
 
 # As for the other tests of SSIM.
-TOLERANCE = 2e-5
+# Of the flat map, 2.04e-5 under Triton 3.6 and less under 3.9: their interpreters round otherwise.
+TOLERANCE = 2.2e-5
 FORMS = ("full", "contrast_structure")
 
 

@@ -147,7 +147,7 @@ def _with_ones(pair, WINDOW: tl.constexpr):
     SIZE: tl.constexpr = WINDOW.size
     ALONG: tl.constexpr = WINDOW.along
     DOWN: tl.constexpr = WINDOW.down
-    one = widened(tl.full((), 1.0, pair.x.pointer.dtype.element_ty))
+    one = widened(tl.full((), 1.0, tl.float32).to(pair.x.pointer.dtype.element_ty))
     row = one * ALONG[0]
     for j in tl.static_range(1, SIZE):
         row = plus(row, one, ALONG[j])
