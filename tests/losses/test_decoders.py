@@ -117,7 +117,7 @@ def after_a_step(model: nn.Module, names: Callable[..., dict[str, Any]], code: s
     [
         ("transformers", of_transformers),
         ("mmsegmentation", lambda: of_mmsegmentation(False)),
-        ("mmsegmentation", lambda: of_mmsegmentation(True)),
+        pytest.param("mmsegmentation", lambda: of_mmsegmentation(True), marks=pytest.mark.thorough),
         ("torchvision", of_torchvision),
     ],
     ids=["transformers", "mmsegmentation", "mmsegmentation-align_corners", "torchvision"],

@@ -94,7 +94,7 @@ def test_gradients_of_confident_logits_keep_their_digits(device: torch.device) -
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-@pytest.mark.parametrize("planes", [1, 2, 5])
+@pytest.mark.parametrize("planes", [1, pytest.param(2, marks=pytest.mark.thorough), 5])
 def test_scratch_of_few_planes(
     planes: int, layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
