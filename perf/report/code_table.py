@@ -16,8 +16,8 @@ from perf.compiling.baseline import Baseline, Kept
 from perf.compiling.counting import TOTAL
 from perf.compiling.facts import MAIN_TARGET
 from perf.report.page import number
+from perf.report.readme import write_table
 
-README = Path(__file__).parents[2] / "README.md"
 _START = "| sm_90, float32, uint8 labels, Triton "
 # Kernels with fewer instructions per output are left out, so that the table can be read.
 _LEAST = 2.0
@@ -115,21 +115,6 @@ def _counts(kernels: Mapping[str, Kept]) -> str:
     return "; ".join(cells)
 
 
-def replaced(text: str, lines: Sequence[str]) -> str:
-    """The README's text with these lines in place of its table's.
-
-    Raises:
-        ValueError: the text has no such table.
-    """
-    before, found, after = text.partition(_START)
-    if not found:
-        raise ValueError(f"the README has no line that begins with {_START!r}")
-    rest = after.splitlines(keepends=True)
-    while rest and not rest[0].isspace():
-        rest.pop(0)
-    return before + "\n".join(lines) + "\n" + "".join(rest)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status of `python -m perf code-table`, which writes and prints the table."""
     parser = argparse.ArgumentParser(
@@ -138,6 +123,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.parse_args(arguments)
     path = newest()
     lines = table(path.stem.removeprefix("triton-"), baseline.read(path))
-    README.write_text(replaced(README.read_text(encoding="utf-8"), lines), encoding="utf-8")
+    write_table(_START, lines)
     print("\n".join(lines))
     return 0

@@ -17,10 +17,10 @@ from perf.measuring.compiled_memory import ABOUT, CompiledMemory, share_of_compi
 from perf.measuring.counted import CountedMemory, count
 from perf.operations.contract import Case, Operation, operations
 from perf.report.page import Bars, Block, Paragraph, Table, number
+from perf.report.readme import write_table
 from perf.report.wording import words
 
 NUMBERS = Path(__file__).parents[1] / "baseline" / "upsampled.json"
-README = Path(__file__).parents[2] / "README.md"
 _ABOUT = (
     "bytes of one forward and backward pass beyond logits and labels; written by python -m perf "
     "picture"
@@ -97,28 +97,13 @@ def update(compile_too: bool) -> None:
     """Count anew, commit the numbers, and write the README's table."""
     counted = [count(operation, case) for operation, case in asked()]
     write(Memory(counted, of_compiled() if compile_too else read().compiled))
-    README.write_text(replaced(README.read_text(encoding="utf-8"), table(read())), encoding="utf-8")
+    write_table(_START, table(read()))
 
 
 def table(memory: Memory) -> list[str]:
     """The lines of the README's table, in MiB."""
     rows = [_HEADER, ["---"] * len(_HEADER), *_rows(memory.counted, memory.compiled.shares)]
     return [f"| {' | '.join(row)} |" for row in rows]
-
-
-def replaced(text: str, lines: Sequence[str]) -> str:
-    """The README's text with these lines in place of its table's.
-
-    Raises:
-        ValueError: the text has no such table.
-    """
-    before, found, after = text.partition(_START)
-    if not found:
-        raise ValueError(f"the README has no line that begins with {_START!r}")
-    rest = after.splitlines(keepends=True)
-    while rest and not rest[0].isspace():
-        rest.pop(0)
-    return before + "\n".join(lines) + "\n" + "".join(rest)
 
 
 def is_upsampled(entry: CountedMemory) -> bool:

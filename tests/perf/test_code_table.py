@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-
 from perf.compiling import baseline
 from perf.compiling.baseline import Baseline, Kept
 from perf.operations.contract import operations
 from perf.report import code_table
+from perf.report.readme import README
 
 SSL, *_ = code_table.ROWS
 WHERE = "sm_90", f"{SSL.operation}: {SSL.case}"
@@ -35,18 +34,9 @@ def test_its_rows_are_shipped_cases() -> None:
     assert {(row.operation, row.case) for row in code_table.ROWS} <= shipped
 
 
-def test_it_takes_the_place_of_the_one_that_is_there() -> None:
-    old = code_table.table("9.8", COMMITTED)
-    text = "\n".join(["before", "", *old, "| one more |", "", "after", ""])
-    new = code_table.table("9.9", COMMITTED)
-    assert code_table.replaced(text, new) == "\n".join(["before", "", *new, "", "after", ""])
-    with pytest.raises(ValueError, match="README has no line"):
-        code_table.replaced("text", new)
-
-
 def test_the_readme_says_what_is_committed() -> None:
     """Where this fails, run `python -m perf code-table`."""
     path = code_table.newest()
     committed = baseline.read(path)
     lines = code_table.table(path.stem.removeprefix("triton-"), committed)
-    assert "\n".join(lines) in code_table.README.read_text(encoding="utf-8")
+    assert "\n".join(lines) in README.read_text(encoding="utf-8")
