@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 
 import pytest
@@ -12,7 +13,8 @@ from torch.nn import functional as F
 from tests.losses.pixelwise.cases import kernel_gradient
 from tests.losses.pixelwise.upsampled import upsampled_case
 from tritonloss._core import configurations
-from tritonloss._engine.cell_launch import axis_tables
+from tritonloss._engine import cell_grid
+from tritonloss._engine.cell_grid import axis_tables
 from tritonloss._engine.pixel_tuning import cell_candidates
 from tritonloss.functional import cross_entropy
 from tritonloss.pixelwise.cross_entropy import LOSS
@@ -44,7 +46,7 @@ def pairs() -> list[tuple[int, int]]:
 def test_axes_are_torchs(align_corners: bool, dtype: torch.dtype) -> None:
     """Of alternating zeros and ones, interpolation leaves the very shares."""
     for nodes, pixels in pairs():
-        tables = axis_tables.__wrapped__(nodes, pixels, align_corners, dtype, CPU)
+        tables = axis_tables.__wrapped__(nodes, pixels, align_corners, dtype)
         counts = tables.starts.diff()
         assert tables.starts.dtype == torch.int32 and tables.starts.shape == (nodes + 2,)
         assert tables.starts[0] == 0 and tables.starts[-1] == pixels and (counts >= 0).all()
@@ -87,6 +89,35 @@ def test_whatever_the_tuner_tries_computes_the_same(direction: str, device: torc
         torch.testing.assert_close(gradient, results[0][1], rtol=1e-5, atol=1e-7)
 
 
-def test_tables_are_made_once() -> None:
-    given = (3, 7, False, torch.float32, CPU)
-    assert axis_tables(*given) is axis_tables(*given)
+def axes(*sizes: int) -> tuple[cell_grid.AxisTables, cell_grid.AxisTables]:
+    height, width, rows, columns = sizes
+    logits, target = torch.empty(1, 2, height, width), torch.empty(1, rows, columns)
+    return cell_grid.axes_of(logits, target, align_corners=False)
+
+
+@pytest.mark.parity
+def test_every_stream_copies_its_tables_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that has not copied them itself does not know when the copy is there."""
+    monkeypatch.setattr(cell_grid, "_copies", {})
+    first = axes(3, 4, 7, 9)
+    assert all(map(operator.is_, first, axes(3, 4, 7, 9)))
+    monkeypatch.setattr(cell_grid, "stream_of", lambda device: 1)
+    assert not any(map(operator.is_, first, axes(3, 4, 7, 9)))
+
+
+@pytest.mark.parity
+def test_a_captured_graph_uses_the_tables_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is copied from the host while a graph is captured would be read when it runs."""
+    monkeypatch.setattr(cell_grid, "_copies", {})
+    first = axes(3, 4, 7, 9)
+    monkeypatch.setattr(cell_grid, "stream_of", lambda device: 1)
+    monkeypatch.setattr(cell_grid, "is_captured", lambda device: True)
+    assert all(map(operator.is_, first, axes(3, 4, 7, 9)))
+    with pytest.raises(RuntimeError, match="run the loss once on .* of these sizes before"):
+        axes(3, 4, 7, 10)
+
+
+def test_tables_are_made_on_the_host_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        tables = axis_tables.__wrapped__(3, 7, False, torch.float32)
+    assert tables.starts.device == tables.shares.device == CPU

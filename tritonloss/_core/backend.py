@@ -102,3 +102,15 @@ def device_guard(tensor: torch.Tensor) -> AbstractContextManager[object]:
     if guard is not None:
         return guard(tensor.get_device())  # its number: PyTorch takes longer for a torch.device
     return _interpreter if INTERPRETED else nullcontext()
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether the current stream's work goes into a CUDA graph, which may run on any stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream; 0 where there is none."""
+    if INTERPRETED:
+        return 0
+    return int(triton.runtime.driver.active.get_current_stream(device.index or 0))

@@ -1,36 +1,21 @@
-"""The launchers of pixelwise losses over logits that are interpolated to the size of the labels."""
+"""How kernels go through cells: tables of the axes, configurations, grids and arguments."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from .._core.backend import device_guard, warp_size
+from .._core.backend import is_captured, stream_of, warp_size
 from .._core.configurations import Configuration, launch_configuration
-from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .cell_kernels import _upsampled_backward_kernel, _upsampled_forward_kernel
 from .cells import CellTile, Sizes
-from .pixel_terms import (
-    Kept,
-    Loss,
-    Made,
-    Term,
-    Walk,
-    allocated,
-    key_of,
-    labels_of,
-    made,
-    numbers_of,
-    tables_of,
-    terms_of,
-)
+from .pixel_terms import Loss, Walk, Way, labels_of
 from .pixels import Tile
 from .planes import compute_dtype
-from .sums import sums_over
 
 # Pixels of a lane at once, going forward; columns of them, going back.
 _MOST_PIXELS = 16
@@ -57,12 +42,10 @@ class AxisTables(NamedTuple):
 
 
 @functools.lru_cache(maxsize=512)
-def axis_tables(
-    nodes: int, pixels: int, align_corners: bool, dtype: torch.dtype, device: torch.device
-) -> AxisTables:
-    """The tables of an axis, by the arithmetic of PyTorch's interpolation in ``dtype``."""
-    pixel = torch.arange(pixels, dtype=dtype)
-    sizes = torch.tensor((nodes, pixels), dtype=dtype)
+def axis_tables(nodes: int, pixels: int, align_corners: bool, dtype: torch.dtype) -> AxisTables:
+    """The tables of an axis, on the CPU, by the arithmetic of PyTorch's interpolation."""
+    pixel = torch.arange(pixels, dtype=dtype, device="cpu")
+    sizes = torch.tensor((nodes, pixels), dtype=dtype, device="cpu")
     if nodes == pixels:  # PyTorch copies
         place = pixel
     elif align_corners:
@@ -77,132 +60,98 @@ def axis_tables(
     # Beyond the outermost nodes a cell has the same node twice. The share is chosen so that no sum
     # of gradients is for a node that is not there.
     shares = torch.where(cells == 0, 1, torch.where(cells == nodes, 0, shares))
-    starts = torch.searchsorted(cells, torch.arange(nodes + 2)).int()
-    return AxisTables(
-        starts.to(device, non_blocking=True),
-        shares.to(device, non_blocking=True),
-        int(starts.diff().max()),
-    )
+    starts = torch.searchsorted(cells, torch.arange(nodes + 2, device="cpu")).int()
+    return AxisTables(starts, shares, int(starts.diff().max()))
 
 
-def _axes(
+# The copies of tables, by the stream that has made them: another one might read them too early. All
+# are forgotten when there are so many.
+_copies: dict[Hashable, dict[int, AxisTables]] = {}
+_MOST_COPIES = 512
+
+
+def axes_of(
     logits: torch.Tensor, target: torch.Tensor, align_corners: bool
 ) -> tuple[AxisTables, AxisTables]:
-    """The tables of rows and of columns."""
-    dtype = compute_dtype(logits.dtype)
+    """The tables of rows and of columns, on the device of the logits.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and these sizes have not been seen before.
+    """
+    dtype, device = compute_dtype(logits.dtype), logits.device
     rows, columns = (
-        axis_tables(nodes, pixels, align_corners, dtype, logits.device)
+        _copied((nodes, pixels, align_corners, dtype), device)
         for nodes, pixels in zip(logits.shape[2:], target.shape[1:], strict=True)
     )
     return rows, columns
 
 
-# --- launchers ------------------------------------------------------------------------------------
+def _copied(axis: tuple[int, int, bool, torch.dtype], device: torch.device) -> AxisTables:
+    """The tables of an axis, copied to the device by the current stream."""
+    copies, stream = _copies.get((axis, device), {}), stream_of(device)
+    if stream in copies:
+        return copies[stream]
+    if is_captured(device):
+        if not copies:
+            raise RuntimeError(
+                "tritonloss: run the loss once on logits and labels of these sizes before a CUDA "
+                "graph of it is captured"
+            )
+        return next(iter(copies.values()))  # the capture has waited for the stream of that run
+    tables = axis_tables(*axis)
+    if len(_copies) >= _MOST_COPIES:
+        _copies.clear()
+    found = AxisTables(
+        tables.starts.to(device, non_blocking=True),
+        tables.shares.to(device, non_blocking=True),
+        tables.most,
+    )
+    _copies.setdefault((axis, device), {})[stream] = found
+    return found
 
 
-def launch_cells_forward(
-    terms: tuple[Term, ...], logits: torch.Tensor, target: torch.Tensor, walk: Walk, save: bool
-) -> tuple[torch.Tensor, Kept]:
-    """The sum of the losses, and what their backward pass needs if ``save``."""
-    losses = [term.loss for term in terms]
-    if target.numel() == 0:  # no program runs, and so none comes last
-        loss, kept = allocated(made(losses, logits, target, walk, save), logits)
-        return loss.zero_(), kept._replace(scale=kept.scale.zero_())
-    rows, columns = _axes(logits, target, walk.align_corners)
-
-    def prepare() -> tuple[PreparedLaunch, int, tuple[Made, ...]]:
-        programs, arguments = _forward_launch(losses, logits, target, walk, rows.most, columns.most)
-        constants = {
-            **numbers_of(terms),
-            "logits_strides": logits.stride(),
-            "target_strides": target.stride(),
-            "programs": programs,
-            "TERMS": terms_of(terms, logits, walk, save),
-            "REDUCTION": walk.reduction,
-            **arguments,
-        }
-        launch = PreparedLaunch(_upsampled_forward_kernel, (programs,), constants, aligned=False)
-        return launch, programs, made(losses, logits, target, walk, save)
-
-    key = (key_of(terms), kind(logits), kind(target), walk, save)
-    launch, programs, filled = prepared(key, prepare)
-    loss, kept = allocated(filled, logits)
-    own, other = tables_of(terms, logits)
-    sum_rows = 2 * len(terms) + 1 if walk.reduction != "none" else 0
-    with device_guard(logits):
-        sums = sums_over(programs, sum_rows, logits.device)
-        launch(
-            logits_ptr=logits,
-            target_ptr=target,
-            own_ptrs=own,
-            other_ptrs=other,
-            map_ptrs=kept.maps,
-            values_ptr=loss,
-            loss_ptr=loss,
-            scale_ptr=kept.scale,
-            row_starts_ptr=rows.starts,
-            row_shares_ptr=rows.shares,
-            column_starts_ptr=columns.starts,
-            column_shares_ptr=columns.shares,
-            scratch_ptr=sums["scratch_ptr"],
-            tickets_ptr=sums["tickets_ptr"],
-        )
-    return loss, kept
+# --- what kernels are given -----------------------------------------------------------------------
 
 
-def launch_cells_backward(
-    terms: tuple[Term, ...],
-    upstream: torch.Tensor,
-    kept: Kept,
+def pointers_of(axes: tuple[AxisTables, AxisTables]) -> dict[str, torch.Tensor]:
+    """The kernels' arguments for the tables of rows and of columns."""
+    rows, columns = axes
+    return {
+        "row_starts_ptr": rows.starts,
+        "row_shares_ptr": rows.shares,
+        "column_starts_ptr": columns.starts,
+        "column_shares_ptr": columns.shares,
+    }
+
+
+def forward_over_cells(
+    losses: Sequence[Loss], logits: torch.Tensor, target: torch.Tensor, walk: Walk
+) -> Way:
+    """The way of a forward pass through the cells of ``logits``."""
+    axes = axes_of(logits, target, walk.align_corners)
+    programs, arguments = over_cells(losses, logits, target, walk, axes)
+    arguments |= {"logits_strides": logits.stride(), "target_strides": target.stride()}
+    return Way(_upsampled_forward_kernel, programs, arguments, False)
+
+
+def backward_over_cells(
+    losses: Sequence[Loss],
     logits: torch.Tensor,
     target: torch.Tensor,
     walk: Walk,
-) -> torch.Tensor:
-    """The gradient of the logits."""
-    losses = [term.loss for term in terms]
-    grad_logits = torch.empty_like(logits)
-    if target.numel() == 0:
-        return grad_logits.zero_()
-    rows, columns = _axes(logits, target, walk.align_corners)
-    own, other = tables_of(terms, logits)
-
-    def prepare() -> tuple[PreparedLaunch, int]:
-        programs, arguments = _backward_launch(
-            losses, logits, target, walk, rows.most, columns.most
-        )
-        reduced = walk.reduction != "none"
-        constants = {
-            **numbers_of(terms),
-            "upstream_strides": (0, 0, 0) if reduced else upstream.stride(),
-            "logits_strides": logits.stride(),
-            "target_strides": target.stride(),
-            "grad_strides": grad_logits.stride(),
-            "TERMS": terms_of(terms, logits, walk, save=True),
-            **arguments,
-        }
-        launch = PreparedLaunch(_upsampled_backward_kernel, (programs,), constants, aligned=False)
-        return launch, sum(constants["TERMS"].maps)
-
-    # The gradient's layout follows from that of the logits.
-    upstream_kind = kind(upstream) if walk.reduction == "none" else None
-    key = (key_of(terms), kind(logits), kind(target), upstream_kind, walk)
-    launch, maps = prepared(key, prepare)
-    with device_guard(logits):
-        launch(
-            upstream_ptr=upstream,
-            scale_ptr=kept.scale,
-            logits_ptr=logits,
-            target_ptr=target,
-            own_ptrs=own,
-            other_ptrs=other,
-            map_ptrs=kept.maps[:maps],
-            grad_ptr=grad_logits,
-            row_starts_ptr=rows.starts,
-            row_shares_ptr=rows.shares,
-            column_starts_ptr=columns.starts,
-            column_shares_ptr=columns.shares,
-        )
-    return grad_logits
+    grads: tuple[torch.Tensor, torch.Tensor],
+) -> Way:
+    """The way of a backward pass; ``grads`` are of the loss and of the logits."""
+    upstream, grad_logits = grads
+    axes = axes_of(logits, target, walk.align_corners)
+    programs, arguments = _over_strips(losses, logits, target, walk, axes)
+    arguments |= {
+        "upstream_strides": (0, 0, 0) if walk.reduction != "none" else upstream.stride(),
+        "logits_strides": logits.stride(),
+        "target_strides": target.stride(),
+        "grad_strides": grad_logits.stride(),
+    }
+    return Way(_upsampled_backward_kernel, programs, arguments, False)
 
 
 # --- configurations -------------------------------------------------------------------------------
@@ -244,16 +193,16 @@ def _configuration(
     )
 
 
-def _forward_launch(
+def over_cells(
     losses: Sequence[Loss],
     logits: torch.Tensor,
     target: torch.Tensor,
     walk: Walk,
-    highest: int,
-    widest: int,
+    axes: tuple[AxisTables, AxisTables],
     configuration: Configuration | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """(programs, arguments) of a kernel that goes forward; tuned if no configuration is given."""
+    highest, widest = (axis.most for axis in axes)
     configuration = configuration or _configuration(losses, "forward", logits, widest)
     columns, rows = int(configuration["PIXEL_COLUMNS"]), int(configuration["PIXEL_ROWS"])
     chunks, bands = triton.cdiv(widest, columns), triton.cdiv(highest, rows)
@@ -271,15 +220,15 @@ def _forward_launch(
     }
 
 
-def _backward_launch(
+def _over_strips(
     losses: Sequence[Loss],
     logits: torch.Tensor,
     target: torch.Tensor,
     walk: Walk,
-    highest: int,
-    widest: int,
+    axes: tuple[AxisTables, AxisTables],
 ) -> tuple[int, dict[str, Any]]:
     """(programs, arguments) of the kernel that goes back."""
+    highest, widest = (axis.most for axis in axes)
     configuration = _configuration(losses, "backward", logits, widest)
     columns, nodes = int(configuration["PIXEL_COLUMNS"]), int(configuration["NODE_ROWS"])
     chunks = triton.cdiv(widest, columns)

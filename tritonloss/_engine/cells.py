@@ -12,7 +12,7 @@ its four nodes are sums; those of the lower two wait for the next cell, and thos
 go to the left neighbour. No two programs write to one node, and every sum has its order.
 
 Where a pixel lies is read in tables, one for each axis, made on the host by PyTorch's own
-arithmetic (``cell_launch.py``).
+arithmetic (``cell_grid.py``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The launchers of all pixelwise losses, of one loss or of several in one read of the logits."""
+"""How kernels go through pixels: configurations, grids and arguments."""
 
 from __future__ import annotations
 
@@ -8,129 +8,56 @@ from typing import Any
 import torch
 import triton
 
-from .._core.backend import device_guard, warp_size
+from .._core.backend import warp_size
 from .._core.configurations import Configuration, launch_configuration
-from .._core.prepared_launch import PreparedLaunch, is_aligned, kind, prepared
+from .._core.prepared_launch import is_aligned
 from .pixel_kernels import _pixelwise_backward_kernel, _pixelwise_forward_kernel
-from .pixel_terms import (
-    Kept,
-    Loss,
-    Made,
-    Term,
-    Walk,
-    allocated,
-    key_of,
-    labels_of,
-    made,
-    numbers_of,
-    tables_of,
-    terms_of,
-)
+from .pixel_terms import Loss, Walk, Way, labels_of
 from .pixels import Tile
-from .sums import sums_over
 
 # Classes of a bundle where neighbouring addresses are classes (channels_last).
 _LAST_BUNDLE = 64
 
 
-# --- launchers ------------------------------------------------------------------------------------
+# --- what kernels are given -----------------------------------------------------------------------
 
 
-def launch_forward(
-    terms: tuple[Term, ...], logits: torch.Tensor, target: torch.Tensor, walk: Walk, save: bool
-) -> tuple[torch.Tensor, Kept]:
-    """(the sum of the losses, what their backward pass needs if ``save``)."""
-    losses = [term.loss for term in terms]
-    if logits.numel() == 0:  # no program runs, and so none comes last
-        loss, kept = allocated(made(losses, logits, target, walk, save), logits)
-        return loss.zero_(), kept._replace(scale=kept.scale.zero_())
-
-    def prepare() -> tuple[PreparedLaunch, int, tuple[Made, ...]]:
-        grid, arguments = _launch(losses, "forward", logits, target)
-        constants = {
-            **numbers_of(terms),
-            "logits_strides": _strides(logits, arguments["TILE"]),
-            "target_strides": _strides(target, arguments["TILE"]),
-            "programs": grid[0],
-            "TERMS": terms_of(terms, logits, walk, save),
-            "REDUCTION": walk.reduction,
-            **labels_of(losses, logits, target, walk.ignore_index),
-            **arguments,
-        }
-        # With a grain above 1 logits and labels are aligned; what is allocated here always is.
-        aligned = arguments["TILE"].grain > 1
-        launch = PreparedLaunch(_pixelwise_forward_kernel, grid, constants, aligned)
-        return launch, grid[0], made(losses, logits, target, walk, save)
-
-    key = (key_of(terms), kind(logits), kind(target), walk, save)
-    launch, programs, filled = prepared(key, prepare)
-    loss, kept = allocated(filled, logits)
-    own, other = tables_of(terms, logits)
-    rows = 2 * len(terms) + 1 if walk.reduction != "none" else 0
-    with device_guard(logits):
-        sums = sums_over(programs, rows, logits.device)
-        launch(
-            logits_ptr=logits,
-            target_ptr=target,
-            own_ptrs=own,
-            other_ptrs=other,
-            map_ptrs=kept.maps,
-            values_ptr=loss,
-            loss_ptr=loss,
-            scale_ptr=kept.scale,
-            scratch_ptr=sums["scratch_ptr"],
-            tickets_ptr=sums["tickets_ptr"],
-        )
-    return loss, kept
+def forward_over_pixels(
+    losses: Sequence[Loss], logits: torch.Tensor, target: torch.Tensor, walk: Walk
+) -> Way:
+    """The way of a forward pass through the pixels of ``logits``."""
+    programs, arguments = over_pixels(losses, "forward", logits, target)
+    tile = arguments["TILE"]
+    arguments |= {
+        "logits_strides": in_grains(logits, tile),
+        "target_strides": in_grains(target, tile),
+        **labels_of(losses, logits, target, walk.ignore_index),
+    }
+    # With a grain above 1 logits and labels are aligned; what a launch allocates always is.
+    return Way(_pixelwise_forward_kernel, programs, arguments, tile.grain > 1)
 
 
-def launch_backward(
-    terms: tuple[Term, ...],
-    upstream: torch.Tensor,
-    kept: Kept,
+def backward_over_pixels(
+    losses: Sequence[Loss],
     logits: torch.Tensor,
     target: torch.Tensor,
     walk: Walk,
-) -> torch.Tensor:
-    """The gradient of the logits."""
-    losses = [term.loss for term in terms]
-    grad_logits = torch.empty_like(logits)
-    own, other = tables_of(terms, logits)
-
-    def prepare() -> tuple[PreparedLaunch, int]:
-        grid, arguments = _launch(losses, "backward", logits, target, grad_logits)
-        reduced = walk.reduction != "none"
-        constants = {
-            **numbers_of(terms),
-            "upstream_strides": (0, 0, 0) if reduced else upstream.stride(),
-            "logits_strides": _strides(logits, arguments["TILE"]),
-            "target_strides": _strides(target, arguments["TILE"]),
-            "grad_strides": _strides(grad_logits, arguments["TILE"]),
-            "TERMS": terms_of(terms, logits, walk, save=True),
-            "REDUCED": reduced,
-            **labels_of(losses, logits, target, walk.ignore_index),
-            **arguments,
-        }
-        aligned = arguments["TILE"].grain > 1 and (reduced or is_aligned(upstream))
-        launch = PreparedLaunch(_pixelwise_backward_kernel, grid, constants, aligned)
-        return launch, sum(constants["TERMS"].maps)
-
-    # The gradient's layout follows from that of the logits.
-    upstream_kind = kind(upstream) if walk.reduction == "none" else None
-    key = (key_of(terms), kind(logits), kind(target), upstream_kind, walk)
-    launch, maps = prepared(key, prepare)
-    with device_guard(logits):
-        launch(
-            upstream_ptr=upstream,
-            scale_ptr=kept.scale,
-            logits_ptr=logits,
-            target_ptr=target,
-            own_ptrs=own,
-            other_ptrs=other,
-            map_ptrs=kept.maps[:maps],
-            grad_ptr=grad_logits,
-        )
-    return grad_logits
+    grads: tuple[torch.Tensor, torch.Tensor],
+) -> Way:
+    """The way of a backward pass; ``grads`` are of the loss and of the logits."""
+    upstream, grad_logits = grads
+    programs, arguments = over_pixels(losses, "backward", logits, target, grad_logits)
+    tile, reduced = arguments["TILE"], walk.reduction != "none"
+    arguments |= {
+        "upstream_strides": (0, 0, 0) if reduced else upstream.stride(),
+        "logits_strides": in_grains(logits, tile),
+        "target_strides": in_grains(target, tile),
+        "grad_strides": in_grains(grad_logits, tile),
+        "REDUCED": reduced,
+        **labels_of(losses, logits, target, walk.ignore_index),
+    }
+    aligned = tile.grain > 1 and (reduced or is_aligned(upstream))
+    return Way(_pixelwise_backward_kernel, programs, arguments, aligned)
 
 
 # --- configurations -------------------------------------------------------------------------------
@@ -160,14 +87,14 @@ def pixel_heuristic(losses: Sequence[Loss], direction: str, logits: torch.Tensor
     }
 
 
-def _launch(
+def over_pixels(
     losses: Sequence[Loss],
     direction: str,
     logits: torch.Tensor,
     target: torch.Tensor,
     *grads: torch.Tensor,
-) -> tuple[tuple[int], dict[str, Any]]:
-    """(grid, arguments) of a kernel that goes through all pixels of ``logits``."""
+) -> tuple[int, dict[str, Any]]:
+    """(programs, arguments) of a kernel that goes through all pixels of ``logits``."""
     name = losses[0].name if len(losses) == 1 else "weighted_sum"
     in_lanes = _classes_in_lanes(logits) and all(grad.stride(1) == 1 for grad in grads)
     is_contiguous = not in_lanes and _is_flat(False, logits, target, *grads)
@@ -198,7 +125,7 @@ def _launch(
     step = unroll * lanes
     double = logits.dtype == torch.float64
     tiles = triton.cdiv(size, pixels)
-    return (logits.size(0) * tiles,), {
+    return logits.size(0) * tiles, {
         "pixels": size // grain,
         "width": logits.size(3),
         "tiles": tiles,
@@ -257,7 +184,7 @@ def _grain(per_lane: int, *maps: torch.Tensor) -> int:
     return 1
 
 
-def _strides(tensor: torch.Tensor, tile: Tile) -> tuple[int, ...]:
+def in_grains(tensor: torch.Tensor, tile: Tile) -> tuple[int, ...]:
     """The tensor's strides as the kernels take them: outer ones in units of the grain."""
     if tile.grain == 1:
         return tensor.stride()

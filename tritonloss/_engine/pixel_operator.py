@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from .._core.operator import Operator
-from .cell_launch import launch_cells_backward, launch_cells_forward
 from .pixel_launch import launch_backward, launch_forward
 from .pixel_terms import Kept, Loss, Results, Term, allocated, made, walk_of
 
@@ -39,8 +38,7 @@ def pixelwise_operator(
     ) -> Results:
         terms = (term(logits, own_table, other_table, options, save),)
         walk = walk_of(options, logits, target)
-        launch = launch_forward if walk.upsample is None else launch_cells_forward
-        return results(*launch(terms, logits, target, walk, save))
+        return results(*launch_forward(terms, logits, target, walk, save))
 
     def backward(
         grad_loss: torch.Tensor,
@@ -56,8 +54,7 @@ def pixelwise_operator(
         terms = (term(logits, own_table, other_table, options, True),)
         walk = walk_of(options, logits, target)
         kept = Kept(scale, (first, second))
-        launch = launch_backward if walk.upsample is None else launch_cells_backward
-        return launch(terms, grad_loss, kept, logits, target, walk)
+        return launch_backward(terms, grad_loss, kept, logits, target, walk)
 
     def allocate(
         logits: torch.Tensor,

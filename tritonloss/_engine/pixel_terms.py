@@ -88,6 +88,15 @@ class Walk(NamedTuple):
     align_corners: bool = False
 
 
+class Way(NamedTuple):
+    """A kernel and how it goes through pixels: what is known before the tensors are."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    aligned: bool  # as PreparedLaunch takes it
+
+
 def walk_of(options: Any, logits: torch.Tensor, target: torch.Tensor) -> Walk:
     """The walk that a loss's options ask for; to interpolate to the same size is to do nothing."""
     if options.upsample is None or logits.shape[2:] == target.shape[1:]:

@@ -11,8 +11,8 @@ import torch
 from .._core.configurations import Configuration, Launch, Shape, TuningCase
 from .._core.operator import Operator
 from .._core.tuning_inputs import random_labels, random_map
-from .cell_launch import cell_heuristic
-from .pixel_launch import pixel_heuristic
+from .cell_grid import cell_heuristic
+from .pixel_grid import pixel_heuristic
 from .pixel_terms import Loss
 
 

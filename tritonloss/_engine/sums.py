@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import driver
 
 from .._core import backend
 
@@ -157,10 +156,9 @@ def _room(elements: int, tickets: int, device: torch.device) -> Room:
     """At least so much room for the current stream."""
     # A captured graph may run on any stream: it gets room of its own, whose tickets it zeroes.
     # Where the interpreter runs a kernel may break off in the middle and leave tickets behind.
-    is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if backend.INTERPRETED or is_captured:
+    if backend.INTERPRETED or backend.is_captured(device):
         return _new_room(elements, tickets, device)
-    key = (device, driver.active.get_current_stream(device.index or 0))
+    key = (device, backend.stream_of(device))
     room = _kept.get(key)
     if room is None:
         room = _kept[key] = _new_room(4096, 1024, device)

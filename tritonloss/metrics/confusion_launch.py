@@ -9,8 +9,8 @@ import torch
 
 from .._core.backend import device_guard
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
-from .._engine.cell_launch import _axes, _forward_launch, cell_heuristic
-from .._engine.pixel_launch import _launch, _strides
+from .._engine.cell_grid import axes_of, cell_heuristic, over_cells, pointers_of
+from .._engine.pixel_grid import in_grains, over_pixels
 from .._engine.pixel_terms import Loss, Term, Walk, terms_of
 from .._engine.pixels import Record, no_lookups
 from .._engine.planes import ignored_class
@@ -56,19 +56,18 @@ def launch_matrix(
         return matrix
 
     def prepare() -> PreparedLaunch:
-        grid, arguments = _launch([LARGEST], "forward", logits, target)
+        programs, arguments = over_pixels([LARGEST], "forward", logits, target)
         constants = {
-            "logits_strides": _strides(logits, arguments["TILE"]),
-            "target_strides": _strides(target, arguments["TILE"]),
+            "logits_strides": in_grains(logits, arguments["TILE"]),
+            "target_strides": in_grains(target, arguments["TILE"]),
             "TERMS": _terms(logits, Walk(ignore_index, "sum")),
             "IGNORED": ignored_class(ignore_index, classes, target.dtype),
             "BINARY": logits.size(1) == 1,
             "BINS": _bins(classes),
             **arguments,
         }
-        return PreparedLaunch(
-            _confusion_matrix_kernel, grid, constants, arguments["TILE"].grain > 1
-        )
+        aligned = arguments["TILE"].grain > 1
+        return PreparedLaunch(_confusion_matrix_kernel, (programs,), constants, aligned)
 
     launch = prepared(("confusion_matrix", kind(logits), kind(target), ignore_index), prepare)
     with device_guard(logits):
@@ -86,18 +85,18 @@ def launch_label_matrix(
 
     def prepare() -> PreparedLaunch:
         # As a map of one channel.
-        grid, arguments = _launch([LARGEST], "forward", prediction.unsqueeze(1), target)
+        programs, arguments = over_pixels([LARGEST], "forward", prediction.unsqueeze(1), target)
         del arguments["full"]
         tile = arguments["TILE"]._replace(classes=classes)
         constants = {
-            "prediction_strides": _strides(prediction, tile),
-            "target_strides": _strides(target, tile),
+            "prediction_strides": in_grains(prediction, tile),
+            "target_strides": in_grains(target, tile),
             "IGNORED": ignored_class(ignore_index, classes, target.dtype),
             "BINS": _bins(classes),
             **arguments,
             "TILE": tile,
         }
-        return PreparedLaunch(_label_confusion_kernel, grid, constants, tile.grain > 1)
+        return PreparedLaunch(_label_confusion_kernel, (programs,), constants, tile.grain > 1)
 
     key = ("label_confusion", kind(prediction), kind(target), classes, ignore_index)
     launch = prepared(key, prepare)
@@ -122,13 +121,13 @@ def launch_prediction(
 
     def prepare() -> PreparedLaunch:
         # What is written lies as labels would that are read.
-        grid, arguments = _launch([LARGEST], "forward", logits, prediction)
+        programs, arguments = over_pixels([LARGEST], "forward", logits, prediction)
         constants = {
-            "logits_strides": _strides(logits, arguments["TILE"]),
+            "logits_strides": in_grains(logits, arguments["TILE"]),
             "TERMS": _terms(logits, Walk(None, "sum")),
             **arguments,
         }
-        return PreparedLaunch(_predict_kernel, grid, constants, arguments["TILE"].grain > 1)
+        return PreparedLaunch(_predict_kernel, (programs,), constants, arguments["TILE"].grain > 1)
 
     launch = prepared(("predict", kind(logits)), prepare)
     with device_guard(logits):
@@ -150,14 +149,13 @@ def _launch_cells(
     logits: torch.Tensor, labels: torch.Tensor, walk: Walk, matrix: torch.Tensor | None
 ) -> None:
     """Count interpolated logits against labels; without a matrix write what they predict there."""
-    rows, columns = _axes(logits, labels, walk.align_corners)
+    axes = axes_of(logits, labels, walk.align_corners)
     name = "prediction" if matrix is None else "target"
 
     def prepare() -> PreparedLaunch:
+        _, columns = axes
         configuration = cell_heuristic([LARGEST], "forward", columns.most)
-        programs, arguments = _forward_launch(
-            [LARGEST], logits, labels, walk, rows.most, columns.most, configuration
-        )
+        programs, arguments = over_cells([LARGEST], logits, labels, walk, axes, configuration)
         constants = {
             "logits_strides": logits.stride(),
             f"{name}_strides": labels.stride(),
@@ -175,13 +173,7 @@ def _launch_cells(
     if matrix is not None:
         tensors["matrix_ptr"] = matrix
     with device_guard(logits):
-        launch(
-            **tensors,
-            row_starts_ptr=rows.starts,
-            row_shares_ptr=rows.shares,
-            column_starts_ptr=columns.starts,
-            column_shares_ptr=columns.shares,
-        )
+        launch(**tensors, **pointers_of(axes))
 
 
 def _terms(logits: torch.Tensor, walk: Walk) -> Any:

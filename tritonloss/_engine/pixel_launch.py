@@ -1,0 +1,117 @@
+"""The launchers of all pixelwise losses, of one loss or of several in one read of the logits."""
+
+from __future__ import annotations
+
+import torch
+
+from .._core.backend import device_guard
+from .._core.prepared_launch import PreparedLaunch, kind, prepared
+from .cell_grid import axes_of, backward_over_cells, forward_over_cells, pointers_of
+from .pixel_grid import backward_over_pixels, forward_over_pixels
+from .pixel_terms import (
+    Kept,
+    Made,
+    Term,
+    Walk,
+    allocated,
+    key_of,
+    made,
+    numbers_of,
+    tables_of,
+    terms_of,
+)
+from .sums import sums_over
+
+
+def launch_forward(
+    terms: tuple[Term, ...], logits: torch.Tensor, target: torch.Tensor, walk: Walk, save: bool
+) -> tuple[torch.Tensor, Kept]:
+    """(the sum of the losses, what their backward pass needs if ``save``)."""
+    losses = [term.loss for term in terms]
+    if target.numel() == 0:  # no program runs, and so none comes last
+        loss, kept = allocated(made(losses, logits, target, walk, save), logits)
+        return loss.zero_(), kept._replace(scale=kept.scale.zero_())
+
+    def prepare() -> tuple[PreparedLaunch, int, tuple[Made, ...]]:
+        over = forward_over_pixels if walk.upsample is None else forward_over_cells
+        way = over(losses, logits, target, walk)
+        constants = {
+            **numbers_of(terms),
+            "programs": way.programs,
+            "TERMS": terms_of(terms, logits, walk, save),
+            "REDUCTION": walk.reduction,
+            **way.arguments,
+        }
+        launch = PreparedLaunch(way.kernel, (way.programs,), constants, way.aligned)
+        return launch, way.programs, made(losses, logits, target, walk, save)
+
+    key = (key_of(terms), kind(logits), kind(target), walk, save)
+    launch, programs, filled = prepared(key, prepare)
+    loss, kept = allocated(filled, logits)
+    own, other = tables_of(terms, logits)
+    rows = 2 * len(terms) + 1 if walk.reduction != "none" else 0
+    with device_guard(logits):
+        sums = sums_over(programs, rows, logits.device)
+        launch(
+            logits_ptr=logits,
+            target_ptr=target,
+            own_ptrs=own,
+            other_ptrs=other,
+            map_ptrs=kept.maps,
+            values_ptr=loss,
+            loss_ptr=loss,
+            scale_ptr=kept.scale,
+            scratch_ptr=sums["scratch_ptr"],
+            tickets_ptr=sums["tickets_ptr"],
+            **_axes(logits, target, walk),
+        )
+    return loss, kept
+
+
+def launch_backward(
+    terms: tuple[Term, ...],
+    upstream: torch.Tensor,
+    kept: Kept,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    walk: Walk,
+) -> torch.Tensor:
+    """The gradient of the logits."""
+    losses = [term.loss for term in terms]
+    grad_logits = torch.empty_like(logits)
+    if target.numel() == 0:
+        return grad_logits.zero_()
+    own, other = tables_of(terms, logits)
+
+    def prepare() -> tuple[PreparedLaunch, int]:
+        over = backward_over_pixels if walk.upsample is None else backward_over_cells
+        way = over(losses, logits, target, walk, (upstream, grad_logits))
+        known = terms_of(terms, logits, walk, save=True)
+        constants = {**numbers_of(terms), "TERMS": known, **way.arguments}
+        launch = PreparedLaunch(way.kernel, (way.programs,), constants, way.aligned)
+        return launch, sum(known.maps)
+
+    # The gradient's layout follows from that of the logits.
+    upstream_kind = kind(upstream) if walk.reduction == "none" else None
+    key = (key_of(terms), kind(logits), kind(target), upstream_kind, walk)
+    launch, maps = prepared(key, prepare)
+    with device_guard(logits):
+        launch(
+            upstream_ptr=upstream,
+            scale_ptr=kept.scale,
+            logits_ptr=logits,
+            target_ptr=target,
+            own_ptrs=own,
+            other_ptrs=other,
+            map_ptrs=kept.maps[:maps],
+            grad_ptr=grad_logits,
+            **_axes(logits, target, walk),
+        )
+    return grad_logits
+
+
+def _axes(logits: torch.Tensor, target: torch.Tensor, walk: Walk) -> dict[str, torch.Tensor]:
+    """The arguments that say where pixels lie between logits; none where they lie on them."""
+    if walk.upsample is None:
+        return {}
+    return pointers_of(axes_of(logits, target, walk.align_corners))
