@@ -15,6 +15,7 @@ from perf.compiling.facts import MAIN_TARGET, KernelFacts, pivoted
 from perf.compiling.targets import TARGETS
 from perf.measuring.counted import CountedMemory
 from perf.measuring.rows import Row
+from perf.operations.contract import operations
 from perf.report import upsampled
 from perf.report.page import Bars, Block, Card, Page, Paragraph, Picture, Section, Table
 from perf.report.picture import share_of_compiled
@@ -94,7 +95,7 @@ def _memory_card(report: Report) -> Card:
 
 
 def _counted_memory_card(report: Report) -> Card:
-    entries = first_per_op(_at_labels(report))
+    entries = first_per_op(_of_training(report))
     if not entries:
         return Card("not counted", "how much less memory")
     ratios = [entry.eager / max(entry.kernels, 1) for entry in entries]
@@ -105,9 +106,14 @@ def _counted_memory_card(report: Report) -> Card:
     return Card(f"{statistics.median(ratios):.1f}x less", "extra memory, counted", detail)
 
 
-def _at_labels(report: Report) -> list[CountedMemory]:
-    """What was counted of logits at the labels' resolution; the others have their own section."""
-    return [entry for entry in report.memory if not upsampled.is_upsampled(entry)]
+def _of_training(report: Report) -> list[CountedMemory]:
+    """What was counted of both passes, of logits at the labels' resolution.
+
+    Others have their own sections: in units of the logits they are not to be compared.
+    """
+    forward_only = {operation.name for operation in operations() if not operation.differentiable}
+    entries = [entry for entry in report.memory if entry.op not in forward_only]
+    return [entry for entry in entries if not upsampled.is_upsampled(entry)]
 
 
 def _machine_card(report: Report) -> Card:
@@ -185,16 +191,18 @@ def _offline_plots(report: Report) -> list[Block]:
             **share_of_compiled(entry),
             "eager": entry.eager / entry.input_bytes,
         }
-        for entry in first_per_op(_at_labels(report))
+        for entry in first_per_op(_of_training(report))
     }
     code: dict[str, dict[str, float]] = {}
+    first: dict[str, str] = {}
     for fact in report.facts:
-        if fact.target == MAIN_TARGET and fact.counts.totals:
+        is_first = first.setdefault(fact.op, fact.case) == fact.case
+        if is_first and fact.target == MAIN_TARGET and fact.counts.totals:
             most = max(count for _, count in fact.counts.totals)
             code.setdefault(words(fact.kernel), {"instructions": most})
     return [
         Bars("Extra memory, counted", "x the input's size", memory),
-        Bars("Instructions per output", f"compiled for {MAIN_TARGET}, not run", code),
+        Bars("Instructions per output, first case", f"compiled for {MAIN_TARGET}, not run", code),
     ]
 
 

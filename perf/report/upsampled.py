@@ -112,13 +112,18 @@ def is_upsampled(entry: CountedMemory) -> bool:
 
 
 def blocks(memory: Iterable[CountedMemory]) -> list[Block]:
-    """The report's section: memory of all such cases, float32 and contiguous ones as bars."""
-    entries = [entry for entry in memory if is_upsampled(entry)]
+    """The report's section: memory of all such losses, the plain cases as bars."""
+    plain = {(op.name, case.text): _sizes(op, case) for op, case in asked()}
+    losses = {name for name, _ in plain}
+    entries = [entry for entry in memory if is_upsampled(entry) and entry.op in losses]
     if not entries:
         return []
     shares = read().compiled.shares
-    plain = [entry for entry in entries if "float32 contiguous" in entry.case]
-    bars = {f"{words(e.op)}, {e.case}": _mebibytes(e, shares) for e in plain}
+    bars = {
+        f"{_name(entry)}, {' to '.join(plain[entry.op, entry.case])}": _mebibytes(entry, shares)
+        for entry in entries
+        if (entry.op, entry.case) in plain
+    }
     return [
         Paragraph(
             "The logits have a lower resolution than the labels and are interpolated within the "
@@ -141,8 +146,11 @@ def _rows(counted: Iterable[CountedMemory], shares: Mapping[str, float]) -> list
 def _row(entry: CountedMemory, sizes: Sequence[str], shares: Mapping[str, float]) -> list[str]:
     held = {name: f"{value:.0f} MiB" for name, value in _mebibytes(entry, shares).items()}
     times = f"{number(entry.eager / entry.kernels)}x"
-    name = words(entry.op.removesuffix("_upsampled"))
-    return [name, *sizes, held["kernels"], held.get("compile", ""), held["eager"], times]
+    return [_name(entry), *sizes, held["kernels"], held.get("compile", ""), held["eager"], times]
+
+
+def _name(entry: CountedMemory) -> str:
+    return words(entry.op.removesuffix("_upsampled"))
 
 
 def _mebibytes(entry: CountedMemory, shares: Mapping[str, float]) -> dict[str, float]:
