@@ -89,7 +89,7 @@ def test_whatever_the_tuner_tries_computes_the_same(direction: str, device: torc
         torch.testing.assert_close(gradient, results[0][1], rtol=1e-5, atol=1e-7)
 
 
-def axes(*sizes: int) -> tuple[cell_grid.AxisTables, cell_grid.AxisTables]:
+def axes(*sizes: int) -> cell_grid.Axes:
     height, width, rows, columns = sizes
     logits, target = torch.empty(1, 2, height, width), torch.empty(1, rows, columns)
     return cell_grid.axes_of(logits, target, align_corners=False)

@@ -64,31 +64,22 @@ def axis_tables(nodes: int, pixels: int, align_corners: bool, dtype: torch.dtype
     return AxisTables(starts, shares, int(starts.diff().max()))
 
 
-# The copies of tables, by the stream that has made them: another one might read them too early. All
+Axes = tuple[AxisTables, AxisTables]  # of rows and of columns
+# Copies of the tables, by the stream that has made them: another one might read them too early. All
 # are forgotten when there are so many.
-_copies: dict[Hashable, dict[int, AxisTables]] = {}
+_copies: dict[Hashable, dict[int, Axes]] = {}
 _MOST_COPIES = 512
 
 
-def axes_of(
-    logits: torch.Tensor, target: torch.Tensor, align_corners: bool
-) -> tuple[AxisTables, AxisTables]:
-    """The tables of rows and of columns, on the device of the logits.
+def axes_of(logits: torch.Tensor, target: torch.Tensor, align_corners: bool) -> Axes:
+    """The tables of rows and of columns, copied to the device of the logits by this stream.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and these sizes have not been seen before.
     """
-    dtype, device = compute_dtype(logits.dtype), logits.device
-    rows, columns = (
-        _copied((nodes, pixels, align_corners, dtype), device)
-        for nodes, pixels in zip(logits.shape[2:], target.shape[1:], strict=True)
-    )
-    return rows, columns
-
-
-def _copied(axis: tuple[int, int, bool, torch.dtype], device: torch.device) -> AxisTables:
-    """The tables of an axis, copied to the device by the current stream."""
-    copies, stream = _copies.get((axis, device), {}), stream_of(device)
+    device = logits.device
+    key = (logits.shape[2:], target.shape[1:], align_corners, logits.dtype, device)
+    copies, stream = _copies.get(key, {}), stream_of(device)
     if stream in copies:
         return copies[stream]
     if is_captured(device):
@@ -98,22 +89,27 @@ def _copied(axis: tuple[int, int, bool, torch.dtype], device: torch.device) -> A
                 "graph of it is captured"
             )
         return next(iter(copies.values()))  # the capture has waited for the stream of that run
-    tables = axis_tables(*axis)
     if len(_copies) >= _MOST_COPIES:
         _copies.clear()
-    found = AxisTables(
+    rows, columns = (
+        _copied(axis_tables(nodes, pixels, align_corners, compute_dtype(logits.dtype)), device)
+        for nodes, pixels in zip(logits.shape[2:], target.shape[1:], strict=True)
+    )
+    return _copies.setdefault(key, {}).setdefault(stream, (rows, columns))
+
+
+def _copied(tables: AxisTables, device: torch.device) -> AxisTables:
+    return AxisTables(
         tables.starts.to(device, non_blocking=True),
         tables.shares.to(device, non_blocking=True),
         tables.most,
     )
-    _copies.setdefault((axis, device), {})[stream] = found
-    return found
 
 
 # --- what kernels are given -----------------------------------------------------------------------
 
 
-def pointers_of(axes: tuple[AxisTables, AxisTables]) -> dict[str, torch.Tensor]:
+def pointers_of(axes: Axes) -> dict[str, torch.Tensor]:
     """The kernels' arguments for the tables of rows and of columns."""
     rows, columns = axes
     return {
@@ -198,7 +194,7 @@ def over_cells(
     logits: torch.Tensor,
     target: torch.Tensor,
     walk: Walk,
-    axes: tuple[AxisTables, AxisTables],
+    axes: Axes,
     configuration: Configuration | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """(programs, arguments) of a kernel that goes forward; tuned if no configuration is given."""
@@ -225,7 +221,7 @@ def _over_strips(
     logits: torch.Tensor,
     target: torch.Tensor,
     walk: Walk,
-    axes: tuple[AxisTables, AxisTables],
+    axes: Axes,
 ) -> tuple[int, dict[str, Any]]:
     """(programs, arguments) of the kernel that goes back."""
     highest, widest = (axis.most for axis in axes)
