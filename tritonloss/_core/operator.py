@@ -289,16 +289,14 @@ def can_reuse(tensor: Tensor) -> bool:
     return tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _apply_eagerly(function: Any, *arguments: Any) -> Any:
-    return function.apply(*arguments)
+def _apply(function: Any, *arguments: Any) -> Any:
+    """What an autograd.Function returns, untraced by torch.compile.
 
+    The import waits for the first transform: it brings in torch.compile, which most never use.
+    """
+    from .untraced import apply
 
-# Not to be traced, not even where torch.compile has left the caller itself uncompiled.
-_apply: Callable[..., Any] = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    _apply_eagerly,
-    reason="tritonloss: transforms of torch.func cannot be compiled around a loss; use "
-    "torch.compile inside of torch.func.grad, vjp or vmap, not around them",
-)
+    return apply(function, *arguments)
 
 
 def _holds_data(tensors: Sequence[Tensor | None]) -> bool:
