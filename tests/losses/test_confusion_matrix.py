@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import tritonloss
 from perf.measuring.memory import allocated_peak
 from tests.hostile import bounds_checked, filled
 from tests.oracle import LAYOUTS, as_layout, segmentation_case
+from tests.ranks import of_two_ranks
 from tritonloss import confusion_matrix, metrics, predict
 from tritonloss._core import checks
 from tritonloss._core.backend import INTERPRETED
@@ -318,22 +318,17 @@ def test_the_module_interpolates(device: torch.device) -> None:
     assert torch.equal(metric.compute(), confusion_matrix(logits, target, **options))
 
 
-def count_on_one_rank(rank: int, directory: str) -> None:
-    store = torch.distributed.FileStore(os.path.join(directory, "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def count_on_one_rank(rank: int) -> tuple[Tensor, Tensor]:
     metric = metrics.ConfusionMatrix(3)
     metric.update(torch.full((1, 2, 2), rank), torch.full((1, 2, 2), 2))
     metric.all_reduce()
     everywhere = metric.compute()
     metric.all_reduce(torch.distributed.group.WORLD)
-    torch.save((everywhere, metric.compute()), os.path.join(directory, f"{rank}.pt"))
-    torch.distributed.destroy_process_group()
+    return everywhere, metric.compute()
 
 
 def test_process_groups(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(count_on_one_rank, (str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        everywhere, again = torch.load(tmp_path / f"{rank}.pt")
+    for everywhere, again in of_two_ranks(count_on_one_rank, tmp_path):
         assert everywhere.tolist() == [[0, 0, 0], [0, 0, 0], [4, 4, 0]]
         assert torch.equal(again, 2 * everywhere)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonloss
 from tests.oracle import as_layout, segmentation_case
+from tests.ranks import of_two_ranks
 from tests.slices import OF_MAPS, as_a_number, is_pixelwise, is_upsampled
 from tritonloss._core import backend, configurations
 from tritonloss._core.example import Example, logits_and_target
@@ -166,12 +166,9 @@ def test_functional_call(loss: Loss, device: torch.device) -> None:
         assert torch.equal(parameter.grad, other[name].grad)
 
 
-def train_on_one_rank(rank: int, directory: str, device: str) -> None:
-    torch.set_num_threads(1)
+def gradients_on_one_rank(rank: int, device: str) -> dict[str, list[list[Tensor]]]:
     if device == "cpu":  # a process of its own, which conftest.py has not seen
         hasten_interpreter()
-    store = torch.distributed.FileStore(os.path.join(directory, "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     gradients = {}
     for loss in LOSSES.values():
         torch.manual_seed(0)
@@ -185,14 +182,12 @@ def train_on_one_rank(rank: int, directory: str, device: str) -> None:
         gradients[loss.__name__] = [
             [p.grad.cpu() for p in n.parameters()] for n in (parallel, network)
         ]
-    torch.save(gradients, os.path.join(directory, f"{rank}.pt"))
-    torch.distributed.destroy_process_group()
+    return gradients
 
 
 def test_two_processes(device: torch.device, tmp_path: Path) -> None:
     """DistributedDataParallel averages what each process has computed for itself."""
-    torch.multiprocessing.spawn(train_on_one_rank, (str(tmp_path), device.type), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    ranks = of_two_ranks(gradients_on_one_rank, tmp_path, device.type)
     for name in ranks[0]:
         for position in range(2):
             shared = [rank[name][0][position] for rank in ranks]

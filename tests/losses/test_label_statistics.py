@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 import kernels_reference
 import tritonloss
 from tests.oracle import LAYOUTS, as_layout
+from tests.ranks import of_two_ranks
 from tritonloss import MarginOffsets, count_labels, margin_offsets
 from tritonloss.metrics import label_statistics
 
@@ -190,9 +190,7 @@ def test_wrong_arguments() -> None:
         count_labels(labels, 2, progress=1)
 
 
-def count_on_one_rank(rank: int, directory: str) -> None:
-    store = torch.distributed.FileStore(os.path.join(directory, "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def count_on_one_rank(rank: int) -> tuple[Tensor, list[str], Tensor]:
     group = torch.distributed.group.WORLD
     counts = count_labels(torch.full((3,), rank), 3, process_group=group)
     messages = []
@@ -207,14 +205,12 @@ def count_on_one_rank(rank: int, directory: str) -> None:
             again = count_labels(labels, 3, process_group=group)
         except (ValueError, OSError, RuntimeError) as error:
             messages.append(f"{type(error).__name__}: {error}")
-    torch.save((counts, messages, again), os.path.join(directory, f"{rank}.pt"))
-    torch.distributed.destroy_process_group()
+    return counts, messages, again
 
 
 def test_process_group(tmp_path: Path) -> None:
     """The counts of all ranks; whatever goes wrong on one of them is an error on all."""
-    torch.multiprocessing.spawn(count_on_one_rank, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    ranks = of_two_ranks(count_on_one_rank, tmp_path)
     for counts, messages, again in ranks:
         assert counts.tolist() == [3, 3, 0] and again.tolist() == [2, 0, 0]
         assert len(messages) == 2
