@@ -289,14 +289,18 @@ def can_reuse(tensor: Tensor) -> bool:
     return tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _apply(function: Any, *arguments: Any) -> Any:
-    """What an autograd.Function returns, untraced by torch.compile.
+def _apply_eagerly(function: Any, *arguments: Any) -> Any:
+    return function.apply(*arguments)
 
-    The import waits for the first transform: it brings in torch.compile, which most never use.
-    """
-    from .untraced import apply
 
-    return apply(function, *arguments)
+# Not to be traced, not even where torch.compile has left the caller itself uncompiled. This is
+# torch.compiler.disable, but torch.compile, whose import takes a second, is not imported yet.
+_apply: Any = torch._disable_dynamo(_apply_eagerly)  # type: ignore[attr-defined]
+_apply._torchdynamo_disable = True
+_apply._torchdynamo_disable_msg = (
+    "tritonloss: transforms of torch.func cannot be compiled around a loss; use torch.compile "
+    "inside of torch.func.grad, vjp or vmap, not around them"
+)
 
 
 def _holds_data(tensors: Sequence[Tensor | None]) -> bool:
