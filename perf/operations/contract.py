@@ -347,7 +347,9 @@ def random_map(case: Case, device: torch.device, seed: int = 0) -> Tensor:
         batch, classes, height, width = case.shape.size
         wider = values.new_empty(batch, classes, height, width + 3)
         values = wider[..., 1 : 1 + width]  # no row is aligned
-    return values.normal_(0, 2, generator=_generator(device, seed))
+    if device.type == "meta":
+        return values  # has no values; asking for random ones imports torch.compile
+    return values.normal_(0, 2, generator=torch.Generator(device).manual_seed(seed))
 
 
 def random_labels(case: Case, device: torch.device, seed: int = 1) -> Tensor:
@@ -357,13 +359,16 @@ def random_labels(case: Case, device: torch.device, seed: int = 1) -> Tensor:
     Where there is one class, the labels are 0 and 1.
     """
     batch, classes, height, width = case.shape.size
+    dtype = getattr(torch, str(case.labels))
+    if device.type == "meta":
+        return torch.empty(batch, height, width, dtype=dtype, device=device)
     regions = (batch, -(-height // 32), -(-width // 32))
-    generator = _generator(device, seed)
+    generator = torch.Generator(device).manual_seed(seed)
     coarse = torch.randint(max(classes, 2), regions, device=device, generator=generator)
     ignored = torch.rand(regions, device=device, generator=generator) < 0.03
     coarse = torch.where(ignored, 255, coarse)
     fine = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, :height, :width]
-    return fine.to(getattr(torch, str(case.labels))).contiguous()
+    return fine.to(dtype).contiguous()
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
@@ -373,9 +378,3 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
 
 def _operations_of(slice_name: str) -> tuple[Operation, ...]:
     return tuple(importlib.import_module(slice_name).OPERATIONS)
-
-
-def _generator(device: torch.device, seed: int) -> torch.Generator | None:
-    if device.type == "meta":
-        return None
-    return torch.Generator(device).manual_seed(seed)
