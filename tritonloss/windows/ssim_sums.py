@@ -9,7 +9,7 @@ in two levels lose 1e-5, and small constants need those, of ``ssim_moments.py``.
 Of images q is d = x - y, less a mean of each lane's. Nothing cancels where they are nearly alike:
 with c the covariance of x and y, s_x + s_y = s_d + 2 c. The sums are those of x, d, x y and d^2.
 
-Of the loss q is d, about 0, or x, about its middle: see ``pivoted``. The sums are those of y, q,
+Of the loss q is d, about 0, or x, about its middle: see ``pivots_of``. The sums are those of y, q,
 y q and q^2. The variance of a label is E[y] (1 - E[y]), c = c_yd + s_y, and s_d = s_x + s_y - 2 c.
 """
 
@@ -24,7 +24,7 @@ from .._engine.math import plus
 from .._engine.strip_windows import filtered_column, filtered_row, repeated, window_of
 from .._engine.strips import widened, zeros
 from .ssim_moments import Pair, PairMoments, empty_history, next_moments
-from .ssim_values import leave_row, pivoted, row_values
+from .ssim_values import leave_row, pivots_of, row_values
 
 # In units of lighter outermost weights squares of large values would leave float32.
 _LEAST_WEIGHT = 1e-3
@@ -139,11 +139,8 @@ def _moments_of(sums, pair, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
 
 
 @triton.jit
-def _with_ones(pair, WINDOW: tl.constexpr):
-    """The pair with the sum of a window that is 1 everywhere, taken as all sums are.
-
-    Compilers know it and its inverse.
-    """
+def _ones_of(pair, WINDOW: tl.constexpr):
+    """The sum of a window that is 1 everywhere, taken as all sums are; compilers know it."""
     SIZE: tl.constexpr = WINDOW.size
     ALONG: tl.constexpr = WINDOW.along
     DOWN: tl.constexpr = WINDOW.down
@@ -154,20 +151,7 @@ def _with_ones(pair, WINDOW: tl.constexpr):
     ones = row * DOWN[0]
     for j in tl.static_range(1, SIZE):
         ones = plus(ones, row, DOWN[j])
-    return Pair(
-        x=pair.x,
-        y=pair.y,
-        classes=pair.classes,
-        height=pair.height,
-        width=pair.width,
-        window=pair.window,
-        exchange_ptr=pair.exchange_ptr,
-        pivot_x=pair.pivot_x,
-        pivot_d=pair.pivot_d,
-        share_of_y=pair.share_of_y,
-        ones=ones,
-        one=1.0 / ones,
-    )
+    return ones
 
 
 # --- device functions: either way -----------------------------------------------------------------
@@ -182,7 +166,13 @@ def begun(
     if SIMILARITY.careful:
         history = empty_history(pair, WINDOW, STRIP)
     else:
-        pair = pivoted(_with_ones(pair, WINDOW), program, rows, SIMILARITY, STRIP)
+        pivots = pivots_of(pair, program, rows, SIMILARITY, STRIP)
+        ones = _ones_of(pair, WINDOW)
+        pair = Pair(
+            x=pair.x, y=pair.y, classes=pair.classes, height=pair.height, width=pair.width,
+            window=pair.window, exchange_ptr=pair.exchange_ptr, pivot_x=pivots.x, pivot_d=pivots.d,
+            share_of_y=pivots.share_of_y, ones=ones, one=1.0 / ones,
+        )  # fmt: skip
         history = _empty_sums(pair, WINDOW, STRIP)
         if SIMILARITY.exchanged:
             leave_row(0, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
