@@ -102,7 +102,8 @@ def strip_launch(
 
 def lanes_of_row(shape: torch.Size, columns: int, in_lanes: bool) -> int:
     """How many lanes a row takes, of all channels if lanes run over those."""
-    return triton.cdiv(shape[3], columns) * (shape[1] if in_lanes else 1)
+    chunks = int(triton.cdiv(shape[3], columns))
+    return chunks * shape[1] if in_lanes else chunks
 
 
 def _fitted(configuration: Configuration, *needed: int) -> tuple[int, int]:

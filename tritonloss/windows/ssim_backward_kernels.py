@@ -199,9 +199,9 @@ def _coefficients_of(
     """The coefficients of the windows in column v; scale is the gradient of a dissimilarity."""
     C1: tl.constexpr = SIMILARITY.c1
     mean_x = moments.mean_x[v]
+    mean_y = moments.mean_y[v]
     mean_d = moments.mean_d[v]
     found = dissimilarities(moments, v, SIMILARITY, SQUARE)
-    mean_y = mean_x - mean_d
     to_structure = (2.0 * SQUARE) * scale * found.inverse_e
     if SIMILARITY.full:
         to_structure = to_structure * found.similar

@@ -106,6 +106,7 @@ def _moments_of(sums, pair, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
     """The moments of windows; variances in the square of the window's unit."""
     COLUMNS: tl.constexpr = STRIP.columns
     mean_x = ()
+    mean_y = ()
     mean_d = ()
     both = ()
     residual = ()
@@ -117,25 +118,27 @@ def _moments_of(sums, pair, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
             # The variance of y is E[y] (1 - E[y]), and exactly 0 where y is 1 in the whole window.
             variance_y = first * (pair.ones - first)
             covariance = sums.product[v] - d * first
-            mean_y = first * pair.one
+            y = first * pair.one
             missing = 1.0 - pair.share_of_y
-            shift_d = (d * pair.one + pair.pivot_d) - missing * mean_y
-            mean = shift_d + mean_y
+            shift_d = (d * pair.one + pair.pivot_d) - missing * y
+            x = shift_d + y
             variance_d += missing * (variance_y - 2.0 * covariance)
             covariance += pair.share_of_y * variance_y
             variances = variance_d + 2.0 * covariance
         else:
             shift_d = d * pair.one + pair.pivot_d
-            mean = first * pair.one + pair.pivot_x
+            x = first * pair.one + pair.pivot_x
+            y = x - shift_d
             covariance = sums.product[v] - first * (first - d)
             # Of large values rounding may leave a variance far below 0. NaN stays NaN.
             variance_d = tl.maximum(variance_d, 0.0, propagate_nan=tl.PropagateNan.ALL)
             variances = tl.maximum(variance_d + 2.0 * covariance, 0.0)
-        mean_x = mean_x + (mean,)
+        mean_x = mean_x + (x,)
+        mean_y = mean_y + (y,)
         mean_d = mean_d + (shift_d,)
         both = both + (variances,)
         residual = residual + (variance_d,)
-    return PairMoments(mean_x=mean_x, mean_d=mean_d, both=both, residual=residual)
+    return PairMoments(mean_x=mean_x, mean_y=mean_y, mean_d=mean_d, both=both, residual=residual)
 
 
 @triton.jit
