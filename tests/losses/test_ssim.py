@@ -195,9 +195,11 @@ def test_lanes_exchange_their_pixels(window_size: int, device: torch.device) -> 
     check_loss(logits, target, window_size=window_size)
 
 
+@pytest.mark.parametrize("width", [520, 1000])
 @pytest.mark.shipped_sizes
-def test_lanes_exchange_their_pixels_in_shipped_programs(device: torch.device) -> None:
-    logits, target = segmentation_case((1, 1, 4, 520), device=device)
+def test_lanes_exchange_their_pixels_in_shipped_programs(width: int, device: torch.device) -> None:
+    """Five programs of 32 lanes, or two of 128."""
+    logits, target = segmentation_case((1, 1, 4, width), device=device)
     check_loss(logits, target, window_size=11)
 
 

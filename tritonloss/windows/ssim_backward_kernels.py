@@ -104,10 +104,11 @@ def _wait_for(counter_ptr, count):
 def _count_one(counter_ptr):
     """Count this program, once all of its threads have stored.
 
-    On NVIDIA's GPUs a barrier orders what all threads did before it, and a release by one of them
-    releases all of that. On AMD's a release waits for the stores of its own wave alone, and writes
-    back what has arrived in the cache by then; a barrier waits for no store. So there a program has
-    one wave (see the launcher), whose stores are all waited for.
+    On NVIDIA's GPUs what all threads did before a barrier is released by any of them after it. On
+    AMD's a release waits for the stores of its own wave alone, and then writes back what the cache
+    holds. A barrier waits for no store there, since the waves of a program share the cache nearest
+    to them: another wave's stores may be on their way while the count is raised already. So there a
+    program has one wave (see the launcher), and the release has waited for everything.
     """
     tl.debug_barrier()
     tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
