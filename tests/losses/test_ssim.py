@@ -203,6 +203,13 @@ def test_lanes_exchange_their_pixels_in_shipped_programs(width: int, device: tor
     check_loss(logits, target, window_size=11)
 
 
+@pytest.mark.shipped_sizes
+def test_labels_of_64_bits_whose_rows_begin_anywhere(device: torch.device) -> None:
+    """Of the largest window, whose configuration is another one."""
+    logits, target = segmentation_case((1, 2, 4, 13), device=device)
+    check_loss(logits, target.long(), window_size=11)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 1, 4)], ids=str)
 def test_maps_smaller_than_the_window(shape: tuple[int, ...], device: torch.device) -> None:
     check_loss(*segmentation_case(shape, device=device), window_size=5)

@@ -435,10 +435,12 @@ def operator_of(direction: str, options: Options) -> str:
     return "ssim_loss_backward" if of_loss else f"ssim_{direction}"
 
 
-def ssim_heuristic(direction: str, options: Options, is_plain: bool = True) -> Configuration:
+def ssim_heuristic(
+    direction: str, options: Options, aligned: bool = True, wide: bool = False
+) -> Configuration:
     """A configuration that is always valid, for a pass with these options.
 
-    ``is_plain``: rows are aligned, and labels have no 64 bits.
+    ``aligned`` says whether rows are, ``wide`` whether labels have 64 bits.
     """
     window_size = options.window_size
     backward = direction == "backward"
@@ -449,7 +451,11 @@ def ssim_heuristic(direction: str, options: Options, is_plain: bool = True) -> C
             configuration["COLUMNS"] = 2  # the adjoint of four maps would not fit the registers
         if backward and window_size == 7:
             configuration["UNROLL"] = 1  # with 2, ptxas takes 168 registers and spills 16 bytes
-        if backward and window_size <= 3 and not is_plain:
+        if window_size > 7 and wide and not aligned:
+            # Of the loss, whose labels take twice the registers: ptxas would spill 16 bytes, and 8
+            # going backward with four columns a row at a time.
+            configuration |= {"COLUMNS": 2} if backward else {"UNROLL": 1}
+        if backward and window_size <= 3 and (wide or not aligned):
             configuration["UNROLL"] = 1  # with 2, ptxas takes 96 registers and spills 8 bytes
         if not backward and window_size <= 3 and options.padding == "valid":
             configuration["UNROLL"] = 1  # with 2, ptxas takes 72 registers and spills 8 bytes
@@ -465,8 +471,8 @@ def ssim_heuristic(direction: str, options: Options, is_plain: bool = True) -> C
 def _configuration(
     direction: str, x: torch.Tensor, y: torch.Tensor, options: Options
 ) -> Configuration:
-    is_plain = y.dtype != torch.int64 and grain_of(4, x, y) > 1
-    heuristic = ssim_heuristic(direction, options, is_plain)
+    aligned, wide = grain_of(4, x, y) > 1, y.dtype == torch.int64
+    heuristic = ssim_heuristic(direction, options, aligned, wide)
     return strip_configuration(operator_of(direction, options), x, options.window_size, heuristic)
 
 
