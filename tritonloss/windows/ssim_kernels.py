@@ -148,10 +148,9 @@ def _ssim_forward_kernel(
                     counts = valid[v]
                 else:
                     counts = program.chunk * COLUMNS + v < limit
-                # Selected sums become additions that are executed or not, one instruction each.
-                more = dissimilarity_sum + different
-                dissimilarity_sum = tl.where(counts, more, dissimilarity_sum)
-                count = tl.where(counts, count + 1.0, count)
+                weight = tl.where(counts, 1.0, 0.0).to(count.dtype)
+                dissimilarity_sum += different * weight
+                count += weight
                 similarities = similarities + (1.0 - different,)
             if MAPPED:
                 store_columns(map_plane, row, similarities, STRIP)

@@ -451,10 +451,8 @@ def ssim_heuristic(
             configuration["COLUMNS"] = 2  # the adjoint of four maps would not fit the registers
         if backward and window_size == 7:
             configuration["UNROLL"] = 1  # with 2, ptxas takes 168 registers and spills 16 bytes
-        if window_size > 7 and wide and not aligned:
-            # Of the loss, whose labels take twice the registers: ptxas would spill 16 bytes, and 8
-            # going backward with four columns a row at a time.
-            configuration |= {"COLUMNS": 2} if backward else {"UNROLL": 1}
+        if window_size > 7 and not aligned and (wide or isinstance(options, ImageOptions)):
+            configuration["COLUMNS"] = 2  # with 4, ptxas takes 255 registers and spills 24 bytes
         if backward and window_size <= 3 and (wide or not aligned):
             configuration["UNROLL"] = 1  # with 2, ptxas takes 96 registers and spills 8 bytes
         if not backward and window_size <= 3 and options.padding == "valid":
