@@ -60,7 +60,7 @@ def moved(x: Tensor, shift: int, count: int, columns: int, other: int = 0) -> Te
     """What the kernel makes of maps [N, 1, H, W]: [N, count, H, W]."""
     out = torch.full((x.size(0), count, *x.shape[2:]), 111, device=x.device).to(x.dtype)
     configuration = {**CONFIGURATION, "COLUMNS": columns}
-    grid, arguments = strip_launch(x.shape, configuration, "zeros", x, out, fitted=True)
+    grid, arguments = strip_launch(x.shape, configuration, "zeros", x, out)
     strip = arguments["STRIP"]
     with device_guard(x):
         _moved_kernel[grid](
@@ -110,9 +110,10 @@ def test_rows_that_begin_anywhere(
 @pytest.mark.parametrize("lanes", [(128, 4), (256, 4)], ids=str)
 def test_programs_fit_the_width(lanes: tuple[int, int]) -> None:
     """Few lanes lie beyond the last column, in programs of four warps wherever that allows it."""
+    configuration = {"LANES": lanes[0], "num_warps": lanes[1]}
     smallest = lanes[0] // lanes[1]
     for needed in range(1, 3000):
-        fitted, warps = _fitted(*lanes, needed)
+        fitted, warps = _fitted(configuration, needed)
         assert fitted // warps == smallest
         total = triton.cdiv(needed, fitted) * fitted
         least = triton.cdiv(needed, smallest) * smallest
@@ -120,8 +121,13 @@ def test_programs_fit_the_width(lanes: tuple[int, int]) -> None:
         assert warps in (1, 4)  # a width more would be a kernel more
         if warps == 1:
             assert triton.cdiv(needed, lanes[0]) * lanes[0] > least * 17 / 16
-    assert _fitted(128, 4, 513 // 4 + 1) == (32, 1)
-    assert _fitted(128, 4, 512) == (128, 4)
+
+    configuration = {"LANES": 128, "num_warps": 4}
+    assert _fitted(configuration, 513 // 4 + 1) == (32, 1)
+    assert _fitted(configuration, 512) == (128, 4)
+    # of two maps together: 256 + 512 lanes against 160 + 512, and 256 + 4096 against 160 + 4096
+    assert _fitted(configuration, 513 // 4 + 1, 512) == (32, 1)
+    assert _fitted(configuration, 513 // 4 + 1, 4096) == (128, 4)
 
 
 # --- what a warp moves at a time ------------------------------------------------------------------

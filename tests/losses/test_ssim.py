@@ -195,10 +195,19 @@ def test_lanes_exchange_their_pixels(window_size: int, device: torch.device) -> 
     check_loss(logits, target, window_size=window_size)
 
 
+@pytest.mark.parametrize("width", [520, 1000])
 @pytest.mark.shipped_sizes
-def test_lanes_exchange_their_pixels_in_shipped_programs(device: torch.device) -> None:
-    logits, target = segmentation_case((1, 1, 4, 520), device=device)
+def test_lanes_exchange_their_pixels_in_shipped_programs(width: int, device: torch.device) -> None:
+    """Five programs of 32 lanes, or two of 128."""
+    logits, target = segmentation_case((1, 1, 4, width), device=device)
     check_loss(logits, target, window_size=11)
+
+
+@pytest.mark.shipped_sizes
+def test_labels_of_64_bits_whose_rows_begin_anywhere(device: torch.device) -> None:
+    """Of the largest window, whose configuration is another one."""
+    logits, target = segmentation_case((1, 2, 4, 13), device=device)
+    check_loss(logits, target.long(), window_size=11)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 1, 4)], ids=str)

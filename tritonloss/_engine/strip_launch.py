@@ -69,21 +69,20 @@ def strip_launch(
     configuration: Configuration,
     padding: str,
     *maps: torch.Tensor,
-    fitted: bool = False,
+    fitting: Sequence[int] = (),
 ) -> tuple[tuple[int], dict[str, Any]]:
     """(grid, arguments) of a kernel that covers maps of ``shape`` [N, C, H, W] with strips.
 
     ``maps`` are all tensors that it loads or stores. The first decides whether lanes are channels.
-    ``fitted`` says whether programs may have fewer warps than they are configured for wherever that
-    leaves fewer lanes beyond the last column; else that is done for maps narrower than a program.
+    Programs have fewer warps than they are configured for wherever that leaves far fewer lanes
+    beyond the last column. ``fitting`` are the lanes that a row takes, of each of the maps whose
+    programs are to have as many; by default of these alone.
     """
     images, channels, height, width = shape
     columns, rows = int(configuration["COLUMNS"]), int(configuration["ROWS"])
-    lanes, warps = int(configuration["LANES"]), int(configuration["num_warps"])
     in_lanes = channels_in_lanes(maps[0])
-    needed = triton.cdiv(width, columns) * (channels if in_lanes else 1)
-    filled = needed if fitted else min(triton.next_power_of_2(needed), lanes)
-    lanes, warps = _fitted(lanes, warps, filled)
+    needed = lanes_of_row(shape, columns, in_lanes)
+    lanes, warps = _fitted(configuration, *(fitting or (needed,)))
 
     # Mirrored columns are loaded one by one, which makes the code long enough without unrolling.
     mirrored = padding in ("reflect", "replicate")
@@ -101,15 +100,22 @@ def strip_launch(
     }
 
 
-def _fitted(lanes: int, warps: int, needed: int) -> tuple[int, int]:
-    """Lanes and warps of a program: those given, or a quarter if that leaves far fewer idle.
+def lanes_of_row(shape: torch.Size, columns: int, in_lanes: bool) -> int:
+    """How many lanes a row takes, of all channels if lanes run over those."""
+    chunks = int(triton.cdiv(shape[3], columns))
+    return chunks * shape[1] if in_lanes else chunks
+
+
+def _fitted(configuration: Configuration, *needed: int) -> tuple[int, int]:
+    """Lanes and warps of a program: those configured, or a quarter if that leaves far fewer idle.
 
     Of 129 lanes, a row of 513 columns, two programs of four warps would leave 127 idle. A third
     choice would be one more kernel to compile.
     """
+    lanes, warps = int(configuration["LANES"]), int(configuration["num_warps"])
     quarters = (0, 2) if warps >= 4 else range(warps.bit_length())
     choices = [(lanes >> halvings, warps >> halvings) for halvings in quarters]
-    totals = [triton.cdiv(needed, lanes) * lanes for lanes, _ in choices]
+    totals = [sum(triton.cdiv(row, lanes) * lanes for row in needed) for lanes, _ in choices]
     return choices[next(i for i, total in enumerate(totals) if total * 16 <= min(totals) * 17)]
 
 

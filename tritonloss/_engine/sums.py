@@ -105,7 +105,8 @@ def _element(sums, row, index):
 def _takes_last(ticket_ptr, count):
     """Whether this ticket is the last of ``count``; then the counter is 0 again."""
     # All threads of the program have stored before one of them takes the ticket, so that whoever
-    # sees the ticket sees what they have stored.
+    # sees the ticket sees what they have stored. On AMD's GPUs that holds for the wave that takes
+    # the ticket: scalars, which is all that is left, are stored by the same thread.
     tl.debug_barrier()
     is_last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == count - 1
     if is_last:

@@ -100,7 +100,7 @@ def _forward_launch(x: torch.Tensor, mean: torch.Tensor, options: Options) -> Pr
         window_size,
         _forward_heuristic(window_size, channels_in_lanes(x)),
     )
-    grid, launch = strip_launch(mean.shape, configuration, padding, x, mean, fitted=True)
+    grid, launch = strip_launch(mean.shape, configuration, padding, x, mean)
     arguments = {
         "x_strides": strides(x, launch["STRIP"]),
         "mean_strides": strides(mean, launch["STRIP"]),
@@ -158,7 +158,7 @@ def _backward_launch(
     if padding in ("reflect", "replicate"):
         configuration["COLUMNS"] = 1  # only the streamed row folds the images outside back in
     grid, launch = strip_launch(
-        x.shape, configuration, padding, x, mean, grad_mean, grad_variance, grad_x, fitted=True
+        x.shape, configuration, padding, x, mean, grad_mean, grad_variance, grad_x
     )
     strip = launch["STRIP"]
     window = window_of(window_size, sigma, padding)

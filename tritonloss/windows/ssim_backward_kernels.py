@@ -37,8 +37,8 @@ from .._engine.strips import (
     zeros,
 )
 from .ssim_adjoint import adjoint_rows, folded_column
-from .ssim_kernels import second_plane_of
-from .ssim_moments import Pair, dissimilarities, load_pair
+from .ssim_kernels import Maps, pair_of
+from .ssim_moments import dissimilarities, load_pair
 from .ssim_sums import advanced, begun
 from .ssim_values import exchange_of, valid_columns
 
@@ -78,19 +78,6 @@ class Gradients(NamedTuple):
     rows: Any
 
 
-class Maps(NamedTuple):
-    """The two maps that are compared, and their size."""
-
-    x: Any  # pointers
-    y: Any
-    x_strides: Any
-    y_strides: Any
-    classes: Any
-    height: Any
-    width: Any
-    window: Any  # its size
-
-
 class Units(NamedTuple):
     """How the planes are cut into units, and units into tiles."""
 
@@ -107,7 +94,7 @@ class Units(NamedTuple):
 @triton.jit
 def _wait_for(counter_ptr, count):
     """Wait until the counter is at ``count``: all that was stored before it was is then seen."""
-    seen = count - 1
+    seen = tl.zeros_like(count)
     while seen < count:
         seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()
@@ -115,7 +102,14 @@ def _wait_for(counter_ptr, count):
 
 @triton.jit
 def _count_one(counter_ptr):
-    """Count this program, once all of its threads have stored."""
+    """Count this program, once all of its threads have stored.
+
+    On NVIDIA's GPUs what all threads did before a barrier is released by any of them after it. On
+    AMD's a release waits for the stores of its own wave alone, and then writes back what the cache
+    holds. A barrier waits for no store there, since the waves of a program share the cache nearest
+    to them: another wave's stores may be on their way while the count is raised already. So there a
+    program has one wave (see the launcher), and the release has waited for everything.
+    """
     tl.debug_barrier()
     tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
 
@@ -157,25 +151,6 @@ def _programs_of(unit, tile, place, units, STRIP: tl.constexpr):
         first_row=first_row,
     )  # fmt: skip
     return program, in_ring
-
-
-@triton.jit
-def _pair_of(maps, program, exchange_ptr, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
-    """The planes of both maps that a program works on."""
-    return Pair(
-        x=plane_of(maps.x, maps.x_strides, program, STRIP),
-        y=second_plane_of(maps.y, maps.y_strides, program, SIMILARITY, STRIP),
-        classes=maps.classes,
-        height=maps.height,
-        width=maps.width,
-        window=maps.window,
-        exchange_ptr=exchange_ptr,
-        pivot_x=0.0,
-        pivot_d=0.0,
-        share_of_y=1.0,
-        ones=1.0,
-        one=1.0,
-    )
 
 
 @triton.jit
@@ -225,9 +200,9 @@ def _coefficients_of(
     """The coefficients of the windows in column v; scale is the gradient of a dissimilarity."""
     C1: tl.constexpr = SIMILARITY.c1
     mean_x = moments.mean_x[v]
+    mean_y = moments.mean_y[v]
     mean_d = moments.mean_d[v]
     found = dissimilarities(moments, v, SIMILARITY, SQUARE)
-    mean_y = mean_x - mean_d
     to_structure = (2.0 * SQUARE) * scale * found.inverse_e
     if SIMILARITY.full:
         to_structure = to_structure * found.similar
@@ -420,19 +395,31 @@ def _ssim_backward_kernel(
     step = ticket // (out_tiles + tiles)
     tile = ticket % (out_tiles + tiles)
     stored_ptr = progress_ptr + 2  # tiles of coefficients of unit u at 2 u, of gradients after it
-    maps = Maps(
-        x=x_ptr, y=y_ptr, x_strides=x_strides, y_strides=y_strides, classes=classes, height=height,
-        width=width, window=window,
-    )  # fmt: skip
-    # a tile of coefficients, in the place of an earlier unit
-    if tile < out_tiles:
-        if step < units:
-            if step >= ring:
-                _wait_for(stored_ptr + (2 * (step - ring) + 1), tiles)
-            cut = Units(unit_channels, units_of_image, classes, out_rows, out_tiles_x)
-            program, in_ring = _programs_of(step, tile, step % ring, cut, OUT_STRIP)
-            exchange = exchange_of(exchange_ptr, step % ring * out_tiles + tile, OUT_STRIP)
-            pair = _pair_of(maps, program, exchange, SIMILARITY, OUT_STRIP)
+    is_first = tile < out_tiles  # of coefficients
+    unit = tl.where(is_first, step, step - lag)
+    if (unit >= 0) & (unit < units):
+        # Gradients wait for their coefficients, and those for the unit whose place they take.
+        earlier = tl.where(is_first, 2 * tl.maximum(unit - ring, 0) + 1, 2 * unit)
+        awaited = tl.where(is_first, tl.where(unit >= ring, tiles, 0), out_tiles)
+        _wait_for(stored_ptr + earlier, awaited)
+
+        # the tile's planes; lanes and grain are those of both strips
+        tile = tl.where(is_first, tile, tile - out_tiles)
+        cut = Units(
+            unit_channels, units_of_image, classes, tl.where(is_first, out_rows, rows),
+            tl.where(is_first, out_tiles_x, tiles_x),
+        )  # fmt: skip
+        program, in_ring = _programs_of(unit, tile, unit % ring, cut, OUT_STRIP)
+        maps = Maps(
+            x=x_ptr, y=y_ptr, x_strides=x_strides, y_strides=y_strides, classes=classes,
+            height=height, width=width, window=window,
+        )  # fmt: skip
+        exchange = exchange_of(exchange_ptr, unit % ring * out_tiles + tile, OUT_STRIP)
+        pair = pair_of(maps, program, exchange, SIMILARITY, OUT_STRIP)
+        planes = _coefficient_planes(
+            coefficients_ptr, coefficient_strides, coefficient_stride, in_ring, OUT_STRIP
+        )
+        if is_first:
             upstream = Upstream(
                 rows=out_rows,
                 value=_value_of(grad_ptr, scale_ptr, dtype, PASS),
@@ -440,21 +427,11 @@ def _ssim_backward_kernel(
                 height=out_height,
                 width=out_width,
             )
-            planes = _coefficient_planes(
-                coefficients_ptr, coefficient_strides, coefficient_stride, in_ring, OUT_STRIP
-            )
             _store_coefficients(
                 pair, program, planes, upstream, PASS, SIMILARITY, WINDOW, OUT_STRIP
             )
-            _count_one(stored_ptr + 2 * step)
-    else:  # a tile of gradients, from coefficients that are complete
-        unit = step - lag
-        if (unit >= 0) & (unit < units):
-            _wait_for(stored_ptr + 2 * unit, out_tiles)
-            tile -= out_tiles
-            cut = Units(unit_channels, units_of_image, classes, rows, tiles_x)
-            program, in_ring = _programs_of(unit, tile, unit % ring, cut, STRIP)
-            pair = _pair_of(maps, program, exchange_ptr, SIMILARITY, STRIP)
+            _count_one(stored_ptr + 2 * unit)
+        else:
             gradients = Gradients(
                 rows=rows,
                 x=plane_of(grad_x_ptr, grad_x_strides, program, STRIP),
@@ -462,9 +439,6 @@ def _ssim_backward_kernel(
                 out_height=out_height,
                 out_width=out_width,
             )
-            planes = _coefficient_planes(
-                coefficients_ptr, coefficient_strides, coefficient_stride, in_ring, STRIP
-            )
             _store_gradients(pair, program, planes, gradients, PASS, SIMILARITY, WINDOW, STRIP)
-            _count_one(stored_ptr + (2 * unit + 1))
+            _count_one(stored_ptr + 2 * unit + 1)
     _put_back(progress_ptr, units, programs)

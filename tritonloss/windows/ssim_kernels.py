@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -20,17 +22,47 @@ from .ssim_moments import Pair, dissimilarities, dissimilarity
 from .ssim_sums import advanced, begun
 from .ssim_values import exchange_of, valid_columns
 
-# --- forward --------------------------------------------------------------------------------------
+
+class Maps(NamedTuple):
+    """The two maps that are compared, and their size."""
+
+    x: Any  # pointers
+    y: Any
+    x_strides: Any
+    y_strides: Any
+    classes: Any
+    height: Any
+    width: Any
+    window: Any  # its size
 
 
 @triton.jit
-def second_plane_of(y_ptr, y_strides, program, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
+def _second_plane_of(y_ptr, y_strides, program, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
     """The plane of labels, or of the other image."""
     if SIMILARITY.from_logits:
         plane = label_plane_of(y_ptr, y_strides, program, STRIP)
     else:
         plane = plane_of(y_ptr, y_strides, program, STRIP)
     return plane
+
+
+@triton.jit
+def pair_of(maps, program, exchange_ptr, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
+    """The planes of both maps that a program works on."""
+    return Pair(
+        x=plane_of(maps.x, maps.x_strides, program, STRIP),
+        y=_second_plane_of(maps.y, maps.y_strides, program, SIMILARITY, STRIP),
+        classes=maps.classes,
+        height=maps.height,
+        width=maps.width,
+        window=maps.window,
+        exchange_ptr=exchange_ptr,
+        pivot_x=0.0,
+        pivot_d=0.0,
+        share_of_y=1.0,
+        ones=1.0,
+        one=1.0,
+    )
 
 
 @triton.jit
@@ -80,20 +112,12 @@ def _ssim_forward_kernel(
     UNROLL: tl.constexpr = STRIP.unroll
     SQUARE: tl.constexpr = 1.0 if SIMILARITY.careful else WINDOW.unit * WINDOW.unit
     program = _of_rows(rows, strip_program(channels, tiles_x, tiles_y, STRIP), STRIP)
-    pair = Pair(
-        x=plane_of(x_ptr, x_strides, program, STRIP),
-        y=second_plane_of(y_ptr, y_strides, program, SIMILARITY, STRIP),
-        classes=channels,
-        height=height,
-        width=width,
-        window=window,
-        exchange_ptr=exchange_of(exchange_ptr, tl.program_id(0), STRIP),
-        pivot_x=0.0,
-        pivot_d=0.0,
-        share_of_y=1.0,
-        ones=1.0,
-        one=1.0,
-    )
+    maps = Maps(
+        x=x_ptr, y=y_ptr, x_strides=x_strides, y_strides=y_strides, classes=channels, height=height,
+        width=width, window=window,
+    )  # fmt: skip
+    exchange = exchange_of(exchange_ptr, tl.program_id(0), STRIP)
+    pair = pair_of(maps, program, exchange, SIMILARITY, STRIP)
     map_plane = plane_of(result_ptr, result_strides, program, STRIP)
 
     # row by row: moments, dissimilarities, their sums

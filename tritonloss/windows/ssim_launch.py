@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .._core.backend import device_guard
+from .._core.backend import device_guard, warp_size
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._engine.planes import compute_dtype
@@ -16,6 +16,7 @@ from .._engine.strip_launch import (
     grain_of,
     ignored_class,
     label_strides,
+    lanes_of_row,
     strides,
     strip_configuration,
     strip_heuristic,
@@ -31,7 +32,8 @@ from .ssim_values import exchanged_elements, is_exchanged
 
 # The bytes of the coefficient maps that exist at a time, unless a single plane has more.
 SCRATCH_BYTES = 256 * 2**20
-# How many programs a large GPU runs at a time, two on each of 132 processors; about twice as many.
+# How many programs of four warps a large GPU runs at a time, two on each of 132 processors; about
+# twice as many.
 AT_A_TIME = 264
 ENOUGH = 500
 # The smallest constants for plain sums, whose error is 1e-7 for probabilities.
@@ -196,7 +198,7 @@ def _forward_plan(
     (programs,), launch = strip_launch(shape, configuration, options.padding, *moved)
     strip = launch["STRIP"]
     of_a_row = programs // launch["tiles_y"]
-    rows = rows_of(strip, shape[2], of_a_row, ENOUGH)
+    rows = rows_of(strip.rows, shape[2], of_a_row, _programs(ENOUGH, launch["num_warps"]))
     launch["tiles_y"] = triton.cdiv(shape[2], rows)
     programs = of_a_row * launch["tiles_y"]
     comparison = options.comparison(x, y, strip)
@@ -279,18 +281,12 @@ def _backward_plan(tensors: tuple[torch.Tensor, ...], options: Options) -> _Back
     moved = [x, y, some, grad_x]
     moved += [grad] if kinds.mapped else []
     moved += [grad_y] if kinds.both else []
-    configuration = _configuration("backward", x, y, options)
-    out = _Tiles.of(out_shape, channels, min(units, most), configuration, options.padding, moved)
-    if options.padding == "reflect":
-        configuration["COLUMNS"] = 1  # only the streamed row folds the images outside back in
-    own = _Tiles.of(x.shape, channels, min(units, most), configuration, options.padding, moved)
-    lanes, warps = max((out.strip.lanes, out.warps), (own.strip.lanes, own.warps))
-    out, own = out.with_lanes(lanes), own.with_lanes(lanes)
+    out, own = _tiles((out_shape, x.shape), channels, min(units, most), x, y, options, moved)
     comparison = options.comparison(x, y, out.strip)
 
     # The gradients of a unit follow its coefficients after so many units that those in between keep
     # the GPU busy until all of the unit's coefficients are stored.
-    lag = triton.cdiv(AT_A_TIME, out.programs + own.programs) + 1
+    lag = triton.cdiv(_programs(AT_A_TIME, own.warps), out.programs + own.programs) + 1
     ring = min(most, units, 2 * lag)
     lag = ring // 2
     scratch = (maps, ring, channels, *out_shape[2:])
@@ -327,7 +323,7 @@ def _backward_plan(tensors: tuple[torch.Tensor, ...], options: Options) -> _Back
         "OUT_STRIP": out.strip,
         "STRIP": own.strip,
         "PASS": kinds,
-        "num_warps": warps,
+        "num_warps": own.warps,
         "enable_fp_fusion": True,
     }
     aligned = own.strip.grain > 1
@@ -370,47 +366,61 @@ class _Tiles(NamedTuple):
     strip: Strip
     warps: int
     rows: int  # of a program
-    chunks: int  # in a row, of all channels that lanes run over
     tiles_x: int
     programs: int
 
-    @staticmethod
-    def of(
-        shape: torch.Size,
-        channels: int,
-        units: int,
-        configuration: Configuration,
-        padding: str,
-        moved: list[torch.Tensor],
-    ) -> _Tiles:
-        """The tiles of maps of ``shape``, ``units`` units of ``channels`` channels at a time.
 
-        ``moved`` are all tensors that are loaded or stored.
-        """
-        (_,), launch = strip_launch(
-            torch.Size((1, channels, *shape[2:])), configuration, padding, *moved
-        )
-        strip: Strip = launch["STRIP"]
-        chunks = triton.cdiv(shape[3], strip.columns) * (channels if strip.channels_in_lanes else 1)
-        rows = rows_of(strip, shape[2], launch["tiles_x"] * units, AT_A_TIME)
-        programs = launch["tiles_x"] * triton.cdiv(shape[2], rows)
-        return _Tiles(strip, launch["num_warps"], rows, chunks, launch["tiles_x"], programs)
+def _tiles(
+    shapes: tuple[torch.Size, torch.Size],
+    channels: int,
+    units: int,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    options: Options,
+    moved: list[torch.Tensor],
+) -> tuple[_Tiles, _Tiles]:
+    """The tiles of the coefficients and of the gradients, maps of these shapes.
 
-    def with_lanes(self, lanes: int) -> _Tiles:
-        """The same tiles with ``lanes`` lanes in a program."""
-        tiles_x = triton.cdiv(self.chunks, lanes)
-        programs = self.programs // self.tiles_x * tiles_x
-        return self._replace(
-            strip=self.strip._replace(lanes=lanes), tiles_x=tiles_x, programs=programs
-        )
+    ``units`` units of ``channels`` channels are worked on at a time; ``moved`` are all tensors that
+    are loaded or stored.
+    """
+    configuration = _configuration("backward", x, y, options)
+    most_warps = int(configuration["num_warps"])
+    if warp_size() == 64:  # an AMD GPU, on which programs of one wave count right: _count_one
+        lanes = int(configuration["LANES"]) // most_warps
+        configuration |= {"LANES": lanes, "num_warps": 1}
+    # Only the streamed row folds the images outside back in.
+    folded = {"COLUMNS": 1} if options.padding == "reflect" else {}
+    configurations = configuration, {**configuration, **folded}
+    planes = [torch.Size((1, channels, *shape[2:])) for shape in shapes]
+    fitting = [
+        lanes_of_row(plane, int(configuration["COLUMNS"]), channels_in_lanes(x))
+        for plane, configuration in zip(planes, configurations, strict=True)
+    ]
+    tiles = []
+    for plane, configuration in zip(planes, configurations, strict=True):
+        _, launch = strip_launch(plane, configuration, options.padding, *moved, fitting=fitting)
+        strip, warps, tiles_x = launch["STRIP"], launch["num_warps"], launch["tiles_x"]
+        # As many narrow programs have to be at work as fill the GPU, and the scratch holds them
+        # all. It takes no more memory if they are half as high.
+        rows = strip.rows // 2 if warps < most_warps else strip.rows
+        rows = rows_of(rows, plane[2], tiles_x * units, _programs(AT_A_TIME, warps))
+        programs = tiles_x * triton.cdiv(plane[2], rows)
+        tiles.append(_Tiles(strip, warps, rows, tiles_x, programs))
+    return tiles[0], tiles[1]
 
 
-def rows_of(strip: Strip, height: int, others: int, wanted: int) -> int:
-    """The rows of a program: about the strip's, shared out evenly, an even number.
+def _programs(count: int, warps: int) -> int:
+    """How many programs of so many warps keep a GPU as busy as ``count`` of four."""
+    return count * max(1, 4 // warps)
+
+
+def rows_of(rows: int, height: int, others: int, wanted: int) -> int:
+    """The rows of a program: about so many, shared out evenly, an even number.
 
     There are fewer rows where the strips times ``others`` would be fewer programs than ``wanted``.
     """
-    strips = max(1, -(-(height - strip.rows // 8) // strip.rows))
+    strips = max(1, -(-(height - rows // 8) // rows))
     while strips * 16 < height and strips * others < wanted:
         strips *= 2
     return 2 * -(-height // (2 * strips))
@@ -425,10 +435,12 @@ def operator_of(direction: str, options: Options) -> str:
     return "ssim_loss_backward" if of_loss else f"ssim_{direction}"
 
 
-def ssim_heuristic(direction: str, options: Options, is_plain: bool = True) -> Configuration:
+def ssim_heuristic(
+    direction: str, options: Options, aligned: bool = True, wide: bool = False
+) -> Configuration:
     """A configuration that is always valid, for a pass with these options.
 
-    ``is_plain``: rows are aligned, and labels have no 64 bits.
+    ``aligned`` says whether rows are, ``wide`` whether labels have 64 bits.
     """
     window_size = options.window_size
     backward = direction == "backward"
@@ -439,7 +451,9 @@ def ssim_heuristic(direction: str, options: Options, is_plain: bool = True) -> C
             configuration["COLUMNS"] = 2  # the adjoint of four maps would not fit the registers
         if backward and window_size == 7:
             configuration["UNROLL"] = 1  # with 2, ptxas takes 168 registers and spills 16 bytes
-        if backward and window_size <= 3 and not is_plain:
+        if window_size > 7 and not aligned and (wide or isinstance(options, ImageOptions)):
+            configuration["COLUMNS"] = 2  # with 4, ptxas takes 255 registers and spills 24 bytes
+        if backward and window_size <= 3 and (wide or not aligned):
             configuration["UNROLL"] = 1  # with 2, ptxas takes 96 registers and spills 8 bytes
         if not backward and window_size <= 3 and options.padding == "valid":
             configuration["UNROLL"] = 1  # with 2, ptxas takes 72 registers and spills 8 bytes
@@ -455,8 +469,8 @@ def ssim_heuristic(direction: str, options: Options, is_plain: bool = True) -> C
 def _configuration(
     direction: str, x: torch.Tensor, y: torch.Tensor, options: Options
 ) -> Configuration:
-    is_plain = y.dtype != torch.int64 and grain_of(4, x, y) > 1
-    heuristic = ssim_heuristic(direction, options, is_plain)
+    aligned, wide = grain_of(4, x, y) > 1, y.dtype == torch.int64
+    heuristic = ssim_heuristic(direction, options, aligned, wide)
     return strip_configuration(operator_of(direction, options), x, options.window_size, heuristic)
 
 

@@ -56,14 +56,24 @@ class Values(NamedTuple):
     valid: Any
 
 
-class PairMoments(NamedTuple):
-    """Moments of a row, or of whole windows, a tensor per column; or what is kept of rows before.
+class RowMoments(NamedTuple):
+    """Moments along a row, a tensor per column; or what is kept of the rows before.
 
     What is kept of them is the row means of SIZE - 1 rows, and the unfinished vertical sums of the
     spreads.
     """
 
     mean_x: Any
+    mean_d: Any
+    both: Any  # variance of x + variance of y
+    residual: Any  # variance of d
+
+
+class PairMoments(NamedTuple):
+    """Moments of whole windows, a tensor per column."""
+
+    mean_x: Any
+    mean_y: Any
     mean_d: Any
     both: Any  # variance of x + variance of y
     residual: Any  # variance of d
@@ -154,7 +164,7 @@ def _row_moments_of_pair(
         mean_d = mean_d + (d[v + SIZE // 2] + shift_d,)
         both = both + (spread,)
         residual = residual + (spread_d,)
-    return PairMoments(mean_x=mean_x, mean_d=mean_d, both=both, residual=residual)
+    return RowMoments(mean_x=mean_x, mean_d=mean_d, both=both, residual=residual)
 
 
 @triton.jit
@@ -185,7 +195,7 @@ def _streamed_moments_of_pair(
             second_d += step_d * step_d * weight
     first_y = first_x - first_d
     both = second_both - (first_x * first_x + first_y * first_y)
-    return PairMoments(
+    return RowMoments(
         mean_x=(x + first_x,),
         mean_d=(d + first_d,),
         both=(both,),
@@ -198,7 +208,7 @@ def empty_history(pair, WINDOW: tl.constexpr, STRIP: tl.constexpr):
     """What a strip carries before its first row."""
     ROWS: tl.constexpr = (WINDOW.size - 1) * STRIP.columns
     rows = repeated(zeros(pair.x, STRIP), ROWS)
-    return PairMoments(mean_x=rows, mean_d=rows, both=rows, residual=rows)
+    return RowMoments(mean_x=rows, mean_d=rows, both=rows, residual=rows)
 
 
 @triton.jit
@@ -232,6 +242,7 @@ def next_moments(
     means_x = history.mean_x + along.mean_x
     means_d = history.mean_d + along.mean_d
     mean_x = ()
+    mean_y = ()
     mean_d = ()
     variance_both = ()
     variance_d = ()
@@ -241,10 +252,13 @@ def next_moments(
         )
         mean_x = mean_x + (means_x[RADIUS * COLUMNS + v] + shift_x,)
         mean_d = mean_d + (means_d[RADIUS * COLUMNS + v] + shift_d,)
+        mean_y = mean_y + (mean_x[v] - mean_d[v],)
         variance_both = variance_both + (both[v] + spread,)
         variance_d = variance_d + (residual[v] + spread_d,)
-    moments = PairMoments(mean_x=mean_x, mean_d=mean_d, both=variance_both, residual=variance_d)
-    history = PairMoments(
+    moments = PairMoments(
+        mean_x=mean_x, mean_y=mean_y, mean_d=mean_d, both=variance_both, residual=variance_d
+    )
+    history = RowMoments(
         mean_x=without_oldest(means_x, SIZE, COLUMNS),
         mean_d=without_oldest(means_d, SIZE, COLUMNS),
         both=sums_both,
@@ -264,10 +278,8 @@ def dissimilarity(moments, v: tl.constexpr, SIMILARITY: tl.constexpr, SQUARE: tl
     C2: tl.constexpr = SIMILARITY.c2 * SQUARE
     structure = moments.both[v] + C2
     if SIMILARITY.full:
-        mean_x = moments.mean_x[v]
-        mean_d = moments.mean_d[v]
-        squared = mean_d * mean_d
-        twice_product = 2.0 * mean_x * (mean_x - mean_d) + C1
+        squared = moments.mean_d[v] * moments.mean_d[v]
+        twice_product = 2.0 * moments.mean_x[v] * moments.mean_y[v] + C1
         numerator = squared * structure + moments.residual[v] * twice_product
         result = numerator * inverse((squared + twice_product) * structure)
     else:
@@ -290,10 +302,8 @@ def dissimilarities(moments, v: tl.constexpr, SIMILARITY: tl.constexpr, SQUARE: 
     """The Dissimilarities of column v: 1 - S_1, 1 - S_2 and their inverse divisors (Eq. 6)."""
     C1: tl.constexpr = SIMILARITY.c1
     C2: tl.constexpr = SIMILARITY.c2 * SQUARE
-    mean_x = moments.mean_x[v]
-    mean_d = moments.mean_d[v]
-    squared = mean_d * mean_d
-    twice_product = 2.0 * mean_x * (mean_x - mean_d) + C1
+    squared = moments.mean_d[v] * moments.mean_d[v]
+    twice_product = 2.0 * moments.mean_x[v] * moments.mean_y[v] + C1
     inverse_d = inverse(squared + twice_product)
     inverse_e = inverse(moments.both[v] + C2)
     return Dissimilarities(

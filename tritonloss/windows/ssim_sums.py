@@ -9,7 +9,7 @@ in two levels lose 1e-5, and small constants need those, of ``ssim_moments.py``.
 Of images q is d = x - y, less a mean of each lane's. Nothing cancels where they are nearly alike:
 with c the covariance of x and y, s_x + s_y = s_d + 2 c. The sums are those of x, d, x y and d^2.
 
-Of the loss q is d, about 0, or x, about its middle: see ``pivoted``. The sums are those of y, q,
+Of the loss q is d, about 0, or x, about its middle: see ``pivots_of``. The sums are those of y, q,
 y q and q^2. The variance of a label is E[y] (1 - E[y]), c = c_yd + s_y, and s_d = s_x + s_y - 2 c.
 """
 
@@ -24,7 +24,7 @@ from .._engine.math import plus
 from .._engine.strip_windows import filtered_column, filtered_row, repeated, window_of
 from .._engine.strips import widened, zeros
 from .ssim_moments import Pair, PairMoments, empty_history, next_moments
-from .ssim_values import leave_row, pivoted, row_values
+from .ssim_values import leave_row, pivots_of, row_values
 
 # In units of lighter outermost weights squares of large values would leave float32.
 _LEAST_WEIGHT = 1e-3
@@ -106,6 +106,7 @@ def _moments_of(sums, pair, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
     """The moments of windows; variances in the square of the window's unit."""
     COLUMNS: tl.constexpr = STRIP.columns
     mean_x = ()
+    mean_y = ()
     mean_d = ()
     both = ()
     residual = ()
@@ -117,33 +118,32 @@ def _moments_of(sums, pair, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
             # The variance of y is E[y] (1 - E[y]), and exactly 0 where y is 1 in the whole window.
             variance_y = first * (pair.ones - first)
             covariance = sums.product[v] - d * first
-            mean_y = first * pair.one
+            y = first * pair.one
             missing = 1.0 - pair.share_of_y
-            shift_d = (d * pair.one + pair.pivot_d) - missing * mean_y
-            mean = shift_d + mean_y
+            shift_d = (d * pair.one + pair.pivot_d) - missing * y
+            x = shift_d + y
             variance_d += missing * (variance_y - 2.0 * covariance)
             covariance += pair.share_of_y * variance_y
             variances = variance_d + 2.0 * covariance
         else:
             shift_d = d * pair.one + pair.pivot_d
-            mean = first * pair.one + pair.pivot_x
+            x = first * pair.one + pair.pivot_x
+            y = x - shift_d
             covariance = sums.product[v] - first * (first - d)
             # Of large values rounding may leave a variance far below 0. NaN stays NaN.
             variance_d = tl.maximum(variance_d, 0.0, propagate_nan=tl.PropagateNan.ALL)
             variances = tl.maximum(variance_d + 2.0 * covariance, 0.0)
-        mean_x = mean_x + (mean,)
+        mean_x = mean_x + (x,)
+        mean_y = mean_y + (y,)
         mean_d = mean_d + (shift_d,)
         both = both + (variances,)
         residual = residual + (variance_d,)
-    return PairMoments(mean_x=mean_x, mean_d=mean_d, both=both, residual=residual)
+    return PairMoments(mean_x=mean_x, mean_y=mean_y, mean_d=mean_d, both=both, residual=residual)
 
 
 @triton.jit
-def _with_ones(pair, WINDOW: tl.constexpr):
-    """The pair with the sum of a window that is 1 everywhere, taken as all sums are.
-
-    Compilers know it and its inverse.
-    """
+def _ones_of(pair, WINDOW: tl.constexpr):
+    """The sum of a window that is 1 everywhere, taken as all sums are; compilers know it."""
     SIZE: tl.constexpr = WINDOW.size
     ALONG: tl.constexpr = WINDOW.along
     DOWN: tl.constexpr = WINDOW.down
@@ -154,20 +154,7 @@ def _with_ones(pair, WINDOW: tl.constexpr):
     ones = row * DOWN[0]
     for j in tl.static_range(1, SIZE):
         ones = plus(ones, row, DOWN[j])
-    return Pair(
-        x=pair.x,
-        y=pair.y,
-        classes=pair.classes,
-        height=pair.height,
-        width=pair.width,
-        window=pair.window,
-        exchange_ptr=pair.exchange_ptr,
-        pivot_x=pair.pivot_x,
-        pivot_d=pair.pivot_d,
-        share_of_y=pair.share_of_y,
-        ones=ones,
-        one=1.0 / ones,
-    )
+    return ones
 
 
 # --- device functions: either way -----------------------------------------------------------------
@@ -182,7 +169,13 @@ def begun(
     if SIMILARITY.careful:
         history = empty_history(pair, WINDOW, STRIP)
     else:
-        pair = pivoted(_with_ones(pair, WINDOW), program, rows, SIMILARITY, STRIP)
+        pivots = pivots_of(pair, program, rows, SIMILARITY, STRIP)
+        ones = _ones_of(pair, WINDOW)
+        pair = Pair(
+            x=pair.x, y=pair.y, classes=pair.classes, height=pair.height, width=pair.width,
+            window=pair.window, exchange_ptr=pair.exchange_ptr, pivot_x=pivots.x, pivot_d=pivots.d,
+            share_of_y=pivots.share_of_y, ones=ones, one=1.0 / ones,
+        )  # fmt: skip
         history = _empty_sums(pair, WINDOW, STRIP)
         if SIMILARITY.exchanged:
             leave_row(0, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)

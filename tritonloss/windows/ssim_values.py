@@ -28,12 +28,20 @@ from .._engine.strips import (
     widened,
     zeros,
 )
-from .ssim_moments import Pair, load_pair
+from .ssim_moments import load_pair
 
 # Columns that are kept of either neighbour of a strip: whole chunks, and as many as a radius.
 _BESIDE = tl.constexpr(8)
 # Smaller windows read few pixels of their neighbours' more than once.
 _LEAST_WINDOW = 7
+
+
+class Pivots(NamedTuple):
+    """What plain sums are taken about."""
+
+    x: Any  # of the sums of x
+    d: Any  # of those of d
+    share_of_y: Any  # d is x - y if it is 1, x if it is 0
 
 
 class RowValues(NamedTuple):
@@ -48,8 +56,8 @@ class RowValues(NamedTuple):
 
 
 @triton.jit
-def pivoted(pair, program, rows, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
-    """The pair with what its sums are taken about, from samples down each chunk's first column.
+def pivots_of(pair, program, rows, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
+    """What the sums of a pair are taken about, from samples down each chunk's first column.
 
     Of images the means of four pixels. Of the loss, while no x is far from the others, sums of x
     about their middle, whatever y is. Else of d about 0: it is small where a class is predicted
@@ -79,20 +87,7 @@ def pivoted(pair, program, rows, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
     else:
         share = zeros(pair.x, STRIP) + 1.0
     finite = (x - x == 0.0) & (d - d == 0.0)
-    return Pair(
-        x=pair.x,
-        y=pair.y,
-        classes=pair.classes,
-        height=pair.height,
-        width=pair.width,
-        window=pair.window,
-        exchange_ptr=pair.exchange_ptr,
-        pivot_x=tl.where(finite, x, 0.0),
-        pivot_d=tl.where(finite, d, 0.0),
-        share_of_y=share,
-        ones=pair.ones,
-        one=pair.one,
-    )
+    return Pivots(x=tl.where(finite, x, 0.0), d=tl.where(finite, d, 0.0), share_of_y=share)
 
 
 @triton.jit

@@ -190,7 +190,7 @@ def _forward_plan(
 ) -> _ForwardPlan:
     moved = (logits, target, stored) if options.store else (logits, target)
     configuration = _configuration("structural_similarity_forward", logits, options.window_size)
-    grid, launch = strip_launch(logits.shape, configuration, options.padding, *moved, fitted=True)
+    grid, launch = strip_launch(logits.shape, configuration, options.padding, *moved)
     strip = launch["STRIP"]
     bce_weight, rest = _halves(options.bce_weight)
     arguments = {
@@ -251,7 +251,7 @@ def _backward_plan(
     if not options.reweight:
         configuration["UNROLL"] = 1  # two rows at a time would spill 8 bytes on sm_80
     grid, launch = strip_launch(
-        logits.shape, configuration, options.padding, logits, target, grad_logits, fitted=True
+        logits.shape, configuration, options.padding, logits, target, grad_logits
     )
     strip = launch["STRIP"]
     arguments = {
@@ -300,7 +300,7 @@ def _stored_plan(
     moved = (logits, target, stored)
     if grain_of(int(configuration["COLUMNS"]), *moved) == 1 and not channels_in_lanes(logits):
         configuration["COLUMNS"] = 1  # so that neighbouring lanes have neighbouring pixels
-    grid, launch = strip_launch(logits.shape, configuration, "zeros", *moved, fitted=True)
+    grid, launch = strip_launch(logits.shape, configuration, "zeros", *moved)
     arguments = {
         "logits_strides": strides(logits, launch["STRIP"]),
         "target_strides": label_strides(target, launch["STRIP"]),
