@@ -180,6 +180,7 @@ def _rooms(plan: Plan, grad_logits: torch.Tensor) -> _Rooms:
 class _LagGradient(NamedTuple):
     """The gradient of interior and border, with one table of taps per border class."""
 
+    arithmetic: torch.dtype
     taps: PreparedLaunch
     taps_shape: tuple[int, int, int]
     interior: PreparedLaunch
@@ -193,7 +194,7 @@ class _LagGradient(NamedTuple):
         saved: Saved,
         out: _Places,
     ) -> None:
-        taps = saved.statistics.new_empty(self.taps_shape)
+        taps = first.new_empty(self.taps_shape, dtype=self.arithmetic)
         self.taps(grad_loss_ptr=grad_loss, weights_ptr=saved.weights, taps_ptr=taps)
         for correlate in (self.interior, self.border):
             if correlate is not None:
@@ -233,8 +234,10 @@ def _lag_gradient(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -
             _rmi_border_kernel,
             (planes, triton.cdiv(pixels, 128)),
             {**arguments, "REGION": region, "LANES": 128, "num_warps": 4},
+            aligned=False,  # values are moved one by one
         )
     return _LagGradient(
+        plan.arithmetic,
         PreparedLaunch(_rmi_taps_kernel, (planes, span**2), taps),
         (planes, span**2, 2 * span**2 + 1),
         PreparedLaunch(_rmi_interior_kernel, (planes, bands, blocks), interior),
@@ -284,7 +287,10 @@ def _direct_gradient(
     }
     # All programs are on the first axis of the grid: the others take at most 65535.
     grid = (plan.planes * blocks,)
-    return _DirectGradient(PreparedLaunch(_rmi_direct_gradient_kernel, grid, {**arguments, **own}))
+    # Values are moved one by one.
+    return _DirectGradient(
+        PreparedLaunch(_rmi_direct_gradient_kernel, grid, {**arguments, **own}, aligned=False)
+    )
 
 
 # --- gradient to the logits -----------------------------------------------------------------------
@@ -329,7 +335,8 @@ def _expand(plan: Plan, share: _Share, arguments: dict[str, Any]) -> PreparedLau
     if plan.options.samples:
         blocks = triton.cdiv(plan.width, arguments["LANES"])
         grid: tuple[int, ...] = (share.images * plan.height, blocks)
-        return PreparedLaunch(_rmi_sample_backward_kernel, grid, {**arguments, **own})
+        arguments = {**arguments, **own}
+        return PreparedLaunch(_rmi_sample_backward_kernel, grid, arguments, aligned=False)
     grid = cell_grid(share.images, share.classes, plan.width, arguments)
     # Cells begin anywhere: they are moved pixel by pixel.
     return PreparedLaunch(_rmi_expand_kernel, grid, {**arguments, **own}, aligned=False)

@@ -20,7 +20,7 @@ from .._engine.math import LOG2_E, inverse, sanitised_label
 SIZES = (
     "channels", "first_image", "first_class", "classes", "height", "width", "pooled_height",
     "pooled_width", "cell_rows", "programs", "blocks", "bands", "parts", "images", "chunks",
-    "window_rows", "window_columns", "split", "strips",
+    "window_rows", "window_columns", "split", "strips", "cells", "centred",
 )  # fmt: skip
 
 
@@ -334,6 +334,13 @@ def load_slope(features, row, column, READING: tl.constexpr, SHIFT: tl.constexpr
         y = tl.where(positive, 1.0, 0.0).to(dtype)
         slope = larger * smaller
     return residual, y, slope
+
+
+@triton.jit
+def scale_of_entropy(grad_loss_ptr, statistics_ptr, dtype: tl.constexpr):
+    """What the cross entropy's gradient is multiplied by, in the dtype of the arithmetic."""
+    scale = tl.load(grad_loss_ptr).to(tl.float64) * tl.load(statistics_ptr)
+    return scale.to(dtype)
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from .features import (
     logit_gradient,
     plane_of,
     pointer_to,
+    scale_of_entropy,
 )
 
 # --- device functions -----------------------------------------------------------------------------
@@ -136,7 +137,7 @@ def _rmi_taps_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _rmi_interior_kernel(
     grad_loss_ptr,  # []
-    statistics_ptr,  # [1]: bce_weight / V
+    statistics_ptr,  # [1] float64: bce_weight / V
     first_ptr,  # residuals [N, C, h, w], or logits
     second_ptr,  # labels [N, C, h, w], or target [N, h, w]
     taps_ptr,  # as in _rmi_taps_kernel
@@ -157,7 +158,7 @@ def _rmi_interior_kernel(
     Unfinished rows are in registers. A lane has a chunk of columns; if these are several, residuals
     and slopes are kept until their row is finished.
     """
-    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    dtype: tl.constexpr = taps_ptr.dtype.element_ty
     REGION: tl.constexpr = STRIP.region
     COLUMNS: tl.constexpr = STRIP.columns
     LANES: tl.constexpr = STRIP.lanes
@@ -171,7 +172,7 @@ def _rmi_interior_kernel(
     column = REGION - 1 + (tl.program_id(2) * LANES + tl.arange(0, LANES)) * COLUMNS
     place = tl.minimum(column, width - REGION + 1 - COLUMNS)  # for all loads: none needs a mask
     first_row = REGION - 1 + tl.program_id(1) * STRIP.rows
-    entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
+    entropy_scale = scale_of_entropy(grad_loss_ptr, statistics_ptr, dtype)
     residual_taps, label_taps, constant = _middle_taps(taps_ptr, plane, REGION)
     pending = ()
     for _q in tl.static_range(SPAN * COLUMNS):
@@ -250,12 +251,13 @@ def _rmi_border_kernel(
     SPAN: tl.constexpr = 2 * REGION - 1
     TAPS: tl.constexpr = SPAN * SPAN
     BAND: tl.constexpr = 2 * (REGION - 1)
+    dtype: tl.constexpr = taps_ptr.dtype.element_ty
     plane = tl.program_id(0).to(tl.int64)
     features = features_of(
         first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0, READING
     )
     out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
-    entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
+    entropy_scale = scale_of_entropy(grad_loss_ptr, statistics_ptr, dtype)
 
     # where the program's pixels are: rows first, then what columns have beside them
     pixel = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -285,7 +287,7 @@ def _rmi_border_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _rmi_direct_gradient_kernel(
     grad_loss_ptr,  # []
-    statistics_ptr,  # [1]: bce_weight / V
+    statistics_ptr,  # [1] float64: bce_weight / V
     first_ptr,  # as in _rmi_interior_kernel
     second_ptr,
     kept_ptr,  # [N, window_rows, window_columns], if DROP
@@ -312,7 +314,8 @@ def _rmi_direct_gradient_kernel(
 
     It is summed in float64: with few regions the matrices are nearly singular, and weights large.
     """
-    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    element: tl.constexpr = first_ptr.dtype.element_ty
+    dtype: tl.constexpr = tl.float64 if element == tl.float64 else tl.float32
     AREA: tl.constexpr = REGION * REGION
     plane = (tl.program_id(0) // blocks).to(tl.int64)
     image = plane // channels
@@ -320,7 +323,7 @@ def _rmi_direct_gradient_kernel(
         first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0, READING
     )
     out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
-    entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
+    entropy_scale = scale_of_entropy(grad_loss_ptr, statistics_ptr, dtype)
     window_rows = height - REGION + 1
     window_columns = width - REGION + 1
     weights = weights_ptr + plane * ((2 * AREA + 1) * AREA)

@@ -141,7 +141,7 @@ def _rmi_lags_kernel(
     second_ptr,  # labels [N, C, h, w], or target [N, h, w]
     center_ptr,  # [N * C], if CENTRED
     lags_ptr,  # [N * C, bands * blocks, LAGS] float64
-    partials_ptr,  # [2, parts]: sums of the cross entropy and of the valid pixels
+    partials_ptr,  # [2, parts] float64: sums of the cross entropy and of the valid pixels
     first_strides,
     second_strides,
     channels,
@@ -355,15 +355,14 @@ def _rmi_frame_kernel(
     line = tl.program_id(1) // SHARES
     share = tl.program_id(1) % SHARES
     size = (height, width)
-    dtype: tl.constexpr = partials_ptr.dtype.element_ty
-    entropy = tl.zeros((1,), dtype)
+    entropy = tl.zeros((1,), tl.float64)
     valid = tl.zeros((1,), tl.int32)
     if line < LINES:  # a line
         if LINES > 0:
             of_line, count = _add_line(
                 features, cells, size, line, share * STRIP.depth, STRIP, READING
             )
-            entropy += of_line.to(dtype)
+            entropy += of_line.to(tl.float64)
             valid += count
     else:  # the corners, and the core's total in the middle cell
         BLOCK: tl.constexpr = 32 if REGION < 4 else 8  # larger regions have more corners
@@ -379,7 +378,7 @@ def _rmi_frame_kernel(
             of_corners, are_valid = _cross_entropy(
                 features, row, column, is_corner & (row < tl.where(share == 0, height, 0)), READING
             )
-            entropy += tl.sum(of_corners).to(dtype)
+            entropy += tl.sum(of_corners).to(tl.float64)
             valid += tl.sum(are_valid)
     if not READING.pooled:
         partial = partials_ptr + (tl.num_programs(0) * strips).to(tl.int64)
