@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from perf.operations.contract import Given, KernelNotes, LoopNotes, share_of_the_map
+from tritonloss.regions.lag_sums import RUN
 from tritonloss.regions.pooling_kernels import FACTORS
 
 
@@ -105,9 +106,12 @@ KERNELS = {
         (
             LoopNotes(
                 "rows",
-                "_add_core",
+                "_add_core.i",
                 lambda g: g["STRIP.rows"] / _passes(g),
                 unroll=_rows_at_once,
+            ),
+            LoopNotes(
+                "runs", "_add_core.first", lambda g: g["STRIP.rows"] / RUN.value / _passes(g)
             ),
             LoopNotes(
                 "valid pixels",
