@@ -92,7 +92,11 @@ def _backward(
         "width": plan.columns,
         "split": rooms.waiting.planes,
     }
-    gradient = (_direct_gradient if plan.is_direct else _lag_gradient)(plan, logits, shared)
+    gradient: _LagGradient | _DirectGradient
+    if plan.is_direct:
+        gradient = _direct_gradient(plan, shared)
+    else:
+        gradient = _lag_gradient(plan, logits, target, shared)
     expand: tuple[PreparedLaunch | None, ...] = ()
     if plan.has_maps:
         arguments = _expand_arguments(plan, logits, target, grad_logits)
@@ -209,7 +213,9 @@ class _LagGradient(NamedTuple):
                 )
 
 
-def _lag_gradient(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -> _LagGradient:
+def _lag_gradient(
+    plan: Plan, logits: torch.Tensor, target: torch.Tensor, arguments: dict[str, Any]
+) -> _LagGradient:
     """The launches of the gradient by correlation; ``arguments`` are those of both maps."""
     options, planes = plan.options, plan.planes
     region = options.region_size
@@ -222,7 +228,7 @@ def _lag_gradient(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -
         "num_warps": 1,
         "enable_fp_fusion": True,
     }
-    launch = core_strip("rmi_gradient", plan, logits)
+    launch = core_strip("rmi_gradient", plan, logits, target)
     strip = launch["STRIP"]
     bands = triton.cdiv(plan.rows - span + 1, strip.rows)
     blocks = triton.cdiv(plan.columns - span + 1, strip.lanes * strip.columns)
@@ -240,7 +246,7 @@ def _lag_gradient(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -
         plan.arithmetic,
         PreparedLaunch(_rmi_taps_kernel, (planes, span**2), taps),
         (planes, span**2, 2 * span**2 + 1),
-        PreparedLaunch(_rmi_interior_kernel, (planes, bands, blocks), interior),
+        PreparedLaunch(_rmi_interior_kernel, (planes, bands, blocks), interior, aligned=False),
         border,
     )
 
@@ -270,9 +276,7 @@ class _DirectGradient(NamedTuple):
         )
 
 
-def _direct_gradient(
-    plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]
-) -> _DirectGradient:
+def _direct_gradient(plan: Plan, arguments: dict[str, Any]) -> _DirectGradient:
     options = plan.options
     blocks = triton.cdiv(plan.rows * plan.columns, 128)
     own = {

@@ -228,14 +228,14 @@ def _lag_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Lag
     lags = 4 * region * span + 2
     centred = not _sums_in_double(plan, logits.device)
     middle = 0.0 if centred or plan.has_maps else 0.5
-    launch = core_strip("rmi_moments", plan, logits)
+    launch = core_strip("rmi_moments", plan, logits, target)
     strip = launch["STRIP"]
     bands = triton.cdiv(plan.rows - span + 1, strip.rows)
     blocks = triton.cdiv(plan.columns - span + 1, strip.lanes * strip.columns)
     strips = bands * blocks
     # Larger regions have too many lags and corners for the registers of one warp.
     depth, warps = (region, 1) if region < 4 else (1, 4 if region > 4 and plan.has_maps else 2)
-    line = strip._replace(depth=depth, columns=1, lanes=32 * warps, rows=1)
+    line = strip._replace(depth=depth, columns=1, lanes=32 * warps, rows=1, grain=1)
     lines = (4 * (region - 1) + strip.spare + 1) * (region // line.depth)
     programs = 0 if plan.has_maps else plan.planes * (strips + lines)
     arguments = feature_arguments(plan, logits, target)
@@ -249,7 +249,7 @@ def _lag_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Lag
     return _LagMoments(
         plan,
         reading,
-        PreparedLaunch(_rmi_lags_kernel, grid, core),
+        PreparedLaunch(_rmi_lags_kernel, grid, core, aligned=False),  # the strip says what is
         PreparedLaunch(_rmi_frame_kernel, (plan.planes, lines), frame, aligned=False),
         (plan.planes, strips, lags),
         (plan.planes, span**2 + strip.spare, lags),

@@ -23,7 +23,7 @@ from .features import (
     load_label,
     load_pair,
     load_scaled,
-    load_slope,
+    load_slopes,
     logit_gradient,
     plane_of,
     pointer_to,
@@ -169,8 +169,10 @@ def _rmi_interior_kernel(
         first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0, READING
     )
     out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
-    column = REGION - 1 + (tl.program_id(2) * LANES + tl.arange(0, LANES)) * COLUMNS
-    place = tl.minimum(column, width - REGION + 1 - COLUMNS)  # for all loads: none needs a mask
+    # Columns are counted from the first one of a lane's regions, REGION - 1 before its own first.
+    column = (tl.program_id(2) * LANES + tl.arange(0, LANES)) * COLUMNS
+    across = width - 2 * (REGION - 1)
+    place = tl.minimum(column, across - COLUMNS)  # for all loads: none needs a mask
     first_row = REGION - 1 + tl.program_id(1) * STRIP.rows
     entropy_scale = scale_of_entropy(grad_loss_ptr, statistics_ptr, dtype)
     residual_taps, label_taps, constant = _middle_taps(taps_ptr, plane, REGION)
@@ -186,8 +188,9 @@ def _rmi_interior_kernel(
         # feed a row to all unfinished rows that it belongs to
         row = first_row + i - (REGION - 1)
         own = ()
+        seen = load_slopes(features, row, place, SPAN - 1 + COLUMNS, STRIP.grain, READING)
         for s in tl.static_range(SPAN - 1 + COLUMNS):
-            e, y, slope = load_slope(features, row, place, READING, s - (REGION - 1))
+            e, y, slope = seen[s]
             if COLUMNS > 1 and s >= REGION - 1 and s < REGION - 1 + COLUMNS:
                 own = own + (e, slope)
             fed = ()
@@ -203,17 +206,19 @@ def _rmi_interior_kernel(
             pending = fed
         # store the row that is finished
         done = row - (REGION - 1)
-        end = tl.where(i >= 2 * (REGION - 1), width - REGION + 1, 0)
+        end = tl.where(i >= 2 * (REGION - 1), across, 0)
         kept = own + kept
         for v in tl.static_range(COLUMNS):
             mask = (place + v >= column) & (column < end)
             if COLUMNS > 1:
                 value = pending[v] * kept[2 * KEPT + 2 * v + 1]
                 value += entropy_scale * kept[2 * KEPT + 2 * v]
-                tl.store(pointer_to(out, done, place, v), value, mask=mask)
+                tl.store(pointer_to(out, done, place, REGION - 1 + v), value, mask=mask)
             else:
-                value = pending[v]
-                _store_gradient(out, value, features, done, place, mask, entropy_scale, READING)
+                own_column = place + (REGION - 1)
+                _store_gradient(
+                    out, pending[v], features, done, own_column, mask, entropy_scale, READING
+                )
         # make room for the next row
         rest = ()
         for q in tl.static_range(COLUMNS, SPAN * COLUMNS):

@@ -39,7 +39,7 @@ from .lag_sums import (
 def _with_row(
     state, features, row, column, KINDS: tl.constexpr, STRIP: tl.constexpr, READING: tl.constexpr
 ):
-    """The state of _add_core after one more row: older rows, sums, cross entropy and its product."""
+    """The state of _add_core after one more row: older rows, sums, cross entropy, its product."""
     older_e, older_y, sums, entropy, product = state
     dtype: tl.constexpr = entropy.dtype
     total: tl.constexpr = dtype if READING.centred else tl.float64
@@ -49,18 +49,20 @@ def _with_row(
     new_y = ()
     new_wide = ()
     of_row = tl.full((STRIP.lanes,), 1.0, dtype)
-    for s in tl.static_range(2 * REGION - 2 + COLUMNS):
-        seen = load_wide(features, row, column, READING, s - (REGION - 1))
-        new_e = new_e + (seen.e.to(total),)
-        new_y = new_y + (seen.y,)
-        new_wide = new_wide + (seen.y.to(total),)
+    WIDTH: tl.constexpr = 2 * REGION - 2 + COLUMNS
+    seen = load_wide(features, row, column, WIDTH, STRIP.grain, READING)
+    for s in tl.static_range(WIDTH):
+        e, y, excess, smaller, larger = seen[s]
+        new_e = new_e + (e.to(total),)
+        new_y = new_y + (y,)
+        new_wide = new_wide + (y.to(total),)
         if KINDS != CROSS and s >= REGION - 1 and s < REGION - 1 + COLUMNS:
-            entropy += seen.excess
+            entropy += excess
             if READING.centred:
-                entropy += seen.smaller - (1.0 - seen.larger)  # what 1 - smaller lost
-                of_row *= seen.larger
+                entropy += smaller - (1.0 - larger)  # what 1 - smaller lost
+                of_row *= larger
             else:
-                product -= product * seen.smaller
+                product -= product * smaller
     product *= of_row.to(tl.float64)
     row_e = ()
     row_y = ()
@@ -100,16 +102,19 @@ def _add_core(
     height, width = size
     chunks = (width - 2 * REGION + 2) // COLUMNS
     chunk = block * LANES + tl.arange(0, LANES)
-    # Lanes beyond the core read its last chunk, so that no load needs a mask.
-    column = REGION - 1 + tl.minimum(chunk, chunks - 1) * COLUMNS
+    # Lanes beyond the core read its last chunk, so that no load needs a mask. The first column of
+    # a lane's regions is REGION - 1 before its own first one.
+    column = tl.minimum(chunk, chunks - 1) * COLUMNS
 
     older_e = ()
     older_y = ()
     for k in tl.static_range(REGION - 1):
+        seen = load_wide(
+            features, first_row - 1 - k, column, REGION - 1 + COLUMNS, STRIP.grain, READING
+        )
         for v in tl.static_range(COLUMNS):
-            seen = load_wide(features, first_row - 1 - k, column, READING, v)
-            older_e = older_e + (seen.e.to(total),)
-            older_y = older_y + (seen.y,)
+            older_e = older_e + (seen[REGION - 1 + v][0].to(total),)
+            older_y = older_y + (seen[REGION - 1 + v][1],)
     sums = no_sums(KINDS, STRIP, total, dtype)
     entropy = tl.zeros((LANES,), dtype)
     product = tl.full((LANES,), 1.0, tl.float64)

@@ -44,6 +44,7 @@ class Strip(NamedTuple):
     lanes: int
     rows: int
     spare: int  # the most columns of the core that its strips leave to lines
+    grain: int  # how many pixels are loaded at once: a lane's chunk, or 1
 
 
 class Row(NamedTuple):

@@ -16,7 +16,7 @@ import triton
 from kernels_reference.region_mutual_information import pooled_size
 
 from .._core.configurations import Configuration, launch_configuration
-from .._core.prepared_launch import kind, prepared
+from .._core.prepared_launch import is_aligned, kind, prepared
 from .._engine.planes import compute_dtype
 from .._engine.strip_launch import ignored_class
 from .features import Reading
@@ -256,7 +256,9 @@ def configuration_of(
     )
 
 
-def core_strip(operator: str, plan: Plan, logits: torch.Tensor) -> dict[str, Any]:
+def core_strip(
+    operator: str, plan: Plan, logits: torch.Tensor, target: torch.Tensor
+) -> dict[str, Any]:
     """A program's strip and its warps, of "rmi_moments" or "rmi_gradient"."""
     region = plan.options.region_size
     columns, lanes = 1, 128
@@ -269,8 +271,20 @@ def core_strip(operator: str, plan: Plan, logits: torch.Tensor) -> dict[str, Any
         operator, plan, logits, region, LANES=lanes, ROWS=64, num_warps=lanes // 32
     )
     lanes, rows = int(launch["LANES"]), int(launch["ROWS"])
-    strip = Strip(region, region, columns, lanes, rows, columns - 1)
+    # The last lane of a row's gradient is moved to the left, so as to end with the core.
+    whole = operator.startswith("rmi_moments") or 2 * (region - 1) % columns == 0
+    grain = columns if whole and _is_whole(columns, logits, target) else 1
+    strip = Strip(region, region, columns, lanes, rows, columns - 1, grain)
     return {"STRIP": strip, "num_warps": int(launch["num_warps"])}
+
+
+def _is_whole(columns: int, *maps: torch.Tensor) -> bool:
+    """Whether every row is made of whole, aligned chunks of so many pixels."""
+    return is_flat(*maps) and all(
+        is_aligned(tensor)
+        and all(size % columns == 0 for size in (tensor.size(-1), *tensor.stride()[:-1]))
+        for tensor in maps
+    )
 
 
 def cells_and_warps(pool_size: int) -> tuple[int, int]:
