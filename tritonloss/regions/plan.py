@@ -271,7 +271,9 @@ def core_strip(
         operator, plan, logits, region, LANES=lanes, ROWS=64, num_warps=lanes // 32
     )
     lanes, rows = int(launch["LANES"]), int(launch["ROWS"])
-    # The last lane of a row's gradient is moved to the left, so as to end with the core.
+    # Rows that begin anywhere are read one by one: to shift chunks would take 17 selections for 4
+    # columns, where the loads that it spares are no bottleneck. The last lane of a row's gradient is
+    # moved to the left, so as to end with the core.
     whole = operator.startswith("rmi_moments") or 2 * (region - 1) % columns == 0
     grain = columns if whole and _is_whole(columns, logits, target) else 1
     strip = Strip(region, region, columns, lanes, rows, columns - 1, grain)
