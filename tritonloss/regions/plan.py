@@ -272,7 +272,7 @@ def core_strip(
     )
     lanes, rows = int(launch["LANES"]), int(launch["ROWS"])
     # Rows that begin anywhere are read one by one: to shift chunks would take 17 selections for 4
-    # columns, where the loads that it spares are no bottleneck. The last lane of a row's gradient is
+    # columns, and the loads that it spares are no bottleneck. The last lane of a row's gradient is
     # moved to the left, so as to end with the core.
     whole = operator.startswith("rmi_moments") or 2 * (region - 1) % columns == 0
     grain = columns if whole and _is_whole(columns, logits, target) else 1
