@@ -62,4 +62,5 @@ gpu-cache:
 $(READY): pyproject.toml constraints-dev.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints-dev.txt --editable '.[dev]'
+	$(RUN) -m pip install --quiet --no-deps segmentation-models-pytorch
 	touch $@

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,14 @@ from triton.backends.compiler import GPUTarget
 from perf.compiling.compile_only import compilers
 from perf.measuring import launches, stand_in
 from perf.measuring.calls import Call
-from perf.operations.contract import Operation, operations
+from perf.operations.contract import Case, Operation, operations
 from tritonloss._tools.launches import Launch, offline, recorded
 
 IMAGES = 48
 LAYOUTS = ("contiguous", "channels_last", "crops")
 # The least and the greatest height and width.
 PHOTOGRAPHS = (200, 700)
-THUMBNAILS_AND_LARGER = (24, 2100)
+ANY_SIZE = (12, 2100)
 _TARGET = GPUTarget("cuda", 90, 32)
 
 Range = tuple[int, int]
@@ -34,15 +35,24 @@ Distinct = dict[str, int]  # "forward kernel" or "backward kernel" -> of how man
 
 
 def collect(
-    layout: str, sizes: Range = PHOTOGRAPHS, names: Sequence[str] | None = None
+    layout: str,
+    sizes: Range = PHOTOGRAPHS,
+    names: Sequence[str] | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> dict[str, Distinct]:
-    """The distinct kernels of all operations or of those named, in a process of its own."""
+    """The distinct kernels of all operations or of those named, in a process of its own.
+
+    They are those of an operation's first case, with ``changes`` of its dtype or its options.
+    """
     with compilers(workers=1) as pool:
-        return pool.submit(count, layout, sizes, names).result()
+        return pool.submit(count, layout, sizes, names, changes).result()
 
 
 def count(
-    layout: str, sizes: Range = PHOTOGRAPHS, names: Sequence[str] | None = None
+    layout: str,
+    sizes: Range = PHOTOGRAPHS,
+    names: Sequence[str] | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> dict[str, Distinct]:
     """The same, in this process, whose losses take CPU tensors for a GPU's from now on.
 
@@ -52,7 +62,9 @@ def count(
     stand_in.adopt(guard=lambda device: nullcontext())
     with offline(_TARGET):
         return {
-            operation.name: _of_one(operation, layout, sizes)
+            operation.name: _of_one(
+                operation, replace(operation.cases[0], **changes or {}), layout, sizes
+            )
             for operation in operations(names)
             if launches.has_images(operation)
         }
@@ -63,11 +75,11 @@ def of_pass(distinct: Distinct, direction: str) -> int:
     return sum(kinds for name, kinds in distinct.items() if name.startswith(direction))
 
 
-def _of_one(operation: Operation, layout: str, sizes: Range) -> Distinct:
+def _of_one(operation: Operation, case: Case, layout: str, sizes: Range) -> Distinct:
     chance = random.Random(layout)
     kinds: set[tuple[str, str]] = set()
     for _ in range(IMAGES):
-        call = _call(operation, layout, sizes, chance)
+        call = _call(operation, case, layout, sizes, chance)
         with recorded("skip") as launched:
             outputs = call.forward()
             forward = len(launched)
@@ -81,9 +93,10 @@ def _kind(direction: str, launch: Launch) -> tuple[str, str]:
     return f"{direction} {launch.kernel}", f"{launch.signature} {launch.num_warps}"
 
 
-def _call(operation: Operation, layout: str, sizes: Range, chance: random.Random) -> Call:
-    """A call with the options of the operation's first case, for images of some size."""
-    case = operation.cases[0]
+def _call(
+    operation: Operation, case: Case, layout: str, sizes: Range, chance: random.Random
+) -> Call:
+    """A call like the case, for images of some size."""
     height, width = _side(sizes, chance), _side(sizes, chance)
     shape = replace(case.shape, batch=chance.randint(1, 3), classes=19, height=height, width=width)
     made = "channels_last" if layout == "channels_last" else "contiguous"

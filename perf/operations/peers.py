@@ -4,6 +4,10 @@ An adapter imports its library when it is called, so that a library that is not 
 out by name, and raises UnknownCaseError for what the library does not have, or computes
 differently. No library is timed whose values and gradients have not passed the parity gate.
 
+Of segmentation-models-pytorch only the losses are imported, which need PyTorch alone. Its networks
+need torchvision, whose published wheel does not load beside a PyTorch without CUDA. For the same
+reason it is not in the extra `dev`: `make` installs it without what it depends on.
+
 | operation | library | its formula is the same for |
 |---|---|---|
 | cross_entropy | segmentation-models-pytorch | float32, with and without label smoothing |
@@ -25,6 +29,9 @@ kernels_reference restates it, which is eager.
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
+import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -84,7 +91,7 @@ def _monai() -> Callable[..., Tensor]:
 
 
 def _smp_cross_entropy() -> Callable[..., Tensor]:
-    smp = _imported("segmentation_models_pytorch.losses")
+    smp = _part_of("segmentation_models_pytorch", "losses")
 
     def loss(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
         _same_formula(logits, options, "label_smoothing")
@@ -95,7 +102,7 @@ def _smp_cross_entropy() -> Callable[..., Tensor]:
 
 
 def _smp_binary_cross_entropy() -> Callable[..., Tensor]:
-    smp = _imported("segmentation_models_pytorch.losses")
+    smp = _part_of("segmentation_models_pytorch", "losses")
     summed = smp.SoftBCEWithLogitsLoss(ignore_index=_IGNORED, reduction="sum")
 
     def loss(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
@@ -150,6 +157,31 @@ def _imported(name: str) -> Any:
         return importlib.import_module(name)
     except RuntimeError as error:
         raise ImportError(f"{name}: {error}") from error
+
+
+def _part_of(package: str, part: str) -> Any:
+    """A subpackage that imports nothing of its package, which is not imported either.
+
+    Raises:
+        ImportError: the package is not installed, or has no such part.
+    """
+    name = f"_{part}_of_{package}"
+    if name not in sys.modules:
+        found = importlib.util.find_spec(package)
+        places = found.submodule_search_locations if found else None
+        spec = importlib.machinery.PathFinder.find_spec(part, places) if places else None
+        if spec is None or spec.origin is None:
+            raise ImportError(f"No module named '{package}.{part}'")
+        again = importlib.util.spec_from_file_location(name, spec.origin)
+        assert again is not None and again.loader is not None
+        module = importlib.util.module_from_spec(again)
+        sys.modules[name] = module
+        try:
+            again.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def _valid(target: Tensor) -> Tensor:

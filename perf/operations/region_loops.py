@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from perf.operations.contract import Given, KernelNotes, LoopNotes, share_of_the_map
+from tritonloss.regions.lag_sums import RUN
 from tritonloss.regions.pooling_kernels import FACTORS
 
 
@@ -73,8 +74,8 @@ def _of_lags(given: Given) -> float:
 
 
 def _of_cells(given: Given) -> float:
-    region = given["REGION"]
-    return float(region**2 + given["CELLS"] - (2 * region - 1) ** 2)
+    region, cells = given["REGION"], given["cells"]
+    return float(region**2 + cells - (2 * region - 1) ** 2) if cells else 0.0
 
 
 def _rows_at_once(given: Given) -> float:
@@ -93,7 +94,7 @@ def _regions(given: Given) -> float:
 
 _CLASSES = LoopNotes("classes", ".channel", _classes)
 _HEAD = (
-    LoopNotes("chunks", "_of_matrix", lambda given: given["chunks"]),
+    LoopNotes("chunks", "_of_matrix", lambda g: 0.0 if g["cells"] else g["chunks"]),
     LoopNotes("cells", "_of_cells", _of_cells),
     LoopNotes("parts", "_store_loss", lambda g: g["parts"] / g["BLOCK"] / g["PROGRAMS"]),
     LoopNotes("elimination", ".k", _area),
@@ -105,9 +106,12 @@ KERNELS = {
         (
             LoopNotes(
                 "rows",
-                "_add_core",
+                "_add_core.i",
                 lambda g: g["STRIP.rows"] / _passes(g),
                 unroll=_rows_at_once,
+            ),
+            LoopNotes(
+                "runs", "_add_core.first", lambda g: g["STRIP.rows"] / RUN.value / _passes(g)
             ),
             LoopNotes(
                 "valid pixels",

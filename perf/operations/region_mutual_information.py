@@ -134,6 +134,8 @@ SHIPPED = variations(
     {"labels": "int64", "everywhere": False},
     *({"layout": layout, "everywhere": False} for layout in ("channels_last", "strided")),
     {"layout": "channels_last", "options": {"pooling": None}, "everywhere": False},
+    # Rows of whole chunks, which are loaded at once.
+    {"shape": SHAPES["cityscapes"], "options": {"pooling": None}, "everywhere": False},
     *(
         {"dtype": dtype, "options": {"pooling": None}, "everywhere": False}
         for dtype in ("bfloat16", "float16")
@@ -184,6 +186,16 @@ RARE = rarely(
     {"labels": "int64", "options": {"pooling": "nearest"}},
     {"labels": "int64", "options": {**_UNPOOLED, "region_size": 5, "ignore": "drop"}},
     {"labels": "int64", "layout": "channels_last", "options": _UNPOOLED},
+    # Rows of whole chunks, with the most to keep in registers.
+    *(
+        {"shape": SHAPES["cityscapes"], "dtype": dtype, "labels": labels, "options": options}
+        for dtype, labels, options in (
+            ("bfloat16", "uint8", _UNPOOLED),
+            ("float32", "int64", _UNPOOLED),
+            ("float32", "int64", {**_UNPOOLED, "region_size": 4}),
+            ("float32", "int64", {**_UNPOOLED, "region_size": 4, "precision": "float32"}),
+        )
+    ),
     {"labels": "int64", "dtype": "bfloat16", "options": _UNPOOLED},
 )
 

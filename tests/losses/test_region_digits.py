@@ -170,8 +170,8 @@ def test_the_released_settings_are_the_released_code(backend: str, device: torch
 
 
 # Of the largest gradient, with float32 sums: the moments' error over epsilon. A smooth map of this
-# size has 1.2e-3; without compensation it would have 4e-3.
-_SINGLE_SUMS = 2e-3
+# size has 1e-3; without totals of short sums, which keep what they round away, it would have 4e-3.
+_SINGLE_SUMS = 1.5e-3
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import kernels_reference
 import tritonloss
 from tests.losses.region_ways import DIRECT, RAW, SMALL, WAYS, kernel_gradient
-from tests.oracle import as_layout, check_three_way, segmentation_case
+from tests.oracle import as_layout, check_three_way, segmentation_case, unaligned
 from tritonloss._core import checks
 from tritonloss._core.configurations import forced
 from tritonloss.functional import rmi_loss
@@ -127,6 +127,30 @@ def test_columns_that_make_no_whole_chunk(precision: str, width: int, device: to
     """Without pooling lanes own several columns; what is left of a row are lines of the frame."""
     logits, target = segmentation_case((1, 2, 7, width), device=device)
     check(logits, target, region_size=3, pooling=None, precision=precision, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("region_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("dtype", "labels"),
+    [
+        (torch.float32, torch.uint8),
+        (torch.float16, torch.int16),
+        (torch.float32, torch.int64),
+        (torch.float64, torch.int32),
+    ],
+)
+def test_rows_of_whole_chunks_give_what_others_give(
+    dtype: torch.dtype, labels: torch.dtype, region_size: int, device: torch.device
+) -> None:
+    """Chunks are loaded at once; the same pixels in rows that begin anywhere, one by one."""
+    logits, target = segmentation_case((2, 2, 9, 16), dtype=dtype, device=device)
+    target = target.to(labels)
+    options = {"region_size": region_size, "pooling": None}
+    whole = kernel_gradient(logits, target, **options)
+    others = kernel_gradient(unaligned(logits, 1), unaligned(target, 3), **options)
+    for found, expected in zip(whole, others, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-7)
+    check(logits, target, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from perf.measuring import kernels, launches
@@ -11,40 +13,51 @@ pytestmark = pytest.mark.compile_only
 
 # Kernels of a loss in one pass, all together.
 MOST = 6
-# From thumbnails on, those of one loss are more.
-EXCEPTIONS = {
-    # One of a kind each: four for most images, three in float64 for the smallest.
-    ("rmi_loss", "forward"): 7,
-}
-RANGES = (kernels.PHOTOGRAPHS, kernels.THUMBNAILS_AND_LARGER)
-WAYS = [(layout, sizes) for layout in kernels.LAYOUTS for sizes in RANGES]
-Counted = tuple[kernels.Range, dict[str, kernels.Distinct]]
+# All sizes, and 16 bits, are in the rest of the tests.
+WAYS = [
+    pytest.param(
+        (layout, sizes, dtype),
+        id=f"{layout}, {sizes[0]} and more, {dtype}",
+        marks=() if (sizes, dtype) == (kernels.PHOTOGRAPHS, "float32") else pytest.mark.thorough,
+    )
+    for layout in kernels.LAYOUTS
+    for sizes in (kernels.PHOTOGRAPHS, kernels.ANY_SIZE)
+    for dtype in ("float32", "bfloat16")
+]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(
-            (layout, sizes),
-            id=f"{layout}, {sizes[0]} and more",
-            marks=() if sizes == kernels.PHOTOGRAPHS else pytest.mark.thorough,
-        )
-        for layout, sizes in WAYS
-    ],
-)
-def counted(request: pytest.FixtureRequest) -> Counted:
-    layout, sizes = request.param
-    return sizes, kernels.collect(layout, sizes)
+@pytest.fixture(scope="module", params=WAYS)
+def counted(request: pytest.FixtureRequest) -> dict[str, kernels.Distinct]:
+    layout, sizes, dtype = request.param
+    return kernels.collect(layout, sizes, changes={"dtype": dtype})
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("name", [op.name for op in operations() if launches.has_images(op)])
 def test_images_of_any_size_share_their_kernels(
-    name: str, direction: str, counted: Counted
+    name: str, direction: str, counted: dict[str, kernels.Distinct]
 ) -> None:
-    sizes, distinct = counted
     if direction == "backward" and not operations([name])[0].differentiable:
-        assert kernels.of_pass(distinct[name], direction) == 0
+        assert kernels.of_pass(counted[name], direction) == 0
         return
-    most = MOST if sizes == kernels.PHOTOGRAPHS else EXCEPTIONS.get((name, direction), MOST)
-    assert 1 <= kernels.of_pass(distinct[name], direction) <= most, distinct[name]
+    assert 1 <= kernels.of_pass(counted[name], direction) <= MOST, counted[name]
+
+
+@pytest.mark.parametrize("layout", ["crops", "channels_last"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pooling": None},
+        {"pooling": None, "precision": "float32"},
+        {"pooling": None, "ignore": "drop"},
+        {"pooling": "nearest"},
+        {"pooling": "max", "ignore": "drop"},
+        {"precision": "float32"},
+    ],
+    ids=str,
+)
+def test_small_and_large_images_share_kernels_of_rmi(options: dict[str, Any], layout: str) -> None:
+    """Small images have other kernels than large ones, all but the last of the forward pass."""
+    counted = kernels.collect(layout, kernels.ANY_SIZE, ["rmi_loss"], {"options": options})
+    for direction in ("forward", "backward"):
+        assert 1 <= kernels.of_pass(counted["rmi_loss"], direction) <= MOST, counted

@@ -92,7 +92,11 @@ def _backward(
         "width": plan.columns,
         "split": rooms.waiting.planes,
     }
-    gradient = (_direct_gradient if plan.is_direct else _lag_gradient)(plan, logits, shared)
+    gradient: _LagGradient | _DirectGradient
+    if plan.is_direct:
+        gradient = _direct_gradient(plan, shared)
+    else:
+        gradient = _lag_gradient(plan, logits, target, shared)
     expand: tuple[PreparedLaunch | None, ...] = ()
     if plan.has_maps:
         arguments = _expand_arguments(plan, logits, target, grad_logits)
@@ -180,6 +184,7 @@ def _rooms(plan: Plan, grad_logits: torch.Tensor) -> _Rooms:
 class _LagGradient(NamedTuple):
     """The gradient of interior and border, with one table of taps per border class."""
 
+    arithmetic: torch.dtype
     taps: PreparedLaunch
     taps_shape: tuple[int, int, int]
     interior: PreparedLaunch
@@ -193,7 +198,7 @@ class _LagGradient(NamedTuple):
         saved: Saved,
         out: _Places,
     ) -> None:
-        taps = saved.statistics.new_empty(self.taps_shape)
+        taps = first.new_empty(self.taps_shape, dtype=self.arithmetic)
         self.taps(grad_loss_ptr=grad_loss, weights_ptr=saved.weights, taps_ptr=taps)
         for correlate in (self.interior, self.border):
             if correlate is not None:
@@ -208,7 +213,9 @@ class _LagGradient(NamedTuple):
                 )
 
 
-def _lag_gradient(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -> _LagGradient:
+def _lag_gradient(
+    plan: Plan, logits: torch.Tensor, target: torch.Tensor, arguments: dict[str, Any]
+) -> _LagGradient:
     """The launches of the gradient by correlation; ``arguments`` are those of both maps."""
     options, planes = plan.options, plan.planes
     region = options.region_size
@@ -221,7 +228,7 @@ def _lag_gradient(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -
         "num_warps": 1,
         "enable_fp_fusion": True,
     }
-    launch = core_strip("rmi_gradient", plan, logits)
+    launch = core_strip("rmi_gradient", plan, logits, target)
     strip = launch["STRIP"]
     bands = triton.cdiv(plan.rows - span + 1, strip.rows)
     blocks = triton.cdiv(plan.columns - span + 1, strip.lanes * strip.columns)
@@ -233,11 +240,13 @@ def _lag_gradient(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -
             _rmi_border_kernel,
             (planes, triton.cdiv(pixels, 128)),
             {**arguments, "REGION": region, "LANES": 128, "num_warps": 4},
+            aligned=False,  # values are moved one by one
         )
     return _LagGradient(
+        plan.arithmetic,
         PreparedLaunch(_rmi_taps_kernel, (planes, span**2), taps),
         (planes, span**2, 2 * span**2 + 1),
-        PreparedLaunch(_rmi_interior_kernel, (planes, bands, blocks), interior),
+        PreparedLaunch(_rmi_interior_kernel, (planes, bands, blocks), interior, aligned=False),
         border,
     )
 
@@ -267,9 +276,7 @@ class _DirectGradient(NamedTuple):
         )
 
 
-def _direct_gradient(
-    plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]
-) -> _DirectGradient:
+def _direct_gradient(plan: Plan, arguments: dict[str, Any]) -> _DirectGradient:
     options = plan.options
     blocks = triton.cdiv(plan.rows * plan.columns, 128)
     own = {
@@ -284,7 +291,10 @@ def _direct_gradient(
     }
     # All programs are on the first axis of the grid: the others take at most 65535.
     grid = (plan.planes * blocks,)
-    return _DirectGradient(PreparedLaunch(_rmi_direct_gradient_kernel, grid, {**arguments, **own}))
+    # Values are moved one by one.
+    return _DirectGradient(
+        PreparedLaunch(_rmi_direct_gradient_kernel, grid, {**arguments, **own}, aligned=False)
+    )
 
 
 # --- gradient to the logits -----------------------------------------------------------------------
@@ -329,7 +339,8 @@ def _expand(plan: Plan, share: _Share, arguments: dict[str, Any]) -> PreparedLau
     if plan.options.samples:
         blocks = triton.cdiv(plan.width, arguments["LANES"])
         grid: tuple[int, ...] = (share.images * plan.height, blocks)
-        return PreparedLaunch(_rmi_sample_backward_kernel, grid, {**arguments, **own})
+        arguments = {**arguments, **own}
+        return PreparedLaunch(_rmi_sample_backward_kernel, grid, arguments, aligned=False)
     grid = cell_grid(share.images, share.classes, plan.width, arguments)
     # Cells begin anywhere: they are moved pixel by pixel.
     return PreparedLaunch(_rmi_expand_kernel, grid, {**arguments, **own}, aligned=False)

@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 
 from .._engine.math import LOG2_E, inverse, sanitised_label
+from .._engine.strips import split_columns
 
 SIZES = (
     "channels", "first_image", "first_class", "classes", "height", "width", "pooled_height",
     "pooled_width", "cell_rows", "programs", "blocks", "bands", "parts", "images", "chunks",
-    "window_rows", "window_columns", "split", "strips",
+    "window_rows", "window_columns", "split", "strips", "cells", "centred",
 )  # fmt: skip
 
 
@@ -56,16 +57,6 @@ class Features(NamedTuple):
     center: Any  # the approximate mean of p, where the reading is centred
     channel: Any
     channels: Any
-
-
-class Seen(NamedTuple):
-    """What load_wide reads at some pixels or pooling cells."""
-
-    e: Any  # the residual
-    y: Any  # the label, or centred p - center
-    excess: Any  # |z| where the larger sigmoid is wrong: the cross entropy is this - log(larger)
-    smaller: Any  # of the sigmoids of z and -z, with all digits
-    larger: Any  # 1 - smaller, rounded
 
 
 # --- planes ---------------------------------------------------------------------------------------
@@ -138,9 +129,33 @@ def load_label(target, row, column, mask, channels, IGNORED: tl.constexpr, SHIFT
 
 
 @triton.jit
-def load_own(features, row, column, IGNORED: tl.constexpr, SHIFT: tl.constexpr = 0):
-    """(whether the label is a class, whether it is the own one); of pixels that are all there."""
-    raw = tl.load(pointer_to(features.second, row, column, SHIFT))
+def load_neighbours(plane, row, column, COUNT: tl.constexpr, GRAIN: tl.constexpr):
+    """COUNT neighbouring pixels as they are stored, from a lane's column on; all are there.
+
+    With a grain above 1 the columns begin at multiples of it, and so do rows in memory: each wide
+    instruction loads an aligned chunk.
+    """
+    values = ()
+    if GRAIN > 1:
+        LANES: tl.constexpr = column.shape[0]
+        SIZE: tl.constexpr = plane.pointer.dtype.element_ty.primitive_bitwidth // 8
+        WHOLE: tl.constexpr = min(SIZE * GRAIN, 16)
+        # The mask changes nothing. It is there since compilers forget what is said of a sum.
+        address = pointer_to(plane, row, column).to(tl.int64) & -WHOLE
+        pointer = address.to(tl.pointer_type(plane.pointer.dtype.element_ty))
+        pointer = tl.multiple_of(pointer, WHOLE)
+        pointer = pointer[:, None] + tl.arange(0, GRAIN)[None, :]  # [LANES, GRAIN]
+        for j in tl.static_range((COUNT + GRAIN - 1) // GRAIN):
+            values = values + split_columns(tl.load(pointer + j * GRAIN), LANES, GRAIN)
+    else:
+        for j in tl.static_range(COUNT):
+            values = values + (tl.load(pointer_to(plane, row, column, j)),)
+    return values
+
+
+@triton.jit
+def _own(raw, features, IGNORED: tl.constexpr):
+    """(whether the label is a class, whether it is the own one)."""
     index = sanitised_label(raw, raw == raw, features.channels, IGNORED)
     if IGNORED == -1:  # no class is ignored: one comparison instead of two
         wide = raw.to(tl.int64) if raw.dtype == tl.int64 else raw.to(tl.int32)
@@ -278,62 +293,90 @@ def with_sign(x, signed):
 
 
 @triton.jit
-def load_wide(features, row, column, READING: tl.constexpr, SHIFT: tl.constexpr = 0):
-    """What lag sums over the core are taken of, and the cross entropy.
+def load_wide(
+    features, row, column, COUNT: tl.constexpr, GRAIN: tl.constexpr, READING: tl.constexpr
+):
+    """What lag sums over the core are taken of, and the cross entropy: a tuple of COUNT pixels."""
+    result = ()
+    if READING.pooled:
+        for j in tl.static_range(COUNT):
+            e, y = load_pair(features, row, column, None, READING, j)
+            result = result + ((e, y, 0.0, 0.0, 1.0),)
+    else:
+        logits = load_neighbours(features.first, row, column, COUNT, GRAIN)
+        labels = load_neighbours(features.second, row, column, COUNT, GRAIN)
+        for j in tl.static_range(COUNT):
+            result = result + (_wide(logits[j], labels[j], features, READING),)
+    return result
+
+
+@triton.jit
+def _wide(logit, label, features, READING: tl.constexpr):
+    """(residual, label or centred p, excess, smaller sigmoid, larger sigmoid) of pixels.
+
+    The excess is |z| where the larger sigmoid is wrong: the cross entropy is that less log(larger).
+    The smaller sigmoid has all digits; the larger one is 1 - smaller, rounded.
 
     In float64 p is 1/2 and its distance from there: the same whatever the label, as complements
     are, with all digits of the residual p - y, for fewer instructions.
     """
-    first = features.first
-    if READING.pooled:
-        e, y = load_pair(features, row, column, None, READING, SHIFT)
-        seen = Seen(e=e, y=y, excess=0.0, smaller=0.0, larger=1.0)
+    dtype: tl.constexpr = tl.float64 if logit.dtype == tl.float64 else tl.float32
+    valid, positive = _own(label, features, READING.ignored)
+    z = tl.where(valid, logit.to(dtype), float("-inf"))  # p = 0
+    size = tl.abs(z)
+    smaller = smaller_sigmoid(tl.exp2(size * -LOG2_E))
+    y = tl.where(positive, 1.0 - READING.middle, -READING.middle).to(dtype)
+    if READING.centred or dtype == tl.float64:
+        larger, smaller = complements(smaller)
+        e = tl.where((z >= 0) != positive, larger, smaller)
+        e = tl.where(positive, -e, e)
+        if READING.centred:
+            y = (y + e) - features.center
     else:
-        dtype: tl.constexpr = (
-            tl.float64 if first.pointer.dtype.element_ty == tl.float64 else tl.float32
-        )
-        valid, positive = load_own(features, row, column, READING.ignored, SHIFT)
-        z = tl.load(pointer_to(first, row, column, SHIFT)).to(dtype)
-        z = tl.where(valid, z, float("-inf"))  # p = 0
-        size = tl.abs(z)
-        smaller = smaller_sigmoid(tl.exp2(size * -LOG2_E))
-        y = tl.where(positive, 1.0 - READING.middle, -READING.middle).to(dtype)
-        if READING.centred or dtype == tl.float64:
-            larger, smaller = complements(smaller)
-            e = tl.where((z >= 0) != positive, larger, smaller)
-            e = tl.where(positive, -e, e)
-            if READING.centred:
-                y = (y + e) - features.center
-        else:
-            larger = 1.0 - smaller
-            smaller = smaller.to(tl.float64)
-            beyond = tl.full((1,), 0.5, tl.float64) - smaller  # of the larger sigmoid, above 1/2
-            e = with_sign(beyond, z) - y.to(tl.float64)
-        excess = tl.where((z >= 0) != positive, size, 0.0)
-        seen = Seen(e=e, y=y, excess=excess, smaller=smaller, larger=larger)
-    return seen
+        larger = 1.0 - smaller
+        smaller = smaller.to(tl.float64)
+        beyond = tl.full((1,), 0.5, tl.float64) - smaller  # of the larger sigmoid, above 1/2
+        e = with_sign(beyond, z) - y.to(tl.float64)
+    excess = tl.where((z >= 0) != positive, size, 0.0)
+    return e, y, excess, smaller, larger
 
 
 @triton.jit
-def load_slope(features, row, column, READING: tl.constexpr, SHIFT: tl.constexpr = 0):
-    """(residual, label, slope p (1 - p)), 0 under an invalid label; the slope is 0 for cells."""
-    first = features.first
+def load_slopes(
+    features, row, column, COUNT: tl.constexpr, GRAIN: tl.constexpr, READING: tl.constexpr
+):
+    """(residual, label, slope p (1 - p)) of COUNT pixels; of pooling cells the slope is 0."""
+    result = ()
     if READING.pooled:
-        residual, y = load_features(features, row, column, None, READING, SHIFT)
-        slope = 0.0
+        for j in tl.static_range(COUNT):
+            residual, y = load_features(features, row, column, None, READING, j)
+            result = result + ((residual, y, 0.0),)
     else:
-        dtype: tl.constexpr = (
-            tl.float64 if first.pointer.dtype.element_ty == tl.float64 else tl.float32
-        )
-        valid, positive = load_own(features, row, column, READING.ignored, SHIFT)
-        u = load_scaled(first, row, column, None, dtype, SHIFT)
-        u = tl.where(valid, u, float("-inf"))  # p = 0
-        larger, smaller = sigmoid_pair(u)
-        wrong = tl.where((u >= 0) != positive, larger, smaller)
-        residual = tl.where(positive, -wrong, wrong)
-        y = tl.where(positive, 1.0, 0.0).to(dtype)
-        slope = larger * smaller
-    return residual, y, slope
+        logits = load_neighbours(features.first, row, column, COUNT, GRAIN)
+        labels = load_neighbours(features.second, row, column, COUNT, GRAIN)
+        for j in tl.static_range(COUNT):
+            result = result + (_slope(logits[j], labels[j], features, READING),)
+    return result
+
+
+@triton.jit
+def _slope(logit, label, features, READING: tl.constexpr):
+    """(residual, label, slope p (1 - p)) of pixels, all 0 under an invalid label."""
+    dtype: tl.constexpr = tl.float64 if logit.dtype == tl.float64 else tl.float32
+    valid, positive = _own(label, features, READING.ignored)
+    u = tl.where(valid, logit.to(dtype) * LOG2_E, float("-inf"))  # p = 0
+    larger, smaller = sigmoid_pair(u)
+    wrong = tl.where((u >= 0) != positive, larger, smaller)
+    residual = tl.where(positive, -wrong, wrong)
+    y = tl.where(positive, 1.0, 0.0).to(dtype)
+    return residual, y, larger * smaller
+
+
+@triton.jit
+def scale_of_entropy(grad_loss_ptr, statistics_ptr, dtype: tl.constexpr):
+    """What the cross entropy's gradient is multiplied by, in the dtype of the arithmetic."""
+    scale = tl.load(grad_loss_ptr).to(tl.float64) * tl.load(statistics_ptr)
+    return scale.to(dtype)
 
 
 @triton.jit

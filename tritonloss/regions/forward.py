@@ -82,8 +82,8 @@ class _Maps(NamedTuple):
 
     residual: torch.Tensor  # [N, C, h, w], or empty
     labels: torch.Tensor  # [N, C, h, w] float16, or empty
-    touched: torch.Tensor  # [N, h, w] uint8: whether a cell holds an invalid pixel; or empty
-    partials: torch.Tensor  # [2, programs]: sums of the cross entropy and of the valid pixels
+    marks: torch.Tensor  # [N, h, w] uint8: whether a cell holds an invalid pixel; or the labels
+    partials: torch.Tensor  # [2, programs] float64: sums of the cross entropy, of valid pixels
 
 
 class _Read(NamedTuple):
@@ -96,16 +96,17 @@ class _Read(NamedTuple):
     def run(self, logits: torch.Tensor, target: torch.Tensor) -> _Maps:
         plan = self.plan
         shape = plan.map_shape if plan.has_maps else (0,)
-        marks = plan.mark_shape if plan.has_maps and plan.options.drops else (0,)
         residual = logits.new_empty(shape, dtype=plan.arithmetic)
         labels = logits.new_empty(shape, dtype=torch.float16)  # whole numbers up to 64: exact
-        touched = logits.new_empty(marks, dtype=torch.uint8)
-        partials = logits.new_empty((2, self.programs), dtype=plan.arithmetic)
+        marks = target
+        if plan.options.pools:
+            marks = logits.new_empty(plan.mark_shape, dtype=torch.uint8)
+        partials = logits.new_empty((2, self.programs), dtype=torch.float64)
         if self.launch is not None:
             read = {"logits_ptr": logits, "target_ptr": target, "partials_ptr": partials}
-            made = {"residual_ptr": residual, "labels_ptr": labels, "touched_ptr": touched}
+            made = {"residual_ptr": residual, "labels_ptr": labels, "touched_ptr": marks}
             self.launch(**read, **(made if plan.has_maps else {}))
-        return _Maps(residual, labels, touched, partials)
+        return _Maps(residual, labels, marks, partials)
 
 
 def _read(plan: Plan, logits: torch.Tensor, target: torch.Tensor, programs: int) -> _Read:
@@ -125,7 +126,7 @@ def _read(plan: Plan, logits: torch.Tensor, target: torch.Tensor, programs: int)
         arguments |= {
             "pooled_height": plan.rows,
             "pooled_width": plan.columns,
-            "DROP": plan.options.drops,
+            "DROP": plan.options.pools and plan.options.drops,
         }
     if plan.has_maps and not plan.options.samples:
         cells = cell_arguments("rmi_pool", plan, logits)
@@ -138,7 +139,10 @@ def _read(plan: Plan, logits: torch.Tensor, target: torch.Tensor, programs: int)
         return _sample(plan, logits, arguments)
     launch = configuration_of("rmi_cross_entropy", plan, logits, 1, LANES=256, ROWS=8)
     strips = _strips(plan, int(launch["LANES"]), int(launch["ROWS"]))
-    read = PreparedLaunch(_rmi_cross_entropy_kernel, (strips,), {**arguments, **launch})
+    # Here and in what follows values are moved one by one, wherever they begin.
+    read = PreparedLaunch(
+        _rmi_cross_entropy_kernel, (strips,), {**arguments, **launch}, aligned=False
+    )
     return _Read(plan, read, strips)
 
 
@@ -155,7 +159,7 @@ def _sample(plan: Plan, logits: torch.Tensor, arguments: dict[str, Any]) -> _Rea
         "ROWS": 8,
     }
     grid = (strips + plan.images * plan.rows * blocks,)
-    sample = PreparedLaunch(_rmi_sample_kernel, grid, {**arguments, **own, **launch})
+    sample = PreparedLaunch(_rmi_sample_kernel, grid, {**arguments, **own, **launch}, aligned=False)
     return _Read(plan, sample, strips)
 
 
@@ -211,9 +215,9 @@ class _LagMoments(NamedTuple):
         """Launch arguments of a kernel that reads the moments."""
         return {
             "chunks": self.plan.region_rows * self.plan.region_columns,
-            "CENTRED": self.reading.centred,
-            "CELLS": self.cells_shape[1],
-            "MIDDLE": self.reading.middle,
+            "cells": self.cells_shape[1],
+            "centred": int(self.reading.centred),
+            "middle": self.reading.middle,
         }
 
 
@@ -224,14 +228,14 @@ def _lag_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Lag
     lags = 4 * region * span + 2
     centred = not _sums_in_double(plan, logits.device)
     middle = 0.0 if centred or plan.has_maps else 0.5
-    launch = core_strip("rmi_moments", plan, logits)
+    launch = core_strip("rmi_moments", plan, logits, target)
     strip = launch["STRIP"]
     bands = triton.cdiv(plan.rows - span + 1, strip.rows)
     blocks = triton.cdiv(plan.columns - span + 1, strip.lanes * strip.columns)
     strips = bands * blocks
     # Larger regions have too many lags and corners for the registers of one warp.
     depth, warps = (region, 1) if region < 4 else (1, 4 if region > 4 and plan.has_maps else 2)
-    line = strip._replace(depth=depth, columns=1, lanes=32 * warps, rows=1)
+    line = strip._replace(depth=depth, columns=1, lanes=32 * warps, rows=1, grain=1)
     lines = (4 * (region - 1) + strip.spare + 1) * (region // line.depth)
     programs = 0 if plan.has_maps else plan.planes * (strips + lines)
     arguments = feature_arguments(plan, logits, target)
@@ -245,8 +249,8 @@ def _lag_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _Lag
     return _LagMoments(
         plan,
         reading,
-        PreparedLaunch(_rmi_lags_kernel, grid, core),
-        PreparedLaunch(_rmi_frame_kernel, (plan.planes, lines), frame),
+        PreparedLaunch(_rmi_lags_kernel, grid, core, aligned=False),  # the strip says what is
+        PreparedLaunch(_rmi_frame_kernel, (plan.planes, lines), frame, aligned=False),
         (plan.planes, strips, lags),
         (plan.planes, span**2 + strip.spare, lags),
         programs,
@@ -273,23 +277,24 @@ class _DirectMoments(NamedTuple):
     regions: PreparedLaunch | None  # which of them are kept
     products: PreparedLaunch
     chunks: int
+    center_dtype: torch.dtype
     programs: int = 0  # none leaves partial sums of the cross entropy
 
     def run(self, first: torch.Tensor, second: torch.Tensor, maps: _Maps) -> _Moments:
         plan = self.plan
-        marks = maps.touched if plan.has_maps else second
         shape = (plan.planes, self.chunks, plan.side, plan.side)
         matrices = first.new_empty(shape, dtype=torch.float64)
         kept = first.new_empty(plan.kept_shape, dtype=torch.uint8)
         if self.regions is not None:
-            self.regions(target_ptr=marks, kept_ptr=kept)
+            self.regions(target_ptr=maps.marks, kept_ptr=kept)
         self.products(first_ptr=first, second_ptr=second, kept_ptr=kept, moments_ptr=matrices)
-        return _Moments(matrices, first.new_empty(0, dtype=plan.arithmetic), kept)
+        center = first.new_empty(0, dtype=self.center_dtype)
+        return _Moments(matrices, center, kept)
 
     @property
     def form(self) -> dict[str, Any]:
         """Launch arguments of a kernel that reads the moments."""
-        return {"chunks": self.chunks, "CENTRED": False, "CELLS": 0, "MIDDLE": 0.0}
+        return {"chunks": self.chunks, "cells": 0, "centred": 0, "middle": 0.0}
 
 
 def _direct_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _DirectMoments:
@@ -299,19 +304,20 @@ def _direct_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _
     shared = {"window_rows": rows, "window_columns": columns}
     regions = None
     if plan.options.drops:
-        marks = contiguous_strides(plan.mark_shape) if plan.has_maps else strides(target)
+        pools = plan.options.pools
+        marks = contiguous_strides(plan.mark_shape) if pools else strides(target)
         arguments = {
             "target_strides": marks,
             "channels": plan.classes,
             "REGION": plan.options.region_size,
             "LANES": 128,
             "IGNORED": plan.ignored,
-            "POOLED": plan.has_maps,
+            "POOLED": pools,
             "num_warps": 4,
             "enable_fp_fusion": True,
         }
         grid = (plan.images * rows, triton.cdiv(columns, 128))
-        regions = PreparedLaunch(_rmi_regions_kernel, grid, {**shared, **arguments})
+        regions = PreparedLaunch(_rmi_regions_kernel, grid, {**shared, **arguments}, aligned=False)
     products = PreparedLaunch(
         _rmi_direct_moments_kernel,
         (plan.planes, plan.side, chunks),
@@ -324,8 +330,9 @@ def _direct_moments(plan: Plan, logits: torch.Tensor, target: torch.Tensor) -> _
             "DROP": plan.options.drops,
             "num_warps": 4,
         },
+        aligned=False,
     )
-    return _DirectMoments(plan, regions, products, chunks)
+    return _DirectMoments(plan, regions, products, chunks, compute_dtype(logits.dtype))
 
 
 # --- head -----------------------------------------------------------------------------------------
@@ -344,7 +351,7 @@ class _Head(NamedTuple):
         plan, matrices = self.plan, moments.matrices
         loss = matrices.new_empty((), dtype=compute_dtype(dtype))
         info = matrices.new_empty((plan.images, plan.classes), dtype=torch.int32)
-        statistics = matrices.new_empty(1, dtype=plan.arithmetic)
+        statistics = matrices.new_empty(1)
         weights = matrices.new_empty(plan.weights_shape)
         sums = sums_over(plan.planes, 1, matrices.device)
         self.launch(
@@ -365,7 +372,6 @@ def _head(plan: Plan, parts: int, form: dict[str, Any]) -> _Head:
     """The last step, for so many partial sums of the cross entropy and moments of a form."""
     options = plan.options
     warps = {1: 1, 5: 4}.get(options.region_size, 2)
-    in_double = plan.arithmetic == torch.float64
     arguments = {
         "programs": plan.planes,
         **form,
@@ -378,8 +384,8 @@ def _head(plan: Plan, parts: int, form: dict[str, Any]) -> _Head:
         "REGION": options.region_size,
         "CELL": options.cell,
         "MEAN": options.moments == "mean",
-        # Larger in float64, where ptxas otherwise takes no more than 96 registers and spills two.
-        "BLOCK": (1024 if in_double and warps == 2 else 512) * warps,
+        # Smaller for two warps, and ptxas takes no more than 96 registers and spills two.
+        "BLOCK": (1024 if warps == 2 else 512) * warps,
         "num_warps": warps,
         "enable_fp_fusion": True,
     }

@@ -23,10 +23,11 @@ from .features import (
     load_label,
     load_pair,
     load_scaled,
-    load_slope,
+    load_slopes,
     logit_gradient,
     plane_of,
     pointer_to,
+    scale_of_entropy,
 )
 
 # --- device functions -----------------------------------------------------------------------------
@@ -136,7 +137,7 @@ def _rmi_taps_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _rmi_interior_kernel(
     grad_loss_ptr,  # []
-    statistics_ptr,  # [1]: bce_weight / V
+    statistics_ptr,  # [1] float64: bce_weight / V
     first_ptr,  # residuals [N, C, h, w], or logits
     second_ptr,  # labels [N, C, h, w], or target [N, h, w]
     taps_ptr,  # as in _rmi_taps_kernel
@@ -157,7 +158,7 @@ def _rmi_interior_kernel(
     Unfinished rows are in registers. A lane has a chunk of columns; if these are several, residuals
     and slopes are kept until their row is finished.
     """
-    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    dtype: tl.constexpr = taps_ptr.dtype.element_ty
     REGION: tl.constexpr = STRIP.region
     COLUMNS: tl.constexpr = STRIP.columns
     LANES: tl.constexpr = STRIP.lanes
@@ -168,10 +169,12 @@ def _rmi_interior_kernel(
         first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0, READING
     )
     out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
-    column = REGION - 1 + (tl.program_id(2) * LANES + tl.arange(0, LANES)) * COLUMNS
-    place = tl.minimum(column, width - REGION + 1 - COLUMNS)  # for all loads: none needs a mask
+    # Columns are counted from the first one of a lane's regions, REGION - 1 before its own first.
+    column = (tl.program_id(2) * LANES + tl.arange(0, LANES)) * COLUMNS
+    across = width - 2 * (REGION - 1)
+    place = tl.minimum(column, across - COLUMNS)  # for all loads: none needs a mask
     first_row = REGION - 1 + tl.program_id(1) * STRIP.rows
-    entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
+    entropy_scale = scale_of_entropy(grad_loss_ptr, statistics_ptr, dtype)
     residual_taps, label_taps, constant = _middle_taps(taps_ptr, plane, REGION)
     pending = ()
     for _q in tl.static_range(SPAN * COLUMNS):
@@ -185,8 +188,9 @@ def _rmi_interior_kernel(
         # feed a row to all unfinished rows that it belongs to
         row = first_row + i - (REGION - 1)
         own = ()
+        seen = load_slopes(features, row, place, SPAN - 1 + COLUMNS, STRIP.grain, READING)
         for s in tl.static_range(SPAN - 1 + COLUMNS):
-            e, y, slope = load_slope(features, row, place, READING, s - (REGION - 1))
+            e, y, slope = seen[s]
             if COLUMNS > 1 and s >= REGION - 1 and s < REGION - 1 + COLUMNS:
                 own = own + (e, slope)
             fed = ()
@@ -202,17 +206,19 @@ def _rmi_interior_kernel(
             pending = fed
         # store the row that is finished
         done = row - (REGION - 1)
-        end = tl.where(i >= 2 * (REGION - 1), width - REGION + 1, 0)
+        end = tl.where(i >= 2 * (REGION - 1), across, 0)
         kept = own + kept
         for v in tl.static_range(COLUMNS):
             mask = (place + v >= column) & (column < end)
             if COLUMNS > 1:
                 value = pending[v] * kept[2 * KEPT + 2 * v + 1]
                 value += entropy_scale * kept[2 * KEPT + 2 * v]
-                tl.store(pointer_to(out, done, place, v), value, mask=mask)
+                tl.store(pointer_to(out, done, place, REGION - 1 + v), value, mask=mask)
             else:
-                value = pending[v]
-                _store_gradient(out, value, features, done, place, mask, entropy_scale, READING)
+                own_column = place + (REGION - 1)
+                _store_gradient(
+                    out, pending[v], features, done, own_column, mask, entropy_scale, READING
+                )
         # make room for the next row
         rest = ()
         for q in tl.static_range(COLUMNS, SPAN * COLUMNS):
@@ -250,12 +256,13 @@ def _rmi_border_kernel(
     SPAN: tl.constexpr = 2 * REGION - 1
     TAPS: tl.constexpr = SPAN * SPAN
     BAND: tl.constexpr = 2 * (REGION - 1)
+    dtype: tl.constexpr = taps_ptr.dtype.element_ty
     plane = tl.program_id(0).to(tl.int64)
     features = features_of(
         first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0, READING
     )
     out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
-    entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
+    entropy_scale = scale_of_entropy(grad_loss_ptr, statistics_ptr, dtype)
 
     # where the program's pixels are: rows first, then what columns have beside them
     pixel = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -285,7 +292,7 @@ def _rmi_border_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _rmi_direct_gradient_kernel(
     grad_loss_ptr,  # []
-    statistics_ptr,  # [1]: bce_weight / V
+    statistics_ptr,  # [1] float64: bce_weight / V
     first_ptr,  # as in _rmi_interior_kernel
     second_ptr,
     kept_ptr,  # [N, window_rows, window_columns], if DROP
@@ -312,7 +319,8 @@ def _rmi_direct_gradient_kernel(
 
     It is summed in float64: with few regions the matrices are nearly singular, and weights large.
     """
-    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    element: tl.constexpr = first_ptr.dtype.element_ty
+    dtype: tl.constexpr = tl.float64 if element == tl.float64 else tl.float32
     AREA: tl.constexpr = REGION * REGION
     plane = (tl.program_id(0) // blocks).to(tl.int64)
     image = plane // channels
@@ -320,7 +328,7 @@ def _rmi_direct_gradient_kernel(
         first_ptr, second_ptr, first_strides, second_strides, plane, channels, 0.0, READING
     )
     out = _out_plane(out_ptr, rest_ptr, out_strides, split, plane, features, READING)
-    entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
+    entropy_scale = scale_of_entropy(grad_loss_ptr, statistics_ptr, dtype)
     window_rows = height - REGION + 1
     window_columns = width - REGION + 1
     weights = weights_ptr + plane * ((2 * AREA + 1) * AREA)

@@ -76,9 +76,7 @@ def _of_matrix(moments_ptr, rows, columns, inside, chunks, AREA: tl.constexpr):
 
 
 @triton.jit
-def _of_cells(
-    cells_ptr, rows, columns, inside, regions, REGION: tl.constexpr, CELLS: tl.constexpr
-):  # fmt: skip
+def _of_cells(cells_ptr, rows, columns, inside, regions, cells, REGION: tl.constexpr):
     """The moments as sums of cells: see lag_sums.py."""
     SPAN: tl.constexpr = 2 * REGION - 1
     KIND: tl.constexpr = REGION * SPAN
@@ -104,7 +102,7 @@ def _of_cells(
     e_sum = (rows * 0).to(tl.float64)
     y_sum = e_sum
     # R x R cells, and then the columns of the core that its strips have left.
-    for k in tl.range(0, REGION * REGION + CELLS - SPAN * SPAN):
+    for k in tl.range(0, REGION * REGION + cells - SPAN * SPAN):
         is_cell = k < REGION * REGION
         place = k // REGION * SPAN + k % REGION
         first = tl.where(is_cell, place, k - REGION * REGION + SPAN * SPAN) * LAGS
@@ -146,17 +144,20 @@ def _store_loss(
 
 @triton.jit(do_not_specialize=SIZES)
 def _rmi_head_kernel(
-    moments_ptr,  # [N * C, chunks, 2 d + 1, 2 d + 1] float64, or [N * C, CELLS, lags]
-    center_ptr,  # [N * C], if CENTRED: then p - center takes the place of y in the moments
-    partials_ptr,  # [2, parts]: sums of the cross entropy and of the valid pixels
+    moments_ptr,  # [N * C, chunks, 2 d + 1, 2 d + 1] float64, or [N * C, cells, lags]
+    center_ptr,  # [N * C], if centred: then p - center takes the place of y in the moments
+    partials_ptr,  # [2, parts] float64: sums of the cross entropy and of the valid pixels
     info_ptr,  # [N * C] int32
     weights_ptr,  # [N * C, 2 d + 1, d] float64: K1 / (d n), K2 / (d n), constants of the centring
     loss_ptr,  # []
-    statistics_ptr,  # [1]: bce_weight / (V + bce_smooth)
+    statistics_ptr,  # [1] float64: bce_weight / (V + bce_smooth)
     scratch_ptr,
     tickets_ptr,
     programs,
-    chunks,  # of matrices; if CELLS > 0 the number of regions
+    chunks,  # of matrices; if cells > 0 the number of regions
+    cells,  # of lag sums; 0 for matrices
+    centred,
+    middle,  # what was taken from labels
     parts,
     images,
     epsilon,
@@ -166,14 +167,12 @@ def _rmi_head_kernel(
     REGION: tl.constexpr,
     CELL: tl.constexpr,
     MEAN: tl.constexpr,
-    CENTRED: tl.constexpr,
-    CELLS: tl.constexpr,
-    MIDDLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One matrix for each program; the last one adds up the losses, and the cross entropy's parts.
 
-    MIDDLE: what was taken from labels. CELL: what maps are divided by. BLOCK: parts at a time.
+    The form of the moments is known when it runs, so that images of all sizes share the kernel.
+    CELL: what maps are divided by. BLOCK: parts at a time.
     """
     AREA: tl.constexpr = REGION * REGION
     SIDE: tl.constexpr = 2 * AREA + 1
@@ -183,13 +182,13 @@ def _rmi_head_kernel(
     rows = index[:, None]
     columns = index[None, :]
     inside = (rows < AREA) & (columns < AREA)
-    if CELLS > 0:
+    if cells > 0:
         LAGS: tl.constexpr = 4 * REGION * (2 * REGION - 1) + 2
-        cells = moments_ptr + matrix * (CELLS * LAGS)
-        moments = _of_cells(cells, rows, columns, inside, chunks, REGION, CELLS)
+        first = moments_ptr + matrix * cells * LAGS
+        moments = _of_cells(first, rows, columns, inside, chunks, cells, REGION)
     else:
-        matrices = moments_ptr + matrix * chunks * (SIDE * SIDE)
-        moments = _of_matrix(matrices, rows, columns, inside, chunks, AREA)
+        first = moments_ptr + matrix * chunks * (SIDE * SIDE)
+        moments = _of_matrix(first, rows, columns, inside, chunks, AREA)
 
     # Moments per region, centred. A constant becomes float32 unless it is made float64 here.
     cell = tl.full((1, 1), CELL, tl.float64)
@@ -204,7 +203,7 @@ def _rmi_head_kernel(
     ee = (moments.ee / area - e_sum * tl.trans(e_sum) / regions) * scale
     ey = (moments.ey / area - e_sum * tl.trans(y_sum) / regions) * scale
     yy = (moments.yy / area - y_sum * tl.trans(y_sum) / regions) * scale
-    if CENTRED:  # p - center was read in the place of y, and y = p - e
+    if centred:  # p - center was read in the place of y, and y = p - e
         pp = yy
         py = pp - tl.trans(ey)
         yy = pp - ey - tl.trans(ey) + ee
@@ -213,7 +212,7 @@ def _rmi_head_kernel(
     else:
         pp = ee + ey + tl.trans(ey) + yy
         py = ey + yy
-        y_sum = tl.where(rows < AREA, y_sum + regions * MIDDLE, 0.0)
+        y_sum = tl.where(rows < AREA, y_sum + regions * middle, 0.0)
     e_row = tl.trans(e_sum)
     y_row = tl.trans(y_sum)
 

@@ -20,9 +20,67 @@ from .features import (
     load_wide,
     miss_of,
 )
-from .lag_sums import ALL, CROSS, OWN, Row, no_sums, store_sums, with_products
+from .lag_sums import (
+    ALL,
+    CROSS,
+    OWN,
+    RUN,
+    Row,
+    no_sums,
+    store_sums,
+    with_products,
+    with_totals,
+)
 
 # --- device functions -----------------------------------------------------------------------------
+
+
+@triton.jit
+def _with_row(
+    state, features, row, column, KINDS: tl.constexpr, STRIP: tl.constexpr, READING: tl.constexpr
+):
+    """The state of _add_core after one more row: older rows, sums, cross entropy, its product."""
+    older_e, older_y, sums, entropy, product = state
+    dtype: tl.constexpr = entropy.dtype
+    total: tl.constexpr = dtype if READING.centred else tl.float64
+    REGION: tl.constexpr = STRIP.region
+    COLUMNS: tl.constexpr = STRIP.columns
+    new_e = ()
+    new_y = ()
+    new_wide = ()
+    of_row = tl.full((STRIP.lanes,), 1.0, dtype)
+    WIDTH: tl.constexpr = 2 * REGION - 2 + COLUMNS
+    seen = load_wide(features, row, column, WIDTH, STRIP.grain, READING)
+    for s in tl.static_range(WIDTH):
+        e, y, excess, smaller, larger = seen[s]
+        new_e = new_e + (e.to(total),)
+        new_y = new_y + (y,)
+        new_wide = new_wide + (y.to(total),)
+        if KINDS != CROSS and s >= REGION - 1 and s < REGION - 1 + COLUMNS:
+            entropy += excess
+            if READING.centred:
+                entropy += smaller - (1.0 - larger)  # what 1 - smaller lost
+                of_row *= larger
+            else:
+                product -= product * smaller
+    product *= of_row.to(tl.float64)
+    row_e = ()
+    row_y = ()
+    row_wide = ()
+    for v in tl.static_range(COLUMNS):
+        row_e = row_e + (new_e[REGION - 1 + v],)
+        row_y = row_y + (new_y[REGION - 1 + v],)
+        row_wide = row_wide + (new_wide[REGION - 1 + v],)
+    for k in tl.static_range((REGION - 1) * COLUMNS):
+        row_wide = row_wide + (older_y[k].to(total),)  # takes fewer registers than keeping it
+    older = Row(e=row_e + older_e, y=row_y + older_y, wide=row_wide)
+    sums = with_products(sums, older, Row(e=new_e, y=new_y, wide=new_wide), KINDS, STRIP)
+    older_e = ()
+    older_y = ()
+    for k in tl.static_range((REGION - 1) * COLUMNS):
+        older_e = older_e + (older.e[k],)
+        older_y = older_y + (older.y[k],)
+    return older_e, older_y, sums, entropy, product
 
 
 @triton.jit
@@ -44,58 +102,38 @@ def _add_core(
     height, width = size
     chunks = (width - 2 * REGION + 2) // COLUMNS
     chunk = block * LANES + tl.arange(0, LANES)
-    # Lanes beyond the core read its last chunk, so that no load needs a mask.
-    column = REGION - 1 + tl.minimum(chunk, chunks - 1) * COLUMNS
+    # Lanes beyond the core read its last chunk, so that no load needs a mask. The first column of
+    # a lane's regions is REGION - 1 before its own first one.
+    column = tl.minimum(chunk, chunks - 1) * COLUMNS
 
     older_e = ()
     older_y = ()
     for k in tl.static_range(REGION - 1):
+        seen = load_wide(
+            features, first_row - 1 - k, column, REGION - 1 + COLUMNS, STRIP.grain, READING
+        )
         for v in tl.static_range(COLUMNS):
-            seen = load_wide(features, first_row - 1 - k, column, READING, v)
-            older_e = older_e + (seen.e.to(total),)
-            older_y = older_y + (seen.y,)
+            older_e = older_e + (seen[REGION - 1 + v][0].to(total),)
+            older_y = older_y + (seen[REGION - 1 + v][1],)
     sums = no_sums(KINDS, STRIP, total, dtype)
     entropy = tl.zeros((LANES,), dtype)
     product = tl.full((LANES,), 1.0, tl.float64)
 
     # row by row: its features, then its products with itself and with the rows above it
     rows = tl.minimum(STRIP.rows, height - REGION + 1 - first_row)
-    # A row that grows older moves to other registers: with two rows a round half as often.
-    AT_ONCE: tl.constexpr = 2 if COLUMNS == 4 and REGION == 3 and total == tl.float64 else 1
-    for i in tl.range(0, rows, loop_unroll_factor=AT_ONCE):
-        new_e = ()
-        new_y = ()
-        new_wide = ()
-        of_row = tl.full((LANES,), 1.0, dtype)
-        for s in tl.static_range(2 * REGION - 2 + COLUMNS):
-            seen = load_wide(features, first_row + i, column, READING, s - (REGION - 1))
-            new_e = new_e + (seen.e.to(total),)
-            new_y = new_y + (seen.y,)
-            new_wide = new_wide + (seen.y.to(total),)
-            if KINDS != CROSS and s >= REGION - 1 and s < REGION - 1 + COLUMNS:
-                entropy += seen.excess
-                if READING.centred:
-                    entropy += seen.smaller - (1.0 - seen.larger)  # what 1 - smaller lost
-                    of_row *= seen.larger
-                else:
-                    product -= product * seen.smaller
-        product *= of_row.to(tl.float64)
-        row_e = ()
-        row_y = ()
-        row_wide = ()
-        for v in tl.static_range(COLUMNS):
-            row_e = row_e + (new_e[REGION - 1 + v],)
-            row_y = row_y + (new_y[REGION - 1 + v],)
-            row_wide = row_wide + (new_wide[REGION - 1 + v],)
-        for k in tl.static_range((REGION - 1) * COLUMNS):
-            row_wide = row_wide + (older_y[k].to(total),)  # takes fewer registers than keeping it
-        older = Row(e=row_e + older_e, y=row_y + older_y, wide=row_wide)
-        sums = with_products(sums, older, Row(e=new_e, y=new_y, wide=new_wide), KINDS, STRIP)
-        older_e = ()
-        older_y = ()
-        for k in tl.static_range((REGION - 1) * COLUMNS):
-            older_e = older_e + (older.e[k],)
-            older_y = older_y + (older.y[k],)
+    state = (older_e, older_y, sums, entropy, product)
+    if COLUMNS > 1 and total == tl.float32:
+        for first in tl.range(0, rows, RUN):
+            for i in tl.range(first, tl.minimum(first + RUN, rows)):
+                state = _with_row(state, features, first_row + i, column, KINDS, STRIP, READING)
+            older_e, older_y, sums, entropy, product = state
+            state = (older_e, older_y, with_totals(sums, KINDS, STRIP), entropy, product)
+    else:
+        # A row that grows older moves to other registers: with two rows a round half as often.
+        AT_ONCE: tl.constexpr = 2 if COLUMNS == 4 and REGION == 3 and total == tl.float64 else 1
+        for i in tl.range(0, rows, loop_unroll_factor=AT_ONCE):
+            state = _with_row(state, features, first_row + i, column, KINDS, STRIP, READING)
+    older_e, older_y, sums, entropy, product = state
 
     mine = chunk < chunks
     store_sums(out, sums, mine, 0, KINDS, STRIP)
@@ -141,7 +179,7 @@ def _rmi_lags_kernel(
     second_ptr,  # labels [N, C, h, w], or target [N, h, w]
     center_ptr,  # [N * C], if CENTRED
     lags_ptr,  # [N * C, bands * blocks, LAGS] float64
-    partials_ptr,  # [2, parts]: sums of the cross entropy and of the valid pixels
+    partials_ptr,  # [2, parts] float64: sums of the cross entropy and of the valid pixels
     first_strides,
     second_strides,
     channels,
@@ -355,15 +393,14 @@ def _rmi_frame_kernel(
     line = tl.program_id(1) // SHARES
     share = tl.program_id(1) % SHARES
     size = (height, width)
-    dtype: tl.constexpr = partials_ptr.dtype.element_ty
-    entropy = tl.zeros((1,), dtype)
+    entropy = tl.zeros((1,), tl.float64)
     valid = tl.zeros((1,), tl.int32)
     if line < LINES:  # a line
         if LINES > 0:
             of_line, count = _add_line(
                 features, cells, size, line, share * STRIP.depth, STRIP, READING
             )
-            entropy += of_line.to(dtype)
+            entropy += of_line.to(tl.float64)
             valid += count
     else:  # the corners, and the core's total in the middle cell
         BLOCK: tl.constexpr = 32 if REGION < 4 else 8  # larger regions have more corners
@@ -379,7 +416,7 @@ def _rmi_frame_kernel(
             of_corners, are_valid = _cross_entropy(
                 features, row, column, is_corner & (row < tl.where(share == 0, height, 0)), READING
             )
-            entropy += tl.sum(of_corners).to(dtype)
+            entropy += tl.sum(of_corners).to(tl.float64)
             valid += tl.sum(are_valid)
     if not READING.pooled:
         partial = partials_ptr + (tl.num_programs(0) * strips).to(tl.int64)

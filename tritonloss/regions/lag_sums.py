@@ -14,9 +14,9 @@ cells from (a', b) on, so that a moment is a sum of R^2 cells; the head adds the
 Lags: four kinds of R x (2R - 1), older times newer: e e, y y, y e and e y. Of those with dy = 0
 each product is there once. Then come the plain sums of e and of y.
 
-Where sums are float32, p less its approximate mean takes the place of y (load_pair). Lanes of
-several columns then keep what a sum rounds away, and take it off the next row's products (Kahan):
-their sums have as many more terms.
+Where sums are float32, p less its approximate mean takes the place of y (load_pair). Sums of lanes
+of several columns have as many more terms. They are of a few rows only, and then added to totals;
+what a total rounds away stays in the sum (Kahan).
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ ALL = tl.constexpr(0)
 OWN = tl.constexpr(1)
 CROSS = tl.constexpr(2)
 
-# How a lane's products are added: one by one; those of a row first; so, and with compensation.
-PLAIN = tl.constexpr(0)
-BY_ROWS = tl.constexpr(1)
-COMPENSATED = tl.constexpr(2)
+# After how many rows float32 sums are added to totals.
+RUN = tl.constexpr(3)
 
 
 class Strip(NamedTuple):
@@ -46,6 +44,7 @@ class Strip(NamedTuple):
     lanes: int
     rows: int
     spare: int  # the most columns of the core that its strips leave to lines
+    grain: int  # how many pixels are loaded at once: a lane's chunk, or 1
 
 
 class Row(NamedTuple):
@@ -61,7 +60,7 @@ class Row(NamedTuple):
 
 @triton.jit
 def no_sums(KINDS: tl.constexpr, STRIP: tl.constexpr, total: tl.constexpr, labels: tl.constexpr):
-    """Sums of nothing, by lag, then those of e and of y; last what was rounded away, where kept.
+    """Sums of nothing, by lag, then those of e and of y; last the totals by lag, where kept.
 
     ``labels`` is the dtype of y y.
     """
@@ -84,28 +83,22 @@ def no_sums(KINDS: tl.constexpr, STRIP: tl.constexpr, total: tl.constexpr, label
 
 @triton.jit
 def _with_row(
-    total, missed, older, newer, LAG: tl.constexpr, SUMMATION: tl.constexpr, STRIP: tl.constexpr
+    total, older, newer, LAG: tl.constexpr, AT_ONCE: tl.constexpr, STRIP: tl.constexpr
 ):  # fmt: skip
-    """(total, by how much rounding made it too large) with a lag's products of a lane's columns."""
+    """The total with a lag's products of a lane's columns: of each, or AT_ONCE of all."""
     COLUMNS: tl.constexpr = STRIP.columns
     SPAN: tl.constexpr = 2 * STRIP.region - 1
     DOWN: tl.constexpr = LAG // SPAN % STRIP.depth * COLUMNS
     ASIDE: tl.constexpr = LAG % SPAN
-    if SUMMATION == PLAIN:
-        for v in tl.static_range(COLUMNS):
-            total += older[DOWN + v] * newer[ASIDE + v]
-    else:
+    if AT_ONCE:
         row = older[DOWN] * newer[ASIDE]
         for v in tl.static_range(1, COLUMNS):
             row += older[DOWN + v] * newer[ASIDE + v]
-        if SUMMATION == COMPENSATED:
-            row -= missed
-            before = total
-            total += row
-            missed = (total - before) - row
-        else:
-            total += row
-    return total, missed
+        total += row
+    else:
+        for v in tl.static_range(COLUMNS):
+            total += older[DOWN + v] * newer[ASIDE + v]
+    return total
 
 
 @triton.jit
@@ -123,42 +116,59 @@ def with_products(sums, older, newer, KINDS: tl.constexpr, STRIP: tl.constexpr):
     COUNT: tl.constexpr = DEPTH * SPAN
     FIRST: tl.constexpr = 2 * COUNT if KINDS == CROSS else 0
     LAST: tl.constexpr = 2 * COUNT if KINDS == OWN else 4 * COUNT
-    CAREFUL: tl.constexpr = COLUMNS > 1 and older.wide[0].dtype == tl.float32  # as in no_sums
-    SUMMATION: tl.constexpr = COMPENSATED if CAREFUL else PLAIN
     result = ()
-    lost = ()
     for q in tl.static_range(FIRST, LAST):
         value = sums[q - FIRST]
-        missed = sums[LAST - FIRST + 2 + q - FIRST] if CAREFUL else 0.0
         if (
             DEPTH < REGION
             or q // SPAN % DEPTH > 0
             or q // COUNT == 2
             or (q // COUNT < 2 and q % SPAN >= REGION - 1)
         ):
-            if q // COUNT == 0:  # into the inverse of p's moments e e does not go
-                value, missed = _with_row(value, missed, older.e, newer.e, q, PLAIN, STRIP)
+            if q // COUNT == 0:
+                value = _with_row(value, older.e, newer.e, q, False, STRIP)
             elif q // COUNT == 1:
                 # Of logits y y is 1 / 4 for each pixel and itself: a row adds a single constant.
-                value, missed = _with_row(
-                    value, missed, older.y, newer.y, q,
-                    BY_ROWS if SUMMATION == PLAIN and q % COUNT == REGION - 1 else SUMMATION, STRIP,
-                )  # fmt: skip
+                value = _with_row(
+                    value, older.y, newer.y, q, q % COUNT == REGION - 1 and COLUMNS > 1, STRIP
+                )
             elif q // COUNT == 2:
-                value, missed = _with_row(value, missed, older.wide, newer.e, q, SUMMATION, STRIP)
+                value = _with_row(value, older.wide, newer.e, q, False, STRIP)
             else:
-                value, missed = _with_row(value, missed, older.e, newer.wide, q, SUMMATION, STRIP)
+                value = _with_row(value, older.e, newer.wide, q, False, STRIP)
         result = result + (value,)
-        lost = lost + (missed,)
     e = sums[LAST - FIRST]
     y = sums[LAST - FIRST + 1]
     for v in tl.static_range(COLUMNS):
         e += older.e[v]
         y += older.y[v]
     result = result + (e, y)
-    if CAREFUL:
-        result = result + lost
+    for q in tl.static_range(LAST - FIRST + 2, len(sums)):
+        result = result + (sums[q],)
     return result
+
+
+@triton.jit
+def with_totals(sums, KINDS: tl.constexpr, STRIP: tl.constexpr):
+    """The sums with each lag's added to its total: what that rounds away is left of them.
+
+    Those of e e are left as they are: they do not go into the inverse of p's moments.
+    """
+    COUNT: tl.constexpr = STRIP.depth * (2 * STRIP.region - 1)
+    LAGS: tl.constexpr = (len(sums) - 2) // 2
+    FIRST: tl.constexpr = 0 if KINDS == CROSS else COUNT
+    rest = ()
+    totals = ()
+    for q in tl.static_range(LAGS):
+        total = sums[LAGS + 2 + q]
+        left = sums[q]
+        if q >= FIRST:
+            before = total
+            total += left
+            left -= total - before
+        rest = rest + (left,)
+        totals = totals + (total,)
+    return rest + (sums[LAGS], sums[LAGS + 1]) + totals
 
 
 @triton.jit
@@ -186,6 +196,8 @@ def store_sums(pointer, sums, mine, first_dy, KINDS: tl.constexpr, STRIP: tl.con
         ):
             is_it = lag == first_dy * SPAN + q // COUNT * (REGION * SPAN) + q % COUNT
             value = tl.where(mine, sums[q - FIRST], 0.0).to(tl.float64)
+            if len(sums) > LAST - FIRST + 2:
+                value += tl.where(mine, sums[LAST - FIRST + 2 + q - FIRST], 0.0).to(tl.float64)
             values = tl.where(is_it, tl.sum(value), values)
             stored = stored | is_it
     if KINDS != CROSS:

@@ -16,7 +16,7 @@ import triton
 from kernels_reference.region_mutual_information import pooled_size
 
 from .._core.configurations import Configuration, launch_configuration
-from .._core.prepared_launch import kind, prepared
+from .._core.prepared_launch import is_aligned, kind, prepared
 from .._engine.planes import compute_dtype
 from .._engine.strip_launch import ignored_class
 from .features import Reading
@@ -99,9 +99,9 @@ class Plan(NamedTuple):
         return self.images, self.classes, self.rows, self.columns
 
     @property
-    def mark_shape(self) -> tuple[int, int, int]:
-        """The shape of marks on the maps' pixels, which all classes share."""
-        return self.images, self.rows, self.columns
+    def mark_shape(self) -> tuple[int, ...]:
+        """The shape of marks on cells, where regions that touch some are left out; else (0,)."""
+        return (self.images, self.rows, self.columns) if self.options.drops else (0,)
 
     @property
     def region_rows(self) -> int:
@@ -136,7 +136,7 @@ class Plan(NamedTuple):
 class Saved(NamedTuple):
     """What the forward pass leaves for the backward pass."""
 
-    statistics: torch.Tensor  # [1]: bce_weight / V
+    statistics: torch.Tensor  # [1] float64: bce_weight / V
     residual: torch.Tensor  # [N, C, h, w], or empty: the regions are taken from the logits
     labels: torch.Tensor  # [N, C, h, w] float16, or empty
     kept: torch.Tensor  # [N, regions down, regions across] uint8, or empty: all
@@ -160,7 +160,6 @@ def plan_of(options: Options, logits: torch.Tensor, target: torch.Tensor) -> Pla
     images, classes, height, width = logits.shape
     rows, columns = pooled_size(height, width, options.pooling, options.pool_size)
     small = options.small
-    least = 2 * options.region_size - 1
     return Plan(
         options=options,
         images=images,
@@ -170,7 +169,7 @@ def plan_of(options: Options, logits: torch.Tensor, target: torch.Tensor) -> Pla
         rows=rows,
         columns=columns,
         has_maps=options.pools or small,
-        is_direct=options.drops or small or min(rows, columns) < least,
+        is_direct=options.drops or small,
         arithmetic=torch.float64 if small else compute_dtype(logits.dtype),
         ignored=ignored_class(options.ignore_index, classes, target.dtype),
     )
@@ -182,11 +181,16 @@ def is_small(options: Options, height: int, width: int) -> bool:
     With few regions the covariance of the predictions would be singular without epsilon. Its
     inverse makes rounding errors of float32 up to 1 / epsilon times as large, and the gradient is
     what is left of sums that cancel. With more regions this ends; up to there float64 costs little.
+
+    Maps without a core have no lag sums over it. That they are rare is why they are small too:
+    kernels of their own would only be compiled.
     """
     rows, columns = pooled_size(height, width, options.pooling, options.pool_size)
     reach = options.region_size - 1
+    chunk = 1 if options.pools else _SHARED_COLUMNS[options.region_size]
+    has_core = rows > 2 * reach and columns >= 2 * reach + chunk
     few = (rows - reach) * (columns - reach) <= _few_regions
-    return few and height * width <= _FEW_PIXELS
+    return not has_core or (few and height * width <= _FEW_PIXELS)
 
 
 @contextmanager
@@ -252,13 +256,14 @@ def configuration_of(
     )
 
 
-def core_strip(operator: str, plan: Plan, logits: torch.Tensor) -> dict[str, Any]:
+def core_strip(
+    operator: str, plan: Plan, logits: torch.Tensor, target: torch.Tensor
+) -> dict[str, Any]:
     """A program's strip and its warps, of "rmi_moments" or "rmi_gradient"."""
     region = plan.options.region_size
     columns, lanes = 1, 128
     if not plan.has_maps:
-        # Columns of one lane share the sigmoids beside them, if a row has that many columns.
-        columns = _SHARED_COLUMNS[region] if plan.columns >= 2 * region + 2 else 1
+        columns = _SHARED_COLUMNS[region]  # of one lane share the sigmoids beside them
         operator, lanes = f"{operator}_of_logits", 32 if columns > 1 else 128
     elif operator == "rmi_moments" and region == 4:
         lanes = 256  # with 128, ptxas takes no more than 168 registers and spills two
@@ -266,8 +271,22 @@ def core_strip(operator: str, plan: Plan, logits: torch.Tensor) -> dict[str, Any
         operator, plan, logits, region, LANES=lanes, ROWS=64, num_warps=lanes // 32
     )
     lanes, rows = int(launch["LANES"]), int(launch["ROWS"])
-    strip = Strip(region, region, columns, lanes, rows, columns - 1)
+    # Rows that begin anywhere are read one by one: to shift chunks would take 17 selections for 4
+    # columns, and the loads that it spares are no bottleneck. The last lane of a row's gradient is
+    # moved to the left, so as to end with the core.
+    whole = operator.startswith("rmi_moments") or 2 * (region - 1) % columns == 0
+    grain = columns if whole and _is_whole(columns, logits, target) else 1
+    strip = Strip(region, region, columns, lanes, rows, columns - 1, grain)
     return {"STRIP": strip, "num_warps": int(launch["num_warps"])}
+
+
+def _is_whole(columns: int, *maps: torch.Tensor) -> bool:
+    """Whether every row is made of whole, aligned chunks of so many pixels."""
+    return is_flat(*maps) and all(
+        is_aligned(tensor)
+        and all(size % columns == 0 for size in (tensor.size(-1), *tensor.stride()[:-1]))
+        for tensor in maps
+    )
 
 
 def cells_and_warps(pool_size: int) -> tuple[int, int]:

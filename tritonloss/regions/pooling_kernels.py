@@ -23,6 +23,7 @@ from .features import (
     miss_of,
     plane_of,
     pointer_to,
+    scale_of_entropy,
     sigmoid_pair,
     store_logit_gradient,
 )
@@ -38,6 +39,13 @@ class Map(NamedTuple):
 
     pointer: Any
     strides: Any
+
+
+class Partials(NamedTuple):
+    """Where a program leaves its two partial sums."""
+
+    pointer: Any  # to the first
+    parts: Any  # how far behind it the second is
 
 
 class Corners(NamedTuple):
@@ -97,11 +105,10 @@ def _hat(pixel, pixels, cells):
 
 @triton.jit
 def _leave_entropy(
-    partials, parts, logits, target, size, LANES: tl.constexpr, ROWS: tl.constexpr,
+    partials, logits, target, size, dtype: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
     IGNORED: tl.constexpr,
 ):  # fmt: skip
     """Store two sums over a strip: of the cross entropy, and of the valid pixels."""
-    dtype: tl.constexpr = partials.dtype.element_ty
     channels, height, width = size
     bands, blocks = tl.cdiv(height, ROWS), tl.cdiv(width, LANES)
     image = (tl.program_id(0) // (bands * blocks)).to(tl.int64)
@@ -125,8 +132,8 @@ def _leave_entropy(
                 entropy += excess * LN_2 + rest
                 product *= factor
             entropy += tl.log(product)
-    tl.store(partials, tl.sum(entropy))
-    tl.store(partials + parts, tl.sum(valid))
+    tl.store(partials.pointer, tl.sum(entropy))
+    tl.store(partials.pointer + partials.parts, tl.sum(valid))
 
 
 @triton.jit
@@ -190,7 +197,7 @@ def _rmi_pool_kernel(
     residual_ptr,  # [N, C, h, w]: sum over the cell of p - y; of the maxima if MAXIMUM
     labels_ptr,  # [N, C, h, w]: sum or maximum of y
     touched_ptr,  # [N, h, w]: whether a cell holds an invalid pixel, if DROP
-    partials_ptr,  # [2, programs]: sums of the cross entropy and of the valid pixels
+    partials_ptr,  # [2, programs] float64: sums of the cross entropy and of the valid pixels
     logits_strides,
     target_strides,
     channels,
@@ -283,7 +290,7 @@ def _rmi_pool_kernel(
 def _rmi_cross_entropy_kernel(
     logits_ptr,  # [N, C, H, W]
     target_ptr,  # [N, H, W]
-    partials_ptr,  # [2, programs]: sums of the cross entropy and of the valid pixels
+    partials_ptr,  # [2, programs] float64: sums of the cross entropy and of the valid pixels
     logits_strides,
     target_strides,
     channels,
@@ -297,8 +304,10 @@ def _rmi_cross_entropy_kernel(
     size = (channels, height, width)
     logits = Map(pointer=logits_ptr, strides=logits_strides)
     target = Map(pointer=target_ptr, strides=target_strides)
-    partials = partials_ptr + tl.program_id(0)
-    _leave_entropy(partials, tl.num_programs(0), logits, target, size, LANES, ROWS, IGNORED)
+    partials = Partials(pointer=partials_ptr + tl.program_id(0), parts=tl.num_programs(0))
+    element: tl.constexpr = logits_ptr.dtype.element_ty
+    dtype: tl.constexpr = tl.float64 if element == tl.float64 else tl.float32
+    _leave_entropy(partials, logits, target, size, dtype, LANES, ROWS, IGNORED)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -308,7 +317,7 @@ def _rmi_sample_kernel(
     residual_ptr,  # [N, C, h, w]: p - y, p interpolated, y of the nearest pixel
     labels_ptr,  # [N, C, h, w]: y
     touched_ptr,  # [N, h, w]: whether an invalid pixel was read, if DROP
-    partials_ptr,  # [2, parts]: sums of the cross entropy and of the valid pixels
+    partials_ptr,  # [2, parts] float64: sums of the cross entropy and of the valid pixels
     logits_strides,
     target_strides,
     channels,
@@ -336,8 +345,8 @@ def _rmi_sample_kernel(
     cell = program % blocks * LANES + tl.arange(0, LANES)
     cells = (cell_row, cell, pooled_height, pooled_width)
     if program < 0:
-        partials = partials_ptr + tl.program_id(0)
-        _leave_entropy(partials, parts, logits, target, size, LANES, ROWS, IGNORED)
+        partials = Partials(pointer=partials_ptr + tl.program_id(0), parts=parts)
+        _leave_entropy(partials, logits, target, size, dtype, LANES, ROWS, IGNORED)
     else:
         labels = plane_of(target_ptr, target_strides, image, 0)
         steps = (row_step, column_step)
@@ -362,7 +371,7 @@ def _rmi_sample_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _rmi_expand_kernel(
     grad_loss_ptr,  # []
-    statistics_ptr,  # [1]: bce_weight / V
+    statistics_ptr,  # [1] float64: bce_weight / V
     logits_ptr,  # [N, C, H, W]
     target_ptr,  # [N, H, W]
     grad_pooled_ptr,  # [some images, or classes, h, w]: gradient of each pixel's probability
@@ -387,12 +396,12 @@ def _rmi_expand_kernel(
     FLAT: tl.constexpr,
 ):
     """Spreads a cell's gradient over its pixels, or gives it to the first of the largest."""
-    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    dtype: tl.constexpr = grad_pooled_ptr.dtype.element_ty
     image, cell_row, cell, column, inside = _cell_program(cell_rows, SIZE, SIDE, CELLS)
     target = plane_of(target_ptr, target_strides, first_image + image, 0, FLAT)
     stored = cell < tl.where(cell_row < pooled_height, pooled_width, 0)
     offset = cell_row.to(tl.int64) * pooled_width + cell
-    entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
+    entropy_scale = scale_of_entropy(grad_loss_ptr, statistics_ptr, dtype)
     # labels of the cells, for all classes
     labels = ()
     for j in tl.static_range(SIZE):
@@ -436,7 +445,7 @@ def _rmi_expand_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _rmi_sample_backward_kernel(
     grad_loss_ptr,  # []
-    statistics_ptr,  # [1]: bce_weight / V
+    statistics_ptr,  # [1] float64: bce_weight / V
     logits_ptr,  # [N, C, H, W]
     target_ptr,  # [N, H, W]
     grad_pooled_ptr,  # [some images, or classes, h, w]: gradient of interpolated probabilities
@@ -456,13 +465,13 @@ def _rmi_sample_backward_kernel(
     IGNORED: tl.constexpr,
 ):
     """Gives each pixel of a row its share of the gradient of the one cell that may read it."""
-    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    dtype: tl.constexpr = grad_pooled_ptr.dtype.element_ty
     image = (tl.program_id(0) // height).to(tl.int64)
     row = tl.program_id(0) % height
     column = tl.program_id(1) * LANES + tl.arange(0, LANES)
     mask = column < width
     target = plane_of(target_ptr, target_strides, first_image + image, 0)
-    entropy_scale = tl.load(grad_loss_ptr) * tl.load(statistics_ptr)
+    entropy_scale = scale_of_entropy(grad_loss_ptr, statistics_ptr, dtype)
 
     cell_row, down = _hat(row, height, pooled_height)
     cell, across = _hat(column, width, pooled_width)

@@ -99,7 +99,7 @@ def _empty_results(logits: torch.Tensor, target: torch.Tensor, options: Options)
     return Results(
         loss=logits.new_empty((), dtype=compute_dtype(logits.dtype)),
         info=logits.new_empty((plan.images, plan.classes), dtype=torch.int32),
-        statistics=logits.new_empty(1, dtype=plan.arithmetic),
+        statistics=logits.new_empty(1, dtype=torch.float64),
         residual=logits.new_empty(map_shape, dtype=plan.arithmetic),
         labels=logits.new_empty(map_shape, dtype=torch.float16),
         kept=logits.new_empty(plan.kept_shape, dtype=torch.uint8),
@@ -177,8 +177,8 @@ def rmi_loss(
             ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
         precision: "float64" or "float32" for the sums of products, or None (default): float32 on
             GPUs that are slow in float64, else float64. ignore="drop", maps of less than
-            2 region_size - 1 rows or columns, and images of up to 1024 regions and 128 x 128 pixels
-            take float64 in any case.
+            2 region_size - 1 rows or columns (without pooling of up to three columns more), and
+            images of up to 1024 regions and 128 x 128 pixels take float64 in any case.
         bce_smooth: added to the number of valid pixels that BCE is divided by, >= 0; the released
             code has 1. Default 0.
         return_info: whether to return info as well. Default False.
