@@ -258,11 +258,11 @@ def check_images(x: torch.Tensor, y: torch.Tensor) -> None:
     _check_device(x, "x", y, "y")
 
 
-def check_classes(logits: torch.Tensor, high: int | None = None) -> None:
+def check_classes(logits: torch.Tensor, high: int | None = None, instead: str = "") -> None:
     """``logits`` must have classes to compare with each other, two at the least.
 
     With one class the loss would always be 0, which is a trap. Logits of a binary mask, which have
-    one class, are for the losses of each class against the rest.
+    one class, are for the losses of each class against the rest, and for what ``instead`` names.
     """
     classes = logits.shape[1]
     if classes >= 2 and (high is None or classes <= high):
@@ -271,7 +271,7 @@ def check_classes(logits: torch.Tensor, high: int | None = None) -> None:
     if classes < 2:
         raise ValueError(
             f"{accepted}, which this loss compares; for a binary mask (one channel, labels 0 and "
-            f"1) use binary_cross_entropy; got {described(logits)}"
+            f"1) {instead}use binary_cross_entropy; got {described(logits)}"
         )
     raise ValueError(f"{accepted}; got {described(logits)}")
 
@@ -303,6 +303,20 @@ def check_class_weights(
         raise ValueError(f"{accepted}; got {described(weight)}")
     if logits is not None:
         _check_device(logits, "logits", weight, name)
+
+
+def check_class_choice(name: str, chosen: str | Sequence[int], classes: int | None) -> None:
+    """``chosen`` must be "present", "all" or different classes; without ``classes``, any."""
+    accepted = f"{name} must be 'present', 'all' or a tuple of different classes, 0 to C - 1"
+    if isinstance(chosen, str):
+        if chosen not in ("present", "all"):
+            raise ValueError(f"{accepted}; got {chosen!r}")
+        return
+    if not isinstance(chosen, (tuple, list)) or not all(map(_is_integer, chosen)):
+        raise TypeError(f"{accepted}; got {_value(chosen)}")
+    outside = [c for c in chosen if c < 0 or (classes is not None and c >= classes)]
+    if outside or not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"{accepted}; got {chosen}")
 
 
 def _weights_accepted(

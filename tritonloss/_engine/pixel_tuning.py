@@ -57,7 +57,9 @@ def pixel_cases(loss: Loss, operator: Operator, options: Any, tables: int = 0) -
     """The tuning cases of a loss with these options and this number of tables."""
     whole = _whole_cases(loss, operator, options, tables)
     headlines = 4  # both directions and dtypes of one size
-    upsampled = _upsampled_cases(loss, operator, options, tables)
+    upsampled = []
+    if hasattr(options, "upsample"):
+        upsampled = _upsampled_cases(loss, operator, options, tables)
     return [*whole[:headlines], *upsampled, *whole[headlines:]]
 
 
@@ -128,7 +130,8 @@ def _tuning_pass(
     logits = random_map(smaller, layout, dtype, device).sub_(0.5).mul_(8)
     target = random_labels(shape, device)
     table = torch.full((classes,), 0.1, device=device)
-    given = (logits, target, *(table,) * tables, *(None,) * (2 - tables))
+    others = len(operator.inputs) - 2 - tables
+    given = (logits, target, *(table,) * tables, *(None,) * others)
 
     def both_passes() -> tuple[torch.Tensor, ...]:
         return operator.both_passes(*given, options=options)
