@@ -14,6 +14,8 @@ from perf.operations.contract import (
     KernelNotes,
     LoopNotes,
     Operation,
+    Shape,
+    rarely,
     variations,
 )
 from perf.operations.pixel_cases import class_loop, floor, inputs, outputs
@@ -43,14 +45,36 @@ CASES = variations(
     {"shape": SHAPES["ade20k"]},
     {"shape": SHAPES["voc"]},
 )
+# As many as stay in registers; a kernel that has more is another one.
+_HELD = Shape("held", 4, 32, 512, 1024)
+_ONCE = {"everywhere": False}
 SHIPPED = variations(
     replace(CASES[0], everywhere=True, against_compile=False),
-    {"dtype": "bfloat16"},
-    {"dtype": "float16"},
     {"shape": SHAPES["ade20k"]},
-    {"layout": "channels_last"},
-    {"shape": SHAPES["voc"]},
-    {"shape": SHAPES["cityscapes"], "options": {"activation": "sigmoid"}},
+    {"dtype": "bfloat16", **_ONCE},
+    {"shape": _HELD, **_ONCE},
+    {"layout": "channels_last", **_ONCE},
+    {"shape": SHAPES["voc"], **_ONCE},
+    {"options": {"activation": "sigmoid"}, **_ONCE},
+    {"shape": SHAPES["binary"], "options": {"activation": "sigmoid"}, **_ONCE},
+)
+RARE = rarely(
+    SHIPPED[0],
+    {"dtype": "float16"},
+    {"dtype": "float64"},
+    {"layout": "strided"},
+    *({"labels": labels} for labels in ("int16", "int32", "int64")),
+    *({"shape": shape, "dtype": "bfloat16"} for shape in (_HELD, SHAPES["ade20k"])),
+    {"shape": _HELD, "dtype": "float16"},
+    {"shape": _HELD, "labels": "int64"},
+    *({"layout": "channels_last", "dtype": dtype} for dtype in ("bfloat16", "float16")),
+    {"shape": SHAPES["ade20k"], "layout": "channels_last"},
+    {"shape": replace(SHAPES["ade20k"], name="thousand", classes=1000)},
+    {"options": {"activation": "sigmoid"}, "shape": _HELD},
+    {"options": {"activation": "sigmoid"}, "shape": SHAPES["ade20k"]},
+    {"options": {"activation": "sigmoid"}, "dtype": "bfloat16"},
+    {"options": {"per_image": True, "form": "log"}},
+    {"options": {"form": "generalized"}},
 )
 KERNELS = {
     "_class_sums_forward_kernel": KernelNotes(
@@ -83,7 +107,7 @@ OPERATIONS = (
         launch=_launched,
         floor=floor,
         cases=CASES,
-        shipped=SHIPPED,
+        shipped=(*SHIPPED, *RARE),
         kernels=KERNELS,
         operators=("class_sums_forward", "class_sums_backward"),
     ),

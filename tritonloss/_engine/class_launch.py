@@ -10,6 +10,9 @@ import triton
 
 from .._core.backend import device_guard
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
+from .cell_grid import axes_of, cell_heuristic, over_cells, over_strips, pointers_of
+from .cell_kernels import _upsampled_backward_kernel
+from .class_cells import _class_cells_forward_kernel, _class_cells_project_kernel
 from .class_heads import Counting, _class_head_kernel
 from .class_sums import (
     Probabilities,
@@ -40,6 +43,8 @@ class ClassLoss(NamedTuple):
         counting: which classes are in the mean.
         numbers: what the head gets at run time.
         ignore_index: the label of pixels that are ignored, or None.
+        upsample: "bilinear" if the logits are interpolated to the size of the labels.
+        align_corners: of the interpolation.
     """
 
     loss: Loss
@@ -49,6 +54,8 @@ class ClassLoss(NamedTuple):
     counting: Counting
     numbers: tuple[float, ...]
     ignore_index: int | None
+    upsample: str | None
+    align_corners: bool
 
 
 class ClassResults(NamedTuple):
@@ -65,10 +72,11 @@ def allocated(
     loss: Loss, per_image: bool, logits: torch.Tensor, target: torch.Tensor, save: bool
 ) -> ClassResults:
     """The results, of which nothing is computed yet; maps are there if ``save``."""
+    interpolated = logits.shape[2:] != target.shape[1:]
     images, classes = logits.shape[:2]
     dtype = compute_dtype(logits.dtype)
     groups = images if per_image else 1
-    dtypes = loss.saved(logits, False) if save else ()
+    dtypes = loss.saved(logits, interpolated) if save else ()
     maps = [logits.new_empty(target.shape, dtype=saved) for saved in dtypes]
     return ClassResults(
         logits.new_empty((), dtype=dtype),
@@ -91,9 +99,11 @@ def launch_class_sums(
     if target.numel() == 0:
         return results._replace(loss=results.loss.zero_(), scale=results.scale.zero_())
     images, classes = logits.shape[:2]
+    walk = _walk_of(loss, logits, target)
+    prepare = _prepare_sums if walk.upsample is None else _prepare_sums_of_cells
     launch, programs = prepared(
-        ("class_sums", id(loss.loss.record), kind(logits), kind(target), loss.ignore_index, save),
-        lambda: _prepare_sums(loss, logits, target, save),
+        ("class_sums", id(loss.loss.record), kind(logits), kind(target), walk, save),
+        lambda: prepare(loss, logits, target, walk, save),
     )
     finish = prepared(
         ("class_head", loss.head, loss.options, loss.counting, loss.numbers, programs,
@@ -107,8 +117,9 @@ def launch_class_sums(
         launch(
             logits_ptr=logits,
             target_ptr=target,
-            map_ptrs=_maps(loss, logits, results) if save else (),
+            map_ptrs=_maps(loss, logits, walk, results) if save else (),
             parts_ptr=parts,
+            **_axes(logits, target, walk),
         )
         finish(
             parts_ptr=parts,
@@ -133,10 +144,14 @@ def launch_class_sums_backward(
     grad_logits = torch.empty_like(logits)
     if target.numel() == 0:
         return grad_logits.zero_()
+    walk = _walk_of(loss, logits, target)
+    if walk.upsample is not None:
+        _launch_cells_backward(loss, upstream, kept, (logits, target, grad_logits), walk)
+        return grad_logits
     launch = prepared(
-        ("class_sums_backward", id(loss.loss.record), kind(logits), kind(target),
-         loss.ignore_index, loss.counting.per_image),
-        lambda: _prepare_backward(loss, logits, target, grad_logits),
+        ("class_sums_backward", id(loss.loss.record), kind(logits), kind(target), walk,
+         loss.counting.per_image),
+        lambda: _prepare_backward(loss, logits, target, grad_logits, walk),
     )  # fmt: skip
     with device_guard(logits):
         launch(
@@ -145,22 +160,80 @@ def launch_class_sums_backward(
             logits_ptr=logits,
             target_ptr=target,
             table_ptr=kept.table,
-            map_ptrs=_maps(loss, logits, kept),
+            map_ptrs=_maps(loss, logits, walk, kept),
             grad_ptr=grad_logits,
         )
     return grad_logits
 
 
-def _maps(loss: ClassLoss, logits: torch.Tensor, results: ClassResults) -> tuple[Any, ...]:
+def _launch_cells_backward(
+    loss: ClassLoss,
+    upstream: torch.Tensor,
+    kept: ClassResults,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    walk: Walk,
+) -> None:
+    """The gradient of interpolated logits; ``tensors`` are logits, labels and gradient."""
+    logits, target, grad_logits = tensors
+    maps = _maps(loss, logits, walk, kept)
+    project, launch = prepared(
+        ("class_cells_backward", id(loss.loss.record), kind(logits), kind(target), walk,
+         loss.counting.per_image),
+        lambda: _prepare_backward_of_cells(loss, logits, target, grad_logits, walk),
+    )  # fmt: skip
+    axes = _axes(logits, target, walk)
+    with device_guard(logits):
+        if project is not None:
+            projection = torch.empty_like(maps[0])
+            project(
+                logits_ptr=logits,
+                target_ptr=target,
+                map_ptr=maps[0],
+                table_ptr=kept.table,
+                projection_ptr=projection,
+                **axes,
+            )
+            maps = (*maps, projection)
+        launch(
+            upstream_ptr=upstream,
+            scale_ptr=kept.scale,
+            logits_ptr=logits,
+            target_ptr=target,
+            own_ptrs=(kept.table[0],),
+            other_ptrs=(kept.table[1],),
+            map_ptrs=maps,
+            grad_ptr=grad_logits,
+            **axes,
+        )
+
+
+def _walk_of(loss: ClassLoss, logits: torch.Tensor, target: torch.Tensor) -> Walk:
+    """The walk that the options ask for; to interpolate to the same size is to do nothing."""
+    if logits.shape[2:] == target.shape[1:]:
+        return Walk(loss.ignore_index, "mean")
+    return Walk(loss.ignore_index, "mean", loss.upsample, loss.align_corners)
+
+
+def _maps(
+    loss: ClassLoss, logits: torch.Tensor, walk: Walk, results: ClassResults
+) -> tuple[Any, ...]:
     """The maps that are there: to a custom operator, one that is not is an empty tensor."""
-    return (results.first, results.second)[: len(loss.loss.saved(logits, False))]
+    count = len(loss.loss.saved(logits, walk.upsample is not None))
+    return (results.first, results.second)[:count]
+
+
+def _axes(logits: torch.Tensor, target: torch.Tensor, walk: Walk) -> dict[str, torch.Tensor]:
+    """The arguments that say where pixels lie between logits; none where they lie on them."""
+    if walk.upsample is None:
+        return {}
+    return pointers_of(axes_of(logits, target, walk.align_corners))
 
 
 # --- launches -------------------------------------------------------------------------------------
 
 
 def _prepare_sums(
-    loss: ClassLoss, logits: torch.Tensor, target: torch.Tensor, save: bool
+    loss: ClassLoss, logits: torch.Tensor, target: torch.Tensor, walk: Walk, save: bool
 ) -> tuple[PreparedLaunch, int]:
     """(the launch, its programs of an image)."""
     images, classes = logits.shape[:2]
@@ -172,13 +245,14 @@ def _prepare_sums(
     programs = triton.cdiv(tiles, rounds)
     constants = {
         **arguments,
-        **_around(loss, logits, target, save),
+        **_around(loss, logits, walk, save),
+        **labels_of([loss.loss], logits, target, loss.ignore_index),
         "logits_strides": in_grains(logits, tile),
         "target_strides": in_grains(target, tile),
         "rounds": rounds,
         "programs": programs,
         "images": images,
-        "BINS": max(triton.next_power_of_2(max(classes, 2)), 64),
+        "BINS": _bins(classes),
     }
     grid = (images * programs,)
     return PreparedLaunch(_class_sums_forward_kernel, grid, constants, tile.grain > 1), programs
@@ -200,30 +274,108 @@ def _prepare_head(loss: ClassLoss, images: int, classes: int, programs: int) -> 
 
 
 def _prepare_backward(
-    loss: ClassLoss, logits: torch.Tensor, target: torch.Tensor, grad_logits: torch.Tensor
+    loss: ClassLoss,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    grad_logits: torch.Tensor,
+    walk: Walk,
 ) -> PreparedLaunch:
-    images, classes = logits.shape[:2]
     programs, arguments = over_pixels([loss.loss], "backward", logits, target, grad_logits)
     tile = arguments["TILE"]
-    groups, stride = (images, classes) if loss.counting.per_image else (1, 0)
     constants = {
         **arguments,
-        **_around(loss, logits, target, True),
+        **_around(loss, logits, walk, True),
+        **labels_of([loss.loss], logits, target, loss.ignore_index),
         "logits_strides": in_grains(logits, tile),
         "target_strides": in_grains(target, tile),
         "grad_strides": in_grains(grad_logits, tile),
-        "table_strides": (groups * classes, stride),
+        "table_strides": _table_strides(loss, logits),
     }
     return PreparedLaunch(_class_sums_backward_kernel, (programs,), constants, tile.grain > 1)
 
 
-def _around(
-    loss: ClassLoss, logits: torch.Tensor, target: torch.Tensor, save: bool
-) -> dict[str, Any]:
-    """What both kernels are compiled for."""
-    walk = Walk(loss.ignore_index, "mean")
+def _prepare_sums_of_cells(
+    loss: ClassLoss, logits: torch.Tensor, target: torch.Tensor, walk: Walk, save: bool
+) -> tuple[PreparedLaunch, int]:
+    """(the launch over interpolated logits, its programs of an image)."""
+    images, classes = logits.shape[:2]
+    all_programs, arguments = _over_cells(loss, logits, target, walk)
+    constants = {
+        **arguments,
+        **_around(loss, logits, walk, save),
+        "logits_strides": logits.stride(),
+        "target_strides": target.stride(),
+        "programs": all_programs // images,
+        "images": images,
+        "BINS": _bins(classes),
+    }
+    launch = PreparedLaunch(_class_cells_forward_kernel, (all_programs,), constants, False)
+    return launch, all_programs // images
+
+
+def _prepare_backward_of_cells(
+    loss: ClassLoss,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    grad_logits: torch.Tensor,
+    walk: Walk,
+) -> tuple[PreparedLaunch | None, PreparedLaunch]:
+    """(the launch that projects, if there is something to project, that of the gradient)."""
+    axes = axes_of(logits, target, walk.align_corners)
+    strides = _table_strides(loss, logits)
+    around = _around(loss, logits, walk, True)
+    project = None
+    if loss.probabilities.compared:
+        programs, arguments = _over_cells(loss, logits, target, walk)
+        constants = {
+            **arguments,
+            **around,
+            "logits_strides": logits.stride(),
+            "target_strides": target.stride(),
+            "table_strides": strides,
+            "programs": programs // logits.size(0),
+        }
+        project = PreparedLaunch(_class_cells_project_kernel, (programs,), constants, False)
+        around["TERMS"] = around["TERMS"]._replace(maps=(2,))  # with the projections
+    heuristic = cell_heuristic([loss.loss], "backward", axes[1].most)
+    programs, arguments = over_strips([loss.loss], logits, target, walk, axes, heuristic)
+    constants = {
+        **arguments,
+        "TERMS": around["TERMS"],
+        "numbers": ((),),
+        "shares": (1.0,),
+        "upstream_strides": (0, 0, 0),
+        "logits_strides": logits.stride(),
+        "target_strides": target.stride(),
+        "grad_strides": grad_logits.stride(),
+        "table_stride": strides[1],
+    }
+    return project, PreparedLaunch(_upsampled_backward_kernel, (programs,), constants, False)
+
+
+def _over_cells(
+    loss: ClassLoss, logits: torch.Tensor, target: torch.Tensor, walk: Walk
+) -> tuple[int, dict[str, Any]]:
+    """(programs, arguments) of a kernel that goes forward over cells."""
+    axes = axes_of(logits, target, walk.align_corners)
+    heuristic = cell_heuristic([loss.loss], "forward", axes[1].most)
+    return over_cells([loss.loss], logits, target, walk, axes, heuristic)
+
+
+def _around(loss: ClassLoss, logits: torch.Tensor, walk: Walk, save: bool) -> dict[str, Any]:
+    """What kernels of both passes are compiled for."""
     return {
         "TERMS": terms_of((Term(loss.loss, ()),), logits, walk, save),
         "PROBABILITIES": loss.probabilities,
-        **labels_of([loss.loss], logits, target, loss.ignore_index),
     }
+
+
+def _table_strides(loss: ClassLoss, logits: torch.Tensor) -> tuple[int, int]:
+    """From the first table to the second, and from image to image."""
+    images, classes = logits.shape[:2]
+    return (images * classes, classes) if loss.counting.per_image else (classes, 0)
+
+
+def _bins(classes: int) -> int:
+    """A histogram's size for all labels; not fewer than a warp has lanes."""
+    return max(1 << (max(classes, 2) - 1).bit_length(), 64)

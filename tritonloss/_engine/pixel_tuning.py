@@ -57,10 +57,26 @@ def pixel_cases(loss: Loss, operator: Operator, options: Any, tables: int = 0) -
     """The tuning cases of a loss with these options and this number of tables."""
     whole = _whole_cases(loss, operator, options, tables)
     headlines = 4  # both directions and dtypes of one size
-    upsampled = []
-    if hasattr(options, "upsample"):
-        upsampled = _upsampled_cases(loss, operator, options, tables)
+    upsampled = _upsampled_cases(loss, operator, options, tables)
     return [*whole[:headlines], *upsampled, *whole[headlines:]]
+
+
+def first_cases(loss: Loss, operator: Operator, options: Any) -> list[TuningCase]:
+    """The tuning cases of a loss with these options in its most common size, and no more."""
+    return [
+        TuningCase(
+            f"{loss.name}_{direction}",
+            19,
+            1,
+            dtype,
+            layout,
+            functools.partial(_tuning_pass, operator, options, 0, dtype, (2, 19, 512, 512), layout),
+            pixel_candidates(loss, direction, dtype, 19, layout),
+        )
+        for layout in ("contiguous", "channels_last", "strided")
+        for dtype in (torch.float32, torch.bfloat16)
+        for direction in ("forward", "backward")
+    ]
 
 
 def _upsampled_cases(loss: Loss, operator: Operator, options: Any, tables: int) -> list[TuningCase]:

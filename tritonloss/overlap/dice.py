@@ -10,7 +10,7 @@ from kernels_reference.overlap import dice_loss as dice_loss_reference
 
 from .._core import checks
 from .._core.backend import serves_triton
-from .._core.example import Example
+from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule
 from .scores import OVERLAP, Options, check_options, split
 
@@ -28,6 +28,8 @@ def dice_loss(
     empty: str = "loss",
     log_loss: bool = False,
     ignore_index: int | None = checks.IGNORE_INDEX,
+    upsample: str | None = None,
+    align_corners: bool = False,
 ) -> torch.Tensor:
     """Dice loss of each class's probabilities p and pixels y, the mean over the classes.
 
@@ -62,6 +64,12 @@ def dice_loss(
             has to be given where there are more than 255 classes and it is one of them. Other
             labels out of range raise on the CPU; on a GPU, where looking would synchronise,
             they count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        upsample: "bilinear" if the target has a higher resolution than the logits, [N, H, W] with
+            H >= h and W >= w of logits [N, C, h, w], at any ratios: the loss of
+            ``F.interpolate(logits.float(), size=(H, W), mode="bilinear")``, which is never in
+            memory. Default None: the same size.
+        align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
+            False.
 
     Returns:
         The loss in float32 (float64 for float64 logits); 0 with zero gradient if no pixel is valid
@@ -101,7 +109,8 @@ def dice_loss(
         torch.Size([2, 19, 32, 64])
     """
     checks.check_logits(logits)
-    checks.check_target(logits, target)
+    checks.check_upsample(upsample, align_corners)
+    checks.check_target(logits, target, upsample, can_upsample=True)
     _check_options(
         activation,
         per_image,
@@ -112,6 +121,8 @@ def dice_loss(
         empty,
         log_loss,
         ignore_index,
+        upsample,
+        align_corners,
         logits,
     )
     checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
@@ -128,6 +139,8 @@ def dice_loss(
             empty=empty,
             log_loss=log_loss,
             ignore_index=ignore_index,
+            upsample=upsample,
+            align_corners=align_corners,
         )
     weight = None if weight is None else checks.without_gradient(weight)
     counted, chosen = split(classes)
@@ -141,6 +154,8 @@ def dice_loss(
         include_background=include_background,
         empty=empty,
         ignore_index=checks.plain_label(ignore_index),
+        upsample=upsample,
+        align_corners=align_corners,
     )
     return OVERLAP(logits, target, weight, options=options)[0]
 
@@ -155,6 +170,8 @@ def _check_options(
     empty: str,
     log_loss: bool,
     ignore_index: int | None,
+    upsample: str | None,
+    align_corners: bool,
     logits: torch.Tensor | None = None,
 ) -> None:
     """Check all options; without ``logits``, for any number of classes."""
@@ -168,6 +185,8 @@ def _check_options(
         include_background=include_background,
         empty=empty,
         ignore_index=ignore_index,
+        upsample=upsample,
+        align_corners=align_corners,
         logits=logits,
     )
 
@@ -193,5 +212,13 @@ EXAMPLES = (
         OVERLAP,
         {"activation": "sigmoid", "classes": "all", "per_image": True},
         DiceLoss,
+    ),
+    Example(
+        "dice_loss, upsampled",
+        dice_loss,
+        OVERLAP,
+        {"upsample": "bilinear"},
+        DiceLoss,
+        half_resolution_and_target,
     ),
 )

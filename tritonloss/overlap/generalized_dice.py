@@ -27,6 +27,8 @@ def generalized_dice_loss(
     include_background: bool = True,
     empty: str = "loss",
     ignore_index: int | None = checks.IGNORE_INDEX,
+    upsample: str | None = None,
+    align_corners: bool = False,
 ) -> torch.Tensor:
     """Generalised dice loss: one score of all classes, the smaller of which weigh more.
 
@@ -63,6 +65,12 @@ def generalized_dice_loss(
             has to be given where there are more than 255 classes and it is one of them. Other
             labels out of range raise on the CPU; on a GPU, where looking would synchronise,
             they count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        upsample: "bilinear" if the target has a higher resolution than the logits, [N, H, W] with
+            H >= h and W >= w of logits [N, C, h, w], at any ratios: the loss of
+            ``F.interpolate(logits.float(), size=(H, W), mode="bilinear")``, which is never in
+            memory. Default None: the same size.
+        align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
+            False.
 
     Returns:
         The loss in float32 (float64 for float64 logits); 0 with zero gradient if no pixel is valid
@@ -97,7 +105,8 @@ def generalized_dice_loss(
         torch.Size([2, 19, 32, 64])
     """
     checks.check_logits(logits)
-    checks.check_target(logits, target)
+    checks.check_upsample(upsample, align_corners)
+    checks.check_target(logits, target, upsample, can_upsample=True)
     _check_options(
         activation,
         per_image,
@@ -107,6 +116,8 @@ def generalized_dice_loss(
         include_background,
         empty,
         ignore_index,
+        upsample,
+        align_corners,
         logits,
     )
     checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
@@ -122,6 +133,8 @@ def generalized_dice_loss(
             include_background=include_background,
             empty=empty,
             ignore_index=ignore_index,
+            upsample=upsample,
+            align_corners=align_corners,
         )
     weight = None if weight is None else checks.without_gradient(weight)
     counted, chosen = split(classes)
@@ -135,6 +148,8 @@ def generalized_dice_loss(
         include_background=include_background,
         empty=empty,
         ignore_index=checks.plain_label(ignore_index),
+        upsample=upsample,
+        align_corners=align_corners,
     )
     return OVERLAP(logits, target, weight, options=options)[0]
 
@@ -148,6 +163,8 @@ def _check_options(
     include_background: bool,
     empty: str,
     ignore_index: int | None,
+    upsample: str | None,
+    align_corners: bool,
     logits: torch.Tensor | None = None,
 ) -> None:
     """Check all options; without ``logits``, for any number of classes."""
@@ -160,6 +177,8 @@ def _check_options(
         include_background=include_background,
         empty=empty,
         ignore_index=ignore_index,
+        upsample=upsample,
+        align_corners=align_corners,
         logits=logits,
     )
 

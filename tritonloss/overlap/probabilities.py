@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .._engine.class_sums import Probabilities
-from .._engine.math import LOG2_E, inverse, sigmoid_base2, sigmoids_base2
+from .._engine.math import LN_2, LOG2_E, inverse, sigmoid_base2, sigmoids_base2
 from .._engine.pixel_terms import Loss
 from .._engine.pixels import (
     Record,
@@ -95,9 +95,16 @@ def _softmax_finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.co
 @triton.jit
 def _softmax_prepare(scale, saved, looked_up, pixel, given, TILE: tl.constexpr):
     statistics = softmax_again(saved, looked_up, pixel, TILE)
+    if TILE.bundle == 0:
+        # Interpolated logits have their log-sum-exp alone: powers are relative to that.
+        largest = statistics.log_sum * LN_2
+        factor = tl.zeros_like(scale) + 1.0
+    else:
+        largest = statistics.largest
+        factor = tl.exp2(-statistics.log_sum)
     before = _Before(
-        largest=statistics.largest,
-        factor=tl.exp2(-statistics.log_sum),
+        largest=largest,
+        factor=factor,
         scale=scale,
         own=load_entry(given.own_table, pixel.own, TILE),
     )
@@ -149,6 +156,8 @@ def _softmax_factors(
     """The factors with a projection that is saved after the statistics."""
     log_sum, projection = saved
     factors = _softmax_prepare(scale, (log_sum,), looked_up, pixel, given, TILE)
+    # Of a pixel that is not valid anything may be saved, but the slopes have to be 0.
+    projection = tl.where(pixel.label >= 0, projection, 0.0)
     return _softmax_project(factors, projection, pixel, TILE)
 
 

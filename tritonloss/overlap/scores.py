@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from .._engine.class_launch import (
     launch_class_sums,
     launch_class_sums_backward,
 )
-from .._engine.pixel_tuning import pixel_cases
+from .._engine.pixel_tuning import first_cases
 from .probabilities import LOSSES, PROBABILITIES
 
 _SMALLEST = tl.constexpr(1e-7)  # what a denominator, and a score before its logarithm, is at least
@@ -50,6 +49,8 @@ class Options(NamedTuple):
     include_background: bool = True
     empty: str = "loss"  # or "zero"
     ignore_index: int | None = checks.IGNORE_INDEX
+    upsample: str | None = None
+    align_corners: bool = False
 
 
 class Head(NamedTuple):
@@ -135,6 +136,8 @@ def _loss_of(options: Options, is_single: bool, weighted: bool) -> ClassLoss:
         counting,
         (options.alpha, options.beta, options.gamma, options.smooth),
         options.ignore_index,
+        options.upsample,
+        options.align_corners,
     )
 
 
@@ -190,9 +193,8 @@ OVERLAP = Operator(
 
 
 def tuning_cases() -> list[TuningCase]:
-    """What ``python -m tritonloss tune`` measures for the losses of overlap: of one size alone."""
-    cases = pixel_cases(LOSSES["softmax"], OVERLAP, Options())
-    return [replace(case, sized=None, sized_candidates=None) for case in cases]
+    """What ``python -m tritonloss tune`` measures for all losses of overlap together."""
+    return first_cases(LOSSES["softmax"], OVERLAP, Options())
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -208,6 +210,8 @@ def check_options(
     include_background: bool,
     empty: str,
     ignore_index: int | None,
+    upsample: str | None,
+    align_corners: bool,
     logits: torch.Tensor | None = None,
 ) -> None:
     """Check what all losses of overlap have; without ``logits``, for any number of classes."""
@@ -219,6 +223,7 @@ def check_options(
     checks.check_flag("include_background", include_background)
     checks.check_option("empty", empty, ("loss", "zero"))
     checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
+    checks.check_upsample(upsample, align_corners)
     if logits is not None and activation == "softmax":
         checks.check_classes(logits, instead='use activation="sigmoid", or ')
 

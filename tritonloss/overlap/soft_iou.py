@@ -28,6 +28,8 @@ def soft_iou_loss(
     empty: str = "loss",
     log_loss: bool = False,
     ignore_index: int | None = checks.IGNORE_INDEX,
+    upsample: str | None = None,
+    align_corners: bool = False,
 ) -> torch.Tensor:
     """Soft IoU (Jaccard) loss, the mean over images and classes.
 
@@ -63,6 +65,12 @@ def soft_iou_loss(
             has to be given where there are more than 255 classes and it is one of them. Other
             labels out of range raise on the CPU; on a GPU, where looking would synchronise,
             they count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        upsample: "bilinear" if the target has a higher resolution than the logits, [N, H, W] with
+            H >= h and W >= w of logits [N, C, h, w], at any ratios: the loss of
+            ``F.interpolate(logits.float(), size=(H, W), mode="bilinear")``, which is never in
+            memory. Default None: the same size.
+        align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
+            False.
 
     Returns:
         The loss in float32 (float64 for float64 logits); 0 with zero gradient if no pixel is valid
@@ -98,7 +106,8 @@ def soft_iou_loss(
         torch.Size([2, 19, 32, 64])
     """
     checks.check_logits(logits)
-    checks.check_target(logits, target)
+    checks.check_upsample(upsample, align_corners)
+    checks.check_target(logits, target, upsample, can_upsample=True)
     _check_options(
         activation,
         per_image,
@@ -109,6 +118,8 @@ def soft_iou_loss(
         empty,
         log_loss,
         ignore_index,
+        upsample,
+        align_corners,
         logits,
     )
     checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
@@ -125,6 +136,8 @@ def soft_iou_loss(
             empty=empty,
             log_loss=log_loss,
             ignore_index=ignore_index,
+            upsample=upsample,
+            align_corners=align_corners,
         )
     weight = None if weight is None else checks.without_gradient(weight)
     counted, chosen = split(classes)
@@ -140,6 +153,8 @@ def soft_iou_loss(
         include_background=include_background,
         empty=empty,
         ignore_index=checks.plain_label(ignore_index),
+        upsample=upsample,
+        align_corners=align_corners,
     )
     return OVERLAP(logits, target, weight, options=options)[0]
 
@@ -154,6 +169,8 @@ def _check_options(
     empty: str,
     log_loss: bool,
     ignore_index: int | None,
+    upsample: str | None,
+    align_corners: bool,
     logits: torch.Tensor | None = None,
 ) -> None:
     """Check all options; without ``logits``, for any number of classes."""
@@ -167,6 +184,8 @@ def _check_options(
         include_background=include_background,
         empty=empty,
         ignore_index=ignore_index,
+        upsample=upsample,
+        align_corners=align_corners,
         logits=logits,
     )
 
