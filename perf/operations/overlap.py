@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 import kernels_reference
+from perf.operations import peers, pixel_cases, upsampling
 from perf.operations.contract import (
     SHAPES,
     Case,
+    CodeGoal,
     Given,
+    Goal,
     KernelNotes,
     LoopNotes,
     Operation,
     Shape,
     rarely,
+    share_of_the_map,
     variations,
 )
-from perf.operations.pixel_cases import class_loop, floor, inputs, outputs
-from tritonloss.overlap.dice import dice_loss
+from perf.operations.pixel_cases import class_loop, outputs
+from tritonloss import functional
 from tritonloss.overlap.scores import OVERLAP, Options
 
-
-def _launched(case: Case, tensors: tuple[Tensor, ...]) -> None:
-    """Both passes of the mean dice score: other scores differ in the head alone."""
-    logits, target = tensors
-    options = Options(smooth=5e-6, ignore_index=255)._replace(**case.options)
-    OVERLAP.both_passes(logits, target, None, options=options)
-
-
-def _rounds(given: Given) -> float:
-    return float(given["rounds"])
+# Of each loss the options of its operator, for its function's defaults.
+_DEFAULTS = {
+    "dice_loss": Options(smooth=5e-6),
+    "generalized_dice_loss": Options(form="generalized", smooth=1e-5),
+    "soft_iou_loss": Options(alpha=1.0, beta=1.0, per_image=True),
+    "tversky_loss": Options(alpha=0.3, beta=0.7, smooth=1.0, per_image=True, classes="all"),
+}
 
 
-def _forward_outputs(given: Given) -> float:
-    return outputs(given) * _rounds(given)
+def _launch(name: str) -> Callable[[Case, tuple[Tensor, ...]], None]:
+    """A function that runs the launchers of both passes; a case's options are the operator's."""
+
+    def launched(case: Case, tensors: tuple[Tensor, ...]) -> None:
+        logits, target = tensors
+        options = _DEFAULTS[name]._replace(ignore_index=255, **case.options)
+        OVERLAP.both_passes(logits, target, None, options=options)
+
+    return launched
 
 
 CASES = variations(
@@ -43,72 +53,183 @@ CASES = variations(
     {"dtype": "bfloat16"},
     {"layout": "channels_last"},
     {"shape": SHAPES["ade20k"]},
-    {"shape": SHAPES["voc"]},
+    {"shape": SHAPES["ade20k"], "dtype": "bfloat16"},
+    {"shape": SHAPES["voc"], "against_compile": False},
+    {"labels": "int64", "against_compile": False},
+    {"options": {"activation": "sigmoid"}, "against_compile": False},
+    {"shape": SHAPES["binary"], "options": {"activation": "sigmoid"}, "against_compile": False},
 )
-# As many as stay in registers; a kernel that has more is another one.
+# As many classes as stay in registers; with more, it is another kernel.
 _HELD = Shape("held", 4, 32, 512, 1024)
+_SIGMOID = {"activation": "sigmoid"}
 _ONCE = {"everywhere": False}
 SHIPPED = variations(
     replace(CASES[0], everywhere=True, against_compile=False),
+    {"layout": "channels_last", **_ONCE},
     {"shape": SHAPES["ade20k"]},
     {"dtype": "bfloat16", **_ONCE},
     {"shape": _HELD, **_ONCE},
-    {"layout": "channels_last", **_ONCE},
     {"shape": SHAPES["voc"], **_ONCE},
-    {"options": {"activation": "sigmoid"}, **_ONCE},
-    {"shape": SHAPES["binary"], "options": {"activation": "sigmoid"}, **_ONCE},
+    {"options": _SIGMOID, **_ONCE},
+    {"shape": SHAPES["binary"], "options": _SIGMOID, **_ONCE},
 )
 RARE = rarely(
     SHIPPED[0],
-    {"dtype": "float16"},
-    {"dtype": "float64"},
+    *({"dtype": dtype} for dtype in ("float16", "float64")),
     {"layout": "strided"},
     *({"labels": labels} for labels in ("int16", "int32", "int64")),
-    *({"shape": shape, "dtype": "bfloat16"} for shape in (_HELD, SHAPES["ade20k"])),
-    {"shape": _HELD, "dtype": "float16"},
+    *({"shape": _HELD, "dtype": dtype} for dtype in ("bfloat16", "float16")),
     {"shape": _HELD, "labels": "int64"},
+    {"shape": SHAPES["ade20k"], "dtype": "bfloat16"},
     *({"layout": "channels_last", "dtype": dtype} for dtype in ("bfloat16", "float16")),
     {"shape": SHAPES["ade20k"], "layout": "channels_last"},
     {"shape": replace(SHAPES["ade20k"], name="thousand", classes=1000)},
-    {"options": {"activation": "sigmoid"}, "shape": _HELD},
-    {"options": {"activation": "sigmoid"}, "shape": SHAPES["ade20k"]},
-    {"options": {"activation": "sigmoid"}, "dtype": "bfloat16"},
-    {"options": {"per_image": True, "form": "log"}},
-    {"options": {"form": "generalized"}},
+    *({"options": _SIGMOID, "shape": shape} for shape in (_HELD, SHAPES["ade20k"])),
+    {"options": _SIGMOID, "dtype": "bfloat16"},
+    {"options": {"form": "log"}},
+    {"options": {"form": "power", "gamma": 0.5}},
+)
+
+# --- how to read the machine code -----------------------------------------------------------------
+
+
+def _rounds(given: Given) -> float:
+    return float(given["rounds"])
+
+
+def _parts(given: Given) -> float:
+    return float(-(-given["programs"] // 256))
+
+
+def _groups(given: Given) -> float:
+    """Of the program that comes last."""
+    return (given["images"] if given["COUNTING.per_image"] else 1) / given["PROGRAMS"]
+
+
+def _images(given: Given) -> float:
+    return float(given["images"] / given["PROGRAMS"])
+
+
+_HEAD = KernelNotes(
+    share_of_the_map,
+    (
+        LoopNotes("parts", "add_parts", _parts),
+        LoopNotes("groups", "finish_loss", _groups),
+        LoopNotes("images", "_classes_of", _images),
+    ),
 )
 KERNELS = {
     "_class_sums_forward_kernel": KernelNotes(
-        _forward_outputs,
+        lambda given: outputs(given) * _rounds(given),
         (
             LoopNotes("tiles", "_class_sums_forward_kernel.i", _rounds),
             class_loop("statistics", "_fold_blocks"),
             class_loop("classes", "_sum_blocks"),
         ),
     ),
-    "_class_head_kernel": KernelNotes(
-        lambda given: 1.0,
-        (
-            LoopNotes("parts", "add_parts", lambda given: 1.0),
-            LoopNotes("groups", "finish_loss", lambda given: 1.0),
-            LoopNotes("images", "_classes_of", lambda given: 1.0),
-        ),
-    ),
+    "_class_head_kernel": _HEAD,
     "_class_sums_backward_kernel": KernelNotes(
         outputs,
         (class_loop("projection", "_project_blocks"), class_loop("classes", "write_gradients")),
     ),
 }
+_UPSAMPLED_KERNELS = {
+    "_class_cells_forward_kernel": KernelNotes(
+        share_of_the_map,
+        (
+            upsampling.class_loop("statistics"),
+            upsampling.class_loop("classes", "_class_cells_forward_kernel"),
+        ),
+    ),
+    "_class_head_kernel": _HEAD,
+    "_class_cells_project_kernel": KernelNotes(
+        share_of_the_map, (upsampling.class_loop("classes", "_class_cells_project_kernel"),)
+    ),
+    "_upsampled_backward_kernel": upsampling.KERNELS["_upsampled_backward_kernel"],
+}
+
+# --- goals ----------------------------------------------------------------------------------------
+
+# 1.3 times those of cross entropy at sm_90, forward and backward: 13.1 and 12.8, and in
+# channels_last 34.1 and 28.5.
+_LIMITS = {"contiguous": (17.0, 16.6), "channels_last": (44.3, 37.1)}
+
+
+def _goals(words: str) -> tuple[Goal | CodeGoal, ...]:
+    extra = (CASES[0].shape.elements * 4 + 8 * CASES[0].shape.pixels) / 2**20
+    return (
+        Goal(f"{words}: extra MiB, the gradient and 8 bytes per pixel", CASES[0],
+             "peak_delta_MiB", at_most=extra),
+        *(
+            Goal(f"{words}, {case.text}: speed against eager", case, "speedup_vs_eager",
+                 at_least=5.0)
+            for case in CASES[:3]
+        ),
+        *(
+            CodeGoal(
+                f"{words}, {direction}, {case.layout}: instructions per pixel and class",
+                case,
+                f"_class_sums_{direction}_kernel",
+                "total",
+                at_most=limit,
+            )
+            for case in SHIPPED[:2]
+            for direction, limit in zip(
+                ("forward", "backward"), _LIMITS[case.layout], strict=True
+            )
+        ),
+    )  # fmt: skip
+
+
+def _operation(name: str, **more: Any) -> Operation:
+    fields: dict[str, Any] = {
+        "inputs": pixel_cases.inputs,
+        "launch": _launch(name),
+        "floor": pixel_cases.floor,
+        "cases": CASES[:3],
+        "shipped": SHIPPED[:1],
+        "kernels": KERNELS,
+        "operators": ("class_sums_forward", "class_sums_backward"),
+        **more,
+    }
+    return Operation(
+        name=name,
+        function=getattr(functional, name),
+        reference=getattr(kernels_reference, name),
+        **fields,
+    )
+
+
 OPERATIONS = (
-    Operation(
-        name="dice_loss",
-        function=dice_loss,
-        reference=kernels_reference.dice_loss,
-        inputs=inputs,
-        launch=_launched,
-        floor=floor,
+    _operation(
+        "dice_loss",
         cases=CASES,
         shipped=(*SHIPPED, *RARE),
-        kernels=KERNELS,
-        operators=("class_sums_forward", "class_sums_backward"),
+        goals=_goals("Dice"),
+        libraries=peers.DICE_LOSS,
+    ),
+    _operation("generalized_dice_loss"),
+    _operation("soft_iou_loss"),
+    _operation("tversky_loss"),
+    replace(
+        _operation("dice_loss"),
+        name="dice_loss_upsampled",
+        inputs=upsampling.inputs,
+        floor=upsampling.floor,
+        cases=upsampling.CASES[:3],
+        shipped=(
+            upsampling.SHIPPED[0],
+            *rarely(
+                upsampling.BASE,
+                *({"ratio": ratio} for ratio in (2, 3.3, 8, 16)),
+                *({"dtype": dtype} for dtype in ("bfloat16", "float16", "float64")),
+                *({"labels": labels} for labels in ("int16", "int32", "int64")),
+                {"shape": SHAPES["ade20k"]},
+                {"options": _SIGMOID},
+            ),
+        ),
+        kernels=_UPSAMPLED_KERNELS,
+        operators=(),
+        goals=upsampling.memory_goals("Dice of upsampled logits", 8),
     ),
 )

@@ -155,8 +155,9 @@ def _chunks(given: Given) -> float:
     return _rows_of_pixels(given) * given["CELLS.chunks"]
 
 
-def _class_loop(name: str) -> LoopNotes:
-    return LoopNotes(name, "_fold_blocks", _blocks, share=_completed)
+def class_loop(name: str, within: str = "_fold_blocks") -> LoopNotes:
+    """Notes of a loop over blocks of classes, all but the last one."""
+    return LoopNotes(name, within, _blocks, share=_completed)
 
 
 _BACKWARD = KernelNotes(
@@ -168,12 +169,12 @@ _BACKWARD = KernelNotes(
     ),
 )
 KERNELS = {
-    "_upsampled_forward_kernel": KernelNotes(share_of_the_map, (_class_loop("classes"),)),
+    "_upsampled_forward_kernel": KernelNotes(share_of_the_map, (class_loop("classes"),)),
     "_upsampled_backward_kernel": _BACKWARD,
 }
 TWO_PASSES = {
     "_upsampled_forward_kernel": KernelNotes(
-        share_of_the_map, (_class_loop("top two"), _class_loop("penalties"))
+        share_of_the_map, (class_loop("top two"), class_loop("penalties"))
     ),
     "_upsampled_backward_kernel": _BACKWARD,
 }

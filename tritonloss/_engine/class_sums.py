@@ -306,6 +306,8 @@ def _class_sums_forward_kernel(
         pixel = load_pixels(target_ptr, target_strides, run, IGNORED, BINARY, TILE)
         view = view_of(logits_ptr, logits_strides, run, TILE)
         counts = count_labels(counts, pixel, BINS)
+        if not HELD:  # this tile is the only one
+            store_counts(plane, counts, BINARY, BINS, TILE.classes)
 
         # the statistics of the softmax, which are saved
         states = of_each(start, (), TERMS, TILE)
@@ -329,7 +331,7 @@ def _class_sums_forward_kernel(
             _sum_blocks(plane, shared, view, pixel, full, PROBABILITIES, TILE)
     if HELD:
         store_sums(plane, (own, all_pixels), 0, TILE)
-    store_counts(plane, counts, BINARY, BINS, TILE.classes)
+        store_counts(plane, counts, BINARY, BINS, TILE.classes)
 
 
 @triton.jit
