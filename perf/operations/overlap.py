@@ -26,14 +26,14 @@ from perf.operations.contract import (
 )
 from perf.operations.pixel_cases import class_loop, outputs
 from tritonloss import functional
-from tritonloss.overlap.scores import OVERLAP, Options
+from tritonloss.overlap.scores import DICE, OVERLAP
 
 # Of each loss the options of its operator, for its function's defaults.
 _DEFAULTS = {
-    "dice_loss": Options(smooth=5e-6),
-    "generalized_dice_loss": Options(form="generalized", smooth=1e-5),
-    "soft_iou_loss": Options(alpha=1.0, beta=1.0, per_image=True),
-    "tversky_loss": Options(alpha=0.3, beta=0.7, smooth=1.0, per_image=True, classes="all"),
+    "dice_loss": DICE,
+    "generalized_dice_loss": DICE._replace(form="generalized", smooth=1e-5),
+    "soft_iou_loss": DICE._replace(alpha=1.0, beta=1.0, smooth=0.0, per_image=True),
+    "tversky_loss": DICE._replace(alpha=0.3, beta=0.7, smooth=1.0, per_image=True, classes="all"),
 }
 
 

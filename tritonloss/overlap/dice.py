@@ -146,6 +146,9 @@ def dice_loss(
     counted, chosen = split(classes)
     options = Options(
         form="log" if log_loss else "score",
+        alpha=0.5,
+        beta=0.5,
+        gamma=1.0,
         smooth=float(smooth) / 2,
         activation=activation,
         per_image=per_image,

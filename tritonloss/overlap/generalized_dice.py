@@ -140,6 +140,9 @@ def generalized_dice_loss(
     counted, chosen = split(classes)
     options = Options(
         form="generalized",
+        alpha=0.5,
+        beta=0.5,
+        gamma=1.0,
         smooth=float(smooth),
         activation=activation,
         per_image=per_image,

@@ -37,20 +37,24 @@ _SMALLEST_SQUARE = tl.constexpr(1e-5)
 class Options(NamedTuple):
     """The options of all losses of overlap."""
 
-    form: str = "score"  # "score", "log", "power" or "generalized"
-    alpha: float = 0.5
-    beta: float = 0.5
-    gamma: float = 1.0
-    smooth: float = 0.0
-    activation: str = "softmax"
-    per_image: bool = False
-    classes: str = "present"  # or "all"
+    form: str  # "score", "log", "power" or "generalized"
+    alpha: float
+    beta: float
+    gamma: float
+    smooth: float
+    per_image: bool
+    classes: str  # "present" or "all"
     chosen: Sequence[int] = ()  # of those, if there are any
+    activation: str = "softmax"
     include_background: bool = True
     empty: str = "loss"  # or "zero"
     ignore_index: int | None = checks.IGNORE_INDEX
     upsample: str | None = None
     align_corners: bool = False
+
+
+# Those of the dice loss by default.
+DICE = Options("score", 0.5, 0.5, 1.0, 5e-6, False, "present")
 
 
 class Head(NamedTuple):
@@ -194,7 +198,7 @@ OVERLAP = Operator(
 
 def tuning_cases() -> list[TuningCase]:
     """What ``python -m tritonloss tune`` measures for all losses of overlap together."""
-    return first_cases(LOSSES["softmax"], OVERLAP, Options())
+    return first_cases(LOSSES["softmax"], OVERLAP, DICE)
 
 
 # --- checks ---------------------------------------------------------------------------------------

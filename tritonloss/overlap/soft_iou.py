@@ -145,6 +145,7 @@ def soft_iou_loss(
         form="log" if log_loss else "score",
         alpha=1.0,
         beta=1.0,
+        gamma=1.0,
         smooth=float(smooth),
         activation=activation,
         per_image=per_image,

@@ -22,6 +22,7 @@ from tests.losses.overlap.cases import (
 from tests.oracle import LAYOUTS, as_layout, segmentation_case, unaligned
 from tritonloss._engine import class_launch
 from tritonloss.functional import dice_loss, generalized_dice_loss, soft_iou_loss, tversky_loss
+from tritonloss.overlap.scores import DICE, loss_of
 
 pytestmark = pytest.mark.parity
 
@@ -267,10 +268,8 @@ def test_nan_stays_in_its_image(loss: Loss, activation: str, device: torch.devic
 
 def test_counts_are_exact_where_float32_is_not(device: torch.device) -> None:
     """Of 2^24 + 2 pixels, as the parts of many programs: a float32 sum would lose the last ones."""
-    from tritonloss.overlap.scores import Options, loss_of
-
     logits = torch.zeros(1, 2, 1, 1, device=device)
-    loss = loss_of(Options(smooth=0.0, classes="all"), logits, None)
+    loss = loss_of(DICE._replace(smooth=0.0, classes="all"), logits, None)
     programs = 3
     parts = torch.zeros(3, 1, 3, programs, device=device)
     parts[2, 0, 0] = torch.tensor([2.0**23, 2.0**23, 1.0])
