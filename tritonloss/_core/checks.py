@@ -70,6 +70,32 @@ def check_logits(logits: torch.Tensor, name: str = "logits") -> None:
         raise ValueError(f"{accepted} with C of at least 1; got {described(logits)}")
 
 
+def as_images(
+    logits: torch.Tensor, target: torch.Tensor, upsample: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, C, ...] and labels [N, ...] as images: views, where rows lie at even distances.
+
+    For losses without a neighbourhood. What is no such pair is left as it is.
+    """
+    are_tensors = isinstance(logits, torch.Tensor) and isinstance(target, torch.Tensor)
+    if not are_tensors or logits.is_nested or target.is_nested or logits.dim() in (0, 1, 2, 4):
+        return logits, target
+    expected = (logits.shape[0], *logits.shape[2:])
+    if upsample is not None:
+        raise ValueError(
+            f"upsample must be None unless logits have the shape (N, C, H, W); got {upsample!r}, "
+            f"and {described(logits)}"
+        )
+    if target.shape != expected:
+        raise ValueError(
+            f"target must hold integer labels of shape {tuple(expected)} to match logits of shape "
+            f"{tuple(logits.shape)}; got {described(target)}"
+        )
+    if logits.dim() == 3:
+        return logits.unsqueeze(2), target.unsqueeze(1)
+    return logits.flatten(2, -2), target.flatten(1, -2)
+
+
 def check_target(
     logits: torch.Tensor,
     target: torch.Tensor,

@@ -46,8 +46,11 @@ def generalized_dice_loss(
     of a softmax, makes the loss NaN.
 
     Args:
-        logits: [N, C, H, W], float16, bfloat16 or float32 (or float64), any strides.
-        target: integer labels [N, H, W], uint8 to int64: 0 to C - 1, or 0 and 1 if C is 1.
+        logits: [N, C, H, W], float16, bfloat16 or float32 (or float64), any strides. Or [N, C, L],
+            or volumes [N, C, D, H, W], of which those whose slices do not lie one behind the other
+            are copied.
+        target: integer labels [N, H, W] (or [N, L], [N, D, H, W]), uint8 to int64: 0 to C - 1, or 0
+            and 1 if C is 1.
         activation: "softmax" (default) over the classes, of which there must be two or more, or
             "sigmoid" for each class.
         per_image: whether each image has scores of its own, of which the loss is the mean.
@@ -68,7 +71,7 @@ def generalized_dice_loss(
         upsample: "bilinear" if the target has a higher resolution than the logits, [N, H, W] with
             H >= h and W >= w of logits [N, C, h, w], at any ratios: the loss of
             ``F.interpolate(logits.float(), size=(H, W), mode="bilinear")``, which is never in
-            memory. Default None: the same size.
+            memory. Default None: the same size, as volumes have to have.
         align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
             False.
 
@@ -104,6 +107,7 @@ def generalized_dice_loss(
         >>> logits.grad.shape
         torch.Size([2, 19, 32, 64])
     """
+    logits, target = checks.as_images(logits, target, upsample)
     checks.check_logits(logits)
     checks.check_upsample(upsample, align_corners)
     checks.check_target(logits, target, upsample, can_upsample=True)

@@ -47,8 +47,11 @@ def tversky_loss(
     of a softmax, makes the loss NaN.
 
     Args:
-        logits: [N, C, H, W], float16, bfloat16 or float32 (or float64), any strides.
-        target: integer labels [N, H, W], uint8 to int64: 0 to C - 1, or 0 and 1 if C is 1.
+        logits: [N, C, H, W], float16, bfloat16 or float32 (or float64), any strides. Or [N, C, L],
+            or volumes [N, C, D, H, W], of which those whose slices do not lie one behind the other
+            are copied.
+        target: integer labels [N, H, W] (or [N, L], [N, D, H, W]), uint8 to int64: 0 to C - 1, or 0
+            and 1 if C is 1.
         alpha: a, the weight of false positives, in [0, 1e6]. Default 0.3.
         beta: b, that of false negatives, in [0, 1e6]. Default 0.7.
         gamma: of the focal Tversky loss, in [0.01, 100]. Default 1.
@@ -72,7 +75,7 @@ def tversky_loss(
         upsample: "bilinear" if the target has a higher resolution than the logits, [N, H, W] with
             H >= h and W >= w of logits [N, C, h, w], at any ratios: the loss of
             ``F.interpolate(logits.float(), size=(H, W), mode="bilinear")``, which is never in
-            memory. Default None: the same size.
+            memory. Default None: the same size, as volumes have to have.
         align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
             False.
 
@@ -111,6 +114,7 @@ def tversky_loss(
         >>> logits.grad.shape
         torch.Size([2, 19, 32, 64])
     """
+    logits, target = checks.as_images(logits, target, upsample)
     checks.check_logits(logits)
     checks.check_upsample(upsample, align_corners)
     checks.check_target(logits, target, upsample, can_upsample=True)

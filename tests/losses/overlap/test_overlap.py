@@ -167,6 +167,49 @@ def test_one_channel(loss: Loss, device: torch.device) -> None:
         loss(logits, target)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d, "slices"])
+def test_volumes(loss: Loss, layout: Any, device: torch.device) -> None:
+    """They are images of as many rows as all slices have together."""
+    logits, target = segmentation_case((2, 3, 6, 5), device=device)
+    expected = kernel_gradient(loss, logits, target)
+    volume = logits.unflatten(2, (2, 3))
+    if layout == "slices":
+        volume = volume.transpose(1, 2).contiguous().transpose(1, 2)
+    else:
+        volume = volume.contiguous(memory_format=layout)
+    found = kernel_gradient(loss, volume, target.unflatten(1, (2, 3)))
+    torch.testing.assert_close(found[0], expected[0])
+    assert found[1].shape == volume.shape
+    torch.testing.assert_close(found[1].flatten(2, 3), expected[1])
+    check(loss, volume, target.unflatten(1, (2, 3)))
+
+
+def test_sequences(loss: Loss, device: torch.device) -> None:
+    logits, target = segmentation_case((2, 3, 1, 21), device=device)
+    expected = kernel_gradient(loss, logits, target)
+    found = kernel_gradient(loss, logits[:, :, 0], target[:, 0])
+    assert found[0] == expected[0] and torch.equal(found[1], expected[1][:, :, 0])
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (
+            (2, 4, 6),
+            {},
+            r"target must .* \(2, 2, 3, 5\) to match .*; got uint8 of shape \(2, 4, 6\)",
+        ),
+        ((2, 2, 3, 5), {"upsample": "bilinear"}, "upsample must be None unless logits"),
+    ],
+)
+def test_refused_volumes(
+    loss: Loss, labels: tuple[int, ...], options: dict[str, Any], message: str
+) -> None:
+    logits, target = torch.zeros(2, 3, 2, 3, 5), torch.zeros(labels, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        loss(logits, target, **options)
+
+
 def test_every_label_dtype(loss: Loss, device: torch.device) -> None:
     logits, target = segmentation_case((2, 3, 5, 7), device=device)
     expected = kernel_gradient(loss, logits, target)
