@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, all_reduce
 
 from kernels_reference.base import at_labels, one_hot, sanitised, valid_pixels
 
@@ -35,13 +36,15 @@ def dice_loss(
     ignore_index: int | None = 255,
     upsample: str | None = None,
     align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """1 - (2 I + s) / (P + Y + s), or -log of that score; mean over classes."""
     logits = at_labels(logits, target, upsample, align_corners)
-    sums = class_sums(logits, target, activation, per_image, ignore_index)
+    sums = class_sums(logits, target, activation, per_image, ignore_index, process_group)
     score = (sums.own + smooth / 2) / ((sums.all + sums.pixels + smooth) / 2).clamp(min=_SMALLEST)
     counted = _counted(sums, classes, include_background)
-    return _mean(_of_score(score, log_loss), sums, counted, weight, empty)
+    values = _of_score(score, log_loss)
+    return _mean(values, sums, counted, weight, empty, process_group if per_image else None)
 
 
 def tversky_loss(
@@ -61,10 +64,11 @@ def tversky_loss(
     ignore_index: int | None = 255,
     upsample: str | None = None,
     align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """(1 - (TP + s) / (TP + a FP + b FN + s))^gamma; mean over images and classes."""
     logits = at_labels(logits, target, upsample, align_corners)
-    sums = class_sums(logits, target, activation, per_image, ignore_index)
+    sums = class_sums(logits, target, activation, per_image, ignore_index, process_group)
     false = alpha * (sums.all - sums.own) + beta * (sums.pixels - sums.own)
     score = (sums.own + smooth) / (sums.own + false + smooth).clamp(min=_SMALLEST)
     values = 1 - score
@@ -73,7 +77,7 @@ def tversky_loss(
         is_left = ~(values <= 0)  # NaN is
         values = torch.where(is_left, torch.where(is_left, values, 1) ** gamma, 0)
     counted = _counted(sums, classes, include_background)
-    return _mean(values, sums, counted, weight, empty)
+    return _mean(values, sums, counted, weight, empty, process_group if per_image else None)
 
 
 def soft_iou_loss(
@@ -91,14 +95,16 @@ def soft_iou_loss(
     ignore_index: int | None = 255,
     upsample: str | None = None,
     align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """1 - (I + s) / (U + s) with U = P + Y - I, or -log of that score; mean over classes."""
     logits = at_labels(logits, target, upsample, align_corners)
-    sums = class_sums(logits, target, activation, per_image, ignore_index)
+    sums = class_sums(logits, target, activation, per_image, ignore_index, process_group)
     union = sums.all + sums.pixels - sums.own
     score = (sums.own + smooth) / (union + smooth).clamp(min=_SMALLEST)
     counted = _counted(sums, classes, include_background)
-    return _mean(_of_score(score, log_loss), sums, counted, weight, empty)
+    values = _of_score(score, log_loss)
+    return _mean(values, sums, counted, weight, empty, process_group if per_image else None)
 
 
 def generalized_dice_loss(
@@ -115,10 +121,11 @@ def generalized_dice_loss(
     ignore_index: int | None = 255,
     upsample: str | None = None,
     align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """1 - 2 sum w I / max(sum w (P + Y), s) with w = 1 / max(Y^2, 1e-5)."""
     logits = at_labels(logits, target, upsample, align_corners)
-    sums = class_sums(logits, target, activation, per_image, ignore_index)
+    sums = class_sums(logits, target, activation, per_image, ignore_index, process_group)
     counted = _counted(sums, classes, include_background)
     size = sums.pixels.to(sums.own.dtype)
     w = 1 / (size * size).clamp(min=1e-5)
@@ -133,13 +140,20 @@ def generalized_dice_loss(
     denominator = torch.where(is_small, torch.full_like(denominator, smooth), denominator)
     values = 1 - 2 * numerator / torch.where(denominator == 0, 1, denominator)
     taken = counted.any(1)
-    return torch.where(taken, values, 0).sum() / taken.sum().clamp(min=1)
+    group = process_group if per_image else None
+    total = over_ranks(torch.where(taken, values, 0).sum(), group)
+    return total / over_ranks(taken.sum(), group).clamp(min=1)
 
 
 def class_sums(
-    logits: Tensor, target: Tensor, activation: str, per_image: bool, ignore_index: int | None
+    logits: Tensor,
+    target: Tensor,
+    activation: str,
+    per_image: bool,
+    ignore_index: int | None,
+    process_group: ProcessGroup | None = None,
 ) -> ClassSums:
-    """The sums of every image, or of the whole batch (N is 1)."""
+    """The sums of every image, or of the whole batch and that of other ranks (N is 1)."""
     classes = logits.size(1)
     valid = valid_pixels(target, classes, ignore_index)
     own = one_hot(target, classes) & valid
@@ -148,7 +162,23 @@ def class_sums(
     axes = tuple(range(2, logits.dim())) if per_image else (0, *range(2, logits.dim()))
     over_all = torch.where(valid, p, 0).sum(axes)
     sums = (torch.where(own, p, 0).sum(axes), over_all, own.sum(axes), valid.sum(axes))
-    return ClassSums(*(s if per_image else s.unsqueeze(0) for s in sums))
+    if per_image:
+        return ClassSums(*sums)
+    return ClassSums(*(over_ranks(s, process_group).unsqueeze(0) for s in sums))
+
+
+def over_ranks(part: Tensor, process_group: ProcessGroup | None) -> Tensor:
+    """The sum of all ranks' parts, whose gradient is that to this part times the number of ranks.
+
+    DistributedDataParallel divides gradients by that number.
+    """
+    if process_group is None:
+        return part
+    total = part.detach().clone()
+    all_reduce(total, group=process_group)
+    if not part.is_floating_point():
+        return total
+    return total + process_group.size() * (part - part.detach())
 
 
 def _counted(sums: ClassSums, classes: str | Sequence[int], include_background: bool) -> Tensor:
@@ -170,13 +200,19 @@ def _of_score(score: Tensor, log_loss: bool) -> Tensor:
 
 
 def _mean(
-    values: Tensor, sums: ClassSums, counted: Tensor, weight: Tensor | None, empty: str
+    values: Tensor,
+    sums: ClassSums,
+    counted: Tensor,
+    weight: Tensor | None,
+    empty: str,
+    process_group: ProcessGroup | None,
 ) -> Tensor:
     """The mean over the counted classes of all images, weighted; 0 if there is none."""
     if empty == "zero":
         values = torch.where(sums.pixels > 0, values, 0)
     w = torch.ones_like(values) if weight is None else weight.detach().to(values.dtype)
     w = torch.where(counted, w, 0)
-    total = torch.where(counted, w * values, 0).sum()
-    divisor = torch.where(counted.any(), w.sum(), 1)
+    total = over_ranks(torch.where(counted, w * values, 0).sum(), process_group)
+    taken = over_ranks(counted.sum(), process_group)
+    divisor = torch.where(taken > 0, over_ranks(w.sum(), process_group), 1)
     return torch.where(divisor == 0, torch.nan, total / divisor)

@@ -120,12 +120,15 @@ def mean_of_classes(classes, values, own, all_pixels, COUNTING: tl.constexpr):
 
 
 @triton.jit
-def finish_loss(
+def sum_losses(
     pointers, numbers, images, HEAD: tl.constexpr, OPTIONS: tl.constexpr, COUNTING: tl.constexpr,
     CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Store the loss, the factor of its gradient, and the two numbers of every class."""
-    sums_ptr, weight_ptr, loss_ptr, scale_ptr, table_ptr = pointers
+    """(sum of values, sum of weights, how many) over all groups of images, float64.
+
+    The two numbers of every class are stored.
+    """
+    sums_ptr, weight_ptr, table_ptr = pointers
     LANES: tl.constexpr = triton.next_power_of_2(CLASSES)
     number = tl.arange(0, LANES)
     groups = images if COUNTING.per_image else 1
@@ -147,11 +150,7 @@ def finish_loss(
         pointer = table_ptr + group * CLASSES + number
         tl.store(pointer, own, mask=number < CLASSES)
         tl.store(pointer + groups * CLASSES, all_pixels, mask=number < CLASSES)
-    # No class that counts: the mean is 0. Weights that sum to 0: NaN.
-    divisor = tl.where(taken > 0, weight, 1.0)
-    divisor = tl.where(divisor == 0, float("nan"), divisor)
-    tl.store(loss_ptr, total / divisor)
-    tl.store(scale_ptr, 1.0 / divisor)
+    return total, weight, taken
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -179,5 +178,45 @@ def _class_head_kernel(
     add_parts(parts_ptr, sums_ptr, rows, programs, CLASSES)
     if _takes_last(tickets_ptr, rows):
         tl.debug_barrier()
-        pointers = (sums_ptr, weight_ptr, loss_ptr, scale_ptr, table_ptr)
-        finish_loss(pointers, numbers, images, HEAD, OPTIONS, COUNTING, CLASSES)
+        total, weight, taken = sum_losses(
+            (sums_ptr, weight_ptr, table_ptr), numbers, images, HEAD, OPTIONS, COUNTING, CLASSES
+        )
+        # No class that counts: the mean is 0. Weights that sum to 0: NaN.
+        divisor = tl.where(taken > 0, weight, 1.0)
+        divisor = tl.where(divisor == 0, float("nan"), divisor)
+        tl.store(loss_ptr, total / divisor)
+        tl.store(scale_ptr, 1.0 / divisor)
+
+
+@triton.jit
+def _class_join_kernel(
+    parts_ptr,  # [3, N, C + 1, programs of an image]
+    sums_ptr,  # float64 [3, N, C + 1]
+    programs,  # of an image
+    images,
+    CLASSES: tl.constexpr,
+):
+    """Adds up what the programs have left, for sums that are then added over ranks."""
+    add_parts(parts_ptr, sums_ptr, images * (CLASSES + 1), programs, CLASSES)
+
+
+@triton.jit
+def _class_totals_kernel(
+    sums_ptr,  # float64 [3, N, C + 1]
+    weight_ptr,  # [C], if COUNTING.weighted
+    totals_ptr,  # float64 [3]: sum of values, sum of weights, how many
+    table_ptr,  # [2, N or 1, C]
+    numbers,
+    images,
+    HEAD: tl.constexpr,
+    OPTIONS: tl.constexpr,
+    COUNTING: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    """The loss as a ratio, both parts of which ranks may add up."""
+    total, weight, taken = sum_losses(
+        (sums_ptr, weight_ptr, table_ptr), numbers, images, HEAD, OPTIONS, COUNTING, CLASSES
+    )
+    tl.store(totals_ptr, total)
+    tl.store(totals_ptr + 1, weight)
+    tl.store(totals_ptr + 2, taken)

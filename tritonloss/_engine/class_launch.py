@@ -10,10 +10,16 @@ import triton
 
 from .._core.backend import device_guard
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
+from .._core.process_groups import add_over_ranks
 from .cell_grid import axes_of, cell_heuristic, over_cells, over_strips, pointers_of
 from .cell_kernels import _upsampled_backward_kernel
 from .class_cells import _class_cells_forward_kernel, _class_cells_project_kernel
-from .class_heads import Counting, _class_head_kernel
+from .class_heads import (
+    Counting,
+    _class_head_kernel,
+    _class_join_kernel,
+    _class_totals_kernel,
+)
 from .class_sums import (
     Probabilities,
     _class_sums_backward_kernel,
@@ -45,6 +51,7 @@ class ClassLoss(NamedTuple):
         ignore_index: the label of pixels that are ignored, or None.
         upsample: "bilinear" if the logits are interpolated to the size of the labels.
         align_corners: of the interpolation.
+        group: the process group whose ranks' sums are added up, by its name, or None.
     """
 
     loss: Loss
@@ -56,6 +63,7 @@ class ClassLoss(NamedTuple):
     ignore_index: int | None
     upsample: str | None
     align_corners: bool
+    group: str | None = None
 
 
 class ClassResults(NamedTuple):
@@ -96,21 +104,19 @@ def launch_class_sums(
 ) -> ClassResults:
     """The loss, and what its backward pass needs if ``save``."""
     results = allocated(loss.loss, loss.counting.per_image, logits, target, save)
-    if target.numel() == 0:
-        return results._replace(loss=results.loss.zero_(), scale=results.scale.zero_())
     images, classes = logits.shape[:2]
+    shape = (3, images, classes + 1)
+    if target.numel() == 0:
+        if loss.group is not None:
+            sums = logits.new_zeros(shape, dtype=torch.float64)
+            return _over_ranks(loss, sums, logits, weight, results)
+        return results._replace(loss=results.loss.zero_(), scale=results.scale.zero_())
     walk = _walk_of(loss, logits, target)
     prepare = _prepare_sums if walk.upsample is None else _prepare_sums_of_cells
     launch, programs = prepared(
         ("class_sums", id(loss.loss.record), kind(logits), kind(target), walk, save),
         lambda: prepare(loss, logits, target, walk, save),
     )
-    finish = prepared(
-        ("class_head", loss.head, loss.options, loss.counting, loss.numbers, programs,
-         images, classes, logits.dtype, logits.device, weight is None or weight.dtype),
-        lambda: _prepare_head(loss, images, classes, programs),
-    )  # fmt: skip
-    shape = (3, images, classes + 1)
     parts = logits.new_empty((*shape, programs), dtype=compute_dtype(logits.dtype))
     sums = logits.new_empty(shape, dtype=torch.float64)
     with device_guard(logits):
@@ -120,6 +126,17 @@ def launch_class_sums(
             map_ptrs=_maps(loss, logits, walk, results) if save else (),
             parts_ptr=parts,
             **_axes(logits, target, walk),
+        )
+        if loss.group is not None:
+            constants = {"programs": programs, "images": images, "CLASSES": classes}
+            join = PreparedLaunch(
+                _class_join_kernel, (images * (classes + 1),), constants, aligned=False
+            )
+            join(parts_ptr=parts, sums_ptr=sums)
+            return _over_ranks(loss, sums, logits, weight, results)
+        finish = prepared(
+            ("class_head", *_kind_of_head(loss, logits, weight), programs),
+            lambda: _prepare_head(loss, images, classes, programs),
         )
         finish(
             parts_ptr=parts,
@@ -131,6 +148,57 @@ def launch_class_sums(
             tickets_ptr=tickets(1, logits.device),
         )
     return results
+
+
+def _over_ranks(
+    loss: ClassLoss,
+    sums: torch.Tensor,
+    logits: torch.Tensor,
+    weight: torch.Tensor | None,
+    results: ClassResults,
+) -> ClassResults:
+    """The loss of all ranks' pixels from this rank's sums [3, N, C + 1].
+
+    Of pooled images the sums are added over ranks, of others both parts of the mean. The gradient
+    is that of the loss times the number of ranks: DistributedDataParallel divides by it.
+    """
+    assert loss.group is not None
+    ranks = 1
+    if not loss.counting.per_image:
+        sums = sums.sum(1, keepdim=True)
+        ranks = add_over_ranks(sums, loss.group)
+    images, classes = sums.size(1), logits.size(1)
+    totals = sums.new_zeros(3)
+    if images > 0:
+        launch = prepared(
+            ("class_totals", *_kind_of_head(loss, logits, weight), images),
+            lambda: _prepare_totals(loss, images, classes),
+        )
+        with device_guard(logits):
+            launch(
+                sums_ptr=sums,
+                weight_ptr=logits if weight is None else weight.contiguous(),
+                totals_ptr=totals,
+                table_ptr=results.table,
+            )
+    if loss.counting.per_image:
+        ranks = add_over_ranks(totals, loss.group)
+    total, divisor, taken = totals.unbind()
+    divisor = torch.where(taken > 0, divisor, 1.0)
+    divisor = torch.where(divisor == 0, torch.nan, divisor)
+    results.loss.copy_(total / divisor)
+    results.scale.copy_(ranks / divisor)
+    return results
+
+
+def _kind_of_head(
+    loss: ClassLoss, logits: torch.Tensor, weight: torch.Tensor | None
+) -> tuple[Any, ...]:
+    """All that a launch of a head depends on, but for the number of programs."""
+    return (
+        loss.head, loss.options, loss.counting, loss.numbers, logits.shape[:2], logits.dtype,
+        logits.device, weight is None or weight.dtype,
+    )  # fmt: skip
 
 
 def launch_class_sums_backward(
@@ -259,9 +327,18 @@ def _prepare_sums(
 
 
 def _prepare_head(loss: ClassLoss, images: int, classes: int, programs: int) -> PreparedLaunch:
-    constants = {
+    constants = {"programs": programs, **_of_head(loss, images, classes)}
+    return PreparedLaunch(_class_head_kernel, (images * (classes + 1),), constants, False)
+
+
+def _prepare_totals(loss: ClassLoss, images: int, classes: int) -> PreparedLaunch:
+    return PreparedLaunch(_class_totals_kernel, (1,), _of_head(loss, images, classes), False)
+
+
+def _of_head(loss: ClassLoss, images: int, classes: int) -> dict[str, Any]:
+    """What a kernel with the head is given."""
+    return {
         "numbers": loss.numbers,
-        "programs": programs,
         "images": images,
         "HEAD": loss.head,
         "OPTIONS": loss.options,
@@ -270,7 +347,6 @@ def _prepare_head(loss: ClassLoss, images: int, classes: int, programs: int) -> 
         "num_warps": 4,
         "enable_fp_fusion": True,
     }
-    return PreparedLaunch(_class_head_kernel, (images * (classes + 1),), constants, False)
 
 
 def _prepare_backward(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.distributed import ProcessGroup
 
 from kernels_reference.overlap import dice_loss as dice_loss_reference
 
@@ -12,6 +13,7 @@ from .._core import checks
 from .._core.backend import serves_triton
 from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule
+from .._core.process_groups import name_of
 from .scores import OVERLAP, Options, check_options, split
 
 
@@ -30,6 +32,7 @@ def dice_loss(
     ignore_index: int | None = checks.IGNORE_INDEX,
     upsample: str | None = None,
     align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Dice loss of each class's probabilities p and pixels y, the mean over the classes.
 
@@ -73,6 +76,10 @@ def dice_loss(
             memory. Default None: the same size, as volumes have to have.
         align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
             False.
+        process_group: the ranks whose images are one batch with these; all of them have to call,
+            with any number of images. Default None: no others. The value is that of the whole
+            batch. The gradient is, too, times the number of ranks: DistributedDataParallel takes
+            the mean of the ranks' gradients, which makes it that of the whole batch.
 
     Returns:
         The loss in float32 (float64 for float64 logits); 0 with zero gradient if no pixel is valid
@@ -127,6 +134,7 @@ def dice_loss(
         ignore_index,
         upsample,
         align_corners,
+        process_group,
         logits,
     )
     checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
@@ -145,6 +153,7 @@ def dice_loss(
             ignore_index=ignore_index,
             upsample=upsample,
             align_corners=align_corners,
+            process_group=process_group,
         )
     weight = None if weight is None else checks.without_gradient(weight)
     counted, chosen = split(classes)
@@ -163,6 +172,7 @@ def dice_loss(
         ignore_index=checks.plain_label(ignore_index),
         upsample=upsample,
         align_corners=align_corners,
+        group=name_of(process_group),
     )
     return OVERLAP(logits, target, weight, options=options)[0]
 
@@ -179,6 +189,7 @@ def _check_options(
     ignore_index: int | None,
     upsample: str | None,
     align_corners: bool,
+    process_group: ProcessGroup | None,
     logits: torch.Tensor | None = None,
 ) -> None:
     """Check all options; without ``logits``, for any number of classes."""
@@ -194,6 +205,7 @@ def _check_options(
         ignore_index=ignore_index,
         upsample=upsample,
         align_corners=align_corners,
+        process_group=process_group,
         logits=logits,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.distributed import ProcessGroup
 
 from kernels_reference.overlap import generalized_dice_loss as generalized_dice_loss_reference
 
@@ -12,6 +13,7 @@ from .._core import checks
 from .._core.backend import serves_triton
 from .._core.example import Example
 from .._core.loss_module import LossModule
+from .._core.process_groups import name_of
 from .scores import OVERLAP, Options, check_options, split
 
 
@@ -29,6 +31,7 @@ def generalized_dice_loss(
     ignore_index: int | None = checks.IGNORE_INDEX,
     upsample: str | None = None,
     align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Generalised dice loss: one score of all classes, the smaller of which weigh more.
 
@@ -74,6 +77,10 @@ def generalized_dice_loss(
             memory. Default None: the same size, as volumes have to have.
         align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
             False.
+        process_group: the ranks whose images are one batch with these; all of them have to call,
+            with any number of images. Default None: no others. The value is that of the whole
+            batch. The gradient is, too, times the number of ranks: DistributedDataParallel takes
+            the mean of the ranks' gradients, which makes it that of the whole batch.
 
     Returns:
         The loss in float32 (float64 for float64 logits); 0 with zero gradient if no pixel is valid
@@ -122,6 +129,7 @@ def generalized_dice_loss(
         ignore_index,
         upsample,
         align_corners,
+        process_group,
         logits,
     )
     checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
@@ -139,6 +147,7 @@ def generalized_dice_loss(
             ignore_index=ignore_index,
             upsample=upsample,
             align_corners=align_corners,
+            process_group=process_group,
         )
     weight = None if weight is None else checks.without_gradient(weight)
     counted, chosen = split(classes)
@@ -157,6 +166,7 @@ def generalized_dice_loss(
         ignore_index=checks.plain_label(ignore_index),
         upsample=upsample,
         align_corners=align_corners,
+        group=name_of(process_group),
     )
     return OVERLAP(logits, target, weight, options=options)[0]
 
@@ -172,6 +182,7 @@ def _check_options(
     ignore_index: int | None,
     upsample: str | None,
     align_corners: bool,
+    process_group: ProcessGroup | None,
     logits: torch.Tensor | None = None,
 ) -> None:
     """Check all options; without ``logits``, for any number of classes."""
@@ -186,6 +197,7 @@ def _check_options(
         ignore_index=ignore_index,
         upsample=upsample,
         align_corners=align_corners,
+        process_group=process_group,
         logits=logits,
     )
 

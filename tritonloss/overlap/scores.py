@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch.distributed import ProcessGroup
 
 from .._core import checks
 from .._core.configurations import TuningCase
 from .._core.operator import Operator
+from .._core.process_groups import check_process_group
 from .._engine.class_heads import Counting, mean_of_classes
 from .._engine.class_launch import (
     ClassLoss,
@@ -51,6 +53,7 @@ class Options(NamedTuple):
     ignore_index: int | None = checks.IGNORE_INDEX
     upsample: str | None = None
     align_corners: bool = False
+    group: str | None = None  # a process group's name
 
 
 # Those of the dice loss by default.
@@ -142,6 +145,7 @@ def _loss_of(options: Options, is_single: bool, weighted: bool) -> ClassLoss:
         options.ignore_index,
         options.upsample,
         options.align_corners,
+        options.group,
     )
 
 
@@ -216,6 +220,7 @@ def check_options(
     ignore_index: int | None,
     upsample: str | None,
     align_corners: bool,
+    process_group: ProcessGroup | None,
     logits: torch.Tensor | None = None,
 ) -> None:
     """Check what all losses of overlap have; without ``logits``, for any number of classes."""
@@ -228,6 +233,7 @@ def check_options(
     checks.check_option("empty", empty, ("loss", "zero"))
     checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
     checks.check_upsample(upsample, align_corners)
+    check_process_group(process_group)
     if logits is not None and activation == "softmax":
         checks.check_classes(logits, instead='use activation="sigmoid", or ')
 
