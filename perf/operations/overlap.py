@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 import kernels_reference
-from perf.operations import peers, pixel_cases, upsampling
+from perf.operations import peers, pixel_cases
 from perf.operations.contract import (
     SHAPES,
     Case,
@@ -37,7 +37,7 @@ _DEFAULTS = {
 }
 
 
-def _launch(name: str) -> Callable[[Case, tuple[Tensor, ...]], None]:
+def launch(name: str) -> Callable[[Case, tuple[Tensor, ...]], None]:
     """A function that runs the launchers of both passes; a case's options are the operator's."""
 
     def launched(case: Case, tensors: tuple[Tensor, ...]) -> None:
@@ -61,7 +61,7 @@ CASES = variations(
 )
 # As many classes as stay in registers; with more, it is another kernel.
 _HELD = Shape("held", 4, 32, 512, 1024)
-_SIGMOID = {"activation": "sigmoid"}
+SIGMOID = {"activation": "sigmoid"}
 _ONCE = {"everywhere": False}
 SHIPPED = variations(
     replace(CASES[0], everywhere=True, against_compile=False),
@@ -70,8 +70,8 @@ SHIPPED = variations(
     {"dtype": "bfloat16", **_ONCE},
     {"shape": _HELD, **_ONCE},
     {"shape": SHAPES["voc"], **_ONCE},
-    {"options": _SIGMOID, **_ONCE},
-    {"shape": SHAPES["binary"], "options": _SIGMOID, **_ONCE},
+    {"options": SIGMOID, **_ONCE},
+    {"shape": SHAPES["binary"], "options": SIGMOID, **_ONCE},
 )
 RARE = rarely(
     SHIPPED[0],
@@ -84,8 +84,8 @@ RARE = rarely(
     *({"layout": "channels_last", "dtype": dtype} for dtype in ("bfloat16", "float16")),
     {"shape": SHAPES["ade20k"], "layout": "channels_last"},
     {"shape": replace(SHAPES["ade20k"], name="thousand", classes=1000)},
-    *({"options": _SIGMOID, "shape": shape} for shape in (_HELD, SHAPES["ade20k"])),
-    {"options": _SIGMOID, "dtype": "bfloat16"},
+    *({"options": SIGMOID, "shape": shape} for shape in (_HELD, SHAPES["ade20k"])),
+    {"options": SIGMOID, "dtype": "bfloat16"},
     {"options": {"form": "log"}},
     {"options": {"form": "power", "gamma": 0.5}},
 )
@@ -110,7 +110,7 @@ def _images(given: Given) -> float:
     return float(given["images"] / given["PROGRAMS"])
 
 
-_HEAD = KernelNotes(
+HEAD = KernelNotes(
     share_of_the_map,
     (
         LoopNotes("parts", "add_parts", _parts),
@@ -127,25 +127,11 @@ KERNELS = {
             class_loop("classes", "_sum_blocks"),
         ),
     ),
-    "_class_head_kernel": _HEAD,
+    "_class_head_kernel": HEAD,
     "_class_sums_backward_kernel": KernelNotes(
         outputs,
         (class_loop("projection", "_project_blocks"), class_loop("classes", "write_gradients")),
     ),
-}
-_UPSAMPLED_KERNELS = {
-    "_class_cells_forward_kernel": KernelNotes(
-        share_of_the_map,
-        (
-            upsampling.class_loop("statistics"),
-            upsampling.class_loop("classes", "_class_cells_forward_kernel"),
-        ),
-    ),
-    "_class_head_kernel": _HEAD,
-    "_class_cells_project_kernel": KernelNotes(
-        share_of_the_map, (upsampling.class_loop("classes", "_class_cells_project_kernel"),)
-    ),
-    "_upsampled_backward_kernel": upsampling.KERNELS["_upsampled_backward_kernel"],
 }
 
 # --- goals ----------------------------------------------------------------------------------------
@@ -184,7 +170,7 @@ def _goals(words: str) -> tuple[Goal | CodeGoal, ...]:
 def _operation(name: str, **more: Any) -> Operation:
     fields: dict[str, Any] = {
         "inputs": pixel_cases.inputs,
-        "launch": _launch(name),
+        "launch": launch(name),
         "floor": pixel_cases.floor,
         "cases": CASES[:3],
         "shipped": SHIPPED[:1],
@@ -211,25 +197,4 @@ OPERATIONS = (
     _operation("generalized_dice_loss"),
     _operation("soft_iou_loss"),
     _operation("tversky_loss"),
-    replace(
-        _operation("dice_loss"),
-        name="dice_loss_upsampled",
-        inputs=upsampling.inputs,
-        floor=upsampling.floor,
-        cases=upsampling.CASES[:3],
-        shipped=(
-            upsampling.SHIPPED[0],
-            *rarely(
-                upsampling.BASE,
-                *({"ratio": ratio} for ratio in (2, 3.3, 8, 16)),
-                *({"dtype": dtype} for dtype in ("bfloat16", "float16", "float64")),
-                *({"labels": labels} for labels in ("int16", "int32", "int64")),
-                {"shape": SHAPES["ade20k"]},
-                {"options": _SIGMOID},
-            ),
-        ),
-        kernels=_UPSAMPLED_KERNELS,
-        operators=(),
-        goals=upsampling.memory_goals("Dice of upsampled logits", 8),
-    ),
 )
