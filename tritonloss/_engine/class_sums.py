@@ -16,10 +16,11 @@ registers, as up to 32 of them are. With more, in contiguous logits, every tile'
 twice in each pass, the second time from the cache as far as that goes. The softmax leaves its
 statistics to the backward pass, 4 bytes per pixel. No map with classes is made but the gradient.
 
-Instructions per pixel and class, of float32: forward 13 beside the load (5 for the softmax's
-statistics, 2 for the probability, 2 for an ignored pixel's, 1 for the sum of all, 3 for that of the
-label), backward 10 beside load and store (3 for the exponential, 3 for the look-up, 1 for the sum
-over classes, 2 for the slope, 1 for ignored pixels). The cross entropy's are 7 and 8.
+Instructions per pixel and class, of float32, before loads and stores: forward 5 for the softmax's
+statistics, 2 for the probability, 1 for an ignored pixel's, 1 for the sum of all and 3 for that of
+the label; backward 3 for the exponential, 1 for the sum over classes, 2 for the look-up, 2 for the
+slope and 1 for ignored pixels. Of 19 classes at sm_90 all of the kernels' are 16.6 and 15.8, those
+of cross entropy 13.1 and 12.8.
 """
 
 from __future__ import annotations
