@@ -4,6 +4,12 @@ from kernels_reference.confusion_matrix import confusion_matrix, predict
 from kernels_reference.gaussian_window import gaussian_statistics, gaussian_window
 from kernels_reference.label_statistics import count_labels, margin_offsets
 from kernels_reference.margin_calibration import margin_calibrated_loss, margins
+from kernels_reference.overlap import (
+    dice_loss,
+    generalized_dice_loss,
+    soft_iou_loss,
+    tversky_loss,
+)
 from kernels_reference.pixelwise import binary_cross_entropy, cross_entropy, focal_loss
 from kernels_reference.region_mutual_information import rmi_loss
 from kernels_reference.ssim import ssim, ssim_loss
@@ -18,17 +24,21 @@ __all__ = [
     "confusion_matrix",
     "count_labels",
     "cross_entropy",
+    "dice_loss",
     "focal_loss",
     "gaussian_statistics",
     "gaussian_window",
+    "generalized_dice_loss",
     "largest_difference",
     "margin_calibrated_loss",
     "margin_offsets",
     "margins",
     "predict",
     "rmi_loss",
+    "soft_iou_loss",
     "ssim",
     "ssim_loss",
     "structural_difference",
     "structural_similarity_loss",
+    "tversky_loss",
 ]

@@ -86,6 +86,10 @@ WAYS = with_more(
     OF_MAPS,
     {
         "focal_loss": {"mean": {}},
+        **{
+            f"{name}_loss": {"per image": {"options": {"per_image": True}}}
+            for name in ("dice", "generalized_dice")
+        },
         "margin_calibrated_loss": {
             f"far {variant}": {"options": {"variant": variant}, "arguments": _far_offsets}
             for variant in ("paper", "released", "margin")
@@ -113,7 +117,7 @@ SLICES = {_slice_of(e): [w for w in WAYS.values() if _slice_of(w) == _slice_of(e
 SLICES["linalg"] = [replace(EXAMPLES["linalg.inv"], name="linalg", function=_matrices,
                             arguments=logits_and_target)]  # fmt: skip
 # How many spoilt maps of a loss the backward pass must have been handed, at the least.
-SAVED = {"cross_entropy": 1, "focal_loss": 1, "margin_calibration": 2,
+SAVED = {"cross_entropy": 1, "focal_loss": 1, "margin_calibration": 2, "soft_iou": 1,
          "region_mutual_information": 3}  # fmt: skip
 
 
@@ -265,10 +269,19 @@ def hidden_in(example: Example, target: Tensor) -> Tensor:
     return ~seen
 
 
+def pools_images(example: Example) -> bool:
+    """Whether the loss is a function of sums over all images."""
+    option = inspect.signature(example.function).parameters.get("per_image")
+    return option is not None and not example.options.get("per_image", option.default)
+
+
 def check_other_images(
-    loss: Loss, logits: Tensor, target: Tensor, layout: str, tolerance: float | None
+    loss: Loss, logits: Tensor, target: Tensor, layout: str, tolerance: float | None, pooled: bool
 ) -> None:
-    """An image full of hostile values: the value is not finite, the other image none the worse."""
+    """An image full of hostile values: the value is not finite, the other image none the worse.
+
+    Where the images are pooled into one score, no gradient of the other one would be right.
+    """
     wild = logits.clone()
     wild[0] = filled(logits[0])
     given = as_layout(wild, layout), as_layout(target, layout)
@@ -276,6 +289,8 @@ def check_other_images(
     expected, yardstick = value_and_gradient(loss, *given, backend="reference")
     _, truth = value_and_gradient(loss, given[0].double(), given[1], backend="reference")
     assert not value.isfinite() and not expected.isfinite()
+    if pooled:
+        return
     assert gradient[1].isfinite().all()
     assert_no_worse(gradient[1], yardstick[1], truth[1], tolerance=tolerance)
 
@@ -300,7 +315,8 @@ def check(name: str, device: torch.device) -> None:
         loss = loss_of(example, logits.size(1), device)
         for layout, labels in itertools.islice(turns, 1 if later else len(LAYOUTS)):
             print(layout, labels, example.name, flush=True)  # how far it came
-            check_other_images(loss, logits, target, layout, TOLERANCES.get(example.name))
+            tolerance, pooled = TOLERANCES.get(example.name), pools_images(example)
+            check_other_images(loss, logits, target, layout, tolerance, pooled)
             if example.module is not None:
                 hidden = hidden_in(example, target)
                 count = check_pixels_and_maps(loss, hidden, logits, target, layout, labels)

@@ -10,6 +10,10 @@ from . import functional, linalg, metrics
 from ._core.backend import use_backend
 from .metrics.confusion import confusion_matrix, predict
 from .metrics.label_statistics import MarginOffsets, count_labels, margin_offsets
+from .overlap.dice import DiceLoss
+from .overlap.generalized_dice import GeneralizedDiceLoss
+from .overlap.soft_iou import SoftIoULoss
+from .overlap.tversky import TverskyLoss
 from .pixelwise.binary_cross_entropy import BinaryCrossEntropyLoss
 from .pixelwise.cross_entropy import CrossEntropyLoss
 from .pixelwise.focal_loss import FocalLoss
@@ -22,12 +26,16 @@ from .windows.structural_similarity import StructuralSimilarityLoss
 __all__ = [
     "BinaryCrossEntropyLoss",
     "CrossEntropyLoss",
+    "DiceLoss",
     "FocalLoss",
+    "GeneralizedDiceLoss",
     "MarginCalibratedLoss",
     "MarginOffsets",
     "RMILoss",
     "SSIMLoss",
+    "SoftIoULoss",
     "StructuralSimilarityLoss",
+    "TverskyLoss",
     "confusion_matrix",
     "count_labels",
     "functional",

@@ -1,6 +1,10 @@
 """All losses as functions, the similarity ``ssim`` that one is made of, the confusion matrix."""
 
 from .metrics.confusion import confusion_matrix
+from .overlap.dice import dice_loss
+from .overlap.generalized_dice import generalized_dice_loss
+from .overlap.soft_iou import soft_iou_loss
+from .overlap.tversky import tversky_loss
 from .pixelwise.binary_cross_entropy import binary_cross_entropy
 from .pixelwise.cross_entropy import cross_entropy
 from .pixelwise.focal_loss import focal_loss
@@ -14,10 +18,14 @@ __all__ = [
     "binary_cross_entropy",
     "confusion_matrix",
     "cross_entropy",
+    "dice_loss",
     "focal_loss",
+    "generalized_dice_loss",
     "margin_calibrated_loss",
     "rmi_loss",
+    "soft_iou_loss",
     "ssim",
     "ssim_loss",
     "structural_similarity_loss",
+    "tversky_loss",
 ]

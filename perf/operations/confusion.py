@@ -138,7 +138,7 @@ _UPSAMPLED_SHIPPED = (
 # --- machine code and goals -----------------------------------------------------------------------
 
 _FOLD = class_loop("classes", "_fold_blocks")
-_FOLD_CELLS = upsampling._class_loop("classes")
+_FOLD_CELLS = upsampling.class_loop("classes")
 _COUNT = LoopNotes("draws", "_count_drawn", _draws)
 # Of the instructions: the first that shipped, and a twentieth.
 GOALS = (

@@ -13,6 +13,7 @@ reason it is not in the extra `dev`: `make` installs it without what it depends 
 | cross_entropy | segmentation-models-pytorch | float32, with and without label smoothing |
 | binary_cross_entropy | segmentation-models-pytorch | float32, several classes |
 | focal_loss | kornia, MONAI | float32, the softmax's; the mean over valid pixels |
+| dice_loss | MONAI | float32, the softmax's; of its losses of classes the mean of those present |
 | confusion_matrix | torchmetrics | several classes, logits or labels |
 | ssim | pytorch-msssim | window 11, padding "valid" |
 | ssim | fused-ssim | window 11, float32, padding "zeros" and "valid" |
@@ -144,6 +145,23 @@ def _monai_focal() -> Callable[..., Tensor]:
     return loss
 
 
+def _monai_dice() -> Callable[..., Tensor]:
+    monai = _imported("monai.losses")
+    of_classes = monai.DiceLoss(batch=True, reduction="none", smooth_nr=1e-5, smooth_dr=1e-5)
+
+    def loss(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        _same_formula(logits, options)
+        valid = _valid(target)
+        own = torch.where(valid, target, 0).long()
+        labels = torch.nn.functional.one_hot(own, logits.size(1)).movedim(-1, 1)
+        labels = labels * valid[:, None]
+        values = of_classes(logits.softmax(1) * valid[:, None], labels).flatten()
+        present = labels.sum((0, 2, 3)) > 0
+        return torch.where(present, values, 0).sum() / present.sum()
+
+    return loss
+
+
 _IGNORED = 255
 
 
@@ -222,6 +240,7 @@ BINARY_CROSS_ENTROPY: Mapping[str, Loader] = {
     "segmentation-models-pytorch": _smp_binary_cross_entropy
 }
 CONFUSION_MATRIX: Mapping[str, Loader] = {"torchmetrics": _torchmetrics}
+DICE_LOSS: Mapping[str, Loader] = {"MONAI": _monai_dice}
 FOCAL_LOSS: Mapping[str, Loader] = {"kornia": _kornia_focal, "MONAI": _monai_focal}
 SSIM: Mapping[str, Loader] = {
     "fused-ssim": _fused_ssim,

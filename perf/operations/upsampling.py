@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kernels_reference
 from kernels_reference.base import at_labels
-from perf.operations import margin_calibration
+from perf.operations import margin_calibration, overlap
 from perf.operations.contract import (
     Case,
     CodeGoal,
@@ -32,6 +32,7 @@ from perf.operations.contract import (
 from perf.operations.cross_entropy import torch_cross_entropy as cross_entropy_at_labels
 from tritonloss import functional
 from tritonloss._core.operator import Operator
+from tritonloss.overlap import scores
 from tritonloss.pixelwise import binary_cross_entropy, cross_entropy, focal_loss
 from tritonloss.pixelwise import margin_calibration as margin
 
@@ -155,8 +156,9 @@ def _chunks(given: Given) -> float:
     return _rows_of_pixels(given) * given["CELLS.chunks"]
 
 
-def _class_loop(name: str) -> LoopNotes:
-    return LoopNotes(name, "_fold_blocks", _blocks, share=_completed)
+def class_loop(name: str, within: str = "_fold_blocks") -> LoopNotes:
+    """Notes of a loop over blocks of classes, all but the last one."""
+    return LoopNotes(name, within, _blocks, share=_completed)
 
 
 _BACKWARD = KernelNotes(
@@ -168,12 +170,24 @@ _BACKWARD = KernelNotes(
     ),
 )
 KERNELS = {
-    "_upsampled_forward_kernel": KernelNotes(share_of_the_map, (_class_loop("classes"),)),
+    "_upsampled_forward_kernel": KernelNotes(share_of_the_map, (class_loop("classes"),)),
     "_upsampled_backward_kernel": _BACKWARD,
 }
 TWO_PASSES = {
     "_upsampled_forward_kernel": KernelNotes(
-        share_of_the_map, (_class_loop("top two"), _class_loop("penalties"))
+        share_of_the_map, (class_loop("top two"), class_loop("penalties"))
+    ),
+    "_upsampled_backward_kernel": _BACKWARD,
+}
+
+OVERLAP_KERNELS = {
+    "_class_cells_forward_kernel": KernelNotes(
+        share_of_the_map,
+        (class_loop("statistics"), class_loop("classes", "_class_cells_forward_kernel")),
+    ),
+    "_class_head_kernel": overlap.HEAD,
+    "_class_cells_project_kernel": KernelNotes(
+        share_of_the_map, (class_loop("classes", "_class_cells_project_kernel"),)
     ),
     "_upsampled_backward_kernel": _BACKWARD,
 }
@@ -306,5 +320,24 @@ OPERATIONS = (
         cases=CASES[:3],
         shipped=(SHIPPED[0], *rarely(BASE, {"ratio": 8}), *RARE),
         goals=memory_goals("Margin-calibrated loss of upsampled logits", 8),
+    ),
+    replace(
+        _operation(
+            "dice_loss",
+            functional.dice_loss,
+            kernels_reference.dice_loss,
+            scores.OVERLAP,
+            scores.DICE,
+            launch=overlap.launch("dice_loss"),
+            kernels=OVERLAP_KERNELS,
+            cases=CASES[:3],
+            shipped=(
+                SHIPPED[0],
+                *rarely(BASE, {"ratio": 8}, {"shape": _ROOMS}, {"options": overlap.SIGMOID}),
+                *RARE,
+            ),
+            goals=memory_goals("Dice of upsampled logits", 8),
+        ),
+        operators=(),  # its configurations are heuristics
     ),
 )

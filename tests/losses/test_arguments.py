@@ -40,13 +40,14 @@ class Nonsense:
 
 
 NONSENSE = Nonsense()
-# Wrong values by the option's name, whatever the loss. An option that is not here is given only
-# nonsense.
+# Wrong values by the option's name, whatever the loss, or by the names of loss and option. Options
+# that are not here are given only nonsense.
 WRONG: dict[str, list[Any]] = {
     "window_size": [4, 3.0],
     "sigma": [0.0, "1.5"],
     "padding": ["same"],
-    "beta": [1.0],
+    "structural_similarity_loss.beta": [1.0],
+    "beta": [-1.0],
     "stability": [0.0],
     "bce_weight": [1.5, -0.1],
     "hard_mining": [1],
@@ -71,6 +72,13 @@ WRONG: dict[str, list[Any]] = {
     "detach_weight": [0],
     "offsets": [torch.ones(2, 3)],
     "variant": ["paperback"],
+    "activation": ["tanh"],
+    "per_image": [1],
+    "smooth": [-1.0],
+    "classes": ["absent", (), (1, 1), (-1,)],
+    "include_background": [0],
+    "empty": ["one"],
+    "log_loss": ["yes"],
     "reduction": ["average", None],
     "ignore_index": [1.0, "255", 2**70],
 }
@@ -82,7 +90,8 @@ WRONG: dict[str, list[Any]] = {
         pytest.param(example, parameter.name, wrong, id=f"{name}-{parameter.name}={wrong}")
         for name, example in LOSSES.items()
         for parameter in parameters(example.function)[2:]
-        for wrong in (*WRONG.get(parameter.name, ()), NONSENSE)
+        for key in (parameter.name, f"{name}.{parameter.name}")
+        for wrong in (*WRONG.get(key, ()), *([NONSENSE] if key == parameter.name else ()))
     ],
 )
 def test_a_module_refuses_what_its_function_refuses(

@@ -70,6 +70,32 @@ def check_logits(logits: torch.Tensor, name: str = "logits") -> None:
         raise ValueError(f"{accepted} with C of at least 1; got {described(logits)}")
 
 
+def as_images(
+    logits: torch.Tensor, target: torch.Tensor, upsample: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, C, ...] and labels [N, ...] as images: views, where rows lie at even distances.
+
+    For losses without a neighbourhood. What is no such pair is left as it is.
+    """
+    are_tensors = isinstance(logits, torch.Tensor) and isinstance(target, torch.Tensor)
+    if not are_tensors or logits.is_nested or target.is_nested or logits.dim() in (0, 1, 2, 4):
+        return logits, target
+    expected = (logits.shape[0], *logits.shape[2:])
+    if upsample is not None:
+        raise ValueError(
+            f"upsample must be None unless logits have the shape (N, C, H, W); got {upsample!r}, "
+            f"and {described(logits)}"
+        )
+    if target.shape != expected:
+        raise ValueError(
+            f"target must hold integer labels of shape {tuple(expected)} to match logits of shape "
+            f"{tuple(logits.shape)}; got {described(target)}"
+        )
+    if logits.dim() == 3:
+        return logits.unsqueeze(2), target.unsqueeze(1)
+    return logits.flatten(2, -2), target.flatten(1, -2)
+
+
 def check_target(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -258,11 +284,11 @@ def check_images(x: torch.Tensor, y: torch.Tensor) -> None:
     _check_device(x, "x", y, "y")
 
 
-def check_classes(logits: torch.Tensor, high: int | None = None) -> None:
+def check_classes(logits: torch.Tensor, high: int | None = None, instead: str = "") -> None:
     """``logits`` must have classes to compare with each other, two at the least.
 
     With one class the loss would always be 0, which is a trap. Logits of a binary mask, which have
-    one class, are for the losses of each class against the rest.
+    one class, are for the losses of each class against the rest, and for what ``instead`` names.
     """
     classes = logits.shape[1]
     if classes >= 2 and (high is None or classes <= high):
@@ -271,7 +297,7 @@ def check_classes(logits: torch.Tensor, high: int | None = None) -> None:
     if classes < 2:
         raise ValueError(
             f"{accepted}, which this loss compares; for a binary mask (one channel, labels 0 and "
-            f"1) use binary_cross_entropy; got {described(logits)}"
+            f"1) {instead}use binary_cross_entropy; got {described(logits)}"
         )
     raise ValueError(f"{accepted}; got {described(logits)}")
 
@@ -303,6 +329,20 @@ def check_class_weights(
         raise ValueError(f"{accepted}; got {described(weight)}")
     if logits is not None:
         _check_device(logits, "logits", weight, name)
+
+
+def check_class_choice(name: str, chosen: str | Sequence[int], classes: int | None) -> None:
+    """``chosen`` must be "present", "all" or different classes; without ``classes``, any."""
+    accepted = f"{name} must be 'present', 'all' or a tuple of different classes, 0 to C - 1"
+    if isinstance(chosen, str):
+        if chosen not in ("present", "all"):
+            raise ValueError(f"{accepted}; got {chosen!r}")
+        return
+    if not isinstance(chosen, (tuple, list)) or not all(map(_is_integer, chosen)):
+        raise TypeError(f"{accepted}; got {_value(chosen)}")
+    outside = [c for c in chosen if c < 0 or (classes is not None and c >= classes)]
+    if outside or not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"{accepted}; got {chosen}")
 
 
 def _weights_accepted(

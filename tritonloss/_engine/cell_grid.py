@@ -140,8 +140,9 @@ def backward_over_cells(
     """The way of a backward pass; ``grads`` are of the loss and of the logits."""
     upstream, grad_logits = grads
     axes = axes_of(logits, target, walk.align_corners)
-    programs, arguments = _over_strips(losses, logits, target, walk, axes)
+    programs, arguments = over_strips(losses, logits, target, walk, axes)
     arguments |= {
+        "table_stride": 0,
         "upstream_strides": (0, 0, 0) if walk.reduction != "none" else upstream.stride(),
         "logits_strides": logits.stride(),
         "target_strides": target.stride(),
@@ -216,16 +217,17 @@ def over_cells(
     }
 
 
-def _over_strips(
+def over_strips(
     losses: Sequence[Loss],
     logits: torch.Tensor,
     target: torch.Tensor,
     walk: Walk,
     axes: Axes,
+    configuration: Configuration | None = None,
 ) -> tuple[int, dict[str, Any]]:
-    """(programs, arguments) of the kernel that goes back."""
+    """(programs, arguments) of the kernel that goes back; tuned if no configuration is given."""
     highest, widest = (axis.most for axis in axes)
-    configuration = _configuration(losses, "backward", logits, widest)
+    configuration = configuration or _configuration(losses, "backward", logits, widest)
     columns, nodes = int(configuration["PIXEL_COLUMNS"]), int(configuration["NODE_ROWS"])
     chunks = triton.cdiv(widest, columns)
     tile = _tile(configuration, logits)

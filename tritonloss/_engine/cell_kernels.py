@@ -124,8 +124,8 @@ def _upsampled_backward_kernel(
     scale_ptr,  # of every loss, if reduced
     logits_ptr,  # [N, C, h, w]
     target_ptr,  # [N, H, W]
-    own_ptrs,  # of every loss [C]
-    other_ptrs,  # of every loss [C]
+    own_ptrs,  # of every loss [C], or of every image [N, C]
+    other_ptrs,  # of every loss likewise
     map_ptrs,  # [N, H, W] each
     grad_ptr,  # [N, C, h, w]
     row_starts_ptr,  # [h + 2]
@@ -138,6 +138,7 @@ def _upsampled_backward_kernel(
     logits_strides,
     target_strides,
     grad_strides,
+    table_stride,  # of the tables, from image to image; 0 where these have the same one
     sizes,
     TERMS: tl.constexpr,
     TILE: tl.constexpr,
@@ -167,10 +168,14 @@ def _upsampled_backward_kernel(
     rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
     columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
     scales = ()
+    owns = ()
+    others = ()
     for k in tl.static_range(COUNT):
+        owns = owns + (own_ptrs[k] + image * table_stride,)
+        others = others + (other_ptrs[k] + image * table_stride,)
         scales = scales + ((tl.load(scale_ptr + k) if CELLS.reduced else shares[k]),)
     walk = Backward(
-        given=of_each(given_to, (own_ptrs, other_ptrs, numbers), TERMS, TILE),
+        given=of_each(given_to, (owns, others, numbers), TERMS, TILE),
         map_ptrs=map_ptrs,
         upstream=Upstream(
             pointer=upstream_ptr + image * upstream_strides[0],

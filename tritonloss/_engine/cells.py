@@ -249,3 +249,28 @@ def factors_between(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.co
         logit = look_up_between(nodes, classes[j], row_share, column_share, TILE)
         looked_up = looked_up + (logit,)
     return TERMS.factors[K](scales[K], saved, looked_up, pixel, given[K], OPTIONS, TILE)
+
+
+@triton.jit
+def together(parts):
+    """The elements of 1, 2, 4, 8 or 16 vectors in one: a lane's are side by side."""
+    if len(parts) > 1:
+        parts = _by_twos(parts)
+    if len(parts) > 1:
+        parts = _by_twos(parts)
+    if len(parts) > 1:
+        parts = _by_twos(parts)
+    if len(parts) > 1:
+        parts = _by_twos(parts)
+    (together,) = parts
+    return together
+
+
+@triton.jit
+def _by_twos(parts):
+    """Half as many vectors, twice as long."""
+    halves = ()
+    for i in tl.static_range(len(parts) // 2):
+        pairs = tl.join(parts[2 * i], parts[2 * i + 1])
+        halves = halves + (tl.reshape(pairs, (2 * pairs.shape[0],)),)
+    return halves

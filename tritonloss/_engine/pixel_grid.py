@@ -68,7 +68,7 @@ def pixel_heuristic(losses: Sequence[Loss], direction: str, logits: torch.Tensor
     warps, classes = 4, logits.size(1)
     forward = direction == "forward"
     most = min(loss.unroll for loss in losses)
-    held = max(loss.held for loss in losses)
+    held = max(loss.held if forward else loss.held_back for loss in losses)
     if _classes_in_lanes(logits):
         # Every lane of a pixel repeats what is done once per pixel: few classes get few lanes.
         lanes = 8 if classes > 32 else min(4, triton.next_power_of_2(classes))
@@ -78,11 +78,12 @@ def pixel_heuristic(losses: Sequence[Loss], direction: str, logits: torch.Tensor
         unroll = most if forward else 4 if lanes == 8 else 8
     else:
         lanes, slots = 1, classes
-        pixels, unroll = 2 if forward and held else 4, most if forward else 8
+        wide = max(loss.held_wide for loss in losses)
+        pixels, unroll = 2 if wide < slots <= held else 4, most if forward else 8
     return {
         "PIXELS": pixels * warps * warp_size() // lanes,
         "CLASS_LANES": lanes,
-        "UNROLL": held if forward and slots <= held else unroll,
+        "UNROLL": held if slots <= held else unroll,
         "num_warps": warps,
     }
 

@@ -25,6 +25,8 @@ class Loss(NamedTuple):
         unroll: classes of a lane in one block of the forward pass, if there are that many.
         held: the most classes of a lane that stay in registers, for a loss that goes through them
             twice; 0 for the others.
+        held_back: the same of the backward pass.
+        held_wide: up to how many of these a lane has four pixels and not two.
         binary: whether a single class is allowed, with labels 0 and 1.
     """
 
@@ -33,6 +35,8 @@ class Loss(NamedTuple):
     saved: Callable[[torch.Tensor, bool], tuple[torch.dtype, ...]]
     unroll: int = 8
     held: int = 0
+    held_back: int = 0
+    held_wide: int = 0
     binary: bool = False
 
 

@@ -61,6 +61,24 @@ def pixel_cases(loss: Loss, operator: Operator, options: Any, tables: int = 0) -
     return [*whole[:headlines], *upsampled, *whole[headlines:]]
 
 
+def first_cases(loss: Loss, operator: Operator, options: Any) -> list[TuningCase]:
+    """The tuning cases of a loss with these options in its most common size, and no more."""
+    return [
+        TuningCase(
+            f"{loss.name}_{direction}",
+            19,
+            1,
+            dtype,
+            layout,
+            functools.partial(_tuning_pass, operator, options, 0, dtype, (2, 19, 512, 512), layout),
+            pixel_candidates(loss, direction, dtype, 19, layout),
+        )
+        for layout in ("contiguous", "channels_last", "strided")
+        for dtype in (torch.float32, torch.bfloat16)
+        for direction in ("forward", "backward")
+    ]
+
+
 def _upsampled_cases(loss: Loss, operator: Operator, options: Any, tables: int) -> list[TuningCase]:
     """The cases of interpolated logits: few, as tuned ones are checked for other classes too."""
     classes, options = 19, options._replace(upsample="bilinear")
@@ -128,7 +146,8 @@ def _tuning_pass(
     logits = random_map(smaller, layout, dtype, device).sub_(0.5).mul_(8)
     target = random_labels(shape, device)
     table = torch.full((classes,), 0.1, device=device)
-    given = (logits, target, *(table,) * tables, *(None,) * (2 - tables))
+    others = len(operator.inputs) - 2 - tables
+    given = (logits, target, *(table,) * tables, *(None,) * others)
 
     def both_passes() -> tuple[torch.Tensor, ...]:
         return operator.both_passes(*given, options=options)

@@ -19,6 +19,7 @@ from .._engine.cells import (
     nodes_around,
     shares_of_columns,
     shares_of_rows,
+    together,
 )
 from .._engine.pixels import Pixel
 from .confusion_kernels import count_pairs, largest_place
@@ -103,31 +104,6 @@ def _no_label(
     return Pixel(label=cells.first, own=cells.first, inside=cells.first < cells.end)
 
 
-@triton.jit
-def _together(parts):
-    """The elements of 1, 2, 4, 8 or 16 vectors in one: a lane's are side by side."""
-    if len(parts) > 1:
-        parts = _by_twos(parts)
-    if len(parts) > 1:
-        parts = _by_twos(parts)
-    if len(parts) > 1:
-        parts = _by_twos(parts)
-    if len(parts) > 1:
-        parts = _by_twos(parts)
-    (together,) = parts
-    return together
-
-
-@triton.jit
-def _by_twos(parts):
-    """Half as many vectors, twice as long."""
-    halves = ()
-    for i in tl.static_range(len(parts) // 2):
-        pairs = tl.join(parts[2 * i], parts[2 * i + 1])
-        halves = halves + (tl.reshape(pairs, (2 * pairs.shape[0],)),)
-    return halves
-
-
 # --- kernels --------------------------------------------------------------------------------------
 
 
@@ -168,7 +144,7 @@ def _upsampled_confusion_kernel(
     labels = ()
     for k in tl.static_range(COUNT):
         labels = labels + (pixels[k].label,)
-    count_pairs(matrix_ptr, _together(labels), _together(found), CLASSES, BINS)
+    count_pairs(matrix_ptr, together(labels), together(found), CLASSES, BINS)
 
 
 @triton.jit

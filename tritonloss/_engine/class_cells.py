@@ -1,0 +1,290 @@
+"""Class sums over logits that are interpolated: the walk over cells (``cells.py``).
+
+Going forward, a lane goes through the classes twice, first for the statistics of its pixels and
+then for their probabilities, which it adds up over all of them. Going back, programs have a block
+of classes each. The projection of a pixel is over all of them: a kernel of its own leaves it in a
+map, 4 bytes per pixel. The gradient is then that of any other loss (``cell_kernels.py``).
+
+A softmax's statistics and projections together take 8 bytes per pixel of the labels.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .cell_walk import (
+    Forward,
+    _load_corners,
+    _start,
+    finish_pixels,
+    fold_cells,
+    load_pixel_of,
+    of_pixels,
+)
+from .cells import (
+    Axis,
+    along_row,
+    cells_at,
+    further,
+    look_up_between,
+    nodes_around,
+    shares_of_columns,
+    shares_of_rows,
+    together,
+)
+from .class_sums import Plane, _store_slot, _two_values, count_labels, store_counts
+from .pixels import Block, Given, Pixel, nothing_yet
+
+# --- device functions -----------------------------------------------------------------------------
+
+
+@triton.jit
+def _walk_of(logits, target, axes, given, sizes, TERMS: tl.constexpr, TILE: tl.constexpr,
+             CELLS: tl.constexpr):  # fmt: skip
+    """(walk, cells): what a forward pass needs at the pixels of this program's lanes.
+
+    ``logits`` and ``target`` are (pointer, strides).
+    """
+    # Side by side are blocks of cells, then chunks of columns and bands of rows in them.
+    program = tl.program_id(0)
+    block = program % sizes.blocks
+    program = program // sizes.blocks
+    chunk = program % CELLS.chunks
+    program = program // CELLS.chunks
+    image = (program // sizes.bands).to(tl.int64)
+    index = block * TILE.pixels + tl.arange(0, TILE.pixels)
+    row = index // (sizes.width + 1)
+    column = index - row * (sizes.width + 1)
+    cells = cells_at(axes, row, column, target, image, sizes)
+    cells = further(cells, program % sizes.bands * CELLS.rows, chunk * CELLS.columns, sizes)
+    rows, columns = axes
+    logits_ptr, logits_strides = logits
+    walk = Forward(
+        nodes=nodes_around(logits_ptr, logits_strides, image, row, column, sizes),
+        pixels=of_pixels(load_pixel_of, (cells, sizes), TERMS, TILE, CELLS),
+        given=given,
+        row_shares=shares_of_rows(rows, cells, sizes, CELLS),
+        column_shares=shares_of_columns(columns, cells, sizes, CELLS),
+    )
+    return walk, cells
+
+
+@triton.jit
+def _places_of(cells, sizes, CELLS: tl.constexpr):
+    """Where each of a lane's pixels is in a map [N, H, W]."""
+    PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
+    places = ()
+    for k in tl.static_range(PIXELS):
+        here = further(cells, k // CELLS.columns, k % CELLS.columns, sizes)
+        places = places + (here.place,)
+    return places
+
+
+@triton.jit
+def _lines_of_rows(walk, first, COUNT: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr):
+    """(left logits, steps to the right) of COUNT classes in each row of a lane's pixels."""
+    ROWS: tl.constexpr = CELLS.rows
+    corners = _load_corners(walk.nodes, first, COUNT, TILE)
+    lefts = ()
+    steps = ()
+    for r in tl.static_range(ROWS):
+        for j in tl.static_range(COUNT):
+            left, step = along_row(corners[j], walk.row_shares[r])
+            lefts = lefts + (left,)
+            steps = steps + (step,)
+    return lefts, steps
+
+
+@triton.jit
+def _slot_of(lines, walk, first, K: tl.constexpr, SLOT: tl.constexpr, CELLS: tl.constexpr):
+    """A block of one class, that of a slot, of a lane's pixel K."""
+    lefts, steps = lines
+    COUNT: tl.constexpr = len(lefts) // CELLS.rows
+    PLACE: tl.constexpr = K // CELLS.columns * COUNT + SLOT
+    logit = lefts[PLACE] + walk.column_shares[K % CELLS.columns] * steps[PLACE]
+    return Block(logits=(logit,), exists=(), start=first + SLOT)
+
+
+@triton.jit
+def _share(
+    arguments, K: tl.constexpr, PROBABILITIES: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr
+):
+    """What the probabilities of a lane's pixel share."""
+    (states,) = arguments
+    (state,) = states[K]
+    return PROBABILITIES.share(state, TILE)
+
+
+@triton.jit
+def _store_block(
+    plane, shared, walk, first, COUNT: tl.constexpr, PROBABILITIES: tl.constexpr,
+    TILE: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    """Store the sums of COUNT classes over all pixels of the program."""
+    PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
+    lines = _lines_of_rows(walk, first, COUNT, TILE, CELLS)
+    of_all_plane = Plane(pointer=plane.pointer + plane.kind, stride=plane.stride, kind=plane.kind)
+    for j in tl.static_range(COUNT):
+        own = nothing_yet(0.0, TILE)
+        all_pixels = nothing_yet(0.0, TILE)
+        for k in tl.static_range(PIXELS):
+            block = _slot_of(lines, walk, first, k, j, CELLS)
+            of_label, of_all = _two_values(shared[k], block, 0, walk.pixels[k], PROBABILITIES, TILE)
+            own += of_label
+            all_pixels += of_all
+        _store_slot(plane, own, first, j, TILE)
+        _store_slot(of_all_plane, all_pixels, first, j, TILE)
+
+
+@triton.jit
+def _prepare(
+    arguments, K: tl.constexpr, PROBABILITIES: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr
+):
+    """The factors of a lane's pixel, for a scale of 1."""
+    walk, maps, given = arguments
+    pixel = walk.pixels[K]
+    scale = nothing_yet(1.0, TILE)
+    return PROBABILITIES.prepare(scale, (maps[K],), (), pixel, given, TILE)
+
+
+@triton.jit
+def _add_terms(
+    totals, factors, walk, first, COUNT: tl.constexpr, PROBABILITIES: tl.constexpr,
+    TILE: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    """Each pixel's sum of terms with COUNT classes more; ``walk.given`` are the tables."""
+    PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
+    lines = _lines_of_rows(walk, first, COUNT, TILE, CELLS)
+    more = ()
+    for k in tl.static_range(PIXELS):
+        total = totals[k]
+        for j in tl.static_range(COUNT):
+            block = _slot_of(lines, walk, first, k, j, CELLS)
+            total += PROBABILITIES.term(factors[k], block, 0, walk.given, TILE)
+        more = more + (total,)
+    return more
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _class_cells_forward_kernel(
+    logits_ptr,  # [N, C, h, w]
+    target_ptr,  # [N, H, W]
+    map_ptrs,  # [N, H, W] each: what the loss leaves to the backward pass
+    parts_ptr,  # [3, N, C + 1, programs of an image]: own, all, counts
+    row_starts_ptr,  # [h + 2]: of every row of cells the first row of pixels
+    row_shares_ptr,  # [H]: the share of the nodes below
+    column_starts_ptr,  # [w + 2]
+    column_shares_ptr,  # [W]
+    logits_strides,
+    target_strides,
+    sizes,
+    full,
+    programs,  # of an image
+    images,
+    TERMS: tl.constexpr,
+    PROBABILITIES: tl.constexpr,
+    BINS: tl.constexpr,
+    TILE: tl.constexpr,
+    CELLS: tl.constexpr,
+):
+    """Reads the labels once, and the logits twice for the rows and columns that a lane has."""
+    STEP: tl.constexpr = TILE.unroll
+    FULL: tl.constexpr = (TILE.classes - 1) // STEP * STEP
+    PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
+    rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
+    columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
+    walk, cells = _walk_of(
+        (logits_ptr, logits_strides), (target_ptr, target_strides), (rows, columns), ((),), sizes,
+        TERMS, TILE, CELLS,
+    )  # fmt: skip
+    image = (tl.program_id(0) // programs).to(tl.int64)
+    numbers: tl.constexpr = TILE.classes + 1
+    plane = Plane(
+        pointer=parts_ptr + image * numbers * programs + tl.program_id(0) % programs,
+        stride=programs.to(tl.int64),
+        kind=images.to(tl.int64) * numbers * programs,
+    )
+
+    # the statistics, which are saved
+    states = of_pixels(_start, (), TERMS, TILE, CELLS)
+    if PROBABILITIES.compared:
+        states = fold_cells(walk, full, TERMS, TILE, CELLS)
+        finish_pixels(states, walk, _places_of(cells, sizes, CELLS), map_ptrs, TERMS, TILE, CELLS)
+
+    # the sums
+    shared = of_pixels(_share, (states,), PROBABILITIES, TILE, CELLS)
+    if FULL > 0:
+        for first in tl.range(0, full, STEP):
+            _store_block(plane, shared, walk, first, STEP, PROBABILITIES, TILE, CELLS)
+    _store_block(plane, shared, walk, FULL, TILE.classes - FULL, PROBABILITIES, TILE, CELLS)
+
+    labels = ()
+    for k in tl.static_range(PIXELS):
+        labels = labels + (walk.pixels[k].label,)
+    label = together(labels)
+    counts = count_labels(
+        tl.zeros((BINS,), tl.int32), Pixel(label=label, own=label, inside=label >= 0), BINS
+    )
+    store_counts(plane, counts, CELLS.binary, BINS, TILE.classes)
+
+
+@triton.jit
+def _class_cells_project_kernel(
+    logits_ptr,  # [N, C, h, w]
+    target_ptr,  # [N, H, W]
+    map_ptr,  # [N, H, W]: the statistics
+    table_ptr,  # [2, images or 1, C]: what own pixels get on top, what all get
+    projection_ptr,  # [N, H, W]
+    row_starts_ptr,  # [h + 2]
+    row_shares_ptr,  # [H]
+    column_starts_ptr,  # [w + 2]
+    column_shares_ptr,  # [W]
+    logits_strides,
+    target_strides,
+    table_strides,  # from the first to the second, from image to image
+    sizes,
+    full,
+    programs,  # of an image
+    TERMS: tl.constexpr,
+    PROBABILITIES: tl.constexpr,
+    TILE: tl.constexpr,
+    CELLS: tl.constexpr,
+):
+    """Reads labels, statistics and logits once; writes the projection of every pixel."""
+    STEP: tl.constexpr = TILE.unroll
+    FULL: tl.constexpr = (TILE.classes - 1) // STEP * STEP
+    PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
+    image = (tl.program_id(0) // programs).to(tl.int64)
+    table = table_ptr + image * table_strides[1]
+    given = Given(own_table=table, other_table=table + table_strides[0], numbers=())
+    rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
+    columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
+    walk, cells = _walk_of(
+        (logits_ptr, logits_strides), (target_ptr, target_strides), (rows, columns), given, sizes,
+        TERMS, TILE, CELLS,
+    )  # fmt: skip
+    places = _places_of(cells, sizes, CELLS)
+    maps = ()
+    totals = ()
+    for k in tl.static_range(PIXELS):
+        maps = maps + (tl.load(map_ptr + places[k], mask=walk.pixels[k].inside, other=0.0),)
+        totals = totals + (nothing_yet(0.0, TILE),)
+
+    factors = of_pixels(_prepare, (walk, maps, given), PROBABILITIES, TILE, CELLS)
+    if FULL > 0:
+        for first in tl.range(0, full, STEP):
+            totals = _add_terms(totals, factors, walk, first, STEP, PROBABILITIES, TILE, CELLS)
+    LEFT: tl.constexpr = TILE.classes - FULL
+    totals = _add_terms(totals, factors, walk, FULL, LEFT, PROBABILITIES, TILE, CELLS)
+
+    for k in tl.static_range(PIXELS):
+        pixel = walk.pixels[k]
+        row_share = walk.row_shares[k // CELLS.columns]
+        column_share = walk.column_shares[k % CELLS.columns]
+        own = look_up_between(walk.nodes, pixel.own, row_share, column_share, TILE)
+        projection = PROBABILITIES.projection(factors[k], totals[k], own, pixel, TILE)
+        tl.store(projection_ptr + places[k], projection, mask=pixel.inside)

@@ -1,0 +1,457 @@
+"""The launchers of losses of class sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from .._core.backend import device_guard
+from .._core.prepared_launch import PreparedLaunch, kind, prepared
+from .._core.process_groups import add_over_ranks
+from .cell_grid import axes_of, cell_heuristic, over_cells, over_strips, pointers_of
+from .cell_kernels import _upsampled_backward_kernel
+from .class_cells import _class_cells_forward_kernel, _class_cells_project_kernel
+from .class_heads import (
+    Counting,
+    _class_head_kernel,
+    _class_join_kernel,
+    _class_totals_kernel,
+)
+from .class_sums import (
+    Probabilities,
+    _class_sums_backward_kernel,
+    _class_sums_forward_kernel,
+)
+from .pixel_grid import in_grains, over_pixels
+from .pixel_terms import Loss, Term, Walk, labels_of, terms_of
+from .planes import compute_dtype
+from .sums import tickets
+
+# Programs going forward, of all images, about as many as a large GPU has room for twice: more of
+# them would add up fewer tiles each, over their lanes, where there are enough tiles.
+_PROGRAMS = 1024
+_MOST_ROUNDS = 64
+
+
+class ClassLoss(NamedTuple):
+    """A loss of class sums with its options, as its launchers know it.
+
+    Attributes:
+        loss: the record of its probabilities, with what is saved of them.
+        probabilities: what they have beside the record.
+        head: (classes, numbers, OPTIONS, COUNTING) -> (value, weight, taken, own, all), a device
+            function: the sum of values and that of weights over so many classes, and the first's
+            gradient to their two sums, [classes].
+        options: a NamedTuple of what the head is compiled for.
+        counting: which classes are in the mean.
+        numbers: what the head gets at run time.
+        ignore_index: the label of pixels that are ignored, or None.
+        upsample: "bilinear" if the logits are interpolated to the size of the labels.
+        align_corners: of the interpolation.
+        group: the process group whose ranks' sums are added up, by its name, or None.
+    """
+
+    loss: Loss
+    probabilities: Probabilities
+    head: Callable[..., Any]
+    options: Any
+    counting: Counting
+    numbers: tuple[float, ...]
+    ignore_index: int | None
+    upsample: str | None
+    align_corners: bool
+    group: str | None = None
+
+
+class ClassResults(NamedTuple):
+    """What the operator of a loss of class sums returns."""
+
+    loss: torch.Tensor  # []
+    scale: torch.Tensor  # [1]: what the gradient is multiplied by
+    table: torch.Tensor  # [2, N or 1, C]: what own pixels get on top, what all get
+    first: torch.Tensor | None  # maps for the backward pass, [N, H, W]
+    second: torch.Tensor | None
+
+
+def allocated(
+    loss: Loss, per_image: bool, logits: torch.Tensor, target: torch.Tensor, save: bool
+) -> ClassResults:
+    """The results, of which nothing is computed yet; maps are there if ``save``."""
+    interpolated = logits.shape[2:] != target.shape[1:]
+    images, classes = logits.shape[:2]
+    dtype = compute_dtype(logits.dtype)
+    groups = images if per_image else 1
+    dtypes = loss.saved(logits, interpolated) if save else ()
+    maps = [logits.new_empty(target.shape, dtype=saved) for saved in dtypes]
+    return ClassResults(
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty((1,), dtype=dtype),
+        logits.new_empty((2, groups, classes), dtype=dtype),
+        *maps,
+        *(None,) * (2 - len(maps)),
+    )
+
+
+def launch_class_sums(
+    loss: ClassLoss,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    save: bool,
+) -> ClassResults:
+    """The loss, and what its backward pass needs if ``save``."""
+    results = allocated(loss.loss, loss.counting.per_image, logits, target, save)
+    images, classes = logits.shape[:2]
+    shape = (3, images, classes + 1)
+    if target.numel() == 0:
+        if loss.group is not None:
+            sums = logits.new_zeros(shape, dtype=torch.float64)
+            return _over_ranks(loss, sums, logits, weight, results)
+        return results._replace(loss=results.loss.zero_(), scale=results.scale.zero_())
+    walk = _walk_of(loss, logits, target)
+    prepare = _prepare_sums if walk.upsample is None else _prepare_sums_of_cells
+    launch, programs = prepared(
+        ("class_sums", id(loss.loss.record), kind(logits), kind(target), walk, save),
+        lambda: prepare(loss, logits, target, walk, save),
+    )
+    parts = logits.new_empty((*shape, programs), dtype=compute_dtype(logits.dtype))
+    sums = logits.new_empty(shape, dtype=torch.float64)
+    with device_guard(logits):
+        launch(
+            logits_ptr=logits,
+            target_ptr=target,
+            map_ptrs=_maps(loss, logits, walk, results) if save else (),
+            parts_ptr=parts,
+            **_axes(logits, target, walk),
+        )
+        if loss.group is not None:
+            constants = {"programs": programs, "images": images, "CLASSES": classes}
+            join = PreparedLaunch(
+                _class_join_kernel, (images * (classes + 1),), constants, aligned=False
+            )
+            join(parts_ptr=parts, sums_ptr=sums)
+            return _over_ranks(loss, sums, logits, weight, results)
+        finish = prepared(
+            ("class_head", *_kind_of_head(loss, logits, weight), programs),
+            lambda: _prepare_head(loss, images, classes, programs),
+        )
+        finish(
+            parts_ptr=parts,
+            sums_ptr=sums,
+            weight_ptr=logits if weight is None else weight.contiguous(),
+            loss_ptr=results.loss,
+            scale_ptr=results.scale,
+            table_ptr=results.table,
+            tickets_ptr=tickets(1, logits.device),
+        )
+    return results
+
+
+def _over_ranks(
+    loss: ClassLoss,
+    sums: torch.Tensor,
+    logits: torch.Tensor,
+    weight: torch.Tensor | None,
+    results: ClassResults,
+) -> ClassResults:
+    """The loss of all ranks' pixels from this rank's sums [3, N, C + 1].
+
+    Of pooled images the sums are added over ranks, of others both parts of the mean. The gradient
+    is that of the loss times the number of ranks: DistributedDataParallel divides by it.
+    """
+    assert loss.group is not None
+    ranks = 1
+    if not loss.counting.per_image:
+        sums = sums.sum(1, keepdim=True)
+        ranks = add_over_ranks(sums, loss.group)
+    images, classes = sums.size(1), logits.size(1)
+    totals = sums.new_zeros(3)
+    if images > 0:
+        launch = prepared(
+            ("class_totals", *_kind_of_head(loss, logits, weight), images),
+            lambda: _prepare_totals(loss, images, classes),
+        )
+        with device_guard(logits):
+            launch(
+                sums_ptr=sums,
+                weight_ptr=logits if weight is None else weight.contiguous(),
+                totals_ptr=totals,
+                table_ptr=results.table,
+            )
+    if loss.counting.per_image:
+        ranks = add_over_ranks(totals, loss.group)
+    total, divisor, taken = totals.unbind()
+    divisor = torch.where(taken > 0, divisor, 1.0)
+    divisor = torch.where(divisor == 0, torch.nan, divisor)
+    results.loss.copy_(total / divisor)
+    results.scale.copy_(ranks / divisor)
+    return results
+
+
+def _kind_of_head(
+    loss: ClassLoss, logits: torch.Tensor, weight: torch.Tensor | None
+) -> tuple[Any, ...]:
+    """All that a launch of a head depends on, but for the number of programs."""
+    return (
+        loss.head, loss.options, loss.counting, loss.numbers, logits.shape[:2], logits.dtype,
+        logits.device, weight is None or weight.dtype,
+    )  # fmt: skip
+
+
+def launch_class_sums_backward(
+    loss: ClassLoss,
+    upstream: torch.Tensor,
+    kept: ClassResults,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of the logits."""
+    grad_logits = torch.empty_like(logits)
+    if target.numel() == 0:
+        return grad_logits.zero_()
+    walk = _walk_of(loss, logits, target)
+    if walk.upsample is not None:
+        _launch_cells_backward(loss, upstream, kept, (logits, target, grad_logits), walk)
+        return grad_logits
+    launch = prepared(
+        ("class_sums_backward", id(loss.loss.record), kind(logits), kind(target), walk,
+         loss.counting.per_image),
+        lambda: _prepare_backward(loss, logits, target, grad_logits, walk),
+    )  # fmt: skip
+    with device_guard(logits):
+        launch(
+            upstream_ptr=upstream,
+            scale_ptr=kept.scale,
+            logits_ptr=logits,
+            target_ptr=target,
+            table_ptr=kept.table,
+            map_ptrs=_maps(loss, logits, walk, kept),
+            grad_ptr=grad_logits,
+        )
+    return grad_logits
+
+
+def _launch_cells_backward(
+    loss: ClassLoss,
+    upstream: torch.Tensor,
+    kept: ClassResults,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    walk: Walk,
+) -> None:
+    """The gradient of interpolated logits; ``tensors`` are logits, labels and gradient."""
+    logits, target, grad_logits = tensors
+    maps = _maps(loss, logits, walk, kept)
+    project, launch = prepared(
+        ("class_cells_backward", id(loss.loss.record), kind(logits), kind(target), walk,
+         loss.counting.per_image),
+        lambda: _prepare_backward_of_cells(loss, logits, target, grad_logits, walk),
+    )  # fmt: skip
+    axes = _axes(logits, target, walk)
+    with device_guard(logits):
+        if project is not None:
+            projection = torch.empty_like(maps[0])
+            project(
+                logits_ptr=logits,
+                target_ptr=target,
+                map_ptr=maps[0],
+                table_ptr=kept.table,
+                projection_ptr=projection,
+                **axes,
+            )
+            maps = (*maps, projection)
+        launch(
+            upstream_ptr=upstream,
+            scale_ptr=kept.scale,
+            logits_ptr=logits,
+            target_ptr=target,
+            own_ptrs=(kept.table[0],),
+            other_ptrs=(kept.table[1],),
+            map_ptrs=maps,
+            grad_ptr=grad_logits,
+            **axes,
+        )
+
+
+def _walk_of(loss: ClassLoss, logits: torch.Tensor, target: torch.Tensor) -> Walk:
+    """The walk that the options ask for; to interpolate to the same size is to do nothing."""
+    if logits.shape[2:] == target.shape[1:]:
+        return Walk(loss.ignore_index, "mean")
+    return Walk(loss.ignore_index, "mean", loss.upsample, loss.align_corners)
+
+
+def _maps(
+    loss: ClassLoss, logits: torch.Tensor, walk: Walk, results: ClassResults
+) -> tuple[Any, ...]:
+    """The maps that are there: to a custom operator, one that is not is an empty tensor."""
+    count = len(loss.loss.saved(logits, walk.upsample is not None))
+    return (results.first, results.second)[:count]
+
+
+def _axes(logits: torch.Tensor, target: torch.Tensor, walk: Walk) -> dict[str, torch.Tensor]:
+    """The arguments that say where pixels lie between logits; none where they lie on them."""
+    if walk.upsample is None:
+        return {}
+    return pointers_of(axes_of(logits, target, walk.align_corners))
+
+
+# --- launches -------------------------------------------------------------------------------------
+
+
+def _prepare_sums(
+    loss: ClassLoss, logits: torch.Tensor, target: torch.Tensor, walk: Walk, save: bool
+) -> tuple[PreparedLaunch, int]:
+    """(the launch, its programs of an image)."""
+    images, classes = logits.shape[:2]
+    _, arguments = over_pixels([loss.loss], "forward", logits, target)
+    tile, tiles = arguments["TILE"], arguments.pop("tiles")
+    rounds = 1
+    if triton.cdiv(classes, tile.lanes) <= tile.unroll:
+        rounds = min(max(images * tiles // _PROGRAMS, 1), _MOST_ROUNDS)
+    programs = triton.cdiv(tiles, rounds)
+    constants = {
+        **arguments,
+        **_around(loss, logits, walk, save),
+        **labels_of([loss.loss], logits, target, loss.ignore_index),
+        "logits_strides": in_grains(logits, tile),
+        "target_strides": in_grains(target, tile),
+        "rounds": rounds,
+        "programs": programs,
+        "images": images,
+        "BINS": _bins(classes),
+    }
+    grid = (images * programs,)
+    return PreparedLaunch(_class_sums_forward_kernel, grid, constants, tile.grain > 1), programs
+
+
+def _prepare_head(loss: ClassLoss, images: int, classes: int, programs: int) -> PreparedLaunch:
+    constants = {"programs": programs, **_of_head(loss, images, classes)}
+    return PreparedLaunch(_class_head_kernel, (images * (classes + 1),), constants, False)
+
+
+def _prepare_totals(loss: ClassLoss, images: int, classes: int) -> PreparedLaunch:
+    return PreparedLaunch(_class_totals_kernel, (1,), _of_head(loss, images, classes), False)
+
+
+def _of_head(loss: ClassLoss, images: int, classes: int) -> dict[str, Any]:
+    """What a kernel with the head is given."""
+    return {
+        "numbers": loss.numbers,
+        "images": images,
+        "HEAD": loss.head,
+        "OPTIONS": loss.options,
+        "COUNTING": loss.counting,
+        "CLASSES": classes,
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
+
+
+def _prepare_backward(
+    loss: ClassLoss,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    grad_logits: torch.Tensor,
+    walk: Walk,
+) -> PreparedLaunch:
+    programs, arguments = over_pixels([loss.loss], "backward", logits, target, grad_logits)
+    tile = arguments["TILE"]
+    constants = {
+        **arguments,
+        **_around(loss, logits, walk, True),
+        **labels_of([loss.loss], logits, target, loss.ignore_index),
+        "logits_strides": in_grains(logits, tile),
+        "target_strides": in_grains(target, tile),
+        "grad_strides": in_grains(grad_logits, tile),
+        "table_strides": _table_strides(loss, logits),
+    }
+    return PreparedLaunch(_class_sums_backward_kernel, (programs,), constants, tile.grain > 1)
+
+
+def _prepare_sums_of_cells(
+    loss: ClassLoss, logits: torch.Tensor, target: torch.Tensor, walk: Walk, save: bool
+) -> tuple[PreparedLaunch, int]:
+    """(the launch over interpolated logits, its programs of an image)."""
+    images, classes = logits.shape[:2]
+    all_programs, arguments = _over_cells(loss, logits, target, walk)
+    constants = {
+        **arguments,
+        **_around(loss, logits, walk, save),
+        "logits_strides": logits.stride(),
+        "target_strides": target.stride(),
+        "programs": all_programs // images,
+        "images": images,
+        "BINS": _bins(classes),
+    }
+    launch = PreparedLaunch(_class_cells_forward_kernel, (all_programs,), constants, False)
+    return launch, all_programs // images
+
+
+def _prepare_backward_of_cells(
+    loss: ClassLoss,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    grad_logits: torch.Tensor,
+    walk: Walk,
+) -> tuple[PreparedLaunch | None, PreparedLaunch]:
+    """(the launch that projects, if there is something to project, that of the gradient)."""
+    axes = axes_of(logits, target, walk.align_corners)
+    strides = _table_strides(loss, logits)
+    around = _around(loss, logits, walk, True)
+    project = None
+    if loss.probabilities.compared:
+        programs, arguments = _over_cells(loss, logits, target, walk)
+        constants = {
+            **arguments,
+            **around,
+            "logits_strides": logits.stride(),
+            "target_strides": target.stride(),
+            "table_strides": strides,
+            "programs": programs // logits.size(0),
+        }
+        project = PreparedLaunch(_class_cells_project_kernel, (programs,), constants, False)
+        around["TERMS"] = around["TERMS"]._replace(maps=(2,))  # with the projections
+    heuristic = cell_heuristic([loss.loss], "backward", axes[1].most)
+    programs, arguments = over_strips([loss.loss], logits, target, walk, axes, heuristic)
+    constants = {
+        **arguments,
+        "TERMS": around["TERMS"],
+        "numbers": ((),),
+        "shares": (1.0,),
+        "upstream_strides": (0, 0, 0),
+        "logits_strides": logits.stride(),
+        "target_strides": target.stride(),
+        "grad_strides": grad_logits.stride(),
+        "table_stride": strides[1],
+    }
+    return project, PreparedLaunch(_upsampled_backward_kernel, (programs,), constants, False)
+
+
+def _over_cells(
+    loss: ClassLoss, logits: torch.Tensor, target: torch.Tensor, walk: Walk
+) -> tuple[int, dict[str, Any]]:
+    """(programs, arguments) of a kernel that goes forward over cells."""
+    axes = axes_of(logits, target, walk.align_corners)
+    heuristic = cell_heuristic([loss.loss], "forward", axes[1].most)
+    return over_cells([loss.loss], logits, target, walk, axes, heuristic)
+
+
+def _around(loss: ClassLoss, logits: torch.Tensor, walk: Walk, save: bool) -> dict[str, Any]:
+    """What kernels of both passes are compiled for."""
+    return {
+        "TERMS": terms_of((Term(loss.loss, ()),), logits, walk, save),
+        "PROBABILITIES": loss.probabilities,
+    }
+
+
+def _table_strides(loss: ClassLoss, logits: torch.Tensor) -> tuple[int, int]:
+    """From the first table to the second, and from image to image."""
+    images, classes = logits.shape[:2]
+    return (images * classes, classes) if loss.counting.per_image else (classes, 0)
+
+
+def _bins(classes: int) -> int:
+    """A histogram's size for all labels; not fewer than a warp has lanes."""
+    return max(1 << (max(classes, 2) - 1).bit_length(), 64)

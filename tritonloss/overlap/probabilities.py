@@ -1,0 +1,318 @@
+"""Probabilities of classes for losses of class sums: of a softmax, or of a sigmoid for each class.
+
+The gradient to the logit of class k is p_k (G_k - sum of p_j G_j) of a softmax, with G the gradient
+to the probabilities, and p_k (1 - p_k) G_k of sigmoids.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .._engine.class_sums import Probabilities
+from .._engine.math import LN_2, LOG2_E, inverse, sigmoid_base2, sigmoids_base2
+from .._engine.pixel_terms import Loss
+from .._engine.pixels import (
+    Record,
+    class_of,
+    for_classes,
+    largest_of_lanes,
+    load_entry,
+    load_table,
+    no_lookups,
+    sum_of_lanes,
+)
+from ..pixelwise.softmax import (
+    softmax_add,
+    softmax_again,
+    softmax_bundles,
+    softmax_of_lanes,
+    softmax_saved,
+    softmax_saves,
+    softmax_start,
+)
+
+# Classes of a lane that stay in registers, with two sums of each; logits of two pixels.
+_HELD = 32
+_HELD_WIDE = 20  # of four pixels
+
+
+class _Shared(NamedTuple):
+    """What the probabilities of a pixel's classes share: p = 2^((z - largest) log2 e) factor."""
+
+    largest: Any
+    factor: Any
+
+
+class _Factors(NamedTuple):
+    """What the slopes of a pixel's classes share, shaped to broadcast over them."""
+
+    largest: Any
+    own: Any  # the pixel's class
+    own_gain: Any  # what is added to the number of that class
+    other_gain: Any  # and of all others
+    gain: Any  # after that number has been multiplied by this
+    before: Any  # [pixels]: what the projection is made of
+
+
+class _Before(NamedTuple):
+    """What the projection of a pixel is made of, [pixels]."""
+
+    largest: Any
+    factor: Any  # of the powers 2^((z - largest) log2 e)
+    scale: Any
+    own: Any  # what the pixel's own class gets on top
+
+
+# --- softmax --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _softmax_share(state, TILE: tl.constexpr):
+    """Relative to the largest logit of a lane's classes, whose powers are there already."""
+    largest = for_classes(largest_of_lanes(state.largest, TILE), TILE)
+    beyond = tl.exp2((state.largest - largest) * LOG2_E)
+    total = for_classes(sum_of_lanes(state.total * beyond, TILE), TILE)
+    return _Shared(largest=state.largest, factor=beyond * inverse(total))
+
+
+@triton.jit
+def _softmax_probability(shared, block, SLOT: tl.constexpr, TILE: tl.constexpr):
+    power = tl.exp2((block.logits[SLOT] - shared.largest) * LOG2_E)
+    return power * shared.factor
+
+
+@triton.jit
+def _softmax_finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """(nothing, nothing, the statistics)."""
+    statistics = softmax_of_lanes(state, TILE)
+    return own, own, softmax_saved(state, statistics, TILE)
+
+
+@triton.jit
+def _softmax_prepare(scale, saved, looked_up, pixel, given, TILE: tl.constexpr):
+    statistics = softmax_again(saved, looked_up, pixel, TILE)
+    if TILE.bundle == 0:
+        # Interpolated logits have their log-sum-exp alone: powers are relative to that.
+        largest = statistics.log_sum * LN_2
+        factor = tl.zeros_like(scale) + 1.0
+    else:
+        largest = statistics.largest
+        factor = tl.exp2(-statistics.log_sum)
+    before = _Before(
+        largest=largest,
+        factor=factor,
+        scale=scale,
+        own=load_entry(given.own_table, pixel.own, TILE),
+    )
+    return _projected(before, tl.zeros_like(scale), pixel.own, TILE)
+
+
+@triton.jit
+def _projected(before, projection, own, TILE: tl.constexpr):
+    """The factors of the slopes p_k (G_k - projection)."""
+    gain = before.factor * before.scale
+    return _Factors(
+        largest=for_classes(before.largest, TILE),
+        own=for_classes(own, TILE),
+        own_gain=for_classes(gain * (before.own - projection), TILE),
+        other_gain=for_classes(-gain * projection, TILE),
+        gain=for_classes(gain, TILE),
+        before=before,
+    )
+
+
+@triton.jit
+def _power(factors, block, SLOT: tl.constexpr):
+    return tl.exp2((block.logits[SLOT] - factors.largest) * LOG2_E)
+
+
+@triton.jit
+def _softmax_term(factors, block, SLOT: tl.constexpr, given, TILE: tl.constexpr):
+    return _power(factors, block, SLOT) * load_table(given.other_table, block, SLOT, TILE)
+
+
+@triton.jit
+def _softmax_projection(factors, total, own, pixel, TILE: tl.constexpr):
+    """The sum of p_j G_j, from the sum over powers and the logit of each pixel's own class."""
+    before = factors.before
+    own_power = tl.exp2((own - before.largest) * LOG2_E)
+    of_own = tl.where(pixel.own >= 0, own_power * before.own, 0.0)
+    return before.factor * (total + of_own)
+
+
+@triton.jit
+def _softmax_project(factors, projection, pixel, TILE: tl.constexpr):
+    return _projected(factors.before, projection, pixel.own, TILE)
+
+
+@triton.jit
+def _softmax_factors(
+    scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr
+):
+    """The factors with a projection that is saved after the statistics."""
+    log_sum, projection = saved
+    factors = _softmax_prepare(scale, (log_sum,), looked_up, pixel, given, TILE)
+    # Of a pixel that is not valid anything may be saved, but the slopes have to be 0.
+    projection = tl.where(pixel.label >= 0, projection, 0.0)
+    return _softmax_project(factors, projection, pixel, TILE)
+
+
+@triton.jit
+def _gain(factors, block, SLOT: tl.constexpr, given, TILE: tl.constexpr):
+    """What a slot's probabilities, or powers, are multiplied by."""
+    is_own = class_of(block, SLOT, TILE) == factors.own
+    added = tl.where(is_own, factors.own_gain, factors.other_gain)
+    return load_table(given.other_table, block, SLOT, TILE) * factors.gain + added
+
+
+@triton.jit
+def _softmax_slope(
+    factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE: tl.constexpr
+):
+    return _power(factors, block, SLOT) * _gain(factors, block, SLOT, given, TILE)
+
+
+SOFTMAX = Probabilities(
+    True,
+    _softmax_share,
+    _softmax_probability,
+    _softmax_prepare,
+    _softmax_term,
+    _softmax_projection,
+    _softmax_project,
+)
+
+# --- sigmoid --------------------------------------------------------------------------------------
+
+
+class _Nothing(NamedTuple):
+    """No state: the probability of a class depends on no other class."""
+
+    nothing: Any
+
+
+@triton.jit
+def _sigmoid_start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    return _Nothing(nothing=0)
+
+
+@triton.jit
+def _sigmoid_add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    return state
+
+
+@triton.jit
+def _sigmoid_finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """(nothing, nothing, nothing saved)."""
+    return own, own, ()
+
+
+@triton.jit
+def _sigmoid_share(state, TILE: tl.constexpr):
+    return state
+
+
+@triton.jit
+def _sigmoid_probability(shared, block, SLOT: tl.constexpr, TILE: tl.constexpr):
+    return sigmoid_base2(block.logits[SLOT] * LOG2_E)
+
+
+@triton.jit
+def _sigmoid_prepare(scale, saved, looked_up, pixel, given, TILE: tl.constexpr):
+    own_gain = scale * load_entry(given.own_table, pixel.own, TILE)
+    return _Factors(
+        largest=(),
+        own=for_classes(pixel.own, TILE),
+        own_gain=for_classes(own_gain, TILE),
+        other_gain=for_classes(tl.zeros_like(scale), TILE),
+        gain=for_classes(scale, TILE),
+        before=(),
+    )
+
+
+@triton.jit
+def _sigmoid_term(factors, block, SLOT: tl.constexpr, given, TILE: tl.constexpr):
+    return block.logits[SLOT]
+
+
+@triton.jit
+def _sigmoid_projection(factors, total, own, pixel, TILE: tl.constexpr):
+    return own
+
+
+@triton.jit
+def _sigmoid_project(factors, projection, pixel, TILE: tl.constexpr):
+    return factors
+
+
+@triton.jit
+def _sigmoid_factors(
+    scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr
+):
+    return _sigmoid_prepare(scale, saved, looked_up, pixel, given, TILE)
+
+
+@triton.jit
+def _sigmoid_slope(
+    factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE: tl.constexpr
+):
+    p, rest = sigmoids_base2(block.logits[SLOT] * LOG2_E)
+    return p * rest * _gain(factors, block, SLOT, given, TILE)
+
+
+SIGMOID = Probabilities(
+    False,
+    _sigmoid_share,
+    _sigmoid_probability,
+    _sigmoid_prepare,
+    _sigmoid_term,
+    _sigmoid_projection,
+    _sigmoid_project,
+)
+
+
+def _saves_nothing(logits: torch.Tensor, interpolated: bool) -> tuple[torch.dtype, ...]:
+    return ()
+
+
+# The losses as walks know them, by their activation. Both have the configurations of the softmax,
+# which takes more registers.
+LOSSES = {
+    "softmax": Loss(
+        "class_sums",
+        Record(
+            softmax_start,
+            softmax_add,
+            _softmax_finish,
+            _softmax_factors,
+            _softmax_slope,
+            no_lookups,
+            softmax_bundles,
+        ),
+        saved=softmax_saves,
+        held=_HELD,
+        held_back=_HELD,
+        held_wide=_HELD_WIDE,
+    ),
+    "sigmoid": Loss(
+        "class_sums",
+        Record(
+            _sigmoid_start,
+            _sigmoid_add,
+            _sigmoid_finish,
+            _sigmoid_factors,
+            _sigmoid_slope,
+            no_lookups,
+        ),
+        saved=_saves_nothing,
+        held=_HELD,
+        held_back=_HELD,
+        held_wide=_HELD_WIDE,
+        binary=True,
+    ),
+}
+PROBABILITIES = {"softmax": SOFTMAX, "sigmoid": SIGMOID}

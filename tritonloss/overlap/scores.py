@@ -1,0 +1,245 @@
+"""The operator of all losses of overlap: scores of classes, their mean, its gradient.
+
+Dice, Tversky and soft IoU are one score, (I + s) / (I + a (P - I) + b (Y - I) + s), of the sum I of
+a class's probability over its pixels, the sum P over all pixels and the number Y of its pixels.
+With a = b = 1/2 it is the dice score, with a = b = 1 the IoU. The generalised dice loss is one
+ratio of weighted sums over the classes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch.distributed import ProcessGroup
+
+from .._core import checks
+from .._core.configurations import TuningCase
+from .._core.operator import Operator
+from .._core.process_groups import check_process_group
+from .._engine.class_heads import Counting, mean_of_classes
+from .._engine.class_launch import (
+    ClassLoss,
+    ClassResults,
+    allocated,
+    launch_class_sums,
+    launch_class_sums_backward,
+)
+from .._engine.pixel_tuning import first_cases
+from .probabilities import LOSSES, PROBABILITIES
+
+_SMALLEST = tl.constexpr(1e-7)  # what a denominator, and a score before its logarithm, is at least
+_SMALLEST_SQUARE = tl.constexpr(1e-5)
+
+
+class Options(NamedTuple):
+    """The options of all losses of overlap."""
+
+    form: str  # "score", "log", "power" or "generalized"
+    alpha: float
+    beta: float
+    gamma: float
+    smooth: float
+    per_image: bool
+    classes: str  # "present" or "all"
+    chosen: Sequence[int] = ()  # of those, if there are any
+    activation: str = "softmax"
+    include_background: bool = True
+    empty: str = "loss"  # or "zero"
+    ignore_index: int | None = checks.IGNORE_INDEX
+    upsample: str | None = None
+    align_corners: bool = False
+    group: str | None = None  # a process group's name
+
+
+# Those of the dice loss by default.
+DICE = Options("score", 0.5, 0.5, 1.0, 5e-6, False, "present")
+
+
+class Head(NamedTuple):
+    """What of the options the head is compiled for."""
+
+    form: str
+
+
+# --- heads ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def score_head(classes, numbers, OPTIONS: tl.constexpr, COUNTING: tl.constexpr):
+    """The mean of 1 - score, of -log score, or of (1 - score)^gamma."""
+    alpha, beta, gamma, smooth = numbers
+    score_up = classes.own + smooth
+    false = alpha * (classes.all - classes.own) + beta * (classes.pixels - classes.own)
+    down = score_up + false
+    is_small = down < _SMALLEST
+    down = tl.where(is_small, _SMALLEST, down)
+    score = score_up / down
+    # of the score by the two sums
+    by_down = tl.where(is_small, 0.0, -score / down)
+    own = 1.0 / down + by_down * (1.0 - alpha - beta)
+    all_pixels = by_down * alpha
+    if OPTIONS.form == "log":
+        is_least = score < _SMALLEST
+        value = -tl.log(tl.where(is_least, _SMALLEST, score))
+        slope = tl.where(is_least, 0.0, -1.0 / tl.where(is_least, 1.0, score))
+    elif OPTIONS.form == "power":
+        rest = 1.0 - score
+        is_left = ~(rest <= 0)  # NaN is
+        log_rest = tl.log(tl.where(is_left, rest, 1.0))
+        value = tl.where(is_left, tl.exp(gamma * log_rest), 0.0)
+        slope = tl.where(is_left, -gamma * tl.exp((gamma - 1.0) * log_rest), 0.0)
+    else:
+        value = 1.0 - score
+        slope = tl.zeros_like(score) - 1.0
+    return mean_of_classes(classes, value, slope * own, slope * all_pixels, COUNTING)
+
+
+@triton.jit
+def generalized_head(classes, numbers, OPTIONS: tl.constexpr, COUNTING: tl.constexpr):
+    """1 - 2 sum w I / max(sum w (P + Y), s) with w = 1 / max(Y^2, 1e-5)."""
+    alpha, beta, gamma, smooth = numbers
+    counted = classes.counted
+    if COUNTING.zero:
+        counted = counted & (classes.pixels > 0)
+    size = classes.pixels * classes.pixels
+    weight = classes.weight / tl.where(size < _SMALLEST_SQUARE, _SMALLEST_SQUARE, size)
+    weight = tl.where(counted, weight, 0.0)
+    up = tl.sum(tl.where(counted, weight * classes.own, 0.0))
+    down = tl.sum(tl.where(counted, weight * (classes.all + classes.pixels), 0.0))
+    is_small = down <= smooth
+    down = tl.where(is_small, smooth, down)
+    down = tl.where(down == 0, 1.0, down)
+    taken = tl.where(tl.sum(counted.to(tl.int32)) > 0, 1.0, 0.0).to(tl.float64)
+    value = 1.0 - 2.0 * up / down
+    own = taken * (-2.0 / down) * weight
+    all_pixels = taken * tl.where(is_small, 0.0, 2.0 * up / (down * down)) * weight
+    return tl.where(taken > 0, value, 0.0), taken, taken, own, all_pixels
+
+
+# --- operator -------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=512)
+def _loss_of(options: Options, is_single: bool, weighted: bool) -> ClassLoss:
+    """The loss as launchers take it."""
+    counting = Counting(
+        present=options.classes == "present",
+        chosen=tuple(options.chosen),
+        background=options.include_background or is_single,
+        zero=options.empty == "zero",
+        weighted=weighted,
+        per_image=options.per_image,
+    )
+    return ClassLoss(
+        LOSSES[options.activation],
+        PROBABILITIES[options.activation],
+        generalized_head if options.form == "generalized" else score_head,
+        Head(options.form),
+        counting,
+        (options.alpha, options.beta, options.gamma, options.smooth),
+        options.ignore_index,
+        options.upsample,
+        options.align_corners,
+        options.group,
+    )
+
+
+def loss_of(options: Options, logits: torch.Tensor, weight: torch.Tensor | None) -> ClassLoss:
+    """The loss that these options are of."""
+    hashable = options._replace(chosen=tuple(options.chosen))
+    return _loss_of(hashable, bool(logits.size(1) == 1), weight is not None)
+
+
+def _forward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    options: Options,
+    save: bool,
+) -> ClassResults:
+    return launch_class_sums(loss_of(options, logits, weight), logits, target, weight, save)
+
+
+def _backward(
+    grad_loss: torch.Tensor,
+    scale: torch.Tensor,
+    table: torch.Tensor,
+    first: Any,
+    second: Any,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    options: Options,
+) -> torch.Tensor:
+    kept = ClassResults(grad_loss, scale, table, first, second)
+    loss = loss_of(options, logits, None)
+    return launch_class_sums_backward(loss, grad_loss, kept, logits, target)
+
+
+def _allocate(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    options: Options,
+    save: bool,
+) -> ClassResults:
+    return allocated(LOSSES[options.activation], options.per_image, logits, target, save)
+
+
+OVERLAP = Operator(
+    "overlap",
+    forward=_forward,
+    backward=_backward,
+    allocate=_allocate,
+    results=ClassResults,
+    options=Options,
+)
+
+
+def tuning_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` measures for all losses of overlap together."""
+    return first_cases(LOSSES["softmax"], OVERLAP, DICE)
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def check_options(
+    *,
+    activation: str,
+    per_image: bool,
+    smooth: float,
+    weight: torch.Tensor | None,
+    classes: str | Sequence[int],
+    include_background: bool,
+    empty: str,
+    ignore_index: int | None,
+    upsample: str | None,
+    align_corners: bool,
+    process_group: ProcessGroup | None,
+    logits: torch.Tensor | None = None,
+) -> None:
+    """Check what all losses of overlap have; without ``logits``, for any number of classes."""
+    checks.check_option("activation", activation, ("softmax", "sigmoid"))
+    checks.check_flag("per_image", per_image)
+    checks.check_range("smooth", smooth, 0.0, 1e6)
+    checks.check_class_weights("weight", weight, logits)
+    checks.check_class_choice("classes", classes, None if logits is None else logits.size(1))
+    checks.check_flag("include_background", include_background)
+    checks.check_option("empty", empty, ("loss", "zero"))
+    checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
+    checks.check_upsample(upsample, align_corners)
+    check_process_group(process_group)
+    if logits is not None and activation == "softmax":
+        checks.check_classes(logits, instead='use activation="sigmoid", or ')
+
+
+def split(classes: str | Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """``classes`` as operators take them: which are counted, and out of which."""
+    if isinstance(classes, str):
+        return classes, ()
+    return "all", tuple(int(number) for number in classes)

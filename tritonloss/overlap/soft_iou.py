@@ -1,0 +1,223 @@
+"""Soft IoU loss: 1 - (I + s) / (U + s) of each class, U = P + Y - I; the mean over classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.distributed import ProcessGroup
+
+from kernels_reference.overlap import soft_iou_loss as soft_iou_loss_reference
+
+from .._core import checks
+from .._core.backend import serves_triton
+from .._core.example import Example
+from .._core.loss_module import LossModule
+from .._core.process_groups import name_of
+from .scores import OVERLAP, Options, check_options, split
+
+
+def soft_iou_loss(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    activation: str = "softmax",
+    per_image: bool = True,
+    smooth: float = 0.0,
+    weight: torch.Tensor | None = None,
+    classes: str | Sequence[int] = "present",
+    include_background: bool = True,
+    empty: str = "loss",
+    log_loss: bool = False,
+    ignore_index: int | None = checks.IGNORE_INDEX,
+    upsample: str | None = None,
+    align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
+) -> torch.Tensor:
+    """Soft IoU (Jaccard) loss, the mean over images and classes.
+
+    Of a class of an image (or of the batch, ``per_image=False``), with its probabilities p and
+    pixels y:
+
+        1 - (I + s) / (U + s),   I = sum of p y,  U = sum of p + y - p y
+
+    over valid pixels. A denominator is at least 1e-7.
+
+    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN, or an infinity
+    of a softmax, makes the loss NaN.
+
+    Args:
+        logits: [N, C, H, W], float16, bfloat16 or float32 (or float64), any strides. Or [N, C, L],
+            or volumes [N, C, D, H, W], of which those whose slices do not lie one behind the other
+            are copied.
+        target: integer labels [N, H, W] (or [N, L], [N, D, H, W]), uint8 to int64: 0 to C - 1, or 0
+            and 1 if C is 1.
+        activation: "softmax" (default) over the classes, of which there must be two or more, or
+            "sigmoid" for each class.
+        per_image: whether each image has scores of its own, of which the loss is the mean
+            (default), or the pixels of the batch are pooled.
+        smooth: s, in [0, 1e6]. Default 0.
+        weight: a weight of each class in the mean, floating-point [C], or None (default) for 1.
+            The mean divides by the weights of what it counts. It gets no gradient.
+        classes: which classes the mean counts: "present" (default), those with a valid pixel in
+            the image, or in the batch; "all"; or a tuple of different classes.
+        include_background: whether class 0 counts. Default True. A single class is never the
+            background.
+        empty: what a class that counts and has no valid pixel adds: "loss" (default), what the
+            formula makes of it, or "zero", a loss of 0 without a gradient.
+        log_loss: whether the loss of a class is -log max(score, 1e-7). Default False: 1 -
+            score.
+        ignore_index: label of pixels that are ignored, any integer or None. Default 255, which
+            has to be given where there are more than 255 classes and it is one of them. Other
+            labels out of range raise on the CPU; on a GPU, where looking would synchronise,
+            they count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        upsample: "bilinear" if the target has a higher resolution than the logits, [N, H, W] with
+            H >= h and W >= w of logits [N, C, h, w], at any ratios: the loss of
+            ``F.interpolate(logits.float(), size=(H, W), mode="bilinear")``, which is never in
+            memory. Default None: the same size, as volumes have to have.
+        align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
+            False.
+        process_group: the ranks whose images are one batch with these; all of them have to call,
+            with any number of images. Default None: no others. The value is that of the whole
+            batch. The gradient is, too, times the number of ranks: DistributedDataParallel takes
+            the mean of the ranks' gradients, which makes it that of the whole batch.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits); 0 with zero gradient if no pixel is valid
+        or no class counts. The gradient has the dtype of the logits.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes do not match, an option is out of range, or a label is (see
+            ignore_index).
+
+    What gives the same as other libraries' Jaccard loss of a softmax, with their s:
+
+    | library | its options | options here |
+    |---|---|---|
+    | smp | ``smooth=s`` | ``per_image=False, smooth=s, classes="all", empty="zero"`` |
+    | MONAI | ``jaccard=True, smooth_nr=s, smooth_dr=s`` | ``smooth=s / 2, classes="all"`` |
+    | MONAI | these, ``batch=True`` | ``per_image=False, smooth=s / 2, classes="all"`` |
+
+    smp is segmentation-models-pytorch, which has ``log_loss``, too. kornia and nnU-Net have no such
+    loss.
+
+    Reference:
+        Rahman and Wang, "Optimizing Intersection-Over-Union in Deep Neural Networks for Image
+        Segmentation", Equation 3.
+
+    Example:
+        >>> import torch
+        >>> from tritonloss.functional import soft_iou_loss
+        >>> logits = torch.randn(2, 19, 32, 64, requires_grad=True)
+        >>> target = torch.randint(0, 19, (2, 32, 64))
+        >>> soft_iou_loss(logits, target, per_image=False).backward()
+        >>> logits.grad.shape
+        torch.Size([2, 19, 32, 64])
+    """
+    logits, target = checks.as_images(logits, target, upsample)
+    checks.check_logits(logits)
+    checks.check_upsample(upsample, align_corners)
+    checks.check_target(logits, target, upsample, can_upsample=True)
+    _check_options(
+        activation,
+        per_image,
+        smooth,
+        weight,
+        classes,
+        include_background,
+        empty,
+        log_loss,
+        ignore_index,
+        upsample,
+        align_corners,
+        process_group,
+        logits,
+    )
+    checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
+    if not serves_triton(logits):
+        return soft_iou_loss_reference(
+            logits,
+            target,
+            activation=activation,
+            per_image=per_image,
+            smooth=smooth,
+            weight=weight,
+            classes=classes,
+            include_background=include_background,
+            empty=empty,
+            log_loss=log_loss,
+            ignore_index=ignore_index,
+            upsample=upsample,
+            align_corners=align_corners,
+            process_group=process_group,
+        )
+    weight = None if weight is None else checks.without_gradient(weight)
+    counted, chosen = split(classes)
+    options = Options(
+        form="log" if log_loss else "score",
+        alpha=1.0,
+        beta=1.0,
+        gamma=1.0,
+        smooth=float(smooth),
+        activation=activation,
+        per_image=per_image,
+        classes=counted,
+        chosen=chosen,
+        include_background=include_background,
+        empty=empty,
+        ignore_index=checks.plain_label(ignore_index),
+        upsample=upsample,
+        align_corners=align_corners,
+        group=name_of(process_group),
+    )
+    return OVERLAP(logits, target, weight, options=options)[0]
+
+
+def _check_options(
+    activation: str,
+    per_image: bool,
+    smooth: float,
+    weight: torch.Tensor | None,
+    classes: str | Sequence[int],
+    include_background: bool,
+    empty: str,
+    log_loss: bool,
+    ignore_index: int | None,
+    upsample: str | None,
+    align_corners: bool,
+    process_group: ProcessGroup | None,
+    logits: torch.Tensor | None = None,
+) -> None:
+    """Check all options; without ``logits``, for any number of classes."""
+    checks.check_flag("log_loss", log_loss)
+    check_options(
+        activation=activation,
+        per_image=per_image,
+        smooth=smooth,
+        weight=weight,
+        classes=classes,
+        include_background=include_background,
+        empty=empty,
+        ignore_index=ignore_index,
+        upsample=upsample,
+        align_corners=align_corners,
+        process_group=process_group,
+        logits=logits,
+    )
+
+
+class SoftIoULoss(LossModule, function=soft_iou_loss, check=_check_options):
+    """:func:`tritonloss.functional.soft_iou_loss` as a module; ``weight`` is a buffer.
+
+    Args: the keyword arguments of the function, with the same defaults.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> criterion = tritonloss.SoftIoULoss(per_image=False)
+        >>> criterion(torch.randn(2, 19, 32, 64), torch.randint(0, 19, (2, 32, 64))).shape
+        torch.Size([])
+    """
+
+
+EXAMPLES = (Example("soft_iou_loss", soft_iou_loss, OVERLAP, {"smooth": 0.1}, SoftIoULoss),)
