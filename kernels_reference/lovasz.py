@@ -45,7 +45,6 @@ def lovasz_softmax_loss(
     else:
         chosen = range(count) if classes == "all" else classes
         takes_part = torch.tensor([c in chosen for c in range(count)], device=logits.device)
-    takes_part = takes_part & counted.any(-1)
     mean = _mean(class_losses, takes_part)
     return _not_a_number_if(valid & ~is_number, mean)
 
@@ -148,11 +147,12 @@ def _by_bin(
     value = ((at_edges[..., 1:] + at_edges[..., :-1]) / 2 * edges.diff()).sum(-1).to(errors)
 
     # the gradient: increments at the edges of the error's bin, interpolated
-    low, high = (
-        torch.where(own, *(kind.gather(-1, place.expand_as(errors)) for kind in side))
-        for side in (low, high)
+    where = place.expand_as(errors)
+    at_low, at_high = (
+        torch.where(own, of_own.gather(-1, where), of_rest.gather(-1, where))
+        for of_own, of_rest in (low, high)
     )
-    increments = torch.where(is_error, low + fraction.to(errors) * (high - low), 0)
+    increments = torch.where(is_error, at_low + fraction.to(errors) * (at_high - at_low), 0)
     weighted = (torch.where(is_error, errors, 0) * increments).sum(-1)
     return weighted + (value - weighted).detach()
 
@@ -237,7 +237,7 @@ def hinge_edges(bins: int) -> Tensor:
     far_power = torch.exp2(beyond // far + 18) * (1 + beyond % far / far)
     edges = torch.where(beyond < 0, power, far_power)
     edges[0] = 0
-    return edges
+    return edges.clamp(max=torch.finfo(torch.float32).max)  # the last bins have no width
 
 
 def _powers(x: Tensor, each: int) -> tuple[Tensor, Tensor]:

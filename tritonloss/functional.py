@@ -1,6 +1,7 @@
 """All losses as functions, the similarity ``ssim`` that one is made of, the confusion matrix."""
 
 from .metrics.confusion import confusion_matrix
+from .overlap.lovasz import lovasz_hinge_loss, lovasz_softmax_loss
 from .pixelwise.binary_cross_entropy import binary_cross_entropy
 from .pixelwise.cross_entropy import cross_entropy
 from .pixelwise.focal_loss import focal_loss
@@ -15,6 +16,8 @@ __all__ = [
     "confusion_matrix",
     "cross_entropy",
     "focal_loss",
+    "lovasz_hinge_loss",
+    "lovasz_softmax_loss",
     "margin_calibrated_loss",
     "rmi_loss",
     "ssim",

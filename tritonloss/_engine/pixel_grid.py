@@ -93,8 +93,12 @@ def over_pixels(
     logits: torch.Tensor,
     target: torch.Tensor,
     *grads: torch.Tensor,
+    heuristic: Configuration | None = None,
 ) -> tuple[int, dict[str, Any]]:
-    """(programs, arguments) of a kernel that goes through all pixels of ``logits``."""
+    """(programs, arguments) of a kernel that goes through all pixels of ``logits``.
+
+    ``heuristic`` is for kernels that have one of their own.
+    """
     name = losses[0].name if len(losses) == 1 else "weighted_sum"
     in_lanes = _classes_in_lanes(logits) and all(grad.stride(1) == 1 for grad in grads)
     is_contiguous = not in_lanes and _is_flat(False, logits, target, *grads)
@@ -105,7 +109,7 @@ def over_pixels(
         classes=logits.size(1),
         window=1,
         layout="channels_last" if in_lanes else "contiguous" if is_contiguous else "strided",
-        heuristic=pixel_heuristic(losses, direction, logits),
+        heuristic=heuristic or pixel_heuristic(losses, direction, logits),
     )
     warps, lanes = int(configuration["num_warps"]), int(configuration["CLASS_LANES"])
     # No more lanes than a bundle has classes, so that a slot is within one bundle.

@@ -1,0 +1,1 @@
+"""Losses of overlap between a class's probabilities and its pixels: dice, Tversky, soft IoU."""
