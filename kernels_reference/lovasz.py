@@ -264,4 +264,5 @@ def _mean(class_losses: Tensor, takes_part: Tensor) -> Tensor:
 
 
 def _not_a_number_if(is_wrong: Tensor, loss: Tensor) -> Tensor:
-    return torch.where(is_wrong.any(), torch.nan, loss)
+    """The loss, or NaN; its gradient is there all the same."""
+    return loss + torch.where(is_wrong.any(), torch.nan, 0).to(loss)

@@ -10,7 +10,8 @@ from . import functional, linalg, metrics
 from ._core.backend import use_backend
 from .metrics.confusion import confusion_matrix, predict
 from .metrics.label_statistics import MarginOffsets, count_labels, margin_offsets
-from .overlap.lovasz import LovaszHingeLoss, LovaszSoftmaxLoss
+from .overlap.lovasz import LovaszSoftmaxLoss
+from .overlap.lovasz_hinge import LovaszHingeLoss
 from .pixelwise.binary_cross_entropy import BinaryCrossEntropyLoss
 from .pixelwise.cross_entropy import CrossEntropyLoss
 from .pixelwise.focal_loss import FocalLoss

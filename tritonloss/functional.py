@@ -1,7 +1,8 @@
 """All losses as functions, the similarity ``ssim`` that one is made of, the confusion matrix."""
 
 from .metrics.confusion import confusion_matrix
-from .overlap.lovasz import lovasz_hinge_loss, lovasz_softmax_loss
+from .overlap.lovasz import lovasz_softmax_loss
+from .overlap.lovasz_hinge import lovasz_hinge_loss
 from .pixelwise.binary_cross_entropy import binary_cross_entropy
 from .pixelwise.cross_entropy import cross_entropy
 from .pixelwise.focal_loss import focal_loss

@@ -28,13 +28,8 @@ from perf.operations.contract import (
 from perf.operations.pixel_cases import BASE, class_loop, inputs, outputs
 from tritonloss import functional
 from tritonloss._core.operator import Operator
-from tritonloss.overlap.lovasz import (
-    _HINGE_BINS,
-    _SOFTMAX_BINS,
-    LOVASZ_HINGE,
-    LOVASZ_SOFTMAX,
-    _bins,
-)
+from tritonloss.overlap import lovasz, lovasz_hinge
+from tritonloss.overlap.lovasz_operator import number_of_bins
 from tritonloss.overlap.lovasz_terms import Options
 
 
@@ -44,7 +39,7 @@ def launch(
     """A function that runs both launchers."""
 
     def launched(case: Case, tensors: tuple[Tensor, ...]) -> None:
-        given = {"bins": _bins(None, bins), "classes": classes, "ignore_index": 255}
+        given = {"bins": number_of_bins(None, bins), "classes": classes, "ignore_index": 255}
         operator.both_passes(*tensors, options=Options(**{**given, **case.options}))
 
     return launched
@@ -178,7 +173,7 @@ OPERATIONS = (
         function=functional.lovasz_softmax_loss,
         inputs=inputs,
         reference=softmax_reference,
-        launch=launch(LOVASZ_SOFTMAX, _SOFTMAX_BINS, "present"),
+        launch=launch(lovasz.LOVASZ_SOFTMAX, lovasz.BINS, "present"),
         floor=floor_of_softmax,
         cases=CASES,
         shipped=(*SHIPPED, *RARE),
@@ -193,7 +188,7 @@ OPERATIONS = (
         function=functional.lovasz_hinge_loss,
         inputs=mask_inputs,
         reference=hinge_reference,
-        launch=launch(LOVASZ_HINGE, _HINGE_BINS, "all"),
+        launch=launch(lovasz_hinge.LOVASZ_HINGE, lovasz_hinge.BINS, "all"),
         floor=floor_of_hinge,
         cases=BINARY,
         shipped=BINARY_SHIPPED,

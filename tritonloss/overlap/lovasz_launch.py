@@ -77,7 +77,7 @@ def _launch_statistics(
     """Write the largest logit of every pixel, and the logarithm of the sum."""
 
     def prepare() -> PreparedLaunch:
-        programs, arguments = over_pixels([SOFTMAX], "forward", logits, target)
+        programs, arguments = over_pixels([SOFTMAX], "forward", logits, target, few=True)
         tile = arguments["TILE"]
         constants = {
             "logits_strides": in_grains(logits, tile),
@@ -134,7 +134,9 @@ def _over_tiles(
         even = False  # a tile's pixels are counted in 32 bits
     per_lane = max(pixels // (warps * warp_size()), 1)
     grain = _grain(per_lane, logits, target) if side_by_side else 1
-    # Without whole aligned grains every pixel has an address, which takes registers.
+    # Without whole aligned grains every pixel has an address, which takes registers. (Grains of 2
+    # would be one more kernel to compile.)
+    grain = grain if grain == 4 else 1
     at_once = min(int(configuration["CLASSES"]), classes) if grain > 1 else 1
     size = logits.size(2) * logits.size(3)
     tiles, class_groups = triton.cdiv(size, pixels), triton.cdiv(classes, at_once)
