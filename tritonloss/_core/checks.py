@@ -305,6 +305,20 @@ def check_class_weights(
         _check_device(logits, "logits", weight, name)
 
 
+def check_class_choice(name: str, chosen: str | Sequence[int], classes: int | None) -> None:
+    """``chosen`` must be "present", "all" or different classes; without ``classes``, any."""
+    accepted = f"{name} must be 'present', 'all' or a tuple of different classes, 0 to C - 1"
+    if isinstance(chosen, str):
+        if chosen not in ("present", "all"):
+            raise ValueError(f"{accepted}; got {chosen!r}")
+        return
+    if not isinstance(chosen, (tuple, list)) or not all(map(_is_integer, chosen)):
+        raise TypeError(f"{accepted}; got {_value(chosen)}")
+    outside = [c for c in chosen if c < 0 or (classes is not None and c >= classes)]
+    if outside or not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"{accepted}; got {chosen}")
+
+
 def _weights_accepted(
     name: str, logits: torch.Tensor | None, optional: bool, or_number: str
 ) -> str:

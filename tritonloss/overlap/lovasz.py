@@ -10,8 +10,6 @@ time what its sort takes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from kernels_reference.lovasz import lovasz_softmax_loss as lovasz_softmax_reference
@@ -154,24 +152,11 @@ def _check_options(
 ) -> None:
     """Check all options; without ``logits``, for any number of classes."""
     count = None if logits is None else logits.size(1)
-    _check_chosen(classes, count)
+    checks.check_class_choice("classes", classes, count)
     checks.check_flag("per_image", per_image)
     checks.check_ignore_index(ignore_index, count)
     checks.check_flag("exact", exact)
     check_bins(bins, *_RANGE)
-
-
-def _check_chosen(classes: str | Sequence[int], count: int | None) -> None:
-    """``classes`` must be "present", "all", or numbers of different classes."""
-    if isinstance(classes, str) and classes in ("present", "all"):
-        return
-    accepted = "classes must be 'present', 'all' or a tuple of different classes"
-    if not isinstance(classes, (str, tuple, list)):
-        raise TypeError(f"{accepted}; got {classes!r} of type {type(classes).__name__}")
-    if isinstance(classes, str) or not classes or len(set(classes)) < len(classes):
-        raise ValueError(f"{accepted}; got {classes!r}")
-    for channel in classes:
-        checks.check_integer("classes", channel, 0, 2**31 - 1 if count is None else count - 1)
 
 
 class LovaszSoftmaxLoss(LossModule, function=lovasz_softmax_loss, check=_check_options):

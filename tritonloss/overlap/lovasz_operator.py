@@ -95,28 +95,20 @@ def lovasz_tuning_cases(
     loss: Loss, operator: Operator, classes: int, bins: tuple[int, int]
 ) -> list[TuningCase]:
     """What the tuner measures for a loss of so many classes."""
+    # The hinge has no pass for statistics, and no other numbers of classes.
+    directions = ("forward", "histogram", "backward")[loss.binary :]
     cases = []
-    for dtype in (torch.float32, torch.bfloat16):
-        sized = functools.partial(_tuning_pass, operator, number_of_bins(None, bins), dtype)
-        run = functools.partial(sized, (2, classes, 512, 512), "contiguous")
-        # The hinge has no pass for statistics.
-        directions = (
-            ("histogram", "backward") if loss.binary else ("forward", "histogram", "backward")
-        )
-        for direction in directions:
-            candidates = functools.partial(neighbours, loss, direction, dtype)
-            case = TuningCase(
-                f"{loss.name}_{direction}",
-                classes,
-                1,
-                dtype,
-                "contiguous",
-                run,
-                candidates(classes, "contiguous"),
-            )
-            if not loss.binary:
-                case = replace(case, sized=sized, sized_candidates=candidates)
-            cases.append(case)
+    for layout in ("contiguous", "strided") if loss.binary else ("contiguous",):
+        for dtype in (torch.float32, torch.bfloat16):
+            sized = functools.partial(_tuning_pass, operator, number_of_bins(None, bins), dtype)
+            run = functools.partial(sized, (2, classes, 512, 512), layout)
+            for direction in directions:
+                candidates = functools.partial(neighbours, loss, direction, dtype)
+                name, stated = f"{loss.name}_{direction}", candidates(classes, layout)
+                case = TuningCase(name, classes, 1, dtype, layout, run, stated)
+                if not loss.binary:
+                    case = replace(case, sized=sized, sized_candidates=candidates)
+                cases.append(case)
     return cases
 
 
