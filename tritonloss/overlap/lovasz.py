@@ -91,7 +91,7 @@ def lovasz_softmax_loss(
             pixels; differences of Jaccard losses in float32, as they are often computed, are not.
         bins: 1 / bins is the width of the widest bins; nearer to 0 and to 1 than 1/32 they are the
             narrower. A power of two from 64 to 2048. Default None: 1024, or 512 under Triton before
-            3.9, where histograms with more bins take longer.
+            3.9 and on AMD, where histograms with more bins take longer.
 
     Returns:
         The loss in float32 (float64 for float64 logits), 0 with zero gradient where no pixel is

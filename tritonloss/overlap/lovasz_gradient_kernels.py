@@ -145,7 +145,8 @@ def _interpolated(row_ptr, entry, fraction):
 @triton.jit
 def _sum_over_classes(softmax, view, inside, table, full, BINS: tl.constexpr, TILE: tl.constexpr):
     """The sum of p dL/dp over all classes, one block after the other."""
-    STEP: tl.constexpr = TILE.unroll * TILE.lanes
+    UNROLL: tl.constexpr = TILE.unroll
+    STEP: tl.constexpr = UNROLL * TILE.lanes
     FULL: tl.constexpr = (TILE.classes - 1) // STEP * STEP
     LEFT: tl.constexpr = TILE.classes - FULL
     COUNT: tl.constexpr = (LEFT + TILE.lanes - 1) // TILE.lanes
@@ -153,8 +154,8 @@ def _sum_over_classes(softmax, view, inside, table, full, BINS: tl.constexpr, TI
     total = nothing_yet(0.0, TILE)
     for start in tl.range(0, full, STEP):
         here = View(pointer=pointer, offsets=view.offsets, stride=view.stride)
-        block = _load_block(here, start, inside, TILE.unroll, STEP, TILE)
-        for j in tl.static_range(TILE.unroll):
+        block = _load_block(here, start, inside, UNROLL, STEP, TILE)
+        for j in tl.static_range(UNROLL):
             p, increment = _increment(block, j, softmax, table, inside, BINS, TILE)
             total += p * increment
         pointer += STEP * view.stride
@@ -171,7 +172,8 @@ def _write_gradients(
     softmax, total, views, pixel, table, full, BINS: tl.constexpr, TILE: tl.constexpr
 ):
     """Store p (dL/dp - total) for all classes, one block after the other."""
-    STEP: tl.constexpr = TILE.unroll * TILE.lanes
+    UNROLL: tl.constexpr = TILE.unroll
+    STEP: tl.constexpr = UNROLL * TILE.lanes
     FULL: tl.constexpr = (TILE.classes - 1) // STEP * STEP
     LEFT: tl.constexpr = TILE.classes - FULL
     COUNT: tl.constexpr = (LEFT + TILE.lanes - 1) // TILE.lanes
@@ -181,8 +183,8 @@ def _write_gradients(
     for start in tl.range(0, full, STEP):
         here = View(pointer=pointer, offsets=view.offsets, stride=view.stride)
         there = View(pointer=grad_pointer, offsets=grad_view.offsets, stride=grad_view.stride)
-        block = _load_block(here, start, pixel.inside, TILE.unroll, STEP, TILE)
-        for j in tl.static_range(TILE.unroll):
+        block = _load_block(here, start, pixel.inside, UNROLL, STEP, TILE)
+        for j in tl.static_range(UNROLL):
             p, increment = _increment(block, j, softmax, table, pixel.inside, BINS, TILE)
             gradient = p * (increment - total) * softmax.scale
             _store_slot(there, j, gradient, pixel, block.exists[j], TILE)

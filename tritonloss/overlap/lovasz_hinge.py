@@ -72,7 +72,7 @@ def lovasz_hinge_loss(
             count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
         exact: sort the errors instead (default False). That takes many times as long.
         bins: how many bins there are, a power of two from 1024 to 4096. Default None: 4096, or 2048
-            under Triton before 3.9, where histograms with more bins take longer.
+            under Triton before 3.9 and on AMD, where histograms with more bins take longer.
 
     Returns:
         The loss in float32 (float64 for float64 logits), 0 with zero gradient where no pixel is

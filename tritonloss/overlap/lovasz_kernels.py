@@ -150,16 +150,20 @@ def _hinge_histogram_kernel(
     BINS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Reads labels and logits once; counts the errors above 0."""
-    ENTRIES: tl.constexpr = 2 * BINS.count
+    """Reads labels and logits once; counts the errors above 0.
+
+    In two histograms, since one of twice the bins takes registers that there are not everywhere.
+    """
+    COUNT: tl.constexpr = BINS.count
+    PIXELS: tl.constexpr = TILE.pixels
     chunk = tl.program_id(0)
     image = (chunk // chunks).to(tl.int64)
     chunk = (chunk % chunks).to(tl.int64)
     group = image if PER_IMAGE else image * 0
 
-    counts = tl.zeros((ENTRIES,), tl.int32)
-    wrong = tl.zeros((TILE.pixels,), tl.int32)
-    own = tl.zeros((TILE.pixels,), tl.int32)
+    own_errors = tl.zeros((COUNT,), tl.int32)
+    errors = tl.zeros((COUNT,), tl.int32)
+    tally = tl.zeros((PIXELS,), tl.int32)  # of own pixels, and above 16 bits of wrong ones
     for i in tl.range(0, rounds):
         run = _run_of_tile(image, chunk * rounds + i, pixels, width, TILE)
         pixel = load_pixels(target_ptr, target_strides, run, IGNORED, True, TILE)
@@ -171,17 +175,17 @@ def _hinge_histogram_kernel(
         is_number = error < float("inf")
         is_own = pixel.label == 1
         place = hinge_place(error, BINS)
-        entry = in_histogram(place.bin, is_own, is_own, BINS)
-        counts += tl.histogram(entry, ENTRIES, mask=valid & is_number & (error > 0))
-        wrong += (valid & ~is_number).to(tl.int32)
-        own += (is_own & is_number).to(tl.int32)
+        is_error = valid & is_number & (error > 0)
+        own_errors += tl.histogram(place.bin, COUNT, mask=is_error & is_own)
+        errors += tl.histogram(place.bin, COUNT, mask=is_error & ~is_own)
+        tally += tl.where(is_number, is_own.to(tl.int32), valid.to(tl.int32) << 16)
 
-    entries = tl.arange(0, ENTRIES)
-    row = histogram_ptr + group * ENTRIES
-    dtype: tl.constexpr = row.dtype.element_ty
-    tl.atomic_add(row + entries, counts.to(dtype), mask=counts > 0, sem="relaxed")
-    tl.atomic_add(counts_ptr + 2 * group, tl.sum(wrong).to(dtype), sem="relaxed")
-    tl.atomic_add(counts_ptr + 2 * group + 1, tl.sum(own).to(dtype), sem="relaxed")
+    row = histogram_ptr + group * (2 * COUNT) + tl.arange(0, COUNT)
+    dtype: tl.constexpr = histogram_ptr.dtype.element_ty
+    tl.atomic_add(row, errors.to(dtype), mask=errors > 0, sem="relaxed")
+    tl.atomic_add(row + COUNT, own_errors.to(dtype), mask=own_errors > 0, sem="relaxed")
+    tl.atomic_add(counts_ptr + 2 * group, tl.sum(tally >> 16).to(dtype), sem="relaxed")
+    tl.atomic_add(counts_ptr + 2 * group + 1, tl.sum(tally & 0xFFFF).to(dtype), sem="relaxed")
 
 
 @triton.jit

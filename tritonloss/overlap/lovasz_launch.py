@@ -40,8 +40,8 @@ from .lovasz_terms import (
 # Programs of a histogram that a large GPU has work for, and the most tiles that one goes through.
 _PROGRAMS = 1056
 _MOST_ROUNDS = 16
-# Bins of a class that a lane makes increments of.
-_BINS_OF_LANE = 8
+# Bins of a class that a lane makes increments of, unless that took more than 16 warps.
+_BINS_OF_LANE = 4
 # Classes of a lane whose probabilities and increments stay in registers, going back.
 _HELD = 32
 
@@ -207,7 +207,7 @@ def _launch_increments(
             "PRESENT": options.classes == "present",
             "CHOSEN": chosen(options.classes),
             "BINS": bins_of(loss, options),
-            "num_warps": max(bins_of(loss, options).count // (_BINS_OF_LANE * 32), 1),
+            "num_warps": min(max(bins_of(loss, options).count // (_BINS_OF_LANE * 32), 1), 16),
             "enable_fp_fusion": True,
         }
         return PreparedLaunch(_increments_kernel, (programs,), constants, aligned=True)

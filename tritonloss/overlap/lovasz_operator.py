@@ -18,7 +18,7 @@ from .._engine.pixel_terms import Loss
 from .lovasz_launch import launch_backward, launch_forward, neighbours
 from .lovasz_terms import Options, Results, allocated
 
-# Before this version a histogram takes Triton the longer the more bins it has.
+# From this version on a histogram takes Triton as long with many bins as with few, but not on AMD.
 _QUICK = (3, 9)
 
 
@@ -76,7 +76,8 @@ def number_of_bins(bins: int | None, defaults: tuple[int, int]) -> int:
     if bins is not None:
         return int(bins)
     version = re.findall(r"\d+", triton.__version__)
-    return defaults[tuple(map(int, version[:2])) < _QUICK]
+    is_quick = tuple(map(int, version[:2])) >= _QUICK and torch.version.hip is None
+    return defaults[0 if is_quick else 1]
 
 
 def check_bins(bins: int | None, low: int, high: int) -> None:
