@@ -53,9 +53,7 @@ class Place(NamedTuple):
 def softmax_place(p, BINS: tl.constexpr):
     """The place of the smaller of p and 1 - p. The larger one lies in the mirrored bin."""
     HALF: tl.constexpr = BINS.count // 2
-    nearest = tl.minimum(p, 1.0 - p).to(tl.float32)
-    # also where p is not a number
-    nearest = tl.maximum(nearest, _SMALLEST)
+    nearest = tl.maximum(tl.minimum(p, 1.0 - p).to(tl.float32), _SMALLEST)
     bits = nearest.to(tl.int32, bitcast=True)
     power, power_fraction = _powers(bits, _SMALLEST_BITS, BINS.digits)
     steps = nearest * HALF
@@ -63,7 +61,7 @@ def softmax_place(p, BINS: tl.constexpr):
     is_small = nearest < _ONLY_LINE
     place = tl.where(is_small, power, whole + HALF // 2)
     fraction = tl.where(is_small, power_fraction, steps - whole.to(tl.float32))
-    return Place(bin=tl.minimum(place, HALF - 1), fraction=fraction)
+    return Place(bin=tl.minimum(tl.maximum(place, 0), HALF - 1), fraction=fraction)
 
 
 @triton.jit

@@ -138,6 +138,8 @@ def _over_tiles(
     # would be one more kernel to compile.)
     grain = grain if grain == 4 else 1
     at_once = min(int(configuration["CLASSES"]), classes) if grain > 1 else 1
+    if loss.binary and grain == 1:  # it has two histograms
+        pixels //= 2
     size = logits.size(2) * logits.size(3)
     tiles, class_groups = triton.cdiv(size, pixels), triton.cdiv(classes, at_once)
     rounds = min(max(images * tiles * class_groups // _PROGRAMS, 1), _MOST_ROUNDS, tiles)
