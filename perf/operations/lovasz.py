@@ -53,6 +53,18 @@ def bins_on_target(bins: tuple[int, int]) -> int:
     return bins[1] if is_amd else number_of_bins(None, bins)
 
 
+def eager_softmax(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """The reference, with as many bins as the kernels have."""
+    given = {"bins": number_of_bins(None, lovasz.BINS), **options}
+    return softmax_reference(logits, target, **given)
+
+
+def eager_hinge(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """The reference, with as many bins as the kernels have."""
+    given = {"bins": number_of_bins(None, lovasz_hinge.BINS), **options}
+    return hinge_reference(logits, target, **given)
+
+
 def mask_inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
     """Logits [N, 1, H, W] and labels 0 and 1, for any number of classes."""
     return inputs(replace(case, shape=replace(case.shape, classes=1)), device)
@@ -181,7 +193,7 @@ OPERATIONS = (
         name="lovasz_softmax_loss",
         function=functional.lovasz_softmax_loss,
         inputs=inputs,
-        reference=softmax_reference,
+        reference=eager_softmax,
         launch=launch(lovasz.LOVASZ_SOFTMAX, lovasz.BINS, "present"),
         floor=floor_of_softmax,
         cases=CASES,
@@ -196,7 +208,7 @@ OPERATIONS = (
         name="lovasz_hinge_loss",
         function=functional.lovasz_hinge_loss,
         inputs=mask_inputs,
-        reference=hinge_reference,
+        reference=eager_hinge,
         launch=launch(lovasz_hinge.LOVASZ_HINGE, lovasz_hinge.BINS, "all"),
         floor=floor_of_hinge,
         cases=BINARY,

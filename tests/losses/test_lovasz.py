@@ -19,6 +19,7 @@ from tests.oracle import LAYOUTS, as_layout, check_three_way, segmentation_case,
 from tests.slices import operators_with
 from tritonloss._core.configurations import forced
 from tritonloss.functional import lovasz_hinge_loss, lovasz_softmax_loss
+from tritonloss.overlap import lovasz_terms
 
 Loss = Callable[..., Tensor]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -339,6 +340,19 @@ def test_the_same_bits_every_time(device: torch.device) -> None:
             for _ in range(2)
         )
         assert torch.equal(first[0][0], second[0][0]) and torch.equal(first[1][0], second[1][0])
+
+
+@pytest.mark.parametrize("way", ["default", "hinge", "exact", "hinge, exact"])
+def test_counts_of_many_pixels_have_64_bits(
+    way: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, options = way_of(way)
+    logits, target = case(name, (2, 3, 5, 9), device=device)
+    loss = loss_of(name, target, **options)
+    narrow = value_and_gradients(loss, [logits], "triton")
+    monkeypatch.setattr(lovasz_terms, "_MANY", 0)
+    wide = value_and_gradients(loss, [logits], "triton")
+    assert torch.equal(wide[0][0], narrow[0][0]) and torch.equal(wide[1][0], narrow[1][0])
 
 
 # --- how near bins come to the sort ---------------------------------------------------------------

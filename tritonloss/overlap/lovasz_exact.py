@@ -72,7 +72,7 @@ def _launch_errors(
         return PreparedLaunch(_errors_kernel, (programs,), constants, tile.grain > 1)
 
     known = "lovasz_errors", loss.name, kind(logits), kind(target), options, channel
-    prepared(known, prepare)(
+    prepared((*known, counts.of_groups.dtype), prepare)(
         logits_ptr=logits,
         target_ptr=target,
         largest_ptr=key if results.largest is None else results.largest,

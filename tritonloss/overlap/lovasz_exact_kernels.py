@@ -46,6 +46,7 @@ def _errors_kernel(
         is_error = (pixel.label >= 0) & is_number & (error > 0)
         wrong = tl.sum(((pixel.label >= 0) & ~is_number).to(tl.int32))
         group = run.image if PER_IMAGE else 0
+        wrong = wrong.to(counts_ptr.dtype.element_ty)
         tl.atomic_add(counts_ptr + 2 * group, wrong, mask=wrong > 0, sem="relaxed")
     else:
         largest = tl.load(largest_ptr + position, mask=run.inside, other=0.0)

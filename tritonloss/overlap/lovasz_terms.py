@@ -21,6 +21,9 @@ SOFTMAX = Loss(
 )
 HINGE = SOFTMAX._replace(name="lovasz_hinge", binary=True)
 
+# Pixels from which on 32 bits do not hold their count.
+_MANY = 2**31
+
 
 class Options(NamedTuple):
     """The options of both losses; those of the hinge choose among no classes."""
@@ -94,8 +97,7 @@ def zero_counts(loss: Loss, logits: torch.Tensor, target: torch.Tensor, options:
     """The counts before anything is counted."""
     groups = logits.size(0) if options.per_image else 1
     entries = 0 if options.exact else groups * logits.size(1) * 2 * bins_of(loss, options).count
-    # No count is above that of the pixels.
-    dtype = torch.int32 if target.numel() < 2**31 else torch.int64
+    dtype = torch.int32 if target.numel() < _MANY else torch.int64
     zeros = logits.new_zeros(entries + 2 * groups, dtype=dtype)
     return Counts(zeros[:entries], zeros[entries:])
 
