@@ -26,6 +26,7 @@ from .lovasz_kernels import (
     _softmax_statistics_kernel,
 )
 from .lovasz_terms import (
+    IS_QUICK,
     SOFTMAX,
     Counts,
     Options,
@@ -104,10 +105,14 @@ def _launch_statistics(
 
 
 def histogram_heuristic(loss: Loss) -> Configuration:
-    """A configuration that is always valid: 8 pixels per lane, of a few classes at a time."""
+    """A configuration that is always valid: 8 pixels per lane, of a few classes at a time.
+
+    Only 4 where a histogram takes registers for its bins.
+    """
     warps = 8
+    pixels = 8 if IS_QUICK and warp_size() == 32 else 4
     return {
-        "PIXELS": 8 * warps * warp_size(),
+        "PIXELS": pixels * warps * warp_size(),
         "CLASSES": 1 if loss.binary else 2,
         "num_warps": warps,
     }

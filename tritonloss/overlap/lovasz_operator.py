@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import re
 from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 
 from .._core import checks
 from .._core.configurations import Launch, Shape, TuningCase
@@ -16,10 +14,7 @@ from .._core.operator import Operator
 from .._core.tuning_inputs import random_labels, random_map
 from .._engine.pixel_terms import Loss
 from .lovasz_launch import launch_backward, launch_forward, neighbours
-from .lovasz_terms import Options, Results, allocated
-
-# From this version on a histogram takes Triton as long with many bins as with few, but not on AMD.
-_QUICK = (3, 9)
+from .lovasz_terms import IS_QUICK, Options, Results, allocated
 
 
 def lovasz_operator(loss: Loss) -> Operator:
@@ -75,9 +70,7 @@ def number_of_bins(bins: int | None, defaults: tuple[int, int]) -> int:
     """How many bins there are."""
     if bins is not None:
         return int(bins)
-    version = re.findall(r"\d+", triton.__version__)
-    is_quick = tuple(map(int, version[:2])) >= _QUICK and torch.version.hip is None
-    return defaults[0 if is_quick else 1]
+    return defaults[0 if IS_QUICK and torch.version.hip is None else 1]
 
 
 def check_bins(bins: int | None, low: int, high: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import torch
+import triton
 
 from .._core import checks
 from .._engine.pixel_terms import Loss
@@ -21,6 +23,8 @@ SOFTMAX = Loss(
 )
 HINGE = SOFTMAX._replace(name="lovasz_hinge", binary=True)
 
+# Whether a histogram takes Triton as long with many bins as with few; on AMD it never does.
+IS_QUICK = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) >= (3, 9)
 # Pixels from which on 32 bits do not hold their count.
 _MANY = 2**31
 
