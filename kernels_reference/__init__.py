@@ -3,6 +3,7 @@
 from kernels_reference.confusion_matrix import confusion_matrix, predict
 from kernels_reference.gaussian_window import gaussian_statistics, gaussian_window
 from kernels_reference.label_statistics import count_labels, margin_offsets
+from kernels_reference.lovasz import lovasz_hinge_loss, lovasz_softmax_loss
 from kernels_reference.margin_calibration import margin_calibrated_loss, margins
 from kernels_reference.overlap import (
     dice_loss,
@@ -30,6 +31,8 @@ __all__ = [
     "gaussian_window",
     "generalized_dice_loss",
     "largest_difference",
+    "lovasz_hinge_loss",
+    "lovasz_softmax_loss",
     "margin_calibrated_loss",
     "margin_offsets",
     "margins",

@@ -12,6 +12,8 @@ from .metrics.confusion import confusion_matrix, predict
 from .metrics.label_statistics import MarginOffsets, count_labels, margin_offsets
 from .overlap.dice import DiceLoss
 from .overlap.generalized_dice import GeneralizedDiceLoss
+from .overlap.lovasz import LovaszSoftmaxLoss
+from .overlap.lovasz_hinge import LovaszHingeLoss
 from .overlap.soft_iou import SoftIoULoss
 from .overlap.tversky import TverskyLoss
 from .pixelwise.binary_cross_entropy import BinaryCrossEntropyLoss
@@ -29,6 +31,8 @@ __all__ = [
     "DiceLoss",
     "FocalLoss",
     "GeneralizedDiceLoss",
+    "LovaszHingeLoss",
+    "LovaszSoftmaxLoss",
     "MarginCalibratedLoss",
     "MarginOffsets",
     "RMILoss",

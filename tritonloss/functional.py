@@ -3,6 +3,8 @@
 from .metrics.confusion import confusion_matrix
 from .overlap.dice import dice_loss
 from .overlap.generalized_dice import generalized_dice_loss
+from .overlap.lovasz import lovasz_softmax_loss
+from .overlap.lovasz_hinge import lovasz_hinge_loss
 from .overlap.soft_iou import soft_iou_loss
 from .overlap.tversky import tversky_loss
 from .pixelwise.binary_cross_entropy import binary_cross_entropy
@@ -21,6 +23,8 @@ __all__ = [
     "dice_loss",
     "focal_loss",
     "generalized_dice_loss",
+    "lovasz_hinge_loss",
+    "lovasz_softmax_loss",
     "margin_calibrated_loss",
     "rmi_loss",
     "soft_iou_loss",

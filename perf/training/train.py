@@ -115,9 +115,9 @@ def _with_defaults(example: Example) -> Loss:
 
 
 def _declared() -> Iterator[tuple[str, Loss]]:
-    """Every slice's loss of logits and labels, by the slice's name in words."""
+    """Every slice's loss of several classes and labels, by the slice's name in words."""
     for example in examples():
-        if example.module is not None:
+        if example.module is not None and not example.binary:
             slice_name = example.function.__module__.rpartition(".")[2]
             yield slice_name.replace("_", " "), _with_defaults(example)
 

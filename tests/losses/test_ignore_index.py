@@ -22,9 +22,14 @@ MORE: dict[str, Any] = {
     "focal_loss": {"mean": {}},
     "rmi_loss": {"no pooling": {"options": {"region_size": 1, "pooling": None}}},
 }
-WAYS = with_more({n: e for n, e in OF_LABELS.items() if not is_upsampled(e)}, MORE)
+# A loss of one channel has no class 255.
+OF_CLASSES = {n: e for n, e in OF_LABELS.items() if not e.binary}
+WAYS = with_more({n: e for n, e in OF_CLASSES.items() if not is_upsampled(e)}, MORE)
 RELEASED = {"module": tritonloss.RMILoss.released}
-MODULES = with_more(one_of_each(), {**MORE, "rmi_loss": {**MORE["rmi_loss"], "released": RELEASED}})
+MODULES = with_more(
+    one_of_each(OF_CLASSES.values()),
+    {**MORE, "rmi_loss": {**MORE["rmi_loss"], "released": RELEASED}},
+)
 REFUSED = r"^ignore_index must be given for 300 classes, of which its default is one: 255 .*None"
 
 

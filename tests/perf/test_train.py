@@ -132,7 +132,7 @@ def test_the_kept_table_is_what_the_tool_writes() -> None:
 
 
 def test_every_loss_that_a_slice_declares_can_be_trained() -> None:
-    declared = {example.function for example in OF_LABELS.values()}
+    declared = {example.function for example in OF_LABELS.values() if not example.binary}
     slices = {function.__module__.rpartition(".")[2].replace("_", " ") for function in declared}
     assert len(slices) == len(declared)
     assert set(train.LOSSES) == {*slices, train.UPSAMPLED}

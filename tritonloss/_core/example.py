@@ -37,6 +37,7 @@ class Example:
         module: the function as a module, if it is a loss.
         arguments: (logits, target) -> the positional arguments; logits have at least two classes.
         way: a context that the call is made in, where only that shows the kernels in question.
+        binary: whether the function takes one channel alone, which ``arguments`` pick.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Example:
     module: type[LossModule] | None = None
     arguments: Callable[[torch.Tensor, torch.Tensor], tuple[Any, ...]] = logits_and_target
     way: Callable[[], AbstractContextManager[Any]] = nullcontext
+    binary: bool = False
 
     def __call__(
         self, logits: torch.Tensor, target: torch.Tensor, **options: Any

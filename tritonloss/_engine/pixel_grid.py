@@ -94,8 +94,14 @@ def over_pixels(
     logits: torch.Tensor,
     target: torch.Tensor,
     *grads: torch.Tensor,
+    heuristic: Configuration | None = None,
+    few: bool = False,
 ) -> tuple[int, dict[str, Any]]:
-    """(programs, arguments) of a kernel that goes through all pixels of ``logits``."""
+    """(programs, arguments) of a kernel that goes through all pixels of ``logits``.
+
+    ``heuristic`` is for kernels that have one of their own. With ``few`` pixels lie in whole grains
+    of 4, or anywhere: every other way would be another kernel to compile.
+    """
     name = losses[0].name if len(losses) == 1 else "weighted_sum"
     in_lanes = _classes_in_lanes(logits) and all(grad.stride(1) == 1 for grad in grads)
     is_contiguous = not in_lanes and _is_flat(False, logits, target, *grads)
@@ -106,7 +112,7 @@ def over_pixels(
         classes=logits.size(1),
         window=1,
         layout="channels_last" if in_lanes else "contiguous" if is_contiguous else "strided",
-        heuristic=pixel_heuristic(losses, direction, logits),
+        heuristic=heuristic or pixel_heuristic(losses, direction, logits),
     )
     warps, lanes = int(configuration["num_warps"]), int(configuration["CLASS_LANES"])
     # No more lanes than a bundle has classes, so that a slot is within one bundle.
@@ -116,6 +122,8 @@ def over_pixels(
     if lanes == 1:
         per_lane = max(pixels // (warps * warp_size()), 1)
         grain = _grain(per_lane, logits, target, *grads) if flat else 1
+        if few and grain < 4:
+            grain, flat = 1, False
         # Without whole aligned grains a lane's neighbouring pixels would be moved one by one. Every
         # such move would touch as many cache lines as if the pixels were apart: one pixel per lane
         # is better.

@@ -1,0 +1,135 @@
+"""Bins of errors, for the Lovász losses: device functions.
+
+A bin's place has an integer part, the bin, and a fraction, where in the bin the error lies. Both
+come from the bits of a float32 number, without a logarithm or a division, and exactly: the
+reference gets the same ones.
+
+An error of a softmax lies in [0, 1]. What is binned is the smaller of p and 1 - p, in [0, 1/2], so
+that the bin of the one is the mirrored bin of the other. Above 1/32 all bins have one width, and
+below it they are the narrower the nearer they are to 0. An error of a hinge lies in [0, infinity),
+and the bins' widths grow with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+# Powers of two with bins of their own between 2^-22 and 1/32, and between 2^-10 and 2^18.
+_SMALL = tl.constexpr(17)
+_NEAR = tl.constexpr(28)
+_SMALLEST = tl.constexpr(2.0**-22)
+_SMALLEST_OF_HINGE = tl.constexpr(2.0**-10)
+_FAR = tl.constexpr(2.0**18)
+# The bits of these float32 numbers, and of 1.
+_SMALLEST_BITS = tl.constexpr((127 - 22) << 23)
+_SMALLEST_OF_HINGE_BITS = tl.constexpr((127 - 10) << 23)
+_FAR_BITS = tl.constexpr((127 + 18) << 23)
+_ONE_BITS = tl.constexpr(127 << 23)
+_MANTISSA = tl.constexpr((1 << 23) - 1)
+_LARGEST = tl.constexpr(3.4028234663852886e38)
+_ONLY_LINE = tl.constexpr(1.0 / 32)
+
+
+class Bins(NamedTuple):
+    """The bins of a loss, known when a kernel is compiled."""
+
+    count: int  # of a class: a power of two
+    each: int  # of a power of two
+    digits: int  # of binary digits of a mantissa that tell those apart
+    hinge: bool  # whether errors are those of a hinge
+
+
+class Place(NamedTuple):
+    """Where errors lie."""
+
+    bin: Any  # int32, within the bins
+    fraction: Any  # float32: 0 at the bin's edge towards 0, 1 at the other
+
+
+@triton.jit
+def softmax_place(p, BINS: tl.constexpr):
+    """The place of the smaller of p and 1 - p. The larger one lies in the mirrored bin."""
+    HALF: tl.constexpr = BINS.count // 2
+    nearest = tl.maximum(tl.minimum(p, 1.0 - p).to(tl.float32), _SMALLEST)
+    bits = nearest.to(tl.int32, bitcast=True)
+    power, power_fraction = _powers(bits, _SMALLEST_BITS, BINS.digits)
+    steps = nearest * HALF
+    whole = steps.to(tl.int32)
+    is_small = nearest < _ONLY_LINE
+    place = tl.where(is_small, power, whole + HALF // 2)
+    fraction = tl.where(is_small, power_fraction, steps - whole.to(tl.float32))
+    return Place(bin=tl.minimum(tl.maximum(place, 0), HALF - 1), fraction=fraction)
+
+
+@triton.jit
+def hinge_place(error, BINS: tl.constexpr):
+    """The place of an error above 0."""
+    nearest = tl.maximum(error.to(tl.float32), _SMALLEST_OF_HINGE)
+    bits = nearest.to(tl.int32, bitcast=True)
+    near, near_fraction = _powers(bits, _SMALLEST_OF_HINGE_BITS, BINS.digits)
+    far, far_fraction = _powers(bits, _FAR_BITS, BINS.digits - 5)
+    is_far = nearest >= _FAR
+    place = tl.where(is_far, far + _NEAR * BINS.each, near)
+    fraction = tl.where(is_far, far_fraction, near_fraction)
+    return Place(bin=tl.minimum(tl.maximum(place, 0), BINS.count - 1), fraction=fraction)
+
+
+@triton.jit
+def _powers(bits, FIRST: tl.constexpr, DIGITS: tl.constexpr):
+    """(bin, fraction) of numbers by their bits: 2^DIGITS bins of one width for a power of two."""
+    place = (bits >> (23 - DIGITS)) - (FIRST >> (23 - DIGITS))
+    rest = ((bits << DIGITS) & _MANTISSA) | _ONE_BITS
+    return place, rest.to(tl.float32, bitcast=True) - 1.0
+
+
+@triton.jit
+def in_histogram(place, is_own, is_mirrored, BINS: tl.constexpr):
+    """The entry in a class's histogram [2, bins]: of other classes' pixels, then of its own.
+
+    Bins are in the order of errors. ``is_mirrored`` is of p: the error of an own pixel is 1 - p.
+    """
+    COUNT: tl.constexpr = BINS.count
+    if BINS.hinge:
+        entry = place + tl.where(is_own, COUNT, 0)
+    else:
+        # The highest bits are all ones: to reverse the order is to invert every digit.
+        mirrored = tl.where(is_mirrored, COUNT - 1, 0)
+        entry = place ^ mirrored ^ tl.where(is_own, 2 * COUNT - 1, 0)
+    return entry
+
+
+@triton.jit
+def width_of(index, dtype: tl.constexpr, BINS: tl.constexpr):
+    """The widths of bins, by their numbers from the smallest errors up."""
+    COUNT: tl.constexpr = BINS.count
+    if BINS.hinge:
+        width = _hinge_edge(index + 1, dtype, BINS) - _hinge_edge(index, dtype, BINS)
+    else:
+        place = tl.where(index < COUNT // 2, index, COUNT - 1 - index)
+        width = _softmax_edge(place + 1, dtype, BINS) - _softmax_edge(place, dtype, BINS)
+    return width
+
+
+@triton.jit
+def _softmax_edge(index, dtype: tl.constexpr, BINS: tl.constexpr):
+    """The edges of the bins from 0 to 1/2."""
+    HALF: tl.constexpr = BINS.count // 2
+    power = ((index << (23 - BINS.digits)) + _SMALLEST_BITS).to(tl.float32, bitcast=True)
+    line = (index - HALF // 2).to(tl.float32) * (1.0 / HALF)
+    edge = tl.where(index < _SMALL * BINS.each, power, line)
+    return tl.where(index == 0, 0.0, edge).to(dtype)
+
+
+@triton.jit
+def _hinge_edge(index, dtype: tl.constexpr, BINS: tl.constexpr):
+    """The edges of the bins from 0 up. There are more bins than numbers: the last have no width."""
+    NEAR: tl.constexpr = _NEAR * BINS.each
+    FAR: tl.constexpr = (128 - 18) * (BINS.each // 32)
+    near = ((index << (23 - BINS.digits)) + _SMALLEST_OF_HINGE_BITS).to(tl.float32, bitcast=True)
+    far = (tl.minimum(index - NEAR, FAR) << (28 - BINS.digits)) + _FAR_BITS
+    far = tl.minimum(far.to(tl.float32, bitcast=True), _LARGEST)
+    edge = tl.where(index < NEAR, near, far)
+    return tl.where(index == 0, 0.0, edge).to(dtype)

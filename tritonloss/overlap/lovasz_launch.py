@@ -1,0 +1,333 @@
+"""The launchers of the Lovász losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from .._core.backend import device_guard, warp_size
+from .._core.configurations import Configuration, launch_configuration
+from .._core.prepared_launch import PreparedLaunch, kind, prepared
+from .._core.tuning_inputs import random_map
+from .._engine.pixel_grid import _classes_in_lanes, _grain, _is_flat, in_grains, over_pixels
+from .._engine.pixel_terms import Loss, Term, Walk, terms_of
+from .._engine.pixel_tuning import pixel_candidates
+from .._engine.pixels import Tile
+from .._engine.planes import ignored_class
+from .._engine.sums import sums_over
+from .lovasz_exact import launch_exact
+from .lovasz_gradient_kernels import _hinge_gradient_kernel, _softmax_gradient_kernel
+from .lovasz_kernels import (
+    _hinge_histogram_kernel,
+    _increments_kernel,
+    _softmax_histogram_kernel,
+    _softmax_statistics_kernel,
+)
+from .lovasz_terms import (
+    IS_QUICK,
+    SOFTMAX,
+    Counts,
+    Options,
+    Results,
+    bins_of,
+    chosen,
+    filled_by_kernels,
+    kept,
+    zero_counts,
+)
+
+# Programs of a histogram that a large GPU has work for, and the most tiles that one goes through.
+_PROGRAMS = 1056
+_MOST_ROUNDS = 16
+# Bins of a class that a lane makes increments of, unless that took more than 16 warps.
+_BINS_OF_LANE = 4
+# Classes of a lane whose probabilities and increments stay in registers, going back.
+_HELD = 32
+
+
+def launch_forward(
+    loss: Loss, logits: torch.Tensor, target: torch.Tensor, options: Options, save: bool
+) -> Results:
+    """The loss, and what the backward pass needs if ``save``."""
+    results = filled_by_kernels(loss, logits, target, options, save)
+    if target.numel() == 0:
+        for result in results:
+            if result is not None:
+                result.zero_()
+        return kept(results, save)
+    counts = zero_counts(loss, logits, target, options)
+    with device_guard(logits):
+        if not loss.binary:
+            _launch_statistics(logits, target, results, counts, options)
+        if options.exact:
+            results = launch_exact(loss, logits, target, results, counts, options)
+        else:
+            _launch_histogram(loss, logits, target, results, counts, options)
+            _launch_increments(loss, logits, results, counts, options)
+    return kept(results, save)
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def _launch_statistics(
+    logits: torch.Tensor, target: torch.Tensor, results: Results, counts: Counts, options: Options
+) -> None:
+    """Write the largest logit of every pixel, and the logarithm of the sum."""
+
+    def prepare() -> PreparedLaunch:
+        programs, arguments = over_pixels([SOFTMAX], "forward", logits, target, few=True)
+        tile = arguments["TILE"]
+        constants = {
+            "logits_strides": in_grains(logits, tile),
+            "target_strides": in_grains(target, tile),
+            "TERMS": terms_of((Term(SOFTMAX, ()),), logits, Walk(None, "sum"), save=False),
+            "IGNORED": ignored_class(options.ignore_index, logits.size(1), target.dtype),
+            "PER_IMAGE": options.per_image,
+            **arguments,
+        }
+        return PreparedLaunch(_softmax_statistics_kernel, (programs,), constants, tile.grain > 1)
+
+    key = "lovasz_statistics", kind(logits), kind(target), options, counts.of_groups.dtype
+    tensors: dict[str, Any] = {
+        "logits_ptr": logits,
+        "target_ptr": target,
+        "largest_ptr": results.largest,
+        "log_sum_ptr": results.log_sum,
+        "counts_ptr": counts.of_groups,
+    }
+    prepared(key, prepare)(**tensors)
+
+
+# --- histograms -----------------------------------------------------------------------------------
+
+
+def histogram_heuristic(loss: Loss) -> Configuration:
+    """A configuration that is always valid: 8 pixels per lane, of a few classes at a time.
+
+    Only 4 where a histogram takes registers for its bins.
+    """
+    warps = 8
+    pixels = 8 if IS_QUICK and warp_size() == 32 else 4
+    return {
+        "PIXELS": pixels * warps * warp_size(),
+        "CLASSES": 1 if loss.binary else 2,
+        "num_warps": warps,
+    }
+
+
+def _over_tiles(
+    loss: Loss, logits: torch.Tensor, target: torch.Tensor
+) -> tuple[int, dict[str, Any]]:
+    """(programs, arguments) of a histogram, whose programs go through several tiles each."""
+    images, classes = logits.shape[:2]
+    side_by_side, even = (_is_flat(in_lanes, logits, target) for in_lanes in (False, True))
+    in_lanes = _classes_in_lanes(logits)
+    configuration = launch_configuration(
+        f"{loss.name}_histogram",
+        device=logits.device,
+        dtype=logits.dtype,
+        classes=classes,
+        window=1,
+        layout="channels_last" if in_lanes else "contiguous" if side_by_side else "strided",
+        heuristic=histogram_heuristic(loss),
+    )
+    pixels, warps = int(configuration["PIXELS"]), int(configuration["num_warps"])
+    if not side_by_side and logits.stride(3) * pixels >= 2**31:
+        even = False  # a tile's pixels are counted in 32 bits
+    per_lane = max(pixels // (warps * warp_size()), 1)
+    grain = _grain(per_lane, logits, target) if side_by_side else 1
+    # Without whole aligned grains every pixel has an address, which takes registers. (Grains of 2
+    # would be one more kernel to compile.)
+    grain = grain if grain == 4 else 1
+    at_once = min(int(configuration["CLASSES"]), classes) if grain > 1 else 1
+    if loss.binary and grain == 1:  # it has two histograms
+        pixels //= 2
+    size = logits.size(2) * logits.size(3)
+    tiles, class_groups = triton.cdiv(size, pixels), triton.cdiv(classes, at_once)
+    rounds = min(max(images * tiles * class_groups // _PROGRAMS, 1), _MOST_ROUNDS, tiles)
+    chunks = triton.cdiv(tiles, rounds)
+    flat, double = side_by_side or even, logits.dtype == torch.float64
+    tile = Tile(pixels, 1, at_once, grain, flat, classes, double, bundle=1, slots=1)
+    return images * chunks * class_groups, {
+        "logits_strides": in_grains(logits, tile),
+        "target_strides": in_grains(target, tile),
+        "pixels": size // grain,
+        "width": logits.size(3),
+        "chunks": chunks,
+        "rounds": rounds,
+        "APART": even and not side_by_side,
+        "TILE": tile,
+        "num_warps": warps,
+        "enable_fp_fusion": True,
+    }
+
+
+def _launch_histogram(
+    loss: Loss,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    results: Results,
+    counts: Counts,
+    options: Options,
+) -> None:
+    """Count the errors in every bin of every class."""
+
+    def prepare() -> PreparedLaunch:
+        programs, arguments = _over_tiles(loss, logits, target)
+        arguments |= {"PER_IMAGE": options.per_image, "BINS": bins_of(loss, options)}
+        if loss.binary:
+            kernel: Any = _hinge_histogram_kernel
+            arguments["IGNORED"] = ignored_class(options.ignore_index, 2, target.dtype)
+        else:
+            kernel = _softmax_histogram_kernel
+        return PreparedLaunch(kernel, (programs,), arguments, arguments["TILE"].grain > 1)
+
+    key = "lovasz_histogram", loss.name, kind(logits), kind(target), options, counts[0].dtype
+    tensors: dict[str, Any] = {
+        "logits_ptr": logits,
+        "target_ptr": target,
+        "histogram_ptr": counts.histogram,
+    }
+    if loss.binary:
+        tensors["counts_ptr"] = counts.of_groups
+    else:
+        tensors |= {"largest_ptr": results.largest, "log_sum_ptr": results.log_sum}
+    prepared(key, prepare)(**tensors)
+
+
+def _launch_increments(
+    loss: Loss, logits: torch.Tensor, results: Results, counts: Counts, options: Options
+) -> None:
+    """Make the loss and the table of increments of the histograms."""
+    groups, classes = results.scale.numel(), logits.size(1)
+    programs = groups * classes
+
+    def prepare() -> PreparedLaunch:
+        constants = {
+            "groups": groups,
+            "classes": classes,
+            "programs": programs,
+            "CLASSES": triton.next_power_of_2(classes),
+            "PRESENT": options.classes == "present",
+            "CHOSEN": chosen(options.classes),
+            "BINS": bins_of(loss, options),
+            "num_warps": min(max(bins_of(loss, options).count // (_BINS_OF_LANE * 32), 1), 16),
+            "enable_fp_fusion": True,
+        }
+        return PreparedLaunch(_increments_kernel, (programs,), constants, aligned=True)
+
+    dtypes = logits.dtype, counts[0].dtype
+    key = "lovasz_increments", loss.name, classes, groups, options, dtypes, logits.device
+    sums = sums_over(programs, 1, logits.device)
+    tensors: dict[str, Any] = {
+        "histogram_ptr": counts.histogram,
+        "counts_ptr": counts.of_groups,
+        "table_ptr": results.table,
+        "class_loss_ptr": results.scale.new_empty((2, groups, classes)),
+        "loss_ptr": results.loss,
+        "scale_ptr": results.scale,
+        "scratch_ptr": sums["scratch_ptr"],
+        "tickets_ptr": sums["tickets_ptr"],
+    }
+    prepared(key, prepare)(**tensors)
+
+
+# --- backward -------------------------------------------------------------------------------------
+
+
+def gradient_heuristic(loss: Loss, logits: torch.Tensor) -> Configuration:
+    """A configuration that is always valid; up to 32 classes of a lane stay in registers."""
+    warps, classes = 4, logits.size(1)
+    lanes, pixels = 1, 4
+    if _classes_in_lanes(logits):
+        lanes = 8 if classes > 32 else min(4, triton.next_power_of_2(classes))
+    slots = triton.cdiv(classes, lanes)
+    if not loss.binary:
+        pixels = 4 if slots <= 8 else 2 if slots <= 20 or slots > _HELD else 1
+    return {
+        "PIXELS": pixels * warps * warp_size() // lanes,
+        "CLASS_LANES": lanes,
+        "UNROLL": slots if slots <= _HELD else 4,
+        "num_warps": warps,
+    }
+
+
+def launch_backward(
+    loss: Loss,
+    grad_loss: torch.Tensor,
+    results: Results,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    options: Options,
+) -> torch.Tensor:
+    """The gradient of the logits."""
+    grad_logits = torch.empty_like(logits)
+    if target.numel() == 0:
+        return grad_logits.zero_()
+
+    def prepare() -> PreparedLaunch:
+        heuristic = gradient_heuristic(loss, logits)
+        programs, arguments = over_pixels(
+            [loss], "backward", logits, target, grad_logits, heuristic=heuristic
+        )
+        tile = arguments["TILE"]
+        labels = 2 if loss.binary else logits.size(1)
+        constants = {
+            "logits_strides": in_grains(logits, tile),
+            "target_strides": in_grains(target, tile),
+            "grad_strides": in_grains(grad_logits, tile),
+            "IGNORED": ignored_class(options.ignore_index, labels, target.dtype),
+            "PER_IMAGE": options.per_image,
+            "BINS": None if options.exact else bins_of(loss, options),
+            **arguments,
+        }
+        kernel: Any = _softmax_gradient_kernel
+        if loss.binary:
+            kernel = _hinge_gradient_kernel
+            del constants["full"]
+        return PreparedLaunch(kernel, (programs,), constants, tile.grain > 1)
+
+    key = "lovasz_gradient", loss.name, kind(logits), kind(target), options
+    tensors: dict[str, Any] = {
+        "upstream_ptr": grad_loss,
+        "scale_ptr": results.scale,
+        "logits_ptr": logits,
+        "target_ptr": target,
+        "table_ptr": results.table,
+        "grad_ptr": grad_logits,
+    }
+    if not loss.binary:
+        tensors |= {"largest_ptr": results.largest, "log_sum_ptr": results.log_sum}
+    launch = prepared(key, prepare)
+    with device_guard(logits):
+        launch(**tensors)
+    return grad_logits
+
+
+# --- tuning ---------------------------------------------------------------------------------------
+
+
+def neighbours(
+    loss: Loss, direction: str, dtype: torch.dtype, classes: int, layout: str
+) -> list[Configuration]:
+    """The heuristic and its neighbours, one setting changed at a time: what the tuner tries."""
+    if direction == "forward":
+        return pixel_candidates(loss, direction, dtype, classes, layout)
+    like = random_map((1, classes, 2, 32), layout, dtype, torch.device("meta"))
+    heuristic = histogram_heuristic(loss)
+    changes: list[Configuration]
+    if direction == "backward":
+        heuristic = gradient_heuristic(loss, like)
+        unroll = int(heuristic["UNROLL"])
+        changes = [{"UNROLL": max(unroll // 2, 1)}, {"UNROLL": min(2 * unroll, _HELD)}]
+    else:
+        at_once = int(heuristic["CLASSES"])
+        changes = [{"CLASSES": max(at_once // 2, 1)}, {"CLASSES": at_once * 2}]
+    pixels, warps = int(heuristic["PIXELS"]), int(heuristic["num_warps"])
+    changes += [{"PIXELS": pixels // 2}, {"PIXELS": pixels * 2}]
+    changes += [{"PIXELS": pixels // 2, "num_warps": warps // 2}]
+    candidates = [heuristic, *({**heuristic, **change} for change in changes)]
+    return [c for i, c in enumerate(candidates) if c not in candidates[:i]]
