@@ -20,8 +20,9 @@ from .._engine.cells import (
     shares_of_columns,
     shares_of_rows,
 )
+from .._engine.largest import largest_place
 from .._engine.pixels import Pixel
-from .confusion_kernels import count_pairs, largest_place
+from .confusion_kernels import count_pairs
 
 
 class Place(NamedTuple):

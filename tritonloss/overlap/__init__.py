@@ -1,0 +1,1 @@
+"""Losses of how far regions overlap."""
