@@ -4,6 +4,7 @@ from kernels_reference.confusion_matrix import confusion_matrix, predict
 from kernels_reference.gaussian_window import gaussian_statistics, gaussian_window
 from kernels_reference.label_statistics import count_labels, margin_offsets
 from kernels_reference.margin_calibration import margin_calibrated_loss, margins
+from kernels_reference.neuro_iou import membership_sums, neuro_iou_loss
 from kernels_reference.pixelwise import binary_cross_entropy, cross_entropy, focal_loss
 from kernels_reference.region_mutual_information import rmi_loss
 from kernels_reference.ssim import ssim, ssim_loss
@@ -25,6 +26,8 @@ __all__ = [
     "margin_calibrated_loss",
     "margin_offsets",
     "margins",
+    "membership_sums",
+    "neuro_iou_loss",
     "predict",
     "rmi_loss",
     "ssim",

@@ -1,10 +1,9 @@
 """NeuroIoU: a network that has learnt the IoU loss from sums over right and wrong pixels."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels_reference.base import at_labels, one_hot, sanitised, valid_pixels
 
@@ -47,18 +46,20 @@ def membership_sums(
 def neuro_iou_loss(
     logits: Tensor,
     target: Tensor,
-    surrogate: Callable[[Tensor, Tensor, int], Tensor],
+    surrogate: nn.Module,
     *,
-    score: str = "probability",
     ignore_index: int | None = 255,
     upsample: str | None = None,
     align_corners: bool = False,
 ) -> Tensor:
-    """What the surrogate makes of the sums, mean over the images' present classes; 0 of none."""
+    """What the surrogate makes of the sums, mean over the images' present classes; 0 of none.
+
+    The surrogate, (sums, counts, pixels) -> losses, says in ``score`` what is summed up.
+    """
     sums, counts = membership_sums(
         logits,
         target,
-        score=score,
+        score=str(surrogate.score),
         ignore_index=ignore_index,
         upsample=upsample,
         align_corners=align_corners,

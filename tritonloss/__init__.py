@@ -10,6 +10,8 @@ from . import functional, linalg, metrics
 from ._core.backend import use_backend
 from .metrics.confusion import confusion_matrix, predict
 from .metrics.label_statistics import MarginOffsets, count_labels, margin_offsets
+from .overlap.iou_surrogate import IoUPairs, IoUSurrogate, SurrogateFit, fit_iou_surrogate
+from .overlap.neuro_iou import NeuroIoULoss, collect_iou_pairs
 from .pixelwise.binary_cross_entropy import BinaryCrossEntropyLoss
 from .pixelwise.cross_entropy import CrossEntropyLoss
 from .pixelwise.focal_loss import FocalLoss
@@ -23,13 +25,19 @@ __all__ = [
     "BinaryCrossEntropyLoss",
     "CrossEntropyLoss",
     "FocalLoss",
+    "IoUPairs",
+    "IoUSurrogate",
     "MarginCalibratedLoss",
     "MarginOffsets",
+    "NeuroIoULoss",
     "RMILoss",
     "SSIMLoss",
     "StructuralSimilarityLoss",
+    "SurrogateFit",
+    "collect_iou_pairs",
     "confusion_matrix",
     "count_labels",
+    "fit_iou_surrogate",
     "functional",
     "gaussian_statistics",
     "linalg",

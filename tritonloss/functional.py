@@ -1,6 +1,7 @@
 """All losses as functions, the similarity ``ssim`` that one is made of, the confusion matrix."""
 
 from .metrics.confusion import confusion_matrix
+from .overlap.neuro_iou import neuro_iou_loss
 from .pixelwise.binary_cross_entropy import binary_cross_entropy
 from .pixelwise.cross_entropy import cross_entropy
 from .pixelwise.focal_loss import focal_loss
@@ -16,6 +17,7 @@ __all__ = [
     "cross_entropy",
     "focal_loss",
     "margin_calibrated_loss",
+    "neuro_iou_loss",
     "rmi_loss",
     "ssim",
     "ssim_loss",

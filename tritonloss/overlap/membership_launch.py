@@ -55,9 +55,7 @@ def _saved_of_hinges(logits: torch.Tensor, interpolated: bool) -> tuple[torch.dt
     return _saved(logits, True)
 
 
-def _saved_of_probabilities(
-    logits: torch.Tensor, interpolated: bool
-) -> tuple[torch.dtype, ...]:
+def _saved_of_probabilities(logits: torch.Tensor, interpolated: bool) -> tuple[torch.dtype, ...]:
     return _saved(logits, False)
 
 

@@ -18,6 +18,8 @@ from kernels_reference.neuro_iou import membership_sums as membership_sums_refer
 
 from .._core import checks
 from .._core.backend import serves_triton
+from .._core.example import Example
+from .._core.loss_module import LossModule
 from .._core.operator import Operator
 from .iou_surrogate import SCORES, IoUPairs, IoUSurrogate
 from .membership_launch import (
@@ -93,10 +95,13 @@ def membership_sums(
 
 # --- examples for the surrogate -------------------------------------------------------------------
 
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+Source = Callable[[torch.Tensor], torch.Tensor] | Batches
+
 
 def collect_iou_pairs(
-    source: Callable[[torch.Tensor], torch.Tensor] | Iterable[tuple[torch.Tensor, torch.Tensor]],
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    source: Source,
+    batches: Batches | None = None,
     *,
     score: str = "probability",
     ignore_index: int | None = checks.IGNORE_INDEX,
@@ -126,25 +131,39 @@ def collect_iou_pairs(
         torch.Size([12, 3])
     """
     checks.check_option("score", score, SCORES)
-    found = IoUPairs(
-        torch.zeros(0, 3),
-        torch.zeros(0, 3, dtype=torch.int64),
-        torch.zeros(0, dtype=torch.int64),
-        score,
-    )
-    parts = [found]
+    parts = [_no_pairs(score)]
     with torch.no_grad(), _evaluating(source):
-        for first, target in source if batches is None else batches:
-            logits = first if batches is None else source(first)
-            sums, counts = membership_sums(
-                logits, target, score=score, ignore_index=ignore_index
-            )
+        for logits, target in _logits_of(source, batches):
+            sums, counts = membership_sums(logits, target, score=score, ignore_index=ignore_index)
             present = counts[..., 0] + counts[..., 2] > 0
             pixels = torch.full((int(present.sum()),), target[0].numel())
             parts.append(
                 IoUPairs(sums[present].float().cpu(), counts[present].cpu(), pixels, score)
             )
-    return IoUPairs(*(torch.cat([part[i] for part in parts]) for i in range(3)), score)
+    return IoUPairs(
+        torch.cat([part.sums for part in parts]),
+        torch.cat([part.counts for part in parts]),
+        torch.cat([part.pixels for part in parts]),
+        score,
+    )
+
+
+def _no_pairs(score: str) -> IoUPairs:
+    none = torch.zeros(0, dtype=torch.int64)
+    return IoUPairs(torch.zeros(0, 3), none.view(0, 1).expand(0, 3), none, score)
+
+
+def _logits_of(source: Source, batches: Batches | None) -> Batches:
+    """(logits, target) of every batch."""
+    if callable(source):
+        if batches is None:
+            raise TypeError("batches must be given where source is a network; got None")
+        for images, target in batches:
+            yield source(images), target
+    elif batches is not None:
+        raise TypeError("batches must be None where source holds logits; got batches")
+    else:
+        yield from source
 
 
 @contextmanager
@@ -212,10 +231,8 @@ def neuro_iou_loss(
         >>> fit = tritonloss.fit_iou_surrogate(pairs, steps=10, progress=False)
         >>> tritonloss.functional.neuro_iou_loss(logits, target, fit.surrogate).backward()
     """
-    _check_surrogate(surrogate)
-    sums, counts = membership_sums(
-        logits, target, score=surrogate.score, ignore_index=ignore_index
-    )
+    _check_options(surrogate, ignore_index)
+    sums, counts = membership_sums(logits, target, score=surrogate.score, ignore_index=ignore_index)
     pixels = max(target.shape[1] * target.shape[2], 1)
     present = counts[..., 0] + counts[..., 2] > 0
     losses = surrogate.frozen(sums, counts, pixels)
@@ -224,21 +241,21 @@ def neuro_iou_loss(
     return total / present.sum().clamp(min=1)
 
 
-def _check_surrogate(surrogate: IoUSurrogate) -> None:
+def _check_options(surrogate: IoUSurrogate, ignore_index: int | None) -> None:
     if not isinstance(surrogate, IoUSurrogate):
         raise TypeError(f"surrogate must be an IoUSurrogate; got {type(surrogate).__name__}")
+    checks.check_ignore_index(ignore_index)
 
 
-class NeuroIoULoss(nn.Module):
+class NeuroIoULoss(LossModule, function=neuro_iou_loss, check=_check_options):
     """:func:`tritonloss.functional.neuro_iou_loss` as a module, which keeps its surrogate.
 
     Args:
-        surrogate: a fitted :class:`tritonloss.IoUSurrogate`. It is frozen: its weights need no
-            gradient from then on.
-        ignore_index: label of pixels that are in no set, any integer or None. Default 255.
+        surrogate: a fitted :class:`tritonloss.IoUSurrogate`.
+        ignore_index: as for the function.
 
     Raises:
-        TypeError, ValueError: as :func:`tritonloss.functional.neuro_iou_loss`.
+        TypeError, ValueError: as the function.
 
     Example:
         >>> import torch, tritonloss
@@ -247,19 +264,20 @@ class NeuroIoULoss(nn.Module):
         torch.Size([])
     """
 
-    def __init__(
-        self, surrogate: IoUSurrogate, *, ignore_index: int | None = checks.IGNORE_INDEX
-    ) -> None:
-        super().__init__()
-        _check_surrogate(surrogate)
-        checks.check_ignore_index(ignore_index)
-        self.surrogate = surrogate.requires_grad_(False)
-        self.ignore_index = ignore_index
 
-    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The loss of logits [N, C, H, W] and labels [N, H, W], a scalar."""
-        return neuro_iou_loss(logits, target, self.surrogate, ignore_index=self.ignore_index)
+def _unfitted() -> IoUSurrogate:
+    """A network for examples, the same one each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return IoUSurrogate(layers=1, nodes=8).requires_grad_(False)
 
-    def extra_repr(self) -> str:
-        """The option, for printing."""
-        return f"ignore_index={self.ignore_index}"
+
+EXAMPLES = (
+    Example(
+        "neuro_iou_loss",
+        neuro_iou_loss,
+        MEMBERSHIP_SUMS,
+        {"surrogate": _unfitted()},
+        module=NeuroIoULoss,
+    ),
+)
