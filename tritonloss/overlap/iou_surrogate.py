@@ -23,10 +23,7 @@ from .._core import checks
 from .._core.progress import Progress
 
 SCORES = ("probability", "hinge")
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "tanh": torch.tanh,
-    "softplus": F.softplus,
-}
+_ACTIVATIONS = ("tanh", "softplus")
 
 
 class IoUPairs(NamedTuple):
@@ -108,7 +105,7 @@ class IoUSurrogate(nn.Module):
         if inputs not in (3, 6):
             raise ValueError(f"inputs must be 3 or 6; got {inputs}")
         checks.check_option("score", score, SCORES)
-        checks.check_option("activation", activation, tuple(_ACTIVATIONS))
+        checks.check_option("activation", activation, _ACTIVATIONS)
         checks.check_positive("layers", layers)
         checks.check_positive("nodes", nodes)
         self.inputs, self.score = inputs, score
@@ -151,17 +148,10 @@ class IoUSurrogate(nn.Module):
 
     def of_features(self, features: torch.Tensor, *, frozen: bool = False) -> torch.Tensor:
         """The outputs [...] for features [..., inputs], in their dtype, whatever autocast says."""
-        activate = _ACTIVATIONS[self.activation]
-        with torch.autocast(features.device.type, enabled=False):
-            x = features * self.scale.to(features.dtype)
-            for place, layer in enumerate(self._linears()):
-                weight, bias = layer.weight.to(x.dtype), layer.bias.to(x.dtype)
-                if frozen:
-                    weight, bias = weight.detach(), bias.detach()
-                x = F.linear(x, weight, bias)
-                if place < self.layers:
-                    x = activate(x)
-        return x.squeeze(-1)
+        weights = [weight.detach() if frozen else weight for weight in self.linear.parameters()]
+        scaled = features * self.scale.to(features.dtype)
+        outputs: torch.Tensor = _Network.apply(scaled, self.activation, *weights)  # type: ignore[no-untyped-call]
+        return outputs.squeeze(-1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save the weights, the scale and the options; :meth:`load` reads them again."""
@@ -179,12 +169,69 @@ class IoUSurrogate(nn.Module):
         """The options, for printing."""
         return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
 
-    def _linears(self) -> list[nn.Linear]:
-        return [layer for layer in self.linear if isinstance(layer, nn.Linear)]
-
     def _options(self) -> dict[str, Any]:
         names = ("inputs", "score", "layers", "nodes", "activation")
         return {name: getattr(self, name) for name in names}
+
+
+class _Network(torch.autograd.Function):
+    """A network's outputs and their gradient, neither of which autocast changes.
+
+    PyTorch's own gradient of a layer is one of 16 bits if autocast is on in the backward pass.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, activation: str, *weights: torch.Tensor) -> torch.Tensor:
+        """The outputs [..., 1] for inputs [..., D]; ``weights`` are a matrix and a bias a layer."""
+        return _layers(x, activation, weights)[-1]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Keep the inputs: the layers' outputs are small, and made again."""
+        x, ctx.activation, *weights = inputs
+        ctx.save_for_backward(x, *weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of the inputs and of the weights, by differentiable operations."""
+        x, *weights = ctx.saved_tensors
+        gradients: list[torch.Tensor | None] = []
+        with torch.autocast(x.device.type, enabled=False):
+            befores = [x, *_layers(x, ctx.activation, weights)[:-1]]
+            for place in reversed(range(len(befores))):
+                weight, before = weights[2 * place].to(x.dtype), befores[place]
+                if place < len(befores) - 1:
+                    grad = grad * _slope(befores[place + 1], ctx.activation)
+                needs_weight, needs_bias = ctx.needs_input_grad[2 + 2 * place : 4 + 2 * place]
+                rows = grad.flatten(0, -2)
+                gradients.insert(0, rows.sum(0) if needs_bias else None)
+                of_weight = rows.mT @ before.flatten(0, -2) if needs_weight else None
+                gradients.insert(0, of_weight)
+                grad = grad @ weight
+        return (grad, None, *gradients)
+
+
+def _layers(
+    x: torch.Tensor, activation: str, weights: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """What each layer returns."""
+    found = []
+    with torch.autocast(x.device.type, enabled=False):
+        for place in range(0, len(weights), 2):
+            weight, bias = (each.to(x.dtype) for each in weights[place : place + 2])
+            x = F.linear(x, weight, bias)
+            if place + 2 < len(weights):
+                x = torch.tanh(x) if activation == "tanh" else F.softplus(x)
+            found.append(x)
+    return found
+
+
+def _slope(activated: torch.Tensor, activation: str) -> torch.Tensor:
+    """The derivative of an activation where it has this value."""
+    # log(1 + e^x) has the derivative 1 / (1 + e^-x), which is 1 - e^-y where y is its value.
+    return 1 - activated.square() if activation == "tanh" else -torch.expm1(-activated)
 
 
 def fit_iou_surrogate(

@@ -40,8 +40,6 @@ from .._engine.pixels import Given, class_of, for_classes
 from ..pixelwise.softmax import softmax_add, softmax_of_lanes, softmax_start
 
 _NO_CLASS = tl.constexpr(1 << 30)
-# Three counts of a tile in one number: below 2^10 each.
-_MOST_PIXELS = tl.constexpr(512)
 
 
 class Options(NamedTuple):
@@ -184,7 +182,12 @@ def members_factors(
         all_classes = scale
     else:
         own_logit, logit = looked_up
-        predicted = tl.where(pixel.label >= 0, saved[len(saved) - 1].to(tl.int32), -1)
+        if OPTIONS.hinge:
+            (place,) = saved
+            log_sum = scale
+        else:
+            log_sum, place = saved
+        predicted = tl.where(pixel.label >= 0, place.to(tl.int32), -1)
         is_right = predicted == own
         right = _entry(given, own, 0, TILE)
         of_predicted = scale * tl.where(is_right, right, _entry(given, predicted, 1, TILE))
@@ -194,10 +197,8 @@ def members_factors(
             rises = tl.where(logit >= -1.0, 1.0, 0.0)
             of_predicted *= tl.where(is_right, tl.where(logit <= 1.0, -1.0, 0.0), rises)
             of_own *= tl.where(own_logit <= 1.0, -1.0, 0.0)
-            log_sum = scale
             all_classes = scale
         else:
-            log_sum = saved[0]
             of_predicted *= tl.exp2(-log_sum)
             of_own *= tl.exp2((own_logit - logit) * LOG2_E - log_sum)
             all_classes = -(of_predicted + of_own)
@@ -258,7 +259,10 @@ def no_sums(BINS: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def add_members(sums, members, BINS: tl.constexpr):
     """The sums with a tile of pixels more: of one class after the other that a pixel has."""
-    tl.static_assert(members.own.shape[0] <= _MOST_PIXELS, "counts of more pixels have no room")
+    # Three counts in one number, of ten bits each, or twenty where a tile may have 2^10 pixels.
+    BITS: tl.constexpr = 10 if members.own.shape[0] < 1024 else 20
+    one = tl.full((), 1, tl.int32 if BITS == 10 else tl.int64)
+    most = (one << BITS) - 1
     number = tl.arange(0, BINS)
     chosen = _smallest_above(members, -1)
     while chosen < _NO_CLASS:
@@ -270,16 +274,18 @@ def add_members(sums, members, BINS: tl.constexpr):
         true_positive = tl.sum(tl.where(is_right, members.of_predicted, 0.0))
         false_positive = tl.sum(tl.where(is_wrong, members.of_predicted, 0.0))
         false_negative = tl.sum(tl.where(is_missed, members.of_own, 0.0))
-        ones = tl.where(is_right, 1, tl.where(is_wrong, 1 << 10, tl.where(is_missed, 1 << 20, 0)))
+        last = tl.where(is_missed, one << (2 * BITS), 0)
+        ones = tl.where(is_right, one, tl.where(is_wrong, one << BITS, last))
         counts = tl.sum(ones)
+        right, wrong, missed = counts & most, (counts >> BITS) & most, counts >> (2 * BITS)
         here = number == chosen
         sums = Sums(
             true_positive=sums.true_positive + tl.where(here, true_positive, 0.0),
             false_positive=sums.false_positive + tl.where(here, false_positive, 0.0),
             false_negative=sums.false_negative + tl.where(here, false_negative, 0.0),
-            true_positives=sums.true_positives + tl.where(here, counts & 1023, 0),
-            false_positives=sums.false_positives + tl.where(here, (counts >> 10) & 1023, 0),
-            false_negatives=sums.false_negatives + tl.where(here, counts >> 20, 0),
+            true_positives=sums.true_positives + tl.where(here, right, 0).to(tl.int32),
+            false_positives=sums.false_positives + tl.where(here, wrong, 0).to(tl.int32),
+            false_negatives=sums.false_negatives + tl.where(here, missed, 0).to(tl.int32),
         )
         chosen = _smallest_above(members, chosen)
     return sums

@@ -7,9 +7,10 @@ from them is small: it is PyTorch's, and so is the gradient it returns to the su
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,12 +19,16 @@ from kernels_reference.neuro_iou import membership_sums as membership_sums_refer
 
 from .._core import checks
 from .._core.backend import serves_triton
+from .._core.configurations import Launch, TuningCase
 from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._core.operator import Operator
+from .._core.tuning_inputs import random_labels, random_map
+from .._engine.pixel_tuning import pixel_candidates
 from .iou_surrogate import SCORES, IoUPairs, IoUSurrogate
 from .membership_launch import (
     MOST_CLASSES,
+    PROBABILITY,
     MembershipResults,
     allocated,
     launch_sums,
@@ -74,6 +79,31 @@ MEMBERSHIP_SUMS = Operator(
     options=Options,
     returned=2,
 )
+
+
+def tuning_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` measures for this slice: the most common, and no more."""
+    return [
+        TuningCase(
+            f"{PROBABILITY.name}_{direction}",
+            19,
+            1,
+            dtype,
+            layout,
+            functools.partial(_tuning_pass, dtype, layout),
+            pixel_candidates(PROBABILITY, direction, dtype, 19, layout),
+        )
+        for layout in ("contiguous", "channels_last", "strided")
+        for dtype in (torch.float32, torch.bfloat16)
+        for direction in ("forward", "backward")
+    ]
+
+
+def _tuning_pass(dtype: torch.dtype, layout: str, device: torch.device) -> Launch:
+    shape = (2, 19, 512, 1024)
+    logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
+    target = random_labels(shape, device)
+    return lambda: MEMBERSHIP_SUMS.both_passes(logits, target, options=Options())
 
 
 def membership_sums(
@@ -266,10 +296,18 @@ class NeuroIoULoss(LossModule, function=neuro_iou_loss, check=_check_options):
 
 
 def _unfitted() -> IoUSurrogate:
-    """A network for examples, the same one each time."""
+    """A network that nobody has fitted, the same one each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return IoUSurrogate(layers=1, nodes=8).requires_grad_(False)
+
+
+_UNFITTED = _unfitted()
+
+
+def _with_a_network(logits: torch.Tensor, target: torch.Tensor) -> tuple[Any, ...]:
+    """Logits, target and the network below."""
+    return logits, target, _UNFITTED.to(logits.device)
 
 
 EXAMPLES = (
@@ -277,7 +315,7 @@ EXAMPLES = (
         "neuro_iou_loss",
         neuro_iou_loss,
         MEMBERSHIP_SUMS,
-        {"surrogate": _unfitted()},
         module=NeuroIoULoss,
+        arguments=_with_a_network,
     ),
 )
