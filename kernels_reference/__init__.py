@@ -5,6 +5,7 @@ from kernels_reference.gaussian_window import gaussian_statistics, gaussian_wind
 from kernels_reference.label_statistics import count_labels, margin_offsets
 from kernels_reference.lovasz import lovasz_hinge_loss, lovasz_softmax_loss
 from kernels_reference.margin_calibration import margin_calibrated_loss, margins
+from kernels_reference.neuro_iou import membership_sums, neuro_iou_loss
 from kernels_reference.overlap import (
     dice_loss,
     generalized_dice_loss,
@@ -36,6 +37,8 @@ __all__ = [
     "margin_calibrated_loss",
     "margin_offsets",
     "margins",
+    "membership_sums",
+    "neuro_iou_loss",
     "predict",
     "rmi_loss",
     "soft_iou_loss",

@@ -41,6 +41,10 @@ COMMANDS = {
     "compare": ("report.compare", "the rows that moved between two reports"),
     "record": ("report.record", "add a report's GPU rows to perf/results"),
     "summary": ("report.summary", "what a report's rows come to, as a table"),
+    "surrogate": (
+        "training.surrogate",
+        "fit the network that NeuroIoU is trained with, on the photographs",
+    ),
     "train": ("training.train", "train a small network on photographs with each loss"),
 }
 

@@ -12,8 +12,10 @@ from .metrics.confusion import confusion_matrix, predict
 from .metrics.label_statistics import MarginOffsets, count_labels, margin_offsets
 from .overlap.dice import DiceLoss
 from .overlap.generalized_dice import GeneralizedDiceLoss
+from .overlap.iou_surrogate import IoUPairs, IoUSurrogate, SurrogateFit, fit_iou_surrogate
 from .overlap.lovasz import LovaszSoftmaxLoss
 from .overlap.lovasz_hinge import LovaszHingeLoss
+from .overlap.neuro_iou import NeuroIoULoss, collect_iou_pairs
 from .overlap.soft_iou import SoftIoULoss
 from .overlap.tversky import TverskyLoss
 from .pixelwise.binary_cross_entropy import BinaryCrossEntropyLoss
@@ -33,15 +35,21 @@ __all__ = [
     "GeneralizedDiceLoss",
     "LovaszHingeLoss",
     "LovaszSoftmaxLoss",
+    "IoUPairs",
+    "IoUSurrogate",
     "MarginCalibratedLoss",
     "MarginOffsets",
+    "NeuroIoULoss",
     "RMILoss",
     "SSIMLoss",
     "SoftIoULoss",
     "StructuralSimilarityLoss",
     "TverskyLoss",
+    "SurrogateFit",
+    "collect_iou_pairs",
     "confusion_matrix",
     "count_labels",
+    "fit_iou_surrogate",
     "functional",
     "gaussian_statistics",
     "linalg",

@@ -5,6 +5,7 @@ from .overlap.dice import dice_loss
 from .overlap.generalized_dice import generalized_dice_loss
 from .overlap.lovasz import lovasz_softmax_loss
 from .overlap.lovasz_hinge import lovasz_hinge_loss
+from .overlap.neuro_iou import neuro_iou_loss
 from .overlap.soft_iou import soft_iou_loss
 from .overlap.tversky import tversky_loss
 from .pixelwise.binary_cross_entropy import binary_cross_entropy
@@ -26,6 +27,7 @@ __all__ = [
     "lovasz_hinge_loss",
     "lovasz_softmax_loss",
     "margin_calibrated_loss",
+    "neuro_iou_loss",
     "rmi_loss",
     "soft_iou_loss",
     "ssim",

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from perf import text
 from perf.training.photographs import CLASSES, VOID, Photograph, photographs
-from tritonloss import MarginOffsets, count_labels, margin_offsets
+from tritonloss import IoUSurrogate, MarginOffsets, count_labels, margin_offsets
 from tritonloss._core.example import Example
 from tritonloss._core.progress import Progress
 from tritonloss._tools.examples import examples
@@ -96,8 +96,15 @@ def _offsets() -> MarginOffsets:
     return margin_offsets(count_labels(labels, len(CLASSES), ignore_index=VOID))
 
 
+@functools.cache
+def _surrogate() -> IoUSurrogate:
+    """The network that has learnt the IoU on the training parts (`python -m perf surrogate`)."""
+    return IoUSurrogate.load(SURROGATE)
+
+
+SURROGATE = Path(__file__).with_name("iou_surrogate.pt")
 # Required options whose values come from the data set, by their names. Others are the example's.
-_OF_THE_DATA: Mapping[str, Callable[[], object]] = {"offsets": _offsets}
+_OF_THE_DATA: Mapping[str, Callable[[], object]] = {"offsets": _offsets, "surrogate": _surrogate}
 
 
 def _with_defaults(example: Example) -> Loss:
@@ -242,12 +249,12 @@ def train(
     seconds = []
     for step, (images, labels) in enumerate(batches(scenes, settings, seed)):
         current = LOSSES[BASELINE if step < settings.warm_up else name]
-        seconds.append(_step(network, optimizer, current, images, labels))
+        seconds.append(step_of(network, optimizer, current, images, labels))
         schedule.step()
     return network, pandas.DataFrame(seconds[settings.warm_up :], columns=["step", "loss"])
 
 
-def _step(
+def step_of(
     network: Network, optimizer: torch.optim.Optimizer, loss: Loss, images: Tensor, labels: Tensor
 ) -> tuple[float, float]:
     """(seconds of a step of training, seconds of the loss in it).

@@ -18,9 +18,11 @@ from torch.nn import functional as F
 import tritonloss
 from tests.oracle import LAYOUTS, as_layout
 from tests.slices import one_of_each
+from tritonloss import IoUSurrogate
 from tritonloss._core import checks
 from tritonloss.functional import (
     binary_cross_entropy,
+    neuro_iou_loss,
     rmi_loss,
     ssim_loss,
     structural_similarity_loss,
@@ -128,6 +130,27 @@ def rmi_oracle(
     return 0.3 * entropy + 0.7 * total / z.size(0)
 
 
+def neuro_oracle(z: Tensor, y: Tensor, m: Tensor) -> Tensor:
+    """The mask's IoU loss as the network below takes it for, mean over images that have a mask."""
+    found = (z > 0).double() * m
+    parts = (y * found, (1 - y) * found, y * (1 - found) * m)
+    sums = torch.stack([(z.sigmoid() * part).sum((1, 2, 3)) for part in parts], 1)
+    first, last = (layer for layer in NETWORK.linear if isinstance(layer, torch.nn.Linear))
+    hidden = (sums / z[0].numel() * 3.0) @ first.weight.double().T + first.bias.double()
+    losses = (hidden.tanh() @ last.weight.double().T + last.bias.double()).squeeze(1)
+    present = (y * m).sum((1, 2, 3)) > 0
+    return torch.where(present, losses, 0).sum() / present.sum().clamp(min=1)
+
+
+def network() -> IoUSurrogate:
+    """A network of one hidden layer that nobody has fitted."""
+    torch.manual_seed(5)
+    surrogate = IoUSurrogate(layers=1, nodes=8).requires_grad_(False)
+    surrogate.scale.fill_(3.0)
+    return surrogate
+
+
+NETWORK = network()
 RMI: dict[str, Any] = {"region_size": 2, "pool_size": 2, "epsilon": 1e-2, "bce_weight": 0.3}
 WAYS: dict[str, tuple[Callable[..., Any], dict[str, Any], Oracle, dict[str, Any]]] = {
     "bce": (binary_cross_entropy, {}, entropy_oracle, {}),
@@ -146,17 +169,16 @@ WAYS: dict[str, tuple[Callable[..., Any], dict[str, Any], Oracle, dict[str, Any]
         for pooling in ("avg", "max", "nearest", None)
         for ignore in ("zero", "drop")
     },
+    "neuro": (neuro_iou_loss, {"surrogate": NETWORK}, neuro_oracle, {}),
 }  # fmt: skip
 
 
 # One for each kernel that reads labels.
-FEW = pytest.mark.parametrize(
-    "way",
-    [
-        "bce", "ssl-3", "ssl-7", "ssim-5", "rmi-avg-zero", "rmi-max-zero", "rmi-nearest-drop",
-        "rmi-None-zero", "rmi-None-drop",
-    ],
-)  # fmt: skip
+OF_SIGMOIDS = [
+    "bce", "ssl-3", "ssl-7", "ssim-5", "rmi-avg-zero", "rmi-max-zero", "rmi-nearest-drop",
+    "rmi-None-zero", "rmi-None-drop",
+]  # fmt: skip
+FEW = pytest.mark.parametrize("way", [*OF_SIGMOIDS, "neuro"])
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "reference"])
 
 
@@ -276,7 +298,7 @@ def test_labels_that_are_neither(
 
 
 @BACKENDS
-@FEW
+@pytest.mark.parametrize("way", OF_SIGMOIDS)
 def test_two_classes_are_two_masks(way: str, backend: str, device: torch.device) -> None:
     """Class 1 of two is the mask, class 0 its complement; SSIM and SSL average over the classes."""
     options: dict[str, Any] = {}

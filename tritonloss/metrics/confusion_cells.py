@@ -21,8 +21,9 @@ from .._engine.cells import (
     shares_of_rows,
     together,
 )
+from .._engine.largest import largest_place
 from .._engine.pixels import Pixel
-from .confusion_kernels import count_pairs, largest_place
+from .confusion_kernels import count_pairs
 
 
 class Place(NamedTuple):

@@ -1,33 +1,21 @@
-"""Device code of the confusion matrix: each pixel's largest logit, and pairs of classes counted.
+"""Device code of the confusion matrix: pairs of classes counted.
 
-The search for the largest logit is a record as far as it folds: the walk over logits does not know
-it from a loss. It finds what torch.argmax does on a CPU: of equal logits the first, and NaN before
-any number.
-
-Counting: a pixel's label and its predicted class are a pair. Pixels of a program are near each
-other, so most of them are of few pairs, and a sum for each pixel would queue at few addresses. A
-program adds up its own first: up to 32 classes in a histogram of all pairs, of which it adds those
-to the matrix that occur; with more classes it takes a pixel at a time, as if drawn by lot, and
-counts all that are of the same pair, a few times over, before it adds the rest one by one. Integers
-are the same in any order, so that atomic sums are deterministic.
+A pixel's label and its predicted class are a pair. Pixels of a program are near each other, so most
+of them are of few pairs, and a sum for each pixel would queue at few addresses. A program adds up
+its own first: up to 32 classes in a histogram of all pairs, of which it adds those to the matrix
+that occur; with more classes it takes a pixel at a time, as if drawn by lot, and counts all that
+are of the same pair, a few times over, before it adds the rest one by one. Integers are the same in
+any order, so that atomic sums are deterministic.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
+from .._engine.largest import largest_place
 from .._engine.pixel_walk import fold, load_pixels, run_of_pixels, view_of
-from .._engine.pixels import (
-    Pixel,
-    class_of,
-    for_classes,
-    no_class_yet,
-    nothing_yet,
-    smallest_of_lanes,
-)
+from .._engine.pixels import Pixel
 
 # Pairs of classes that a program has a histogram of.
 _MOST_BINS = tl.constexpr(1024)
@@ -36,66 +24,6 @@ _MOST_BINS = tl.constexpr(1024)
 _DRAWS = tl.constexpr(4)
 # Odd: multiplied by it modulo a power of two, numbers are in disorder, and none is lost.
 _DISORDER = tl.constexpr(421)
-_NO_CLASS = tl.constexpr(1 << 30)
-
-
-class Options(NamedTuple):
-    """What of the question a kernel is compiled for."""
-
-    binary: bool  # one channel: above 0 it is class 1, else class 0
-
-
-class Largest(NamedTuple):
-    """The largest logit so far, [pixels] or [pixels, lanes]."""
-
-    logit: Any
-    place: Any  # its class
-
-
-# --- the largest logit ----------------------------------------------------------------------------
-
-
-@triton.jit
-def largest_start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """Class 0, which is below all others, or, in one channel, beside a logit of 0."""
-    lowest: tl.constexpr = 0.0 if OPTIONS.binary else float("-inf")
-    return Largest(logit=nothing_yet(lowest, TILE), place=no_class_yet(TILE))
-
-
-@triton.jit
-def largest_add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """The largest logit with a block of classes."""
-    logit = state.logit
-    place = state.place
-    for j in tl.static_range(len(block.logits)):
-        here = block.logits[j]
-        if OPTIONS.binary:
-            place = tl.where(here > logit, 1, place)
-        else:
-            # A NaN is not below, and once found it stays.
-            is_larger = (logit == logit) & ~(here <= logit)
-            place = tl.where(is_larger, class_of(block, j, TILE), place)
-            logit = tl.where(is_larger, here, logit)
-    return Largest(logit=logit, place=place)
-
-
-@triton.jit
-def largest_place(state, TILE: tl.constexpr):
-    """The class of each pixel's largest logit, int32 [pixels]."""
-    if TILE.lanes == 1:
-        place = state.place
-    else:
-        largest = for_classes(tl.reduce(state.logit, 1, _larger), TILE)
-        # Nothing equals a NaN, so that where there is one only such lanes are left.
-        found = (state.logit == largest) | (state.logit != state.logit)
-        place = smallest_of_lanes(tl.where(found, state.place, _NO_CLASS), TILE)
-    return place
-
-
-@triton.jit
-def _larger(a, b):
-    """The larger number; NaN if one of them is."""
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 # --- counting -------------------------------------------------------------------------------------

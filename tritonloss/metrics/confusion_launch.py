@@ -10,18 +10,16 @@ import torch
 from .._core.backend import device_guard
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._engine.cell_grid import axes_of, cell_heuristic, over_cells, pointers_of
+from .._engine.largest import Options, largest_add, largest_start
 from .._engine.pixel_grid import in_grains, over_pixels
 from .._engine.pixel_terms import Loss, Term, Walk, terms_of
 from .._engine.pixels import Record, no_lookups
 from .._engine.planes import ignored_class
 from .confusion_cells import _upsampled_confusion_kernel, _upsampled_predict_kernel
 from .confusion_kernels import (
-    Options,
     _confusion_matrix_kernel,
     _label_confusion_kernel,
     _predict_kernel,
-    largest_add,
-    largest_start,
 )
 
 # Configurations are those of a loss's forward pass, kept under this name; of interpolated logits

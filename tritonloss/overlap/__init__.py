@@ -1,1 +1,1 @@
-"""Losses of overlap between a class's probabilities and its pixels: dice, Tversky, soft IoU."""
+"""Losses of overlap between a class's probabilities and its pixels: dice, Tversky, IoU, Lovász."""
