@@ -81,8 +81,6 @@ WRONG: dict[str, list[Any]] = {
     "log_loss": ["yes"],
     "reduction": ["average", None],
     "ignore_index": [1.0, "255", 2**70],
-    "per_image": [1],
-    "classes": ["absent", (), (1, 1), (-1,)],
     "exact": [0],
     "bins": [1023, 2**20, 1024.0],
 }

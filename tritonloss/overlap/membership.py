@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .._engine.class_sums import run_at
 from .._engine.largest import Largest, largest_add, largest_logit, largest_place, largest_start
 from .._engine.math import LOG2_E, sigmoid_base2
 from .._engine.pixel_walk import (
-    Run,
     factors_of,
     fold,
     load_pixels,
@@ -344,7 +344,7 @@ def _membership_sums_kernel(
     image = (program // programs).to(tl.int64)
     sums = no_sums(BINS, TILE)
     for round in tl.range(0, rounds):
-        run = _run_at(image, program % programs + round * programs, pixels, width, TILE)
+        run = run_at(image, program % programs + round * programs, pixels, width, TILE)
         pixel = load_pixels(target_ptr, target_strides, run, IGNORED, BINARY, TILE)
         view = view_of(logits_ptr, logits_strides, run, TILE)
         (state,) = fold(view, pixel, ((),), full, TERMS, TILE)
@@ -391,13 +391,3 @@ def _membership_backward_kernel(
         maps = maps + (tl.load(map_ptrs[i] + position, mask=pixel.inside, other=0),)
     factors = of_each(factors_of, (scales, maps, view, pixel, given), TERMS, TILE)
     write_gradients(factors, (view, grad_view), pixel, given, full, TERMS, TILE)
-
-
-@triton.jit
-def _run_at(image, number, pixels, width, TILE: tl.constexpr):
-    """A run of pixels of an image, by its number; beyond the image it has none."""
-    PIXELS: tl.constexpr = TILE.pixels
-    first = number.to(tl.int64) * PIXELS
-    local = tl.arange(0, PIXELS)
-    inside = first + local < pixels.to(tl.int64) * TILE.grain
-    return Run(image=image, first=first, local=local, inside=inside, width=width)
