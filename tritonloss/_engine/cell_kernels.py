@@ -5,20 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cell_walk import (
+from .cell_gradients import (
     Backward,
-    Forward,
     Gradient,
     Upstream,
-    finish_pixels,
-    fold_cells,
     join_rows,
-    load_pixel_of,
     nothing_waits,
-    of_pixels,
     store_nodes,
     sums_of_cells,
 )
+from .cell_walk import Forward, finish_pixels, fold_cells, load_pixel_of, of_pixels
 from .cells import (
     Axis,
     cells_at,
