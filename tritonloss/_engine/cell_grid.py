@@ -274,10 +274,16 @@ def _cell_tile(
         chunks=chunks,
         nodes=nodes,
         near=target.stride(2) == 1,
+        far=_extent(logits) >= 2**31,
         ignored=labels["IGNORED"],
         binary=labels["BINARY"],
         reduced=walk.reduction != "none",
     )
+
+
+def _extent(logits: torch.Tensor) -> int:
+    """The offset of the last node of an image from the first one, in elements."""
+    return sum((logits.size(axis) - 1) * logits.stride(axis) for axis in (2, 3))
 
 
 def _sizes(

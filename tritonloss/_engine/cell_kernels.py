@@ -80,7 +80,7 @@ def _upsampled_forward_kernel(
     cells = further(cells, band * CELLS.rows, chunk * CELLS.columns, sizes)
     # A loss whose sums do not ask for the labels keeps none of them: they are loaded once more.
     walk = Forward(
-        nodes=nodes_around(logits_ptr, logits_strides, image, row, column, sizes),
+        nodes=nodes_around(logits_ptr, logits_strides, image, row, column, sizes, CELLS),
         pixels=of_pixels(load_pixel_of, (cells, sizes), TERMS, TILE, CELLS),
         given=of_each(given_to, (own_ptrs, other_ptrs, numbers), TERMS, TILE),
         row_shares=shares_of_rows(rows, cells, sizes, CELLS),
@@ -193,7 +193,7 @@ def _upsampled_backward_kernel(
     for i in tl.range(0, CELLS.nodes + 1):
         row = first_row + i
         cells = cells_at((rows, columns), row, column, (target_ptr, target_strides), image, sizes)
-        nodes = nodes_around(logits_ptr, logits_strides, image, row, column, sizes)
+        nodes = nodes_around(logits_ptr, logits_strides, image, row, column, sizes, CELLS)
         sums = sums_of_cells(walk, nodes, cells, first_class, TERMS, TILE, CELLS)
         complete, waiting = join_rows(waiting, sums, TILE)
         if i > 0:

@@ -93,8 +93,10 @@ def _add_block(
 def load_corners(nodes, first, COUNT: tl.constexpr, TILE: tl.constexpr):
     """The logits and steps of each cell, of every class of a block."""
     corners = ()
-    for j in tl.static_range(COUNT):
-        corners = corners + (load_corner(nodes, first + j, TILE),)
+    logits = nodes.pointer + first * nodes.stride
+    for _ in tl.static_range(COUNT):
+        corners = corners + (load_corner(nodes, logits, TILE),)
+        logits += nodes.stride
     return corners
 
 

@@ -35,6 +35,7 @@ class CellTile(NamedTuple):
     chunks: int  # of so many columns, until the widest cell is done
     nodes: int  # rows of nodes of a program, going back
     near: bool  # neighbouring labels lie side by side
+    far: bool  # nodes of an image lie so far apart that offsets take 64 bits
     ignored: int  # the ignored label if it would be a class, else -1
     binary: bool  # labels are 0 and 1, of one class
     reduced: bool  # the values are: all pixels have one upstream gradient
@@ -60,13 +61,14 @@ class Axis(NamedTuple):
 
 
 class Nodes(NamedTuple):
-    """The four nodes around each cell, [cells] each: pointers to their logits of class 0."""
+    """The four nodes around each cell: offsets of their logits, [cells] each, from the image's."""
 
+    pointer: Any  # to the image's logits of class 0
+    stride: Any  # from class to class
     above_left: Any
     above_right: Any
     below_left: Any
     below_right: Any
-    stride: Any  # from class to class
 
 
 class Cells(NamedTuple):
@@ -136,19 +138,21 @@ def further(cells, rows, columns, sizes):
 
 
 @triton.jit
-def nodes_around(logits_ptr, strides, image, row, column, sizes):
+def nodes_around(logits_ptr, strides, image, row, column, sizes, CELLS: tl.constexpr):
     """The nodes around the cells in these rows and columns of cells; no index leaves the map."""
-    start = logits_ptr + image * strides[0]
-    above = tl.minimum(tl.maximum(row - 1, 0), sizes.height - 1) * wide(strides[2])
-    below = tl.minimum(row, sizes.height - 1) * wide(strides[2])
-    left = tl.minimum(tl.maximum(column - 1, 0), sizes.width - 1) * wide(strides[3])
-    right = tl.minimum(column, sizes.width - 1) * wide(strides[3])
+    row_stride = wide(strides[2]) if CELLS.far else strides[2]
+    column_stride = wide(strides[3]) if CELLS.far else strides[3]
+    above = tl.minimum(tl.maximum(row - 1, 0), sizes.height - 1) * row_stride
+    below = tl.minimum(row, sizes.height - 1) * row_stride
+    left = tl.minimum(tl.maximum(column - 1, 0), sizes.width - 1) * column_stride
+    right = tl.minimum(column, sizes.width - 1) * column_stride
     return Nodes(
-        above_left=start + above + left,
-        above_right=start + above + right,
-        below_left=start + below + left,
-        below_right=start + below + right,
+        pointer=logits_ptr + image * strides[0],
         stride=wide(strides[1]),
+        above_left=above + left,
+        above_right=above + right,
+        below_left=below + left,
+        below_right=below + right,
     )
 
 
@@ -195,26 +199,35 @@ def load_pixel(cells, column, TILE: tl.constexpr, CELLS: tl.constexpr):
 
 
 @triton.jit
-def load_corner(nodes, index, TILE: tl.constexpr):
-    """Of a class, scalar or [cells], (logit above left, step down, step right, step of that down).
+def load_corner(nodes, logits, TILE: tl.constexpr):
+    """Of a class, (logit above left, step down, step to the right, step of that down), [cells].
 
-    Where a node's logit is not finite, it is that of the whole cell: a step between an infinite
-    logit and a finite one would make NaN of both.
+    ``logits`` points to the image's logits of that class. Where a node's logit is not finite, it is
+    that of the whole cell: a step between an infinite logit and a finite one would make NaN of
+    both.
     """
-    dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
-    offset = index * nodes.stride
-    above_left = tl.load(nodes.above_left + offset).to(dtype)
-    above_right = tl.load(nodes.above_right + offset).to(dtype)
-    below_left = tl.load(nodes.below_left + offset).to(dtype)
-    below_right = tl.load(nodes.below_right + offset).to(dtype)
-    total = (above_left + above_right) + (below_left + below_right)
-    is_finite = tl.abs(total) < float("inf")
+    above_left, above_right, below_left, below_right = _load_nodes(nodes, logits, TILE)
     step = above_right - above_left
+    step_down = (below_right - below_left) - step
+    is_finite = tl.abs(step_down) < float("inf")
+    total = (above_left + above_right) + (below_left + below_right)
     return (
         tl.where(is_finite, above_left, total),
         tl.where(is_finite, below_left - above_left, 0.0),
         tl.where(is_finite, step, 0.0),
-        tl.where(is_finite, (below_right - below_left) - step, 0.0),
+        tl.where(is_finite, step_down, 0.0),
+    )
+
+
+@triton.jit
+def _load_nodes(nodes, logits, TILE: tl.constexpr):
+    """(above left, above right, below left, below right), the logits of a class, [cells] each."""
+    dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
+    return (
+        tl.load(logits + nodes.above_left).to(dtype),
+        tl.load(logits + nodes.above_right).to(dtype),
+        tl.load(logits + nodes.below_left).to(dtype),
+        tl.load(logits + nodes.below_right).to(dtype),
     )
 
 
@@ -231,9 +244,16 @@ def look_up_between(nodes, index, row_share, column_share, TILE: tl.constexpr):
 
     Whatever the class has become, it leads to no foreign memory.
     """
-    corner = load_corner(nodes, nearest_class(index, TILE), TILE)
-    left, step = along_row(corner, row_share)
-    return tl.where(index >= 0, left + column_share * step, 0.0)
+    logits = nodes.pointer + nearest_class(index, TILE) * nodes.stride
+    above_left, above_right, below_left, below_right = _load_nodes(nodes, logits, TILE)
+    step = above_right - above_left
+    left = above_left + row_share * (below_left - above_left)
+    step += row_share * ((below_right - below_left) - step)
+    logit = left + column_share * step
+    # Where a node's logit is not finite, neither is this; then it is as in ``load_corner``.
+    total = (above_left + above_right) + (below_left + below_right)
+    logit = tl.where(tl.abs(logit) < float("inf"), logit, total)
+    return tl.where(index >= 0, logit, 0.0)
 
 
 @triton.jit

@@ -80,7 +80,9 @@ def _largest_places(
     logits_ptr, logits_strides, full = logits
     row_shares, column_shares = shares
     walk = Forward(
-        nodes=nodes_around(logits_ptr, logits_strides, place.image, place.row, place.column, sizes),
+        nodes=nodes_around(
+            logits_ptr, logits_strides, place.image, place.row, place.column, sizes, CELLS
+        ),
         pixels=of_pixels(_no_label, (cells,), TERMS, TILE, CELLS),
         given=((),),
         row_shares=row_shares,
