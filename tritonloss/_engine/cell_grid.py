@@ -202,7 +202,9 @@ def over_cells(
     configuration = configuration or _configuration(losses, "forward", logits, widest)
     columns, rows = int(configuration["PIXEL_COLUMNS"]), int(configuration["PIXEL_ROWS"])
     chunks, bands = triton.cdiv(widest, columns), triton.cdiv(highest, rows)
-    tile = _tile(configuration, logits)
+    # Once for a cell and class, what losses of powers of 2 would do once for a pixel and class.
+    scaled = all(loss.scaled for loss in losses)
+    tile = _tile(configuration, logits)._replace(scaled=scaled)
     blocks = triton.cdiv((logits.size(2) + 1) * (logits.size(3) + 1), tile.pixels)
     programs = blocks * chunks * bands * logits.size(0)
     classes = logits.size(1)
@@ -298,4 +300,17 @@ def _sizes(
         blocks=blocks,
         bands=triton.cdiv(highest, rows),
         highest=highest,
+        by_row=_divisor(logits.size(3) + 1),
+        by_blocks=_divisor(blocks),
+        by_bands=_divisor(triton.cdiv(highest, rows)),
     )
+
+
+def _divisor(number: int) -> tuple[int, int, int]:
+    """(number, multiplier, shift): n // number is (n * multiplier) >> (31 + shift) for n < 2^31.
+
+    The multiplier has 32 bits, and is given as an int32: kernels are compiled for a number's width.
+    """
+    shift = (number - 1).bit_length()
+    multiplier = (1 << 31 + shift) // number + 1
+    return number, (multiplier + 2**31) % 2**32 - 2**31, shift

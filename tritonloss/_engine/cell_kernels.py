@@ -18,8 +18,10 @@ from .cell_walk import Forward, finish_pixels, fold_cells, load_pixel_of, of_pix
 from .cells import (
     Axis,
     cells_at,
+    cells_of,
     further,
     nodes_around,
+    place_of_program,
     shares_of_columns,
     shares_of_rows,
     wide,
@@ -59,28 +61,17 @@ def _upsampled_forward_kernel(
 ):
     """Reads the labels once, and the logits once for the rows and columns that a lane has."""
     COUNT: tl.constexpr = len(TERMS.start)
-    LANES: tl.constexpr = TILE.pixels
     PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
-    # Side by side are blocks of cells, then chunks of columns and bands of rows in them.
-    program = tl.program_id(0)
-    block = program % sizes.blocks
-    program = program // sizes.blocks
-    chunk = program % CELLS.chunks
-    program = program // CELLS.chunks
-    band = program % sizes.bands
-    image = (program // sizes.bands).to(tl.int64)
-    index = block * LANES + tl.arange(0, LANES)
-    row = index // (sizes.width + 1)
-    column = index - row * (sizes.width + 1)
-
+    place = place_of_program(sizes, TILE, CELLS)
     rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
     columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
     target = (target_ptr, target_strides)
-    cells = cells_at((rows, columns), row, column, target, image, sizes)
-    cells = further(cells, band * CELLS.rows, chunk * CELLS.columns, sizes)
+    cells = cells_of((rows, columns), place, target, sizes, CELLS)
     # A loss whose sums do not ask for the labels keeps none of them: they are loaded once more.
     walk = Forward(
-        nodes=nodes_around(logits_ptr, logits_strides, image, row, column, sizes, CELLS),
+        nodes=nodes_around(
+            logits_ptr, logits_strides, place.image, place.row, place.column, sizes, CELLS
+        ),
         pixels=of_pixels(load_pixel_of, (cells, sizes), TERMS, TILE, CELLS),
         given=of_each(given_to, (own_ptrs, other_ptrs, numbers), TERMS, TILE),
         row_shares=shares_of_rows(rows, cells, sizes, CELLS),

@@ -10,9 +10,9 @@ import triton.language as tl
 from .cells import (
     along_row,
     further,
+    interpolated,
     load_corner,
     load_pixel,
-    look_up_between,
 )
 from .pixel_walk import add, add_again, finish, join, of_each, start, store_maps
 from .pixels import Block, nothing_yet
@@ -163,7 +163,11 @@ def finish_pixels(
         valid = pixel.label >= 0
         row_share = walk.row_shares[k // CELLS.columns]
         column_share = walk.column_shares[k % CELLS.columns]
-        own = look_up_between(walk.nodes, pixel.own, row_share, column_share, TILE)
+        # A sanitised label is a class.
+        index = tl.where(pixel.own >= 0, pixel.own, 0)
+        own = interpolated(walk.nodes, index, row_share, column_share, TILE)
+        if CELLS.binary:
+            own = tl.where(pixel.own >= 0, own, 0.0)
         sums = ()
         for j in tl.static_range(COUNT):
             value, weight, saved = finish(states[k][j], own, pixel, walk.given[j], TERMS, j, TILE)

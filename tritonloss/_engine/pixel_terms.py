@@ -26,6 +26,7 @@ class Loss(NamedTuple):
         held: the most classes of a lane that stay in registers, for a loss that goes through them
             twice; 0 for the others.
         binary: whether a single class is allowed, with labels 0 and 1.
+        scaled: whether ``add`` and ``finish`` know what to do where ``Tile.scaled`` says so.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Loss(NamedTuple):
     unroll: int = 8
     held: int = 0
     binary: bool = False
+    scaled: bool = False
 
 
 class Term(NamedTuple):

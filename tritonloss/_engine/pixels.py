@@ -36,6 +36,7 @@ class Tile(NamedTuple):
     double: bool  # whether the arithmetic is in float64
     bundle: int  # classes of a bundle, at least as many as lanes; the same in both passes
     slots: int  # how many neighbouring slots of any block are in one bundle
+    scaled: bool = False  # logits of blocks, and of own classes, are multiplied by log2 e
 
 
 class Pixel(NamedTuple):

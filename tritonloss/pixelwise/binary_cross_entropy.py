@@ -67,13 +67,12 @@ class Compiled(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What has been added up so far: sums over the classes that are not the pixel's own.
+    """What has been added up so far, over all classes: softplus(z), or softplus(-z) of the own one.
 
-    softplus(z) is max(z, 0) + log(1 + t) with t = e^-|z|. For -z it is the same t: without weights
-    the pixel's own class is in the product, too.
+    softplus(z) is max(z, 0) + log(1 + t) with t = e^-|z|. With weights the own class is left out.
     """
 
-    linear: Any  # max(z, 0), and what the product was divided by
+    linear: Any  # max(z, 0), and what the product was divided by; if scaled, times log2 e
     rest: Any  # 1 + rest is the product of all 1 + t
 
 
@@ -93,22 +92,18 @@ def _start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """The sum of softplus(z) with a block of classes, without the pixel's own."""
+    """The sums with a block of classes."""
     own = for_classes(pixel.own, TILE)
     # Summed within the block first: one sum over a thousand classes would lose its last digits.
     linear = tl.zeros_like(state.linear)
     rest = linear
     for j in tl.static_range(len(block.logits)):
         z = block.logits[j]
-        # The own class is left out. Added here and taken away again, it would cost a confident
-        # pixel all of its digits.
         is_own = class_of(block, j, TILE) == own
-        if OPTIONS.weighted:
-            z = tl.where(is_own, float("-inf"), z)
-            linear += tl.maximum(z, 0.0)
-        else:
-            linear += tl.where(is_own, 0.0, tl.maximum(z, 0.0))
-        t = tl.exp2(tl.abs(z) * -LOG2_E)
+        # Added here and taken away again, the own class would cost a confident pixel all digits.
+        z = tl.where(is_own, float("-inf") if OPTIONS.weighted else negated(z), z)
+        linear += tl.maximum(z, 0.0)
+        t = tl.exp2(tl.abs(z) * (-1.0 if TILE.scaled else -LOG2_E))
         # One logarithm for all classes, of the product of all 1 + t. Without the 1, as
         # rest + t + rest t, small values are not rounded away.
         rest = tl.fma(rest, t, rest + t) if j > 0 else t
@@ -116,7 +111,7 @@ def _add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
     rest = tl.fma(state.rest, rest, state.rest + rest)
     if TILE.classes > _ONE_PRODUCT * TILE.lanes:
         is_large = rest >= _LARGE
-        linear += tl.where(is_large, 32 * LN_2, 0.0)
+        linear += tl.where(is_large, 32.0 if TILE.scaled else 32 * LN_2, 0.0)
         rest = tl.where(is_large, rest * (1 / _LARGE) - 1.0, rest)
     return _State(linear=linear, rest=rest)
 
@@ -124,13 +119,13 @@ def _add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
     """(w_t softplus(-z_t) + sum of softplus(z_k) over the other classes, 1, nothing saved)."""
+    loss = log2_one_plus(state.rest)
+    loss = (state.linear + loss) * LN_2 if TILE.scaled else state.linear + loss * LN_2
+    loss = sum_of_lanes(loss, TILE)
     if OPTIONS.weighted:
-        positive = own_weight(pixel, given, OPTIONS, TILE) * softplus_base2(own * -LOG2_E)
-        positive = tl.where(pixel.own >= 0, positive, 0.0)
-    else:
-        positive = tl.maximum(negated(own), 0.0)
-    others = state.linear + log2_one_plus(state.rest) * LN_2
-    loss = sum_of_lanes(others, TILE) + positive
+        below = own * (-1.0 if TILE.scaled else -LOG2_E)
+        positive = own_weight(pixel, given, OPTIONS, TILE) * softplus_base2(below)
+        loss += tl.where(pixel.own >= 0, positive, 0.0)
     return loss, tl.zeros_like(loss) + 1.0, ()
 
 
@@ -165,6 +160,7 @@ LOSS = Loss(
     saved=_saves_nothing,
     unroll=16,  # classes that share one logarithm
     binary=True,
+    scaled=True,
 )
 
 # --- operator -------------------------------------------------------------------------------------

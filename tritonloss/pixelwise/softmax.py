@@ -147,8 +147,10 @@ def softmax_add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.cons
 def softmax_of_lanes(state, TILE: tl.constexpr):
     """The statistics of each pixel, [pixels]."""
     largest = largest_of_lanes(state.largest, TILE)
-    beyond = exponent_of_largest(state.largest, for_classes(largest, TILE), TILE)
-    total = sum_of_lanes(state.total * tl.exp2(beyond), TILE)
+    total = state.total
+    if TILE.lanes > 1:
+        beyond = exponent_of_largest(state.largest, for_classes(largest, TILE), TILE)
+        total = sum_of_lanes(total * tl.exp2(beyond), TILE)
     # It is about 1 at least, for the largest logit, unless no class has a logit above -inf.
     log_sum = tl.where(total > 0, log2_normal(total), float("nan"))
     return SoftmaxStatistics(largest=largest, log_sum=log_sum)
