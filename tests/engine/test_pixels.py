@@ -116,6 +116,8 @@ def both_passes(
     terms: tuple[Term, ...], logits: Tensor, target: Tensor, reduction: str, upstream: Tensor
 ) -> tuple[Tensor, Tensor]:
     logits, walk = logits.detach(), Walk(255, reduction)
+    if logits.shape[2:] != target.shape[1:]:
+        walk = walk._replace(upsample="bilinear")
     loss, kept = launch_forward(terms, logits, target, walk, save=True)
     return loss, launch_backward(terms, upstream, kept, logits, target, walk)
 
@@ -148,6 +150,21 @@ def test_several_losses_in_one_read(
     upstream = torch.rand(target.shape if reduction == "none" else (), device=device)
     loss, gradient = both_passes(terms, logits, target, reduction, upstream)
     alone = [both_passes((term,), logits, target, reduction, upstream) for term in terms]
+    torch.testing.assert_close(loss, torch.stack([value for value, _ in alone]).sum(0))
+    torch.testing.assert_close(gradient, torch.stack([slopes for _, slopes in alone]).sum(0))
+
+
+@pytest.mark.parametrize("chosen", [(1, 1), (0, 1), (2, 1, 0), (3, 1)], ids=str)
+def test_several_losses_of_interpolated_logits(
+    chosen: tuple[int, ...], device: torch.device
+) -> None:
+    """Scaled logits are for those that know of them: only if all of the walk's losses do."""
+    logits, _ = segmentation_case((1, 9, 2, 3), device=device)
+    _, target = segmentation_case((1, 9, 5, 7), device=device)
+    terms = tuple(terms_of(9, device)[i] for i in chosen)
+    upstream = torch.rand((), device=device)
+    loss, gradient = both_passes(terms, logits, target, "mean", upstream)
+    alone = [both_passes((term,), logits, target, "mean", upstream) for term in terms]
     torch.testing.assert_close(loss, torch.stack([value for value, _ in alone]).sum(0))
     torch.testing.assert_close(gradient, torch.stack([slopes for _, slopes in alone]).sum(0))
 

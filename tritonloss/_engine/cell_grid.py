@@ -203,7 +203,9 @@ def over_cells(
     configuration = configuration or _configuration(losses, "forward", logits, widest)
     columns, rows = int(configuration["PIXEL_COLUMNS"]), int(configuration["PIXEL_ROWS"])
     chunks, bands = triton.cdiv(widest, columns), triton.cdiv(highest, rows)
-    tile = _tile(configuration, logits)
+    # Once for a cell and class, what losses of powers of 2 would do once for a pixel and class.
+    scaled = all(loss.scaled for loss in losses)
+    tile = _tile(configuration, logits)._replace(scaled=scaled)
     blocks = triton.cdiv((logits.size(2) + 1) * (logits.size(3) + 1), tile.pixels)
     programs = blocks * chunks * bands * logits.size(0)
     classes = logits.size(1)
@@ -276,10 +278,16 @@ def _cell_tile(
         chunks=chunks,
         nodes=nodes,
         near=target.stride(2) == 1,
+        far=_extent(logits) >= 2**31,
         ignored=labels["IGNORED"],
         binary=labels["BINARY"],
         reduced=walk.reduction != "none",
     )
+
+
+def _extent(logits: torch.Tensor) -> int:
+    """The offset of the last node of an image from the first one, in elements."""
+    return sum((logits.size(axis) - 1) * logits.stride(axis) for axis in (2, 3))
 
 
 def _sizes(
@@ -294,4 +302,17 @@ def _sizes(
         blocks=blocks,
         bands=triton.cdiv(highest, rows),
         highest=highest,
+        by_row=_divisor(logits.size(3) + 1),
+        by_blocks=_divisor(blocks),
+        by_bands=_divisor(triton.cdiv(highest, rows)),
     )
+
+
+def _divisor(number: int) -> tuple[int, int, int]:
+    """(number, multiplier, shift): n // number is (n * multiplier) >> (31 + shift) for n < 2^31.
+
+    The multiplier has 32 bits, and is given as an int32: kernels are compiled for a number's width.
+    """
+    shift = (number - 1).bit_length()
+    multiplier = (1 << 31 + shift) // number + 1
+    return number, (multiplier + 2**31) % 2**32 - 2**31, shift

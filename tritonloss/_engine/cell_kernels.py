@@ -5,25 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cell_walk import (
+from .cell_gradients import (
     Backward,
-    Forward,
     Gradient,
     Upstream,
-    finish_pixels,
-    fold_cells,
     join_rows,
-    load_pixel_of,
     nothing_waits,
-    of_pixels,
     store_nodes,
     sums_of_cells,
 )
+from .cell_walk import Forward, finish_pixels, fold_cells, load_pixel_of, of_pixels
 from .cells import (
     Axis,
     cells_at,
+    cells_of,
     further,
     nodes_around,
+    place_of_program,
     shares_of_columns,
     shares_of_rows,
     wide,
@@ -63,28 +61,17 @@ def _upsampled_forward_kernel(
 ):
     """Reads the labels once, and the logits once for the rows and columns that a lane has."""
     COUNT: tl.constexpr = len(TERMS.start)
-    LANES: tl.constexpr = TILE.pixels
     PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
-    # Side by side are blocks of cells, then chunks of columns and bands of rows in them.
-    program = tl.program_id(0)
-    block = program % sizes.blocks
-    program = program // sizes.blocks
-    chunk = program % CELLS.chunks
-    program = program // CELLS.chunks
-    band = program % sizes.bands
-    image = (program // sizes.bands).to(tl.int64)
-    index = block * LANES + tl.arange(0, LANES)
-    row = index // (sizes.width + 1)
-    column = index - row * (sizes.width + 1)
-
+    place = place_of_program(sizes, TILE, CELLS)
     rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
     columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
     target = (target_ptr, target_strides)
-    cells = cells_at((rows, columns), row, column, target, image, sizes)
-    cells = further(cells, band * CELLS.rows, chunk * CELLS.columns, sizes)
+    cells = cells_of((rows, columns), place, target, sizes, CELLS)
     # A loss whose sums do not ask for the labels keeps none of them: they are loaded once more.
     walk = Forward(
-        nodes=nodes_around(logits_ptr, logits_strides, image, row, column, sizes),
+        nodes=nodes_around(
+            logits_ptr, logits_strides, place.image, place.row, place.column, sizes, CELLS
+        ),
         pixels=of_pixels(load_pixel_of, (cells, sizes), TERMS, TILE, CELLS),
         given=of_each(given_to, (own_ptrs, other_ptrs, numbers), TERMS, TILE),
         row_shares=shares_of_rows(rows, cells, sizes, CELLS),
@@ -202,7 +189,7 @@ def _upsampled_backward_kernel(
     for i in tl.range(0, CELLS.nodes + 1):
         row = first_row + i
         cells = cells_at((rows, columns), row, column, (target_ptr, target_strides), image, sizes)
-        nodes = nodes_around(logits_ptr, logits_strides, image, row, column, sizes)
+        nodes = nodes_around(logits_ptr, logits_strides, image, row, column, sizes, CELLS)
         sums = sums_of_cells(walk, nodes, cells, first_class, TERMS, TILE, CELLS)
         complete, waiting = join_rows(waiting, sums, TILE)
         if i > 0:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .math import sanitised_label
+from .math import LOG2_E, sanitised_label
 from .pixel_walk import saved_by
 from .pixels import Pixel, nearest_class
 
@@ -35,6 +35,7 @@ class CellTile(NamedTuple):
     chunks: int  # of so many columns, until the widest cell is done
     nodes: int  # rows of nodes of a program, going back
     near: bool  # neighbouring labels lie side by side
+    far: bool  # nodes of an image lie so far apart that offsets take 64 bits
     ignored: int  # the ignored label if it would be a class, else -1
     binary: bool  # labels are 0 and 1, of one class
     reduced: bool  # the values are: all pixels have one upstream gradient
@@ -50,6 +51,19 @@ class Sizes(NamedTuple):
     blocks: Any  # of cells
     bands: Any  # of rows of pixels in the highest cell
     highest: Any  # rows of pixels in that cell
+    by_row: Any  # what divides by the cells of a row: see ``divided``
+    by_blocks: Any
+    by_bands: Any
+
+
+class Place(NamedTuple):
+    """Where a program that goes forward is."""
+
+    image: Any
+    row: Any  # of cells, [cells]
+    column: Any
+    band: Any  # of rows of pixels in the cells
+    chunk: Any  # of columns
 
 
 class Axis(NamedTuple):
@@ -60,13 +74,14 @@ class Axis(NamedTuple):
 
 
 class Nodes(NamedTuple):
-    """The four nodes around each cell, [cells] each: pointers to their logits of class 0."""
+    """The four nodes around each cell: where their logits are, in bytes."""
 
-    above_left: Any
+    pointer: Any  # to the image's logits of class 0
+    stride: Any  # from class to class
+    above_left: Any  # [cells], how far from the pointer, 64 bits as all of these
     above_right: Any
     below_left: Any
     below_right: Any
-    stride: Any  # from class to class
 
 
 class Cells(NamedTuple):
@@ -88,6 +103,28 @@ class Cells(NamedTuple):
 def wide(stride):
     """A stride in 64 bits, as all that is multiplied by it will be."""
     return tl.full((), 1, tl.int64) * stride
+
+
+@triton.jit
+def divided(number, divisor):
+    """(quotient, remainder) of numbers from 0 on, int32; ``divisor`` is one of the host's.
+
+    Four instructions: the machine has none that divides, and would take about 30.
+    """
+    divides, multiplier, shift = divisor
+    twice = (number * 2).to(tl.uint32)
+    quotient = (tl.umulhi(twice, multiplier.to(tl.uint32)) >> shift).to(tl.int32)
+    return quotient, number - quotient * divides
+
+
+@triton.jit
+def place_of_program(sizes, TILE: tl.constexpr, CELLS: tl.constexpr):
+    """Side by side are blocks of cells, then chunks of columns and bands of rows in them."""
+    program, block = divided(tl.program_id(0), sizes.by_blocks)
+    chunk = program % CELLS.chunks
+    image, band = divided(program // CELLS.chunks, sizes.by_bands)
+    row, column = divided(block * TILE.pixels + tl.arange(0, TILE.pixels), sizes.by_row)
+    return Place(image=image.to(tl.int64), row=row, column=column, band=band, chunk=chunk)
 
 
 @triton.jit
@@ -120,6 +157,13 @@ def cells_at(axes, row, column, target, image, sizes):
 
 
 @triton.jit
+def cells_of(axes, place, target, sizes, CELLS: tl.constexpr):
+    """What is left of a program's cells from its own rows and columns of pixels on."""
+    cells = cells_at(axes, place.row, place.column, target, place.image, sizes)
+    return further(cells, place.band * CELLS.rows, place.chunk * CELLS.columns, sizes)
+
+
+@triton.jit
 def further(cells, rows, columns, sizes):
     """What is left of the cells after so many rows and columns more."""
     top = cells.top + rows
@@ -136,19 +180,23 @@ def further(cells, rows, columns, sizes):
 
 
 @triton.jit
-def nodes_around(logits_ptr, strides, image, row, column, sizes):
+def nodes_around(logits_ptr, strides, image, row, column, sizes, CELLS: tl.constexpr):
     """The nodes around the cells in these rows and columns of cells; no index leaves the map."""
-    start = logits_ptr + image * strides[0]
-    above = tl.minimum(tl.maximum(row - 1, 0), sizes.height - 1) * wide(strides[2])
-    below = tl.minimum(row, sizes.height - 1) * wide(strides[2])
-    left = tl.minimum(tl.maximum(column - 1, 0), sizes.width - 1) * wide(strides[3])
-    right = tl.minimum(column, sizes.width - 1) * wide(strides[3])
+    # Multiplied by a stride and widened in one instruction each, unless nodes lie far apart.
+    SIZE: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth // 8
+    row_stride = wide(strides[2]) if CELLS.far else strides[2]
+    column_stride = wide(strides[3]) if CELLS.far else strides[3]
+    above = tl.minimum(tl.maximum(row - 1, 0), sizes.height - 1) * row_stride
+    below = tl.minimum(row, sizes.height - 1) * row_stride
+    left = tl.minimum(tl.maximum(column - 1, 0), sizes.width - 1) * column_stride
+    right = tl.minimum(column, sizes.width - 1) * column_stride
     return Nodes(
-        above_left=start + above + left,
-        above_right=start + above + right,
-        below_left=start + below + left,
-        below_right=start + below + right,
+        pointer=logits_ptr + image * strides[0],
         stride=wide(strides[1]),
+        above_left=(above + left).to(tl.int64) * SIZE,
+        above_right=(above + right).to(tl.int64) * SIZE,
+        below_left=(below + left).to(tl.int64) * SIZE,
+        below_right=(below + right).to(tl.int64) * SIZE,
     )
 
 
@@ -183,7 +231,8 @@ def load_pixel(cells, column, TILE: tl.constexpr, CELLS: tl.constexpr):
         pointers = cells.label + column
     else:
         pointers = cells.label + column * cells.strides[1]
-    loaded = tl.load(pointers, mask=inside, other=0)
+    # Of a pixel that is not there any label will do.
+    loaded = tl.load(pointers, mask=inside)
     # As a tensor: labels of eight bits may be fewer than the classes, and are widened then.
     classes = tl.full((), 2 if CELLS.binary else TILE.classes, tl.int32)
     label = sanitised_label(loaded, inside, classes, CELLS.ignored)
@@ -195,27 +244,47 @@ def load_pixel(cells, column, TILE: tl.constexpr, CELLS: tl.constexpr):
 
 
 @triton.jit
-def load_corner(nodes, index, TILE: tl.constexpr):
-    """Of a class, scalar or [cells], (logit above left, step down, step right, step of that down).
+def load_corner(nodes, logits, TILE: tl.constexpr):
+    """Of a class, (logit above left, step down, step to the right, step of that down), [cells].
 
-    Where a node's logit is not finite, it is that of the whole cell: a step between an infinite
-    logit and a finite one would make NaN of both.
+    ``logits`` points to the image's logits of that class. Where a node's logit is not finite, it is
+    that of the whole cell: a step between an infinite logit and a finite one would make NaN of
+    both.
     """
-    dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
-    offset = index * nodes.stride
-    above_left = tl.load(nodes.above_left + offset).to(dtype)
-    above_right = tl.load(nodes.above_right + offset).to(dtype)
-    below_left = tl.load(nodes.below_left + offset).to(dtype)
-    below_right = tl.load(nodes.below_right + offset).to(dtype)
-    total = (above_left + above_right) + (below_left + below_right)
-    is_finite = tl.abs(total) < float("inf")
+    above_left, above_right, below_left, below_right = _load_nodes(nodes, logits, TILE)
     step = above_right - above_left
+    step_down = (below_right - below_left) - step
+    is_finite = tl.abs(step_down) < float("inf")
+    total = (above_left + above_right) + (below_left + below_right)
     return (
-        tl.where(is_finite, above_left, total),
-        tl.where(is_finite, below_left - above_left, 0.0),
-        tl.where(is_finite, step, 0.0),
-        tl.where(is_finite, (below_right - below_left) - step, 0.0),
+        scaled(tl.where(is_finite, above_left, total), TILE),
+        scaled(tl.where(is_finite, below_left - above_left, 0.0), TILE),
+        scaled(tl.where(is_finite, step, 0.0), TILE),
+        scaled(tl.where(is_finite, step_down, 0.0), TILE),
     )
+
+
+@triton.jit
+def scaled(logit, TILE: tl.constexpr):
+    """A logit, or a step, as the losses are given it."""
+    return logit * LOG2_E if TILE.scaled else logit
+
+
+@triton.jit
+def _load_nodes(nodes, logits, TILE: tl.constexpr):
+    """(above left, above right, below left, below right), the logits of a class, [cells] each."""
+    return (
+        _load_node(logits, nodes.above_left, TILE),
+        _load_node(logits, nodes.above_right, TILE),
+        _load_node(logits, nodes.below_left, TILE),
+        _load_node(logits, nodes.below_right, TILE),
+    )
+
+
+@triton.jit
+def _load_node(logits, distance, TILE: tl.constexpr):
+    pointers = (logits.to(tl.pointer_type(tl.uint8)) + distance).to(logits.dtype.scalar)
+    return tl.load(pointers).to(tl.float64 if TILE.double else tl.float32)
 
 
 @triton.jit
@@ -231,9 +300,22 @@ def look_up_between(nodes, index, row_share, column_share, TILE: tl.constexpr):
 
     Whatever the class has become, it leads to no foreign memory.
     """
-    corner = load_corner(nodes, nearest_class(index, TILE), TILE)
-    left, step = along_row(corner, row_share)
-    return tl.where(index >= 0, left + column_share * step, 0.0)
+    logit = interpolated(nodes, nearest_class(index, TILE), row_share, column_share, TILE)
+    return tl.where(index >= 0, logit, 0.0)
+
+
+@triton.jit
+def interpolated(nodes, index, row_share, column_share, TILE: tl.constexpr):
+    """Each pixel's logit of the class ``index``, [cells], which has to be one."""
+    logits = nodes.pointer + index * nodes.stride
+    above_left, above_right, below_left, below_right = _load_nodes(nodes, logits, TILE)
+    step = above_right - above_left
+    left = above_left + row_share * (below_left - above_left)
+    step += row_share * ((below_right - below_left) - step)
+    logit = left + column_share * step
+    # Where a node's logit is not finite, neither is this; then it is as in ``load_corner``.
+    total = (above_left + above_right) + (below_left + below_right)
+    return scaled(tl.where(tl.abs(logit) < float("inf"), logit, total), TILE)
 
 
 @triton.jit

@@ -24,6 +24,20 @@ _LOG1P = tl.constexpr(
         0.005232698284089565,
     )
 )
+# log2(1 + f) = f * (c0 + c1 f + ...) for f in [-1/3, 1/3], relative error 3e-8 before rounding.
+_LOG2 = tl.constexpr(
+    (
+        1.4426950216293335,
+        -0.7213465571403503,
+        0.4808959662914276,
+        -0.36078956723213196,
+        0.2887113392353058,
+        -0.23678652942180634,
+        0.20179913938045502,
+        -0.22222118079662323,
+        0.2027868926525116,
+    )
+)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -99,10 +113,47 @@ def softplus_base2(u):
 
 
 @triton.jit
-def log_one_plus(x):
-    """log(1 + x) for x >= 0; no digit is lost where 1 + x rounds x away."""
+def log2_normal(x):
+    """log2(x) of a normal number x > 0, and NaN of a NaN: 15 instructions where tl.log2 takes 27.
+
+    Relative error 1.5e-7, next to 1 as well. Of 0 it is about -127.
+    """
+    if x.dtype == tl.float64:
+        result = tl.log2(x)
+    else:
+        exponent, scale = _split(x)
+        result = _log2_near_one(tl.fma(x, scale, tl.full((), -1.0, x.dtype)), exponent)
+    return result
+
+
+@triton.jit
+def log2_one_plus(x):
+    """log2(1 + x) for x >= 0; no digit is lost where 1 + x rounds x away; relative error 2.1e-7."""
     rounded = 1.0 + x
-    return tl.log(rounded) + (x - (rounded - 1.0)) * inverse(rounded)
+    if x.dtype == tl.float64:
+        result = (tl.log(rounded) + (x - (rounded - 1.0)) / rounded) * LOG2_E
+    else:
+        exponent, scale = _split(rounded)
+        # (1 + x) / 2^e - 1, rounded once
+        result = _log2_near_one(tl.fma(x, scale, scale - 1.0), exponent)
+    return result
+
+
+@triton.jit
+def _split(x):
+    """(e, 2^-e) of a number 2^e m with m in [2/3, 4/3)."""
+    exponent = (x.to(tl.int32, bitcast=True) - 0x3F2AAAAB) >> 23
+    scale = (0x3F800000 - exponent * 0x800000).to(tl.float32, bitcast=True)
+    return exponent.to(tl.float32), scale
+
+
+@triton.jit
+def _log2_near_one(f, exponent):
+    """log2(1 + f) + exponent for f in [-1/3, 1/3]."""
+    result = _LOG2[8] * f + _LOG2[7]
+    for i in tl.static_range(7):
+        result = result * f + _LOG2[6 - i]
+    return result * f + exponent
 
 
 @triton.jit

@@ -28,6 +28,7 @@ class Loss(NamedTuple):
         held_back: the same of the backward pass.
         held_wide: up to how many of these a lane has four pixels and not two.
         binary: whether a single class is allowed, with labels 0 and 1.
+        scaled: whether ``add`` and ``finish`` know what to do where ``Tile.scaled`` says so.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Loss(NamedTuple):
     held_back: int = 0
     held_wide: int = 0
     binary: bool = False
+    scaled: bool = False
 
 
 class Term(NamedTuple):

@@ -36,6 +36,7 @@ class Tile(NamedTuple):
     double: bool  # whether the arithmetic is in float64
     bundle: int  # classes of a bundle, at least as many as lanes; the same in both passes
     slots: int  # how many neighbouring slots of any block are in one bundle
+    scaled: bool = False  # logits of blocks, and of own classes, are multiplied by log2 e
 
 
 class Pixel(NamedTuple):
@@ -81,8 +82,8 @@ class Record(NamedTuple):
             over classes, one value per pixel in the end, begins as ``nothing_yet``.
         add: (state, block, pixel, given, OPTIONS, TILE) -> the state with a block of classes.
         finish: (state, own, pixel, given, OPTIONS, TILE) -> (value, weight, saved), [pixels] each.
-            ``own`` are the logits of the pixels' own classes, 0 where there is none. The mean
-            divides by the sum of the weights; ``saved`` are the maps for the backward pass.
+            ``own`` are the logits of the pixels' own classes, 0 where a valid pixel has none. The
+            mean divides by the sum of the weights; ``saved`` are the maps for the backward pass.
         factors: (scale, saved, looked_up, pixel, given, OPTIONS, TILE) -> what the slopes of a
             pixel's classes share, a tuple. ``scale`` is the factor of a value's gradient.
         slope: (factors, block, SLOT, given, OPTIONS, TILE) -> the gradient of a slot's logits.

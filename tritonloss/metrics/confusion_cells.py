@@ -6,17 +6,16 @@ program counts those of all its lanes together.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 from .._engine.cell_walk import Forward, fold_cells, load_pixel_of, of_pixels
 from .._engine.cells import (
     Axis,
-    cells_at,
+    cells_of,
     further,
     nodes_around,
+    place_of_program,
     shares_of_columns,
     shares_of_rows,
     together,
@@ -24,42 +23,6 @@ from .._engine.cells import (
 from .._engine.largest import largest_place
 from .._engine.pixels import Pixel
 from .confusion_kernels import count_pairs
-
-
-class Place(NamedTuple):
-    """Where a program is."""
-
-    image: Any
-    row: Any  # of cells, [cells]
-    column: Any
-    band: Any  # of rows of pixels in the cells
-    chunk: Any  # of columns
-
-
-@triton.jit
-def _place_of_program(sizes, TILE: tl.constexpr, CELLS: tl.constexpr):
-    """Side by side are blocks of cells, then chunks of columns and bands of rows in them."""
-    program = tl.program_id(0)
-    block = program % sizes.blocks
-    program = program // sizes.blocks
-    chunk = program % CELLS.chunks
-    program = program // CELLS.chunks
-    index = block * TILE.pixels + tl.arange(0, TILE.pixels)
-    row = index // (sizes.width + 1)
-    return Place(
-        image=(program // sizes.bands).to(tl.int64),
-        row=row,
-        column=index - row * (sizes.width + 1),
-        band=program % sizes.bands,
-        chunk=chunk,
-    )
-
-
-@triton.jit
-def _cells_of_program(axes, place, target, sizes, CELLS: tl.constexpr):
-    """The cells from the program's own rows and columns of pixels on."""
-    cells = cells_at(axes, place.row, place.column, target, place.image, sizes)
-    return further(cells, place.band * CELLS.rows, place.chunk * CELLS.columns, sizes)
 
 
 @triton.jit
@@ -82,7 +45,9 @@ def _largest_places(
     logits_ptr, logits_strides, full = logits
     row_shares, column_shares = shares
     walk = Forward(
-        nodes=nodes_around(logits_ptr, logits_strides, place.image, place.row, place.column, sizes),
+        nodes=nodes_around(
+            logits_ptr, logits_strides, place.image, place.row, place.column, sizes, CELLS
+        ),
         pixels=of_pixels(_no_label, (cells,), TERMS, TILE, CELLS),
         given=((),),
         row_shares=row_shares,
@@ -129,11 +94,11 @@ def _upsampled_confusion_kernel(
     """Reads the labels once, and the logits once for the rows and columns that a lane has."""
     CLASSES: tl.constexpr = 2 if CELLS.binary else TILE.classes
     COUNT: tl.constexpr = CELLS.rows * CELLS.columns
-    place = _place_of_program(sizes, TILE, CELLS)
+    place = place_of_program(sizes, TILE, CELLS)
     rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
     columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
     target = (target_ptr, target_strides)
-    cells = _cells_of_program((rows, columns), place, target, sizes, CELLS)
+    cells = cells_of((rows, columns), place, target, sizes, CELLS)
 
     logits = (logits_ptr, logits_strides, full)
     row_shares = shares_of_rows(rows, cells, sizes, CELLS)
@@ -166,12 +131,10 @@ def _upsampled_predict_kernel(
 ):
     """Reads the logits once for the rows and columns that a lane has, writes their classes."""
     COUNT: tl.constexpr = CELLS.rows * CELLS.columns
-    place = _place_of_program(sizes, TILE, CELLS)
+    place = place_of_program(sizes, TILE, CELLS)
     rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
     columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
-    cells = _cells_of_program(
-        (rows, columns), place, (prediction_ptr, prediction_strides), sizes, CELLS
-    )
+    cells = cells_of((rows, columns), place, (prediction_ptr, prediction_strides), sizes, CELLS)
 
     logits = (logits_ptr, logits_strides, full)
     row_shares = shares_of_rows(rows, cells, sizes, CELLS)

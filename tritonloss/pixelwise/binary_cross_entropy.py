@@ -21,7 +21,14 @@ from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule
-from .._engine.math import LOG2_E, log_one_plus, sigmoid_base2, softplus_base2
+from .._engine.math import (
+    LN_2,
+    LOG2_E,
+    log2_one_plus,
+    negated,
+    sigmoid_base2,
+    softplus_base2,
+)
 from .._engine.pixel_operator import pixelwise_operator
 from .._engine.pixel_terms import REDUCTIONS, Loss, Term
 from .._engine.pixel_tuning import pixel_cases
@@ -35,9 +42,10 @@ from .._engine.pixels import (
 )
 from .softmax import own_weight
 
-# Classes of a lane whose logarithm is one: their product, below 2^96, is a float32. Of more, every
-# block has its own.
-_ONE_LOGARITHM = tl.constexpr(96)
+# Classes of a lane of which the product of all 1 + t, below 2^96, is a float32. Of more classes it
+# is divided by 2^32 where it is large.
+_ONE_PRODUCT = tl.constexpr(96)
+_LARGE = tl.constexpr(2.0**32)
 
 
 class Options(NamedTuple):
@@ -59,10 +67,13 @@ class Compiled(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What has been added up so far, of the classes that are not the pixel's own."""
+    """What has been added up so far, over all classes: softplus(z), or softplus(-z) of the own one.
 
-    others: Any  # softplus(z), but for log(1 + rest)
-    rest: Any  # 1 + rest is the product of 1 + e^-|z| of the classes whose logarithm is not taken
+    softplus(z) is max(z, 0) + log(1 + t) with t = e^-|z|. With weights the own class is left out.
+    """
+
+    linear: Any  # max(z, 0), and what the product was divided by; if scaled, times log2 e
+    rest: Any  # 1 + rest is the product of all 1 + t
 
 
 class _Factors(NamedTuple):
@@ -76,38 +87,45 @@ class _Factors(NamedTuple):
 @triton.jit
 def _start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
     nothing = nothing_yet(0.0, TILE)
-    return _State(others=nothing, rest=nothing)
+    return _State(linear=nothing, rest=nothing)
 
 
 @triton.jit
 def _add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """The sum of softplus(z) with a block of classes, without the pixel's own."""
+    """The sums with a block of classes."""
     own = for_classes(pixel.own, TILE)
     # Summed within the block first: one sum over a thousand classes would lose its last digits.
-    linear = tl.zeros_like(state.others)
-    rest = state.rest
+    linear = tl.zeros_like(state.linear)
+    rest = linear
     for j in tl.static_range(len(block.logits)):
-        # The own class is left out. Added here and taken away again, it would cost a confident
-        # pixel all of its digits.
-        z = tl.where(class_of(block, j, TILE) == own, float("-inf"), block.logits[j])
-        t = tl.exp2(tl.abs(z) * -LOG2_E)
+        z = block.logits[j]
+        is_own = class_of(block, j, TILE) == own
+        # Added here and taken away again, the own class would cost a confident pixel all digits.
+        z = tl.where(is_own, float("-inf") if OPTIONS.weighted else negated(z), z)
         linear += tl.maximum(z, 0.0)
-        # One logarithm for many classes, of the product of all 1 + t. Without the 1, as
+        t = tl.exp2(tl.abs(z) * (-1.0 if TILE.scaled else -LOG2_E))
+        # One logarithm for all classes, of the product of all 1 + t. Without the 1, as
         # rest + t + rest t, small values are not rounded away.
-        rest = tl.fma(rest, t, rest + t)
-    if TILE.classes > _ONE_LOGARITHM * TILE.lanes:
-        state = _State(others=state.others + (linear + log_one_plus(rest)), rest=state.rest)
-    else:
-        state = _State(others=state.others + linear, rest=rest)
-    return state
+        rest = tl.fma(rest, t, rest + t) if j > 0 else t
+    linear += state.linear
+    rest = tl.fma(state.rest, rest, state.rest + rest)
+    if TILE.classes > _ONE_PRODUCT * TILE.lanes:
+        is_large = rest >= _LARGE
+        linear += tl.where(is_large, 32.0 if TILE.scaled else 32 * LN_2, 0.0)
+        rest = tl.where(is_large, rest * (1 / _LARGE) - 1.0, rest)
+    return _State(linear=linear, rest=rest)
 
 
 @triton.jit
 def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
     """(w_t softplus(-z_t) + sum of softplus(z_k) over the other classes, 1, nothing saved)."""
-    positive = own_weight(pixel, given, OPTIONS, TILE) * softplus_base2(own * -LOG2_E)
-    positive = tl.where(pixel.own >= 0, positive, 0.0)
-    loss = sum_of_lanes(state.others + log_one_plus(state.rest), TILE) + positive
+    loss = log2_one_plus(state.rest)
+    loss = (state.linear + loss) * LN_2 if TILE.scaled else state.linear + loss * LN_2
+    loss = sum_of_lanes(loss, TILE)
+    if OPTIONS.weighted:
+        below = own * (-1.0 if TILE.scaled else -LOG2_E)
+        positive = own_weight(pixel, given, OPTIONS, TILE) * softplus_base2(below)
+        loss += tl.where(pixel.own >= 0, positive, 0.0)
     return loss, tl.zeros_like(loss) + 1.0, ()
 
 
@@ -142,6 +160,7 @@ LOSS = Loss(
     saved=_saves_nothing,
     unroll=16,  # classes that share one logarithm
     binary=True,
+    scaled=True,
 )
 
 # --- operator -------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ from .._engine.pixels import Record, for_classes, no_lookups, nothing_yet, sum_o
 from .softmax import (
     SoftmaxState,
     class_weight,
+    exponent,
+    exponent_of_largest,
     own_weight,
     softmax_add,
     softmax_again,
@@ -70,7 +72,7 @@ class _SmoothState(NamedTuple):
     largest: Any
     bundle: Any
     total: Any
-    weighted: Any  # sum of w (z - largest); of w z alone the digits would cancel for large logits
+    weighted: Any  # sum of w (z - largest) log2 e; of w z the digits of large logits would cancel
     seen: Any  # sum of w
 
 
@@ -92,11 +94,13 @@ def _add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
     added = softmax_add(softmax, block, pixel, given, OPTIONS, TILE)
     if OPTIONS.smoothed:
         seen = state.seen
-        weighted = state.weighted + seen * (state.largest - added.largest)
+        moved = exponent_of_largest(state.largest, added.largest, TILE)
+        weighted = state.weighted + seen * moved
         for j in tl.static_range(len(block.logits)):
             weight = class_weight(given, block, j, OPTIONS, TILE)
             # Selected, not a product with 0: a lane without a class left holds -inf.
-            weighted += tl.where(weight == 0, 0.0, weight * (block.logits[j] - added.largest))
+            beyond = exponent(block.logits[j], added.largest, TILE)
+            weighted += tl.where(weight == 0, 0.0, weight * beyond)
             seen += weight
         added = _SmoothState(
             largest=added.largest, bundle=added.bundle, total=added.total, weighted=weighted,
@@ -111,12 +115,13 @@ def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr)
     softmax = SoftmaxState(largest=state.largest, bundle=state.bundle, total=state.total)
     statistics = softmax_of_lanes(softmax, TILE)
     weight = own_weight(pixel, given, OPTIONS, TILE)
-    loss = weight * surprise(statistics, own)
+    loss = weight * surprise(statistics, own, TILE)
     if OPTIONS.smoothed:
-        beyond = state.largest - for_classes(statistics.largest, TILE)
+        largest = for_classes(statistics.largest, TILE)
+        beyond = exponent_of_largest(state.largest, largest, TILE)
         weighted = sum_of_lanes(state.weighted + state.seen * beyond, TILE)
         all_weights = sum_of_lanes(state.seen, TILE)
-        smooth = all_weights * (statistics.log_sum * LN_2) - weighted
+        smooth = (all_weights * statistics.log_sum - weighted) * LN_2
         smoothing = given.numbers[0]
         loss = (1.0 - smoothing) * loss + smoothing / TILE.classes * smooth
     return loss, weight, softmax_saved(softmax, statistics, TILE)

@@ -97,7 +97,7 @@ def _parts(entropy, gamma, OPTIONS: tl.constexpr):
 def _finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr):
     """(-a_t (1 - p_t)^gamma log p_t, 1, saved)."""
     statistics = softmax_of_lanes(state, TILE)
-    entropy = surprise(statistics, own)
+    entropy = surprise(statistics, own, TILE)
     _, _, modulation = _parts(entropy, given.numbers[0], OPTIONS)
     weight = own_weight(pixel, given, OPTIONS, TILE)
     value = weight * modulation * entropy
@@ -111,7 +111,7 @@ def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE:
     If detached, the focal weight is held constant: a_t q^gamma (p_k - y_k).
     """
     statistics = softmax_again(saved, looked_up, pixel, TILE)
-    entropy = surprise(statistics, looked_up[len(looked_up) - 1])
+    entropy = surprise(statistics, looked_up[len(looked_up) - 1], TILE)
     gamma = given.numbers[0]
     probability, rest, slope = _parts(entropy, gamma, OPTIONS)
     if not OPTIONS.detached and OPTIONS.power != 0:

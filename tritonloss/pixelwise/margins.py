@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .._engine.math import LN_2, LOG2_E, inverse, log_one_plus, sigmoid_base2, softplus_base2
+from .._engine.math import LN_2, LOG2_E, inverse, log2_one_plus, sigmoid_base2, softplus_base2
 from .._engine.pixels import (
     Record,
     class_of,
@@ -218,9 +218,9 @@ def _add_penalties(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.c
     if OPTIONS.variant == "margin":
         penalties = state.penalties + linear
     elif OPTIONS.variant == "paper":
-        penalties = state.penalties + (linear + log_one_plus(rest) * LOG2_E)
+        penalties = state.penalties + (linear + log2_one_plus(rest))
     else:
-        penalties = state.penalties + (linear * LN_2 + log_one_plus(rest))
+        penalties = state.penalties + (linear + log2_one_plus(rest)) * LN_2
     return _Penalties(
         penalties=penalties, slopes=state.slopes + slope, largest=state.largest,
         second=state.second, best=state.best, runner_up=state.runner_up,

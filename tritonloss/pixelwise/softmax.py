@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._engine.math import LN_2, LOG2_E
+from .._engine.math import LN_2, LOG2_E, log2_normal, negated
 from .._engine.pixels import (
     class_of,
     first_of_slot,
@@ -37,7 +37,7 @@ from .._engine.pixels import (
 )
 from .._engine.planes import compute_dtype
 
-_LOWEST = tl.constexpr(-3.0e38)
+_LOWEST = tl.constexpr(-2.0e38)  # log2 e times it is a number as well
 _NO_CLASS = tl.constexpr(1 << 30)
 _PACKED_CLASSES = tl.constexpr(256)
 _ONE = tl.constexpr(2.0**24)  # 1 in fixed point
@@ -58,7 +58,7 @@ def softmax_saves(logits: torch.Tensor, interpolated: bool) -> tuple[torch.dtype
 class SoftmaxState(NamedTuple):
     """The statistics so far: [pixels], or [pixels, lanes]."""
 
-    largest: Any
+    largest: Any  # as ``reference`` has it, here and below
     bundle: Any  # the first class of a slot of the bundle that holds the largest
     total: Any  # sum of 2^((z - largest) log2 e)
 
@@ -81,6 +81,37 @@ class SoftmaxFactors(NamedTuple):
     smooth: Any  # D
 
 
+# --- relative to the largest logit ----------------------------------------------------------------
+# Logits in memory are held as they are. Of interpolated ones the largest is multiplied by log2 e
+# once per block. Its rounding moves all classes of the pixel alike, and so nothing.
+
+
+@triton.jit
+def reference(logit, TILE: tl.constexpr):
+    """A logit as the largest one is held."""
+    return logit * LOG2_E if TILE.bundle == 0 else logit
+
+
+@triton.jit
+def exponent(logit, largest, TILE: tl.constexpr):
+    """(z - largest) log2 e."""
+    if TILE.bundle == 0:
+        result = tl.fma(logit, tl.full((), LOG2_E, logit.dtype), negated(largest))
+    else:
+        result = (logit - largest) * LOG2_E
+    return result
+
+
+@triton.jit
+def exponent_of_largest(before, largest, TILE: tl.constexpr):
+    """``exponent`` of what was the largest logit before."""
+    apart = before - largest
+    return apart if TILE.bundle == 0 else apart * LOG2_E
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
 @triton.jit
 def softmax_start(OPTIONS: tl.constexpr, TILE: tl.constexpr):
     """The statistics before the first class."""
@@ -101,13 +132,14 @@ def softmax_add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.cons
         for j in tl.static_range(first + 1, first + SLOTS):
             if j < len(logits):
                 largest_here = tl.maximum(largest_here, logits[j])
+        largest_here = reference(largest_here, TILE)
         bundle = tl.where(largest_here > largest, first_of_slot(block, first, TILE), bundle)
         largest = tl.maximum(largest, largest_here)
     # Summed within the block first: one sum over a thousand classes would lose its last digits.
-    total = tl.exp2((logits[0] - largest) * LOG2_E)
+    total = tl.exp2(exponent(logits[0], largest, TILE))
     for j in tl.static_range(1, len(logits)):
-        total += tl.exp2((logits[j] - largest) * LOG2_E)
-    total += state.total * tl.exp2((state.largest - largest) * LOG2_E)
+        total += tl.exp2(exponent(logits[j], largest, TILE))
+    total += state.total * tl.exp2(exponent_of_largest(state.largest, largest, TILE))
     return SoftmaxState(largest=largest, bundle=bundle, total=total)
 
 
@@ -115,16 +147,20 @@ def softmax_add(state, block, pixel, given, OPTIONS: tl.constexpr, TILE: tl.cons
 def softmax_of_lanes(state, TILE: tl.constexpr):
     """The statistics of each pixel, [pixels]."""
     largest = largest_of_lanes(state.largest, TILE)
-    beyond = state.largest - for_classes(largest, TILE)
-    total = sum_of_lanes(state.total * tl.exp2(beyond * LOG2_E), TILE)
-    return SoftmaxStatistics(largest=largest, log_sum=tl.log2(total))
+    total = state.total
+    if TILE.lanes > 1:
+        beyond = exponent_of_largest(state.largest, for_classes(largest, TILE), TILE)
+        total = sum_of_lanes(total * tl.exp2(beyond), TILE)
+    # It is about 1 at least, for the largest logit, unless no class has a logit above -inf.
+    log_sum = tl.where(total > 0, log2_normal(total), float("nan"))
+    return SoftmaxStatistics(largest=largest, log_sum=log_sum)
 
 
 @triton.jit
 def softmax_saved(state, statistics, TILE: tl.constexpr):
     """What is saved of each pixel: a tuple of one or two maps, [pixels] each."""
     if TILE.bundle == 0:
-        saved = (statistics.largest * LOG2_E + statistics.log_sum,)
+        saved = (statistics.largest + statistics.log_sum,)
     elif TILE.classes > _PACKED_CLASSES or TILE.double:
         saved = (statistics.largest, statistics.log_sum)
     else:
@@ -172,9 +208,13 @@ def softmax_again(saved, looked_up, pixel, TILE: tl.constexpr):
 
 
 @triton.jit
-def surprise(statistics, logit):
+def surprise(statistics, logit, TILE: tl.constexpr):
     """-log p of each pixel's ``logit``, [pixels]."""
-    return statistics.log_sum * LN_2 + (statistics.largest - logit)
+    if TILE.bundle == 0:
+        result = (statistics.log_sum - exponent(logit, statistics.largest, TILE)) * LN_2
+    else:
+        result = statistics.log_sum * LN_2 + (statistics.largest - logit)
+    return result
 
 
 @triton.jit
