@@ -73,11 +73,15 @@ SHIPPED = variations(
     {"options": SIGMOID, **_ONCE},
     {"shape": SHAPES["binary"], "options": SIGMOID, **_ONCE},
 )
+WIDE = rarely(
+    SHIPPED[0],
+    {"dtype": "float64"},
+    *({"labels": labels} for labels in ("int16", "int32", "int64")),
+)
 RARE = rarely(
     SHIPPED[0],
-    *({"dtype": dtype} for dtype in ("float16", "float64")),
+    {"dtype": "float16"},
     {"layout": "strided"},
-    *({"labels": labels} for labels in ("int16", "int32", "int64")),
     *({"shape": _HELD, "dtype": dtype} for dtype in ("bfloat16", "float16")),
     {"shape": _HELD, "labels": "int64"},
     {"shape": SHAPES["ade20k"], "dtype": "bfloat16"},
@@ -173,7 +177,7 @@ def _operation(name: str, **more: Any) -> Operation:
         "launch": launch(name),
         "floor": pixel_cases.floor,
         "cases": CASES[:3],
-        "shipped": SHIPPED[:1],
+        "shipped": (SHIPPED[0], *WIDE),
         "kernels": KERNELS,
         "operators": ("class_sums_forward", "class_sums_backward"),
         **more,
@@ -190,7 +194,7 @@ OPERATIONS = (
     _operation(
         "dice_loss",
         cases=CASES,
-        shipped=(*SHIPPED, *RARE),
+        shipped=(*SHIPPED, *WIDE, *RARE),
         goals=_goals("Dice"),
         libraries=peers.DICE_LOSS,
     ),
