@@ -150,7 +150,11 @@ BINARY_SHIPPED = (
         {"options": {"exact": True}, **_ONCE},
         {"dtype": "float64", **_ONCE},
     ),
-    *rarely(BINARY[0], {"dtype": "float16"}, {"labels": "int64"}),
+    *rarely(
+        BINARY[0],
+        {"dtype": "float16"},
+        *({"labels": labels} for labels in ("int16", "int32", "int64")),
+    ),
 )
 
 _TILES = LoopNotes("tiles", "_softmax_histogram_kernel.i", _rounds)
