@@ -15,20 +15,21 @@ import triton.language as tl
 
 from .cell_walk import (
     Forward,
-    _load_corners,
     _start,
     finish_pixels,
     fold_cells,
+    load_corners,
     load_pixel_of,
     of_pixels,
 )
 from .cells import (
     Axis,
     along_row,
-    cells_at,
+    cells_of,
     further,
     look_up_between,
     nodes_around,
+    place_of_program,
     shares_of_columns,
     shares_of_rows,
     together,
@@ -46,22 +47,14 @@ def _walk_of(logits, target, axes, given, sizes, TERMS: tl.constexpr, TILE: tl.c
 
     ``logits`` and ``target`` are (pointer, strides).
     """
-    # Side by side are blocks of cells, then chunks of columns and bands of rows in them.
-    program = tl.program_id(0)
-    block = program % sizes.blocks
-    program = program // sizes.blocks
-    chunk = program % CELLS.chunks
-    program = program // CELLS.chunks
-    image = (program // sizes.bands).to(tl.int64)
-    index = block * TILE.pixels + tl.arange(0, TILE.pixels)
-    row = index // (sizes.width + 1)
-    column = index - row * (sizes.width + 1)
-    cells = cells_at(axes, row, column, target, image, sizes)
-    cells = further(cells, program % sizes.bands * CELLS.rows, chunk * CELLS.columns, sizes)
+    place = place_of_program(sizes, TILE, CELLS)
+    cells = cells_of(axes, place, target, sizes, CELLS)
     rows, columns = axes
     logits_ptr, logits_strides = logits
     walk = Forward(
-        nodes=nodes_around(logits_ptr, logits_strides, image, row, column, sizes),
+        nodes=nodes_around(
+            logits_ptr, logits_strides, place.image, place.row, place.column, sizes, CELLS
+        ),
         pixels=of_pixels(load_pixel_of, (cells, sizes), TERMS, TILE, CELLS),
         given=given,
         row_shares=shares_of_rows(rows, cells, sizes, CELLS),
@@ -85,7 +78,7 @@ def _places_of(cells, sizes, CELLS: tl.constexpr):
 def _lines_of_rows(walk, first, COUNT: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr):
     """(left logits, steps to the right) of COUNT classes in each row of a lane's pixels."""
     ROWS: tl.constexpr = CELLS.rows
-    corners = _load_corners(walk.nodes, first, COUNT, TILE)
+    corners = load_corners(walk.nodes, first, COUNT, TILE)
     lefts = ()
     steps = ()
     for r in tl.static_range(ROWS):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._engine.math import LOG2_E, log_one_plus
+from .._engine.math import LN_2, LOG2_E, log2_one_plus
 from .._engine.pixel_walk import Run, View, far_offsets, fold, load_pixels, run_of_pixels, view_of
 from .._engine.sums import Sums, comes_last, leave
 from ..pixelwise.softmax import softmax_of_lanes
@@ -321,7 +321,7 @@ def _store_table(table_ptr, own_counts, others_counts, counted, BINS: tl.constex
 
     # of own pixels
     inverse_high = 1.0 / union_high
-    mean = log_one_plus(others.to(dtype) * inverse_high) / several
+    mean = log2_one_plus(others.to(dtype) * inverse_high) * (LN_2 / several)
     mean = tl.where(others > 0, mean, inverse_high)
     rise = tl.minimum(inverse_high - 1.0 / union_low, 2.0 * mean)
     _store_entries(table_ptr + 2 * COUNT, -mean, -rise, counted, BINS)

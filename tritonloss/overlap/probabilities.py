@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .._engine.class_sums import Probabilities
-from .._engine.math import LN_2, LOG2_E, inverse, sigmoid_base2, sigmoids_base2
+from .._engine.math import LOG2_E, inverse, sigmoid_base2, sigmoids_base2
 from .._engine.pixel_terms import Loss
 from .._engine.pixels import (
     Record,
@@ -26,6 +26,8 @@ from .._engine.pixels import (
     sum_of_lanes,
 )
 from ..pixelwise.softmax import (
+    exponent,
+    exponent_of_largest,
     softmax_add,
     softmax_again,
     softmax_bundles,
@@ -74,15 +76,14 @@ class _Before(NamedTuple):
 def _softmax_share(state, TILE: tl.constexpr):
     """Relative to the largest logit of a lane's classes, whose powers are there already."""
     largest = for_classes(largest_of_lanes(state.largest, TILE), TILE)
-    beyond = tl.exp2((state.largest - largest) * LOG2_E)
+    beyond = tl.exp2(exponent_of_largest(state.largest, largest, TILE))
     total = for_classes(sum_of_lanes(state.total * beyond, TILE), TILE)
     return _Shared(largest=state.largest, factor=beyond * inverse(total))
 
 
 @triton.jit
 def _softmax_probability(shared, block, SLOT: tl.constexpr, TILE: tl.constexpr):
-    power = tl.exp2((block.logits[SLOT] - shared.largest) * LOG2_E)
-    return power * shared.factor
+    return tl.exp2(exponent(block.logits[SLOT], shared.largest, TILE)) * shared.factor
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def _softmax_prepare(scale, saved, looked_up, pixel, given, TILE: tl.constexpr):
     statistics = softmax_again(saved, looked_up, pixel, TILE)
     if TILE.bundle == 0:
         # Interpolated logits have their log-sum-exp alone: powers are relative to that.
-        largest = statistics.log_sum * LN_2
+        largest = statistics.log_sum
         factor = tl.zeros_like(scale) + 1.0
     else:
         largest = statistics.largest
@@ -126,20 +127,20 @@ def _projected(before, projection, own, TILE: tl.constexpr):
 
 
 @triton.jit
-def _power(factors, block, SLOT: tl.constexpr):
-    return tl.exp2((block.logits[SLOT] - factors.largest) * LOG2_E)
+def _power(factors, block, SLOT: tl.constexpr, TILE: tl.constexpr):
+    return tl.exp2(exponent(block.logits[SLOT], factors.largest, TILE))
 
 
 @triton.jit
 def _softmax_term(factors, block, SLOT: tl.constexpr, given, TILE: tl.constexpr):
-    return _power(factors, block, SLOT) * load_table(given.other_table, block, SLOT, TILE)
+    return _power(factors, block, SLOT, TILE) * load_table(given.other_table, block, SLOT, TILE)
 
 
 @triton.jit
 def _softmax_projection(factors, total, own, pixel, TILE: tl.constexpr):
     """The sum of p_j G_j, from the sum over powers and the logit of each pixel's own class."""
     before = factors.before
-    own_power = tl.exp2((own - before.largest) * LOG2_E)
+    own_power = tl.exp2(exponent(own, before.largest, TILE))
     of_own = tl.where(pixel.own >= 0, own_power * before.own, 0.0)
     return before.factor * (total + of_own)
 
@@ -173,7 +174,7 @@ def _gain(factors, block, SLOT: tl.constexpr, given, TILE: tl.constexpr):
 def _softmax_slope(
     factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE: tl.constexpr
 ):
-    return _power(factors, block, SLOT) * _gain(factors, block, SLOT, given, TILE)
+    return _power(factors, block, SLOT, TILE) * _gain(factors, block, SLOT, given, TILE)
 
 
 SOFTMAX = Probabilities(
