@@ -142,14 +142,18 @@ def column_of_cells(axis, column, target, image, sizes, TILE: tl.constexpr, CELL
 
 
 @triton.jit
-def nodes_below(nodes, step):
-    """The nodes around the next row of cells: those below are the ones above now."""
+def nodes_from(above, stride, down):
+    """The nodes around cells, from those above and the offset of those below.
+
+    Between rows only pointers to those above are kept: a lane has few registers to spare.
+    """
+    above_left, above_right = above
     return Nodes(
-        above_left=nodes.below_left,
-        above_right=nodes.below_right,
-        below_left=nodes.below_left + step,
-        below_right=nodes.below_right + step,
-        stride=nodes.stride,
+        above_left=above_left,
+        above_right=above_right,
+        below_left=above_left + down,
+        below_right=above_right + down,
+        stride=stride,
     )
 
 
@@ -167,10 +171,11 @@ def sums_of_cells(
     the logits of all pixels of a cell, and its nodes' gradients are what the valid ones make of
     them: whatever the ignored ones beside them add, it changes nothing.
     """
+    UNROLL: tl.constexpr = TILE.unroll
     top, bottom = rows
-    corners = load_corners(nodes, first, TILE.unroll, TILE)
+    corners = load_corners(nodes, first, UNROLL, TILE)
     corners2 = ()  # what no loss asks for is not computed
-    for j in tl.static_range(TILE.unroll):
+    for j in tl.static_range(UNROLL):
         logit, down, step, step_down = corners[j]
         in_base2 = (logit * LOG2_E, down * LOG2_E, step * LOG2_E, step_down * LOG2_E)
         corners2 = corners2 + (in_base2,)

@@ -11,7 +11,7 @@ from .cell_gradients import (
     Upstream,
     column_of_cells,
     join_rows,
-    nodes_below,
+    nodes_from,
     nothing_waits,
     row_below,
     store_nodes,
@@ -198,16 +198,19 @@ def _upsampled_backward_kernel(
     )
 
     nodes = nodes_around(logits_ptr, logits_strides, image, first_row, column, sizes)
+    above = (nodes.above_left, nodes.above_right)
     top = tl.load(row_starts_ptr + tl.minimum(first_row, sizes.height))
     waiting = nothing_waits(TILE)
     for i in tl.range(0, sizes.nodes + 1):
         row = first_row + i
         bottom = tl.load(row_starts_ptr + tl.minimum(row, sizes.height) + 1)
         bottom = tl.where(row <= sizes.height, bottom, top)
+        down = tl.where((row > 0) & (row < sizes.height), wide(logits_strides[2]), 0)
+        nodes = nodes_from(above, wide(logits_strides[1]), down)
         sums = sums_of_cells(walk, nodes, (top, bottom), first_class, TERMS, TILE, CELLS)
         complete, waiting = join_rows(waiting, sums, TILE)
         store_nodes(gradient, complete, i, SCALED, TILE)
         # the next row of cells
-        nodes = nodes_below(nodes, tl.where(row + 1 < sizes.height, wide(logits_strides[2]), 0))
+        above = (nodes.below_left, nodes.below_right)
         gradient = row_below(gradient, wide(grad_strides[2]))
         top = bottom
