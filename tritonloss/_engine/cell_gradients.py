@@ -430,37 +430,39 @@ def _zeros(TILE: tl.constexpr):
 @triton.jit
 def nothing_waits(TILE: tl.constexpr):
     """What the nodes above the first row of cells have from the cells before it."""
-    return _zeros(TILE), _zeros(TILE)
+    return _zeros(TILE)
 
 
 @triton.jit
 def join_rows(waiting, sums, TILE: tl.constexpr):
-    """The gradients (left, right) of the nodes above a row of cells, and of those below, so far."""
+    """The gradients of the nodes above a row of cells, and of those below, so far.
+
+    A lane's node lies between its cell and its neighbour's: it is on the right, and on the left.
+    """
     UNROLL: tl.constexpr = TILE.unroll
-    left_before, right_before = waiting
-    left = ()
-    right = ()
-    left_below = ()
+    LANES: tl.constexpr = TILE.pixels
+    neighbour = tl.minimum(tl.arange(0, LANES) + 1, LANES - 1)
+    complete = ()
+    still_waiting = ()
     for j in tl.static_range(UNROLL):
-        left = left + (left_before[j] + (sums.above_both[j] - sums.above_right[j]),)
-        right = right + (right_before[j] + sums.above_right[j],)
-        left_below = left_below + (sums.below_both[j] - sums.below_right[j],)
-    return (left, right), (left_below, sums.below_right)
+        above = tl.gather(sums.above_both[j] - sums.above_right[j], neighbour, 0)
+        below = tl.gather(sums.below_both[j] - sums.below_right[j], neighbour, 0)
+        complete = complete + (waiting[j] + (sums.above_right[j] + above),)
+        still_waiting = still_waiting + (sums.below_right[j] + below,)
+    return complete, still_waiting
 
 
 @triton.jit
 def store_nodes(gradient, complete, row, SCALED: tl.constexpr, TILE: tl.constexpr):
-    """Store the gradients of the nodes above a row of cells: what is on their left and right.
+    """Store the gradients of the nodes above a row of cells.
 
     Of the first row of cells, number 0, they are not the program's.
     """
     UNROLL: tl.constexpr = TILE.unroll
-    left, right = complete
     LANES: tl.constexpr = TILE.pixels
-    neighbour = tl.minimum(tl.arange(0, LANES) + 1, LANES - 1)
     inside = row <= tl.where(row > 0, gradient.rows, -1)
     for j in tl.static_range(UNROLL):
-        total = right[j] + tl.gather(left[j], neighbour, 0)
+        total = complete[j]
         if SCALED:
             total = total * gradient.scale
         number = gradient.first + j
