@@ -231,7 +231,9 @@ def _add_span(
     pixels = of_pixels(_weighed, (walk, nodes, row, span), TERMS, TILE, CELLS)
     both = ()
     right = ()
-    for start in tl.static_range(0, UNROLL, _GROUP):
+    # All classes at once where many pixels have weights of their own, which would wait in registers.
+    GROUP: tl.constexpr = _GROUP if TERMS.silent[0] or COLUMNS <= 4 else UNROLL
+    for start in tl.static_range(0, UNROLL, GROUP):
         sums = (both_sums, right_sums)
         to_both, to_right = _add_group(sums, pixels, row, walk, start, TERMS, TILE, CELLS)
         both = both + to_both
@@ -247,7 +249,8 @@ def _add_group(
     CELLS: tl.constexpr,
 ):  # fmt: skip
     """The sums of some classes of a block, from START on, with those of some columns."""
-    COUNT: tl.constexpr = _GROUP if START + _GROUP <= TILE.unroll else TILE.unroll - START
+    GROUP: tl.constexpr = _GROUP if TERMS.silent[0] or CELLS.columns <= 4 else TILE.unroll
+    COUNT: tl.constexpr = GROUP if START + GROUP <= TILE.unroll else TILE.unroll - START
     both_sums, right_sums = sums
     logits = ()
     steps = ()
