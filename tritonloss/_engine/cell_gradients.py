@@ -231,7 +231,7 @@ def _add_span(
     pixels = of_pixels(_weighed, (walk, nodes, row, span), TERMS, TILE, CELLS)
     both = ()
     right = ()
-    # All classes at once where many pixels have weights of their own, which would wait in registers.
+    # All classes at once where many pixels have weights of their own: they would wait too long.
     GROUP: tl.constexpr = _GROUP if TERMS.silent[0] or COLUMNS <= 4 else UNROLL
     for start in tl.static_range(0, UNROLL, GROUP):
         sums = (both_sums, right_sums)
