@@ -195,9 +195,11 @@ def _instructions(loops: Sequence[Loop], notes: LoopReading, entries: float) -> 
     elif len(loops) == 1:
         unit /= _unrolled(loops[0])
     left, executed = notes.rounds / entries, 0.0
-    for loop, size in zip(by_size, sizes, strict=True):
+    for number, (loop, size) in enumerate(zip(by_size, sizes, strict=True)):
         step = max(1, round(size / unit))
-        rounds = left // step if left >= 1 else left / step
+        # Rounds that are an average need not be whole: what is left, the last loop does.
+        whole = left >= 1 and (step > 1 or number < len(sizes) - 1)
+        rounds = left // step if whole else left / step
         left -= rounds * step
         executed += rounds * loop.instructions
     return executed * entries

@@ -145,11 +145,12 @@ def _completed(given: Given) -> float:
 
 
 def _rows_of_cells(given: Given) -> float:
-    return float(given["CELLS.nodes"] + 1)
+    return float(given["sizes.nodes"] + 1)
 
 
 def _rows_of_pixels(given: Given) -> float:
-    return _rows_of_cells(given) * given["sizes.highest"]
+    """As many as cells have on average. A warp with cells of two strips has the more of both."""
+    return _rows_of_cells(given) * given["sizes.rows"] / (given["sizes.height"] + 1)
 
 
 def _chunks(given: Given) -> float:
@@ -165,7 +166,7 @@ _BACKWARD = KernelNotes(
     share_of_the_map,
     (
         LoopNotes("rows of cells", "_upsampled_backward_kernel.i", _rows_of_cells),
-        LoopNotes("rows of pixels", "sums_of_cells.r", _rows_of_pixels),
+        LoopNotes("rows of pixels", "sums_of_cells._", _rows_of_pixels),
         LoopNotes("chunks of columns", "sums_of_cells.chunk", _chunks),
     ),
 )

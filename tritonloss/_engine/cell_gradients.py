@@ -7,10 +7,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .cell_walk import load_corners
-from .cells import along_row, factors_between, further, load_pixel, shares_of_columns
+from .cell_walk import load_corners, of_pixels
+from .cells import Nodes, along_row, factors_between, wide
+from .math import LOG2_E
 from .pixel_walk import of_each, slope
-from .pixels import Block, no_class_yet, nothing_yet
+from .pixels import Block, Pixel, no_class_yet, nothing_yet
+
+# Classes whose pixels' bits are looked at together: the machine reads so many at once.
+_GROUP = tl.constexpr(7)
 
 
 class Backward(NamedTuple):
@@ -21,6 +25,7 @@ class Backward(NamedTuple):
     upstream: Any
     row_axis: Any
     column_axis: Any
+    column: Any  # of cells, a lane's
     sizes: Any
 
 
@@ -34,169 +39,383 @@ class Upstream(NamedTuple):
     scales: Any  # of every loss: what it is multiplied by
 
 
-class Row(NamedTuple):
-    """A row of pixels in cells, with a block of classes."""
+class NodeSums(NamedTuple):
+    """What a row of cells adds to the nodes' gradients: tuples over a block's classes."""
 
-    share: Any  # [cells], of the nodes below
-    lefts: Any  # of every class the left logit, [cells]
-    steps: Any  # and the step to the right one
+    above_both: Any  # of the nodes above, those on the left and on the right
+    above_right: Any
+    below_both: Any
+    below_right: Any
+
+
+class Row(NamedTuple):
+    """A row of pixels of cells, with a block of classes."""
+
+    number: Any  # [cells], of the row in the image
+    exists: Any  # whether it is one of the cell
+    label: Any  # pointers to the label of the column's first pixel
+    place: Any  # where that pixel is in a map [N, H, W]
+    share: Any  # of the nodes below
+    corners: Any  # of every class
+    corners2: Any  # those in base 2
     first: Any  # the first class
 
 
-class NodeSums(NamedTuple):
-    """What the pixels of cells add to their nodes' gradients; tuples over a block's classes."""
+class Weighed(NamedTuple):
+    """A pixel of every cell, [cells] each, and what the slopes of its classes share."""
 
-    left: Any  # [cells], to the two nodes on the left
-    right: Any
-    below_left: Any  # of that, to the one below
-    below_right: Any
+    share: Any  # of the nodes on the right
+    to_both: Any  # what a slope is multiplied by for the sum of all nodes
+    to_right: Any  # and for that of those on the right
+    own: Any  # the bit of the block's class that is its own, another one, or 0 if it is not valid
+    factors: Any  # of every loss
 
 
 class Gradient(NamedTuple):
     """Where the gradients of the nodes of an image go to."""
 
-    pointer: Any  # [cells], to the lane's node of the first row and class
-    row_stride: Any
+    pointer: Any  # [cells], to the lane's node of a row and of the first class of all
     class_stride: Any
     rows: Any  # [cells], of nodes that are the lane's to store
     first: Any  # the first class of the block
     unseen: Any  # the first class that no other program has
+    scale: Any  # what all sums are multiplied by, if they are
 
 
-# --- backward -------------------------------------------------------------------------------------
+class Column(NamedTuple):
+    """A lane's column of cells: what is the same in all of its rows."""
+
+    first: Any  # [cells], the first column of pixels
+    end: Any  # one more than the last
+    label: Any  # pointers to the label of the image's first row in the span's first column
+    place: Any  # where that is in a map [N, H, W]
+    strides: Any  # of the labels: from row to row, from column to column
+    span: Any  # of pixels, the first
+
+
+class Span(NamedTuple):
+    """As many columns of pixels as a lane has at once: those of a cell, and others beside them.
+
+    All are columns of the image, so that nothing that is loaded has to be masked.
+    """
+
+    first: Any  # [cells]
+    limits: Any  # a tuple over them: of a column of the cell the number of classes, else 0
+    shares: Any  # a tuple over them, of the right nodes
+
+
+# --- cells ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def span_of(axis, first, end, sizes, TILE: tl.constexpr, CELLS: tl.constexpr):
+    """The span with the columns from ``first`` to before ``end``, as far as it has them."""
+    COLUMNS: tl.constexpr = CELLS.columns
+    start = tl.minimum(first, sizes.columns - COLUMNS)
+    limits = ()
+    shares = ()
+    for k in tl.static_range(COLUMNS):
+        # Cells of an even number of columns have all of either half, or at the borders none.
+        any_of_half = (0 if 2 * k < COLUMNS else COLUMNS - 1) if CELLS.even else k
+        inside = (start + any_of_half >= first) & (start + any_of_half < end)
+        limits = limits + (tl.where(inside, 2 if CELLS.binary else TILE.classes, 0),)
+        shares = shares + (tl.load(axis.shares + start + k),)
+    return Span(first=start, limits=limits, shares=shares)
+
+
+@triton.jit
+def column_of_cells(axis, column, target, image, sizes, TILE: tl.constexpr, CELLS: tl.constexpr):
+    """What a lane's cells in this column have in common. ``target`` is (pointer, strides)."""
+    target_ptr, target_strides = target
+    first = tl.load(axis.starts + column)
+    end = tl.load(axis.starts + column + 1)
+    strides = (wide(target_strides[1]), wide(target_strides[2]))
+    span = span_of(axis, first, end, sizes, TILE, CELLS)
+    return Column(
+        first=first,
+        end=end,
+        label=target_ptr + image * target_strides[0] + span.first * strides[1],
+        place=image * sizes.rows * sizes.columns + span.first,
+        strides=strides,
+        span=span,
+    )
+
+
+@triton.jit
+def nodes_from(nodes, above, down):
+    """The nodes around cells, from those above and how many bytes below them the others are.
+
+    Between rows only the places of those above are kept: a lane has few registers to spare.
+    """
+    above_left, above_right = above
+    return Nodes(
+        pointer=nodes.pointer,
+        stride=nodes.stride,
+        above_left=above_left,
+        above_right=above_right,
+        below_left=above_left + down,
+        below_right=above_right + down,
+    )
+
+
+# --- pixels ---------------------------------------------------------------------------------------
 
 
 @triton.jit
 def sums_of_cells(
-    walk, nodes, cells, first, TERMS: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr
+    walk, nodes, rows, first, TERMS: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr
 ):
-    """What the pixels of cells add to their nodes, of the block of classes from ``first`` on."""
-    UNROLL: tl.constexpr = TILE.unroll
-    corners = load_corners(nodes, first, TILE.unroll, TILE)
-    nothing = _zeros(TILE)
-    sums = NodeSums(left=nothing, right=nothing, below_left=nothing, below_right=nothing)
-    has_valid = no_class_yet(TILE)
-    for r in tl.range(0, walk.sizes.highest):
-        here = further(cells, r, 0, walk.sizes)
-        # Below the cell anything will do.
-        share = tl.load(walk.row_axis.shares + tl.minimum(here.top, walk.sizes.rows - 1))
-        lefts = ()
-        steps = ()
-        for j in tl.static_range(UNROLL):
-            left, step = along_row(corners[j], share)
-            lefts = lefts + (left,)
-            steps = steps + (step,)
-        row = Row(share=share, lefts=lefts, steps=steps, first=first)
-        in_row = (nothing, nothing, has_valid)
-        if CELLS.chunks == 1:
-            in_row = _add_chunk(in_row, walk, nodes, here, row, TERMS, TILE, CELLS)
-        else:
-            for chunk in tl.range(0, CELLS.chunks):
-                part = further(here, 0, chunk * CELLS.columns, walk.sizes)
-                in_row = _add_chunk(in_row, walk, nodes, part, row, TERMS, TILE, CELLS)
-        all_sums, right_sums, has_valid = in_row
-        sums = _add_row(sums, (all_sums, right_sums), share)
-    return _without_ignored(sums, has_valid, TILE)
+    """What the pixels of cells add to their nodes, of the block of classes from ``first`` on.
 
-
-@triton.jit
-def _without_ignored(sums, has_valid, TILE: tl.constexpr):
-    """The sums, 0 of cells without a valid pixel.
-
-    With a scale of 0, slopes are 0 but where a logit is not finite. Then so are the logits of all
-    pixels of a cell, and its nodes' gradients are what the valid ones make of them: whatever the
-    ignored ones beside them add, it changes nothing.
+    ``rows`` are (the cells' first rows of pixels, one more than their last). Cells without a valid
+    pixel add nothing. With a scale of 0, slopes are 0 but where a logit is not finite. Then so are
+    the logits of all pixels of a cell, and its nodes' gradients are what the valid ones make of
+    them: whatever the ignored ones beside them add, it changes nothing.
     """
     UNROLL: tl.constexpr = TILE.unroll
-    left = ()
-    right = ()
-    below_left = ()
-    below_right = ()
+    top, bottom = rows
+    corners = load_corners(nodes, first, UNROLL, TILE)
+    corners2 = ()  # what no loss asks for is not computed
     for j in tl.static_range(UNROLL):
-        left = left + (tl.where(has_valid != 0, sums.left[j], 0.0),)
-        right = right + (tl.where(has_valid != 0, sums.right[j], 0.0),)
-        below_left = below_left + (tl.where(has_valid != 0, sums.below_left[j], 0.0),)
-        below_right = below_right + (tl.where(has_valid != 0, sums.below_right[j], 0.0),)
-    return NodeSums(left=left, right=right, below_left=below_left, below_right=below_right)
+        logit, down, step, step_down = corners[j]
+        in_base2 = (logit * LOG2_E, down * LOG2_E, step * LOG2_E, step_down * LOG2_E)
+        corners2 = corners2 + (in_base2,)
+    nothing = _zeros(TILE)
+    sums = NodeSums(
+        above_both=nothing, above_right=nothing, below_both=nothing, below_right=nothing
+    )
+    has_valid = no_class_yet(TILE)
+    # As many rows as the highest of the cells has, at least one: all are rows of the image.
+    highest = tl.maximum(tl.max(bottom - top), 1)
+    number = tl.minimum(top, walk.sizes.rows - highest)
+    label = walk.column.label + number * walk.column.strides[0]
+    place = walk.column.place + number * wide(walk.sizes.columns)
+    for _ in tl.range(0, highest):
+        row = Row(
+            number=number,
+            exists=(number >= top) & (number < bottom),
+            label=label,
+            place=place,
+            share=tl.load(walk.row_axis.shares + number),
+            corners=corners,
+            corners2=corners2,
+            first=first,
+        )
+        in_row = (nothing, nothing, has_valid)
+        if CELLS.chunks == 1:
+            in_row = _add_span(in_row, walk, nodes, row, walk.column.span, TERMS, TILE, CELLS)
+        else:
+            for chunk in tl.range(0, CELLS.chunks):
+                start = walk.column.first + chunk * CELLS.columns
+                span = span_of(walk.column_axis, start, walk.column.end, walk.sizes, TILE, CELLS)
+                in_row = _add_span(in_row, walk, nodes, row, span, TERMS, TILE, CELLS)
+        both_sums, right_sums, has_valid = in_row
+        sums = _add_row(sums, both_sums, right_sums, row.share)
+        # the next row
+        number += 1
+        label += walk.column.strides[0]
+        place += walk.sizes.columns
+    return _if_any(has_valid, sums, TILE)
 
 
 @triton.jit
-def _add_chunk(
-    in_row, walk, nodes, cells, row, TERMS: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr
+def _add_span(
+    in_row, walk, nodes, row, span, TERMS: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr
 ):
-    """(sums of gradients, of those times the right nodes' shares, whether any pixel was valid).
+    """(sums of gradients of both nodes, of the right ones, whether any pixel was valid).
 
     With those of a few columns more.
     """
     UNROLL: tl.constexpr = TILE.unroll
     COLUMNS: tl.constexpr = CELLS.columns
-    shares = shares_of_columns(walk.column_axis, cells, walk.sizes, CELLS)
-    all_sums, right_sums, has_valid = in_row
+    both_sums, right_sums, has_valid = in_row
+    pixels = of_pixels(_weighed, (walk, nodes, row, span), TERMS, TILE, CELLS)
+    both = ()
+    right = ()
+    # All classes at once where many pixels have weights of their own: they would wait too long.
+    GROUP: tl.constexpr = _GROUP if TERMS.silent[0] or COLUMNS <= 4 else UNROLL
+    for start in tl.static_range(0, UNROLL, GROUP):
+        sums = (both_sums, right_sums)
+        to_both, to_right = _add_group(sums, pixels, row, walk, start, TERMS, TILE, CELLS)
+        both = both + to_both
+        right = right + to_right
     for k in tl.static_range(COLUMNS):
-        pixel = load_pixel(cells, k, TILE, CELLS)
-        here = (further(cells, 0, k, walk.sizes), row, pixel, shares[k])
-        factors = _factors(walk, nodes, here, TERMS, TILE, CELLS)
-        block = _block_in_row(row, shares[k])
-        more = ()
-        more_right = ()
-        for j in tl.static_range(UNROLL):
-            gradient = slope(factors, block, j, walk.given, TERMS, 0, TILE)
-            for term in tl.static_range(1, len(TERMS.slope)):
-                gradient += slope(factors, block, j, walk.given, TERMS, term, TILE)
-            more = more + (all_sums[j] + gradient,)
-            more_right = more_right + (right_sums[j] + shares[k] * gradient,)
-        all_sums = more
-        right_sums = more_right
-        has_valid = tl.where(pixel.label >= 0, 1, has_valid)
-    return all_sums, right_sums, has_valid
+        has_valid |= pixels[k].own
+    return both, right, has_valid
 
 
 @triton.jit
-def _factors(walk, nodes, here, TERMS: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr):
-    """What the slopes of a pixel's classes share, of all losses."""
+def _add_group(
+    sums, pixels, row, walk, START: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr,
+    CELLS: tl.constexpr,
+):  # fmt: skip
+    """The sums of some classes of a block, from START on, with those of some columns."""
+    GROUP: tl.constexpr = _GROUP if TERMS.silent[0] or CELLS.columns <= 4 else TILE.unroll
+    COUNT: tl.constexpr = GROUP if START + GROUP <= TILE.unroll else TILE.unroll - START
+    both_sums, right_sums = sums
+    logits = ()
+    steps = ()
+    logits2 = ()
+    steps2 = ()
+    both = ()
+    right = ()
+    for j in tl.static_range(COUNT):
+        logit, step = along_row(row.corners[START + j], row.share)
+        logits = logits + (logit,)
+        steps = steps + (step,)
+        logit, step = along_row(row.corners2[START + j], row.share)
+        logits2 = logits2 + (logit,)
+        steps2 = steps2 + (step,)
+        both = both + (both_sums[START + j],)
+        right = right + (right_sums[START + j],)
+    for k in tl.static_range(len(pixels)):
+        pixel = pixels[k]
+        more_both = ()
+        more_right = ()
+        for j in tl.static_range(COUNT):
+            block = Block(
+                logits=(logits[j] + pixel.share * steps[j],),
+                exists=(),
+                start=row.first + (START + j),
+                owned=((pixel.own & (1 << (START + j))) != 0,),
+                base2=(logits2[j] + pixel.share * steps2[j],),
+            )
+            gradient = slope(pixel.factors, block, 0, walk.given, TERMS, 0, TILE)
+            for term in tl.static_range(1, len(TERMS.slope)):
+                gradient += slope(pixel.factors, block, 0, walk.given, TERMS, term, TILE)
+            to_both = pixel.to_both * gradient
+            to_right = pixel.to_right * gradient
+            if k > 0 or CELLS.chunks > 1:  # else the sums are 0, and added to it would cost as much
+                to_both += both[j]
+                to_right += right[j]
+            more_both = more_both + (to_both,)
+            more_right = more_right + (to_right,)
+        both = more_both
+        right = more_right
+    return both, right
+
+
+@triton.jit
+def _load_pixel(walk, row, span, K: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr):
+    """(the pixels in a column of a span, where they are in its row); labels are sanitised.
+
+    The own classes are not: they may be anything where the label is -1.
+    """
+    if CELLS.chunks == 1:
+        offset = K
+    else:
+        offset = (span.first - walk.column.span.first) + K
+    if CELLS.near:
+        pointers = row.label + offset
+    else:
+        pointers = row.label + offset * walk.column.strides[1]
+    loaded = tl.load(pointers)
+    limit = span.limits[K]
+    if loaded.dtype == tl.int64:
+        valid = loaded.to(tl.uint64, bitcast=True) < limit.to(tl.uint64)
+        label = loaded.to(tl.int32)
+    else:
+        label = loaded.to(tl.int32)
+        valid = label.to(tl.uint32, bitcast=True) < limit.to(tl.uint32, bitcast=True)
+    valid = valid & row.exists
+    if CELLS.ignored >= 0:
+        valid = valid & (label != CELLS.ignored)
+    own = tl.where(label == 1, 0, -1) if CELLS.binary else label
+    inside = row.exists & (limit > 0)
+    return Pixel(label=tl.where(valid, label, -1), own=own, inside=inside), offset
+
+
+@triton.jit
+def _weighed(
+    arguments, K: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr
+):
+    """The pixel in a column of a row, for ``of_pixels``."""
+    walk, nodes, row, span = arguments
+    COUNT: tl.constexpr = len(TERMS.slope)
     dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
-    cells, row, pixel, column_share = here
+    pixel, offset = _load_pixel(walk, row, span, K, TILE, CELLS)
+    valid = pixel.label >= 0
+    share = span.shares[K]
     upstream = walk.upstream
     if CELLS.reduced:
         value = upstream.value
     else:
-        offsets = cells.top * upstream.row_stride + cells.first * upstream.column_stride
-        value = tl.load(upstream.pointer + offsets, mask=pixel.inside, other=0.0).to(dtype)
-    scales = ()
-    for k in tl.static_range(len(TERMS.slope)):
-        scales = scales + (tl.where(pixel.label >= 0, value * upstream.scales[k], 0.0),)
+        column = span.first + K
+        offsets = row.number * upstream.row_stride + column * upstream.column_stride
+        value = tl.load(upstream.pointer + offsets).to(dtype)
+    one = tl.full((TILE.pixels,), 1.0, dtype)
+    scales = (one,)
+    if COUNT > 1:
+        scales = ()
+        for k in tl.static_range(COUNT):
+            scales = scales + (tl.where(valid, value * upstream.scales[k], 0.0),)
     maps = ()
     for i in tl.static_range(len(walk.map_ptrs)):
-        loaded = tl.load(walk.map_ptrs[i] + cells.place, mask=pixel.inside, other=0)
-        maps = maps + (loaded,)
-    arguments = (scales, maps, nodes, (row.share, column_share), pixel, walk.given)
-    return of_each(factors_between, arguments, TERMS, TILE)
+        maps = maps + (tl.load(walk.map_ptrs[i] + row.place + offset),)
+    arguments = (scales, maps, nodes, (row.share, share), pixel, walk.given)
+    to_right = share
+    to_both = one
+    if COUNT == 1:
+        # Slopes are proportional to the scale, and those of a single loss are multiplied late.
+        if not CELLS.reduced:
+            scale = value * upstream.scales[0]
+            to_right = scale * to_right
+            to_both = scale
+        if not CELLS.reduced or not TERMS.silent[0]:
+            to_right = tl.where(valid, to_right, 0.0)
+            to_both = tl.where(valid, to_both, 0.0)
+    # A bit of no class for all classes that are not in the block.
+    place = tl.minimum((pixel.own - row.first).to(tl.uint32, bitcast=True), 31)
+    return Weighed(
+        share=share,
+        to_both=to_both,
+        to_right=to_right,
+        own=tl.where(valid, 1, 0) << place.to(tl.int32),
+        factors=of_each(factors_between, arguments, TERMS, TILE),
+    )
 
 
 @triton.jit
-def _block_in_row(row, share):
-    """A block's classes of a column of pixels, interpolated along their row."""
-    logits = ()
-    for j in tl.static_range(len(row.lefts)):
-        logits = logits + (row.lefts[j] + share * row.steps[j],)
-    return Block(logits=logits, exists=(), start=row.first)
-
-
-@triton.jit
-def _add_row(sums, in_row, share):
+def _add_row(sums, both_sums, right_sums, share):
     """The sums with those of a row that has this share of the nodes below."""
-    all_sums, right_sums = in_row
-    left = ()
-    right = ()
-    below_left = ()
+    above_both = ()
+    above_right = ()
+    below_both = ()
     below_right = ()
-    for j in tl.static_range(len(all_sums)):
-        to_left = all_sums[j] - right_sums[j]
-        left = left + (sums.left[j] + to_left,)
-        right = right + (sums.right[j] + right_sums[j],)
-        below_left = below_left + (sums.below_left[j] + share * to_left,)
+    above = 1.0 - share
+    for j in tl.static_range(len(both_sums)):
+        above_both = above_both + (sums.above_both[j] + above * both_sums[j],)
+        above_right = above_right + (sums.above_right[j] + above * right_sums[j],)
+        below_both = below_both + (sums.below_both[j] + share * both_sums[j],)
         below_right = below_right + (sums.below_right[j] + share * right_sums[j],)
-    return NodeSums(left=left, right=right, below_left=below_left, below_right=below_right)
+    return NodeSums(
+        above_both=above_both,
+        above_right=above_right,
+        below_both=below_both,
+        below_right=below_right,
+    )
+
+
+@triton.jit
+def _if_any(has_valid, sums, TILE: tl.constexpr):
+    """The sums of cells that have a valid pixel, and 0 of the others."""
+    UNROLL: tl.constexpr = TILE.unroll
+    above_both = ()
+    above_right = ()
+    below_both = ()
+    below_right = ()
+    valid = has_valid != 0
+    for j in tl.static_range(UNROLL):
+        above_both = above_both + (tl.where(valid, sums.above_both[j], 0.0),)
+        above_right = above_right + (tl.where(valid, sums.above_right[j], 0.0),)
+        below_both = below_both + (tl.where(valid, sums.below_both[j], 0.0),)
+        below_right = below_right + (tl.where(valid, sums.below_right[j], 0.0),)
+    return NodeSums(
+        above_both=above_both,
+        above_right=above_right,
+        below_both=below_both,
+        below_right=below_right,
+    )
 
 
 @triton.jit
@@ -215,32 +434,55 @@ def _zeros(TILE: tl.constexpr):
 @triton.jit
 def nothing_waits(TILE: tl.constexpr):
     """What the nodes above the first row of cells have from the cells before it."""
-    return _zeros(TILE), _zeros(TILE)
+    return _zeros(TILE)
 
 
 @triton.jit
 def join_rows(waiting, sums, TILE: tl.constexpr):
-    """The gradients (left, right) of the nodes above a row of cells, and of those below, so far."""
+    """The gradients of the nodes above a row of cells, and of those below, so far.
+
+    A lane's node lies between its cell and its neighbour's: it is on the right, and on the left.
+    """
     UNROLL: tl.constexpr = TILE.unroll
-    left_before, right_before = waiting
-    left = ()
-    right = ()
+    LANES: tl.constexpr = TILE.pixels
+    neighbour = tl.minimum(tl.arange(0, LANES) + 1, LANES - 1)
+    complete = ()
+    still_waiting = ()
     for j in tl.static_range(UNROLL):
-        left = left + (left_before[j] + (sums.left[j] - sums.below_left[j]),)
-        right = right + (right_before[j] + (sums.right[j] - sums.below_right[j]),)
-    return (left, right), (sums.below_left, sums.below_right)
+        above = tl.gather(sums.above_both[j] - sums.above_right[j], neighbour, 0)
+        below = tl.gather(sums.below_both[j] - sums.below_right[j], neighbour, 0)
+        complete = complete + (waiting[j] + (sums.above_right[j] + above),)
+        still_waiting = still_waiting + (sums.below_right[j] + below,)
+    return complete, still_waiting
 
 
 @triton.jit
-def store_nodes(gradient, complete, row, TILE: tl.constexpr):
-    """Store the gradients of a row of nodes: what the cells on their left and right add."""
+def store_nodes(gradient, complete, row, SCALED: tl.constexpr, TILE: tl.constexpr):
+    """Store the gradients of the nodes above a row of cells.
+
+    Of the first row of cells, number 0, they are not the program's.
+    """
     UNROLL: tl.constexpr = TILE.unroll
-    left, right = complete
     LANES: tl.constexpr = TILE.pixels
-    neighbour = tl.minimum(tl.arange(0, LANES) + 1, LANES - 1)
-    pointers = gradient.pointer + row * gradient.row_stride
+    inside = row <= tl.where(row > 0, gradient.rows, -1)
     for j in tl.static_range(UNROLL):
-        total = right[j] + tl.gather(left[j], neighbour, 0)
+        total = complete[j]
+        if SCALED:
+            total = total * gradient.scale
         number = gradient.first + j
-        mask = row < tl.where(number >= gradient.unseen, gradient.rows, 0)
-        tl.store(pointers + number * gradient.class_stride, total, mask=mask)
+        pointers = gradient.pointer + number * gradient.class_stride
+        is_unseen = tl.full((LANES,), 0, tl.int32) + number >= gradient.unseen
+        tl.store(pointers, total, mask=inside & is_unseen)
+
+
+@triton.jit
+def row_below(gradient, stride):
+    """The same for the next row of nodes."""
+    return Gradient(
+        pointer=gradient.pointer + stride,
+        class_stride=gradient.class_stride,
+        rows=gradient.rows,
+        first=gradient.first,
+        unseen=gradient.unseen,
+        scale=gradient.scale,
+    )

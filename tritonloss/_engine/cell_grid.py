@@ -172,7 +172,7 @@ def cell_heuristic(losses: Sequence[Loss], direction: str, most: int) -> Configu
     # What a pixel needs going back takes registers, most of all where it looks up several logits.
     columns = 1 if twice else min(triton.next_power_of_2(most), _MOST_COLUMNS)
     # One warp: what neighbouring lanes exchange never leaves it.
-    return {"PIXEL_COLUMNS": columns, "NODE_ROWS": 16, "UNROLL": 5, "num_warps": 1}
+    return {"PIXEL_COLUMNS": columns, "NODE_ROWS": 32, "UNROLL": 5 if twice else 10, "num_warps": 1}
 
 
 def _configuration(
@@ -213,7 +213,7 @@ def over_cells(
         "sizes": _sizes(logits, target, blocks, highest, rows),
         "full": (classes - 1) // tile.unroll * tile.unroll,
         "TILE": tile,
-        "CELLS": _cell_tile(losses, logits, target, walk, (rows, columns, chunks, 1)),
+        "CELLS": _cell_tile(losses, logits, target, walk, (rows, columns, chunks)),
         "num_warps": int(configuration["num_warps"]),
         "enable_fp_fusion": True,
     }
@@ -231,15 +231,23 @@ def over_strips(
     highest, widest = (axis.most for axis in axes)
     configuration = configuration or _configuration(losses, "backward", logits, widest)
     columns, nodes = int(configuration["PIXEL_COLUMNS"]), int(configuration["NODE_ROWS"])
+    # Not more than the image has: all that a lane has at once are columns of it.
+    columns = min(columns, 1 << (target.size(2).bit_length() - 1))
     chunks = triton.cdiv(widest, columns)
     tile = _tile(configuration, logits)
+    # As many strips as that makes, all of about the same height.
     strips = triton.cdiv(logits.size(2), nodes)
+    nodes = triton.cdiv(logits.size(2), strips)
     blocks = triton.cdiv(strips * (logits.size(3) + 1), tile.pixels - 1)
     class_blocks = triton.cdiv(logits.size(1), tile.unroll)
+    # The ratio is a power of two: then PyTorch's arithmetic is exact.
+    even = columns == widest > 1 and columns * logits.size(3) == target.size(2)
+    even = even and not walk.align_corners
+    tile_of_cells = _cell_tile(losses, logits, target, walk, (1, columns, chunks))
     return class_blocks * blocks * logits.size(0), {
-        "sizes": _sizes(logits, target, blocks, highest, rows=1),
+        "sizes": _sizes(logits, target, blocks, highest, rows=1, nodes=nodes),
         "TILE": tile,
-        "CELLS": _cell_tile(losses, logits, target, walk, (1, columns, chunks, nodes)),
+        "CELLS": tile_of_cells._replace(even=even),
         "num_warps": int(configuration["num_warps"]),
         "enable_fp_fusion": True,
     }
@@ -268,20 +276,20 @@ def _cell_tile(
     logits: torch.Tensor,
     target: torch.Tensor,
     walk: Walk,
-    counts: tuple[int, int, int, int],
+    counts: tuple[int, int, int],
 ) -> CellTile:
-    rows, columns, chunks, nodes = counts
+    rows, columns, chunks = counts
     labels = labels_of(losses, logits, target, walk.ignore_index)
     return CellTile(
         rows=rows,
         columns=columns,
         chunks=chunks,
-        nodes=nodes,
         near=target.stride(2) == 1,
         far=_extent(logits) >= 2**31,
         ignored=labels["IGNORED"],
         binary=labels["BINARY"],
         reduced=walk.reduction != "none",
+        even=False,
     )
 
 
@@ -291,7 +299,7 @@ def _extent(logits: torch.Tensor) -> int:
 
 
 def _sizes(
-    logits: torch.Tensor, target: torch.Tensor, blocks: int, highest: int, rows: int
+    logits: torch.Tensor, target: torch.Tensor, blocks: int, highest: int, rows: int, nodes: int = 1
 ) -> Sizes:
     """Of ``blocks`` of cells, the highest of which has so many rows, a lane ``rows`` at once."""
     return Sizes(
@@ -302,6 +310,7 @@ def _sizes(
         blocks=blocks,
         bands=triton.cdiv(highest, rows),
         highest=highest,
+        nodes=nodes,
         by_row=_divisor(logits.size(3) + 1),
         by_blocks=_divisor(blocks),
         by_bands=_divisor(triton.cdiv(highest, rows)),

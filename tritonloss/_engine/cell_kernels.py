@@ -9,15 +9,17 @@ from .cell_gradients import (
     Backward,
     Gradient,
     Upstream,
+    column_of_cells,
     join_rows,
+    nodes_from,
     nothing_waits,
+    row_below,
     store_nodes,
     sums_of_cells,
 )
 from .cell_walk import Forward, finish_pixels, fold_cells, load_pixel_of, of_pixels
 from .cells import (
     Axis,
-    cells_at,
     cells_of,
     further,
     nodes_around,
@@ -134,6 +136,7 @@ def _upsampled_backward_kernel(
     """Walks down a strip of cells with one block of classes; writes every node's gradient once."""
     COUNT: tl.constexpr = len(TERMS.start)
     LANES: tl.constexpr = TILE.pixels
+    SCALED: tl.constexpr = CELLS.reduced and COUNT == 1
     BLOCKS: tl.constexpr = (TILE.classes + TILE.unroll - 1) // TILE.unroll
     # Side by side are blocks of classes, which share labels and maps, then of cells.
     program = tl.program_id(0)
@@ -150,7 +153,7 @@ def _upsampled_backward_kernel(
     index = block * (LANES - 1) + lane
     strip = index // (sizes.width + 1)
     column = index - strip * (sizes.width + 1)
-    first_row = strip * CELLS.nodes
+    first_row = strip * sizes.nodes
 
     rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
     columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
@@ -173,24 +176,37 @@ def _upsampled_backward_kernel(
         ),
         row_axis=rows,
         column_axis=columns,
+        column=column_of_cells(
+            columns, column, (target_ptr, target_strides), image, sizes, TILE, CELLS
+        ),
         sizes=sizes,
     )
-    pointer = grad_ptr + image * grad_strides[0] + first_row * wide(grad_strides[2])
+    # The nodes above the first row of cells come before its own.
+    pointer = grad_ptr + image * grad_strides[0] + (first_row - 1) * wide(grad_strides[2])
     gradient = Gradient(
         pointer=pointer + column * wide(grad_strides[3]),
-        row_stride=wide(grad_strides[2]),
         class_stride=wide(grad_strides[1]),
-        rows=tl.where((lane < LANES - 1) & (column < sizes.width), sizes.height - first_row, 0),
+        rows=tl.where((lane < LANES - 1) & (column < sizes.width), sizes.height - first_row, -1),
         first=first_class,
         unseen=unseen,
+        scale=walk.upstream.value * scales[0],
     )
 
+    nodes = nodes_around(logits_ptr, logits_strides, image, first_row, column, sizes, CELLS)
+    above = (nodes.above_left, nodes.above_right)
+    bytes_of_a_row = wide(logits_strides[2]) * (logits_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    top = tl.load(row_starts_ptr + tl.minimum(first_row, sizes.height))
     waiting = nothing_waits(TILE)
-    for i in tl.range(0, CELLS.nodes + 1):
+    for i in tl.range(0, sizes.nodes + 1):
         row = first_row + i
-        cells = cells_at((rows, columns), row, column, (target_ptr, target_strides), image, sizes)
-        nodes = nodes_around(logits_ptr, logits_strides, image, row, column, sizes, CELLS)
-        sums = sums_of_cells(walk, nodes, cells, first_class, TERMS, TILE, CELLS)
+        bottom = tl.load(row_starts_ptr + tl.minimum(row, sizes.height) + 1)
+        bottom = tl.where(row <= sizes.height, bottom, top)
+        down = tl.where((row > 0) & (row < sizes.height), bytes_of_a_row, 0)
+        nodes = nodes_from(nodes, above, down)
+        sums = sums_of_cells(walk, nodes, (top, bottom), first_class, TERMS, TILE, CELLS)
         complete, waiting = join_rows(waiting, sums, TILE)
-        if i > 0:
-            store_nodes(gradient, complete, i - 1, TILE)
+        store_nodes(gradient, complete, i, SCALED, TILE)
+        # the next row of cells
+        above = (nodes.below_left, nodes.below_right)
+        gradient = row_below(gradient, wide(grad_strides[2]))
+        top = bottom

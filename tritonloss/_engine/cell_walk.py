@@ -139,7 +139,7 @@ def _block_of(arguments, K: tl.constexpr, CELLS: tl.constexpr):
     for j in tl.static_range(COUNT):
         share = walk.column_shares[K % CELLS.columns]
         logits = logits + (lefts[BEFORE + j] + share * steps[BEFORE + j],)
-    return Block(logits=logits, exists=(), start=first)
+    return Block(logits=logits, exists=(), start=first, owned=(), base2=())
 
 
 @triton.jit

@@ -33,12 +33,12 @@ class CellTile(NamedTuple):
     rows: int  # of pixels at once, going forward
     columns: int  # of pixels at once
     chunks: int  # of so many columns, until the widest cell is done
-    nodes: int  # rows of nodes of a program, going back
     near: bool  # neighbouring labels lie side by side
     far: bool  # nodes of an image lie so far apart that offsets take 64 bits
     ignored: int  # the ignored label if it would be a class, else -1
     binary: bool  # labels are 0 and 1, of one class
     reduced: bool  # the values are: all pixels have one upstream gradient
+    even: bool  # going back: all cells have so many columns, those at the borders half of them
 
 
 class Sizes(NamedTuple):
@@ -51,6 +51,7 @@ class Sizes(NamedTuple):
     blocks: Any  # of cells
     bands: Any  # of rows of pixels in the highest cell
     highest: Any  # rows of pixels in that cell
+    nodes: Any  # rows of nodes of a program, going back
     by_row: Any  # what divides by the cells of a row: see ``divided``
     by_blocks: Any
     by_bands: Any

@@ -96,7 +96,7 @@ def _slot_of(lines, walk, first, K: tl.constexpr, SLOT: tl.constexpr, CELLS: tl.
     COUNT: tl.constexpr = len(lefts) // CELLS.rows
     PLACE: tl.constexpr = K // CELLS.columns * COUNT + SLOT
     logit = lefts[PLACE] + walk.column_shares[K % CELLS.columns] * steps[PLACE]
-    return Block(logits=(logit,), exists=(), start=first + SLOT)
+    return Block(logits=(logit,), exists=(), start=first + SLOT, owned=(), base2=())
 
 
 @triton.jit

@@ -197,11 +197,13 @@ def terms_of(terms: tuple[Term, ...], logits: torch.Tensor, walk: Walk, save: bo
     fields = {
         name: tuple(getattr(record, name) or record.add for record in records)
         for name in Record._fields
+        if name != "silent"
     }
     return Terms(
         **fields,
         twice=tuple(record.join is not None for record in records),
         passes=2 if any(record.join is not None for record in records) else 1,
+        silent=tuple(term.loss.record.silent(term.options) for term in terms),
         options=tuple(term.options for term in terms),
         maps=counts,
         first_map=tuple(sum(counts[:k]) for k in range(len(terms))),

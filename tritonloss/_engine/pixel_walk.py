@@ -29,6 +29,7 @@ class Terms(NamedTuple):
     add_again: Any
     twice: Any  # whether the loss goes through the classes twice; else the two above are not used
     passes: Any  # 2 if any of them does, else 1; a number, not a tuple
+    silent: Any  # whether the slopes are 0 at pixels that are not valid, whatever the scale
     options: Any  # each loss's own
     maps: Any  # how many maps each leaves to the backward pass
     first_map: Any  # the place of each loss's first map among the maps of all losses
@@ -169,7 +170,7 @@ def _load_block(view, start, inside, COUNT: tl.constexpr, LEFT: tl.constexpr, TI
         else:
             loaded = tl.load(_slot_pointers(view, j, TILE), mask=mask, other=float("-inf"))
         logits = logits + (loaded.to(dtype),)
-    return Block(logits=logits, exists=exists, start=start)
+    return Block(logits=logits, exists=exists, start=start, owned=(), base2=())
 
 
 @triton.jit

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .math import LOG2_E
+
 Function = Callable[..., Any]
 
 
@@ -61,6 +63,13 @@ class Block(NamedTuple):
     logits: Any  # a tuple of slots, [pixels] or [pixels, lanes]; -inf where no class is left
     exists: Any  # a tuple of slots, [1, lanes]: whether the lane has a class left
     start: Any  # the first class
+    owned: Any  # a tuple of slots, where known: whether the class is a valid pixel's own
+    base2: Any  # a tuple of slots, where known: the logits times log2 e
+
+
+def never(options: Any) -> bool:
+    """For losses that leave it to their scale to be silent."""
+    return False
 
 
 @triton.jit
@@ -73,9 +82,9 @@ class Record(NamedTuple):
     """A pixelwise loss, as device functions.
 
     At pixels that are not valid, these functions may return anything: the walk replaces it. Only
-    the slopes have to be 0 there if the scale is 0 and all logits are finite, whatever has been
-    saved of such a pixel. OPTIONS is the loss's own NamedTuple of what kernels are compiled for,
-    TILE a ``Tile``.
+    the slopes, which are proportional to the scale, have to be finite there, and 0 if the scale is,
+    where all logits are finite, whatever has been saved of such a pixel. OPTIONS is the loss's own
+    NamedTuple of what kernels are compiled for, TILE a ``Tile``.
 
     Attributes:
         start: (OPTIONS, TILE) -> the state before the first class, a tuple. A sum or an extreme
@@ -95,6 +104,8 @@ class Record(NamedTuple):
         join: (state, OPTIONS, TILE) -> the state before a second pass over the classes, or None if
             the loss has one pass only.
         add_again: like ``add``, in the second pass.
+        silent: OPTIONS -> whether, of finite logits, the slopes of a pixel that is not valid are 0
+            whatever the scale, if none of the classes counts as its own.
     """
 
     start: Function
@@ -106,6 +117,7 @@ class Record(NamedTuple):
     bundles: Function = no_bundles
     join: Function | None = None
     add_again: Function | None = None
+    silent: Callable[[Any], bool] = never
 
 
 # --- device functions: classes --------------------------------------------------------------------
@@ -120,6 +132,37 @@ def class_of(block, SLOT: tl.constexpr, TILE: tl.constexpr):
     else:
         result = block.start + SLOT * LANES + tl.arange(0, LANES)[None, :]
     return result
+
+
+@triton.jit
+def is_own(own, block, SLOT: tl.constexpr, TILE: tl.constexpr):
+    """Where a slot has the pixel's own class; ``own`` is shaped to broadcast over classes."""
+    if len(block.owned) == 0:
+        result = class_of(block, SLOT, TILE) == own
+    else:
+        result = block.owned[SLOT]
+    return result
+
+
+@triton.jit
+def in_base2(block, SLOT: tl.constexpr):
+    """A slot's logits times log2 e."""
+    if len(block.base2) == 0:
+        result = block.logits[SLOT] * LOG2_E
+    else:
+        result = block.base2[SLOT]
+    return result
+
+
+@triton.jit
+def less_where(condition, x, y):
+    """Where a condition holds the difference x - y, elsewhere x.
+
+    Of a plain difference the compiler makes two instructions: y or 0, and x less that. A product
+    that is y leaves it one, carried out under the condition.
+    """
+    half = tl.full((), -0.5, x.dtype)
+    return tl.where(condition, tl.fma(y * 2.0, half, x), x)
 
 
 @triton.jit

@@ -36,6 +36,8 @@ from .._engine.pixels import (
     Record,
     class_of,
     for_classes,
+    in_base2,
+    is_own,
     no_lookups,
     nothing_yet,
     sum_of_lanes,
@@ -144,10 +146,10 @@ def _slope(factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TIL
 
     Not p - 1 for the own class, which has no digits left near p = 1.
     """
-    z = block.logits[SLOT]
-    is_own = class_of(block, SLOT, TILE) == factors.own
-    residual = sigmoid_base2(tl.where(is_own, -z, z) * LOG2_E)
-    return residual * tl.where(is_own, -factors.own_class, factors.other_class)
+    u = in_base2(block, SLOT)
+    here = is_own(factors.own, block, SLOT, TILE)
+    residual = sigmoid_base2(tl.where(here, -u, u))
+    return residual * tl.where(here, -factors.own_class, factors.other_class)
 
 
 def _saves_nothing(logits: torch.Tensor, interpolated: bool) -> tuple[torch.dtype, ...]:

@@ -36,6 +36,7 @@ from .softmax import (
     softmax_again,
     softmax_bundles,
     softmax_factors,
+    softmax_is_silent,
     softmax_of_lanes,
     softmax_saved,
     softmax_saves,
@@ -144,7 +145,16 @@ def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE:
 
 LOSS = Loss(
     "cross_entropy",
-    Record(_start, _add, _finish, _factors, softmax_slope, no_lookups, softmax_bundles),
+    Record(
+        _start,
+        _add,
+        _finish,
+        _factors,
+        softmax_slope,
+        no_lookups,
+        softmax_bundles,
+        silent=softmax_is_silent,
+    ),
     saved=softmax_saves,
 )
 

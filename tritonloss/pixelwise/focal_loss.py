@@ -31,6 +31,7 @@ from .softmax import (
     softmax_again,
     softmax_bundles,
     softmax_factors,
+    softmax_is_silent,
     softmax_of_lanes,
     softmax_saved,
     softmax_saves,
@@ -129,7 +130,14 @@ def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE:
 LOSS = Loss(
     "focal",
     Record(
-        softmax_start, softmax_add, _finish, _factors, softmax_slope, own_class, softmax_bundles
+        softmax_start,
+        softmax_add,
+        _finish,
+        _factors,
+        softmax_slope,
+        own_class,
+        softmax_bundles,
+        silent=softmax_is_silent,
     ),
     saved=softmax_saves,
 )

@@ -24,10 +24,11 @@ import triton.language as tl
 
 from .._engine.math import LN_2, LOG2_E, log2_normal, negated
 from .._engine.pixels import (
-    class_of,
     first_of_slot,
     for_classes,
+    is_own,
     largest_of_lanes,
+    less_where,
     load_entry,
     load_table,
     no_class_yet,
@@ -230,6 +231,11 @@ def softmax_factors(statistics, pixel, all_classes, own_class, smooth, TILE: tl.
     )
 
 
+def softmax_is_silent(options: Any) -> bool:
+    """Whether the slope is 0 at pixels that are not valid: their probabilities are."""
+    return not options.smoothed
+
+
 @triton.jit
 def softmax_slope(
     factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE: tl.constexpr
@@ -237,8 +243,11 @@ def softmax_slope(
     """The gradient of a slot's logits: A p_k - B y_k - D w_k."""
     scaled = (block.logits[SLOT] - factors.largest) * LOG2_E
     gradient = tl.exp2(scaled - factors.log_sum) * factors.all_classes
-    is_own = class_of(block, SLOT, TILE) == factors.own
-    gradient -= tl.where(is_own, factors.own_class, 0.0)
+    here = is_own(factors.own, block, SLOT, TILE)
+    if len(block.owned) == 0:
+        gradient -= tl.where(here, factors.own_class, 0.0)
+    else:
+        gradient = less_where(here, gradient, factors.own_class)
     if OPTIONS.smoothed:
         gradient -= factors.smooth * class_weight(given, block, SLOT, OPTIONS, TILE)
     return gradient
