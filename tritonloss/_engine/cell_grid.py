@@ -22,6 +22,9 @@ _MOST_PIXELS = 16
 _MOST_COLUMNS = 8
 # Pixels of a lane at once for losses that go through the classes twice, and keep more of each.
 _MOST_PIXELS_TWICE = 4
+# Warps of a backward pass: one for every scheduler of an A100, if strips of a few rows make it.
+_WARPS = 432
+_FEWEST_ROWS = 8
 
 
 # --- axes -----------------------------------------------------------------------------------------
@@ -235,11 +238,15 @@ def over_strips(
     columns = min(columns, 1 << (target.size(2).bit_length() - 1))
     chunks = triton.cdiv(widest, columns)
     tile = _tile(configuration, logits)
-    # As many strips as that makes, all of about the same height.
+    class_blocks = triton.cdiv(logits.size(1), tile.unroll)
+    # As many strips as that makes, all of about the same height; more of them, which repeat more of
+    # each other's rows, where a large GPU would have too little to do.
     strips = triton.cdiv(logits.size(2), nodes)
+    at_once = class_blocks * logits.size(0) * (logits.size(3) + 1) / warp_size()
+    while strips * at_once < _WARPS and strips * _FEWEST_ROWS < logits.size(2):
+        strips += 1
     nodes = triton.cdiv(logits.size(2), strips)
     blocks = triton.cdiv(strips * (logits.size(3) + 1), tile.pixels - 1)
-    class_blocks = triton.cdiv(logits.size(1), tile.unroll)
     # The ratio is a power of two: then PyTorch's arithmetic is exact.
     even = columns == widest > 1 and columns * logits.size(3) == target.size(2)
     even = even and not walk.align_corners
