@@ -202,6 +202,16 @@ def _class_cells_forward_kernel(
         kind=images.to(tl.int64) * numbers * programs,
     )
 
+    # the counts, first, when there is nothing else in registers
+    labels = ()
+    for k in tl.static_range(PIXELS):
+        labels = labels + (walk.pixels[k].label,)
+    label = together(labels)
+    counts = count_labels(
+        tl.zeros((BINS,), tl.int32), Pixel(label=label, own=label, inside=label >= 0), BINS
+    )
+    store_counts(plane, counts, CELLS.binary, BINS, TILE.classes)
+
     # the statistics, which are saved
     states = of_pixels(_start, (), TERMS, TILE, CELLS)
     if PROBABILITIES.compared:
@@ -214,15 +224,6 @@ def _class_cells_forward_kernel(
         for first in tl.range(0, full, STEP):
             _store_block(plane, shared, walk, first, STEP, PROBABILITIES, TILE, CELLS)
     _store_block(plane, shared, walk, FULL, TILE.classes - FULL, PROBABILITIES, TILE, CELLS)
-
-    labels = ()
-    for k in tl.static_range(PIXELS):
-        labels = labels + (walk.pixels[k].label,)
-    label = together(labels)
-    counts = count_labels(
-        tl.zeros((BINS,), tl.int32), Pixel(label=label, own=label, inside=label >= 0), BINS
-    )
-    store_counts(plane, counts, CELLS.binary, BINS, TILE.classes)
 
 
 @triton.jit

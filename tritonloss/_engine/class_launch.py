@@ -34,8 +34,9 @@ from .sums import tickets
 # them would add up fewer tiles each, over their lanes, where there are enough tiles.
 _PROGRAMS = 1024
 _MOST_ROUNDS = 64
-# Classes in one block of interpolated logits: with more, what a lane's pixels have takes too many
-# registers.
+# Of interpolated logits: pixels of a lane at once, and classes in one block. With more, what the
+# pixels have takes too many registers.
+_MOST_PIXELS = 8
 _MOST_UNROLL = 4
 
 
@@ -438,7 +439,13 @@ def _over_cells(
     """(programs, arguments) of a kernel that goes forward over cells."""
     axes = axes_of(logits, target, walk.align_corners)
     heuristic = cell_heuristic([loss.loss], "forward", axes[1].most)
-    heuristic["UNROLL"] = min(int(heuristic["UNROLL"]), _MOST_UNROLL)
+    columns = min(int(heuristic["PIXEL_COLUMNS"]), _MOST_PIXELS)
+    heuristic = {
+        **heuristic,
+        "PIXEL_COLUMNS": columns,
+        "PIXEL_ROWS": min(int(heuristic["PIXEL_ROWS"]), _MOST_PIXELS // columns),
+        "UNROLL": min(int(heuristic["UNROLL"]), _MOST_UNROLL),
+    }
     return over_cells([loss.loss], logits, target, walk, axes, heuristic)
 
 
