@@ -455,6 +455,9 @@ def ssim_heuristic(
             configuration["COLUMNS"] = 2  # with 4, ptxas takes 255 registers and spills 24 bytes
         if backward and window_size <= 3 and (wide or not aligned):
             configuration["UNROLL"] = 1  # with 2, ptxas takes 96 registers and spills 8 bytes
+        if backward and window_size <= 3 and wide and aligned:
+            # With four warps it takes 96 registers even so, and spills 16 bytes.
+            configuration |= {"LANES": 2 * int(configuration["LANES"]), "num_warps": 8}
         if not backward and window_size <= 3 and options.padding == "valid":
             configuration["UNROLL"] = 1  # with 2, ptxas takes 72 registers and spills 8 bytes
         return configuration
