@@ -258,6 +258,11 @@ def _training_blocks(report: Report) -> list[Block]:
     picture = report.training / "train.png"
     if picture.exists():
         blocks.append(Picture(picture, "held-out photographs, labels and predictions"))
+    surrogate = report.training / "train-surrogate.png"
+    if surrogate.exists():
+        blocks.append(
+            Picture(surrogate, "NeuroIoU's network: what it makes of held-out IoU losses")
+        )
     return blocks
 
 

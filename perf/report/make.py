@@ -183,7 +183,7 @@ def write(report: Report, out: Path, training: bool = True) -> None:
         # A training run of this machine if there is one, else the one that is kept.
         trained = [folder for folder in (out, KEPT_TRAINING) if (folder / "train.md").exists()]
         if trained and trained[0] != out:
-            for file in trained[0].glob("train.*"):
+            for file in trained[0].glob("train*.*"):
                 shutil.copy(file, out)
         report.training = out if trained else None
     rows.write(out / "rows.csv", report.rows)

@@ -22,8 +22,9 @@ from perf.training.photographs import VOID, photographs
 from tritonloss import IoUPairs, SurrogateFit, collect_iou_pairs, fit_iou_surrogate
 
 # Every so many steps a batch makes examples.
-_EVERY = 5
-_SEEDS = (100, 101, 102)  # none that losses are trained with
+_EVERY = 2
+_STEPS = 120  # of a training, after which most of what there is has been learnt
+_SEEDS = (100, 101)  # none that losses are trained with
 
 
 def fit(settings: train.Settings, progress: bool = True) -> SurrogateFit:
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m perf surrogate", description=__doc__)
     parser.add_argument("--out", type=Path, default=train.KEPT.parent, help="folder of the results")
     options = parser.parse_args(arguments)
-    fitted = fit(train.Settings())
+    fitted = fit(train.Settings(steps=_STEPS))
     fitted.surrogate.save(train.SURROGATE)
     options.out.mkdir(parents=True, exist_ok=True)
     frame = pandas.DataFrame(

@@ -302,12 +302,16 @@ def _unfitted() -> IoUSurrogate:
         return IoUSurrogate(layers=1, nodes=8).requires_grad_(False)
 
 
-_UNFITTED = _unfitted()
+# One for each device: transforms of torch.func cannot move a module.
+_UNFITTED = {torch.device("cpu"): _unfitted()}
 
 
 def _with_a_network(logits: torch.Tensor, target: torch.Tensor) -> tuple[Any, ...]:
-    """Logits, target and the network below."""
-    return logits, target, _UNFITTED.to(logits.device)
+    """Logits, target and the network above."""
+    device = logits.device
+    if device not in _UNFITTED:
+        _UNFITTED[device] = _unfitted().to(device)
+    return logits, target, _UNFITTED[device]
 
 
 EXAMPLES = (
