@@ -260,9 +260,7 @@ def _training_blocks(report: Report) -> list[Block]:
         blocks.append(Picture(picture, "held-out photographs, labels and predictions"))
     surrogate = report.training / "train-surrogate.png"
     if surrogate.exists():
-        blocks.append(
-            Picture(surrogate, "NeuroIoU's network: what it makes of held-out IoU losses")
-        )
+        blocks.append(Picture(surrogate, "what NeuroIoU's network makes of held-out IoU losses"))
     return blocks
 
 
