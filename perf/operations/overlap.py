@@ -118,7 +118,7 @@ HEAD = KernelNotes(
     share_of_the_map,
     (
         LoopNotes("parts", "add_parts", _parts),
-        LoopNotes("groups", "finish_loss", _groups),
+        LoopNotes("groups", "sum_losses", _groups),
         LoopNotes("images", "_classes_of", _images),
     ),
 )

@@ -165,7 +165,8 @@ def cell_heuristic(losses: Sequence[Loss], direction: str, most: int) -> Configu
         columns = min(triton.next_power_of_2(most), pixels)
         # Cells are about as high as wide.
         rows = min(pixels // columns, triton.next_power_of_2(most))
-        unroll = min(8, *(loss.unroll for loss in losses))
+        # Of more, losses that go through all classes twice take 128 registers on sm_100, and spill.
+        unroll = min(5 if twice else 8, *(loss.unroll for loss in losses))
         return {
             "PIXEL_COLUMNS": columns,
             "PIXEL_ROWS": rows,
@@ -237,6 +238,12 @@ def over_strips(
     # Not more than the image has: all that a lane has at once are columns of it.
     columns = min(columns, 1 << (target.size(2).bit_length() - 1))
     chunks = triton.cdiv(widest, columns)
+    # The ratio is a power of two: then PyTorch's arithmetic is exact.
+    even = columns == widest > 1 and columns * logits.size(3) == target.size(2)
+    even = even and not walk.align_corners
+    if not even and any(loss.scaled for loss in losses):
+        # Corners in base 2 as well, of ten classes: ptxas takes 168 registers, and spills 8 bytes.
+        configuration = {**configuration, "UNROLL": min(int(configuration["UNROLL"]), 7)}
     tile = _tile(configuration, logits)
     class_blocks = triton.cdiv(logits.size(1), tile.unroll)
     # As many strips as that makes, all of about the same height; more of them, which repeat more of
@@ -247,9 +254,6 @@ def over_strips(
         strips += 1
     nodes = triton.cdiv(logits.size(2), strips)
     blocks = triton.cdiv(strips * (logits.size(3) + 1), tile.pixels - 1)
-    # The ratio is a power of two: then PyTorch's arithmetic is exact.
-    even = columns == widest > 1 and columns * logits.size(3) == target.size(2)
-    even = even and not walk.align_corners
     tile_of_cells = _cell_tile(losses, logits, target, walk, (1, columns, chunks))
     return class_blocks * blocks * logits.size(0), {
         "sizes": _sizes(logits, target, blocks, highest, rows=1, nodes=nodes),

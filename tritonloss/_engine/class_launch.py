@@ -38,6 +38,7 @@ _MOST_ROUNDS = 64
 # pixels have takes too many registers.
 _MOST_PIXELS = 8
 _MOST_UNROLL = 4
+_PROJECTED = 2  # classes at once for the projection: of 4, ptxas spills 8 bytes on sm_100
 
 
 class ClassLoss(NamedTuple):
@@ -379,7 +380,7 @@ def _prepare_sums_of_cells(
 ) -> tuple[PreparedLaunch, int]:
     """(the launch over interpolated logits, its programs of an image)."""
     images, classes = logits.shape[:2]
-    all_programs, arguments = _over_cells(loss, logits, target, walk)
+    all_programs, arguments = _over_cells(loss, logits, target, walk, _MOST_UNROLL)
     constants = {
         **arguments,
         **_around(loss, logits, walk, save),
@@ -406,7 +407,7 @@ def _prepare_backward_of_cells(
     around = _around(loss, logits, walk, True)
     project = None
     if loss.probabilities.compared:
-        programs, arguments = _over_cells(loss, logits, target, walk)
+        programs, arguments = _over_cells(loss, logits, target, walk, _PROJECTED)
         constants = {
             **arguments,
             **around,
@@ -434,9 +435,9 @@ def _prepare_backward_of_cells(
 
 
 def _over_cells(
-    loss: ClassLoss, logits: torch.Tensor, target: torch.Tensor, walk: Walk
+    loss: ClassLoss, logits: torch.Tensor, target: torch.Tensor, walk: Walk, unroll: int
 ) -> tuple[int, dict[str, Any]]:
-    """(programs, arguments) of a kernel that goes forward over cells."""
+    """(programs, arguments) of a kernel that goes forward over cells, so many classes at once."""
     axes = axes_of(logits, target, walk.align_corners)
     heuristic = cell_heuristic([loss.loss], "forward", axes[1].most)
     columns = min(int(heuristic["PIXEL_COLUMNS"]), _MOST_PIXELS)
@@ -444,7 +445,7 @@ def _over_cells(
         **heuristic,
         "PIXEL_COLUMNS": columns,
         "PIXEL_ROWS": min(int(heuristic["PIXEL_ROWS"]), _MOST_PIXELS // columns),
-        "UNROLL": min(int(heuristic["UNROLL"]), _MOST_UNROLL),
+        "UNROLL": min(int(heuristic["UNROLL"]), unroll),
     }
     return over_cells([loss.loss], logits, target, walk, axes, heuristic)
 
