@@ -458,6 +458,8 @@ def ssim_heuristic(
         if backward and window_size <= 3 and wide and aligned:
             # With four warps it takes 96 registers even so, and spills 16 bytes.
             configuration |= {"LANES": 2 * int(configuration["LANES"]), "num_warps": 8}
+        if backward and window_size == 5 and isinstance(options, ImageOptions):
+            configuration["UNROLL"] = 1  # with 2, ptxas takes 168 registers and spills 8 bytes
         if not backward and window_size <= 3 and options.padding == "valid":
             configuration["UNROLL"] = 1  # with 2, ptxas takes 72 registers and spills 8 bytes
         return configuration
