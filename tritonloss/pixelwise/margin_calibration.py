@@ -65,7 +65,7 @@ LOSS = Loss(
     MARGINS,
     saved=_saves,
     held=32,
-    unroll=7,  # with 8 to 10, two registers too many on sm_80 or sm_100 under Triton 3.6
+    unroll=5,  # with 6 to 10, two registers too many on one GPU or another
 )
 
 
