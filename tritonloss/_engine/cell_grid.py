@@ -165,8 +165,8 @@ def cell_heuristic(losses: Sequence[Loss], direction: str, most: int) -> Configu
         columns = min(triton.next_power_of_2(most), pixels)
         # Cells are about as high as wide.
         rows = min(pixels // columns, triton.next_power_of_2(most))
-        # Of more, losses that go through all classes twice take 128 registers on sm_100, and spill.
-        unroll = min(5 if twice else 8, *(loss.unroll for loss in losses))
+        # Of more, losses that go through all classes twice take 128 registers, and spill.
+        unroll = min(4 if twice else 8, *(loss.unroll for loss in losses))
         return {
             "PIXEL_COLUMNS": columns,
             "PIXEL_ROWS": rows,

@@ -60,8 +60,8 @@ def _saved_of_probabilities(logits: torch.Tensor, interpolated: bool) -> tuple[t
 
 
 # The sum of its terms is no loss: what is asked of them is to fold, and to have slopes.
-PROBABILITY = Loss("membership_sums", _RECORD, saved=_saved_of_probabilities, unroll=5, binary=True)
-HINGE = Loss("membership_hinge_sums", _RECORD, saved=_saved_of_hinges, unroll=5, binary=True)
+PROBABILITY = Loss("membership_sums", _RECORD, saved=_saved_of_probabilities, unroll=6, binary=True)
+HINGE = Loss("membership_hinge_sums", _RECORD, saved=_saved_of_hinges, unroll=6, binary=True)
 
 
 def allocated(
