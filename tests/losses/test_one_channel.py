@@ -22,6 +22,7 @@ from tritonloss import IoUSurrogate
 from tritonloss._core import checks
 from tritonloss.functional import (
     binary_cross_entropy,
+    lovasz_hinge_loss,
     neuro_iou_loss,
     rmi_loss,
     ssim_loss,
@@ -142,6 +143,15 @@ def neuro_oracle(z: Tensor, y: Tensor, m: Tensor) -> Tensor:
     return torch.where(present, losses, 0).sum() / present.sum().clamp(min=1)
 
 
+def hinge_oracle(z: Tensor, y: Tensor, m: Tensor) -> Tensor:
+    """The published Lovász hinge: a sort of the errors, and differences of the Jaccard loss."""
+    s, own = z[m > 0], y[m > 0]
+    errors, order = (1 - s * (2 * own - 1)).sort(descending=True)
+    own = own[order]
+    jaccard = 1 - (own.sum() - own.cumsum(0)) / (own.sum() + (1 - own).cumsum(0))
+    return (errors.clamp(min=0) * jaccard.diff(prepend=torch.zeros(1).double())).sum()
+
+
 def network() -> IoUSurrogate:
     """A network of one hidden layer that nobody has fitted."""
     torch.manual_seed(5)
@@ -169,6 +179,7 @@ WAYS: dict[str, tuple[Callable[..., Any], dict[str, Any], Oracle, dict[str, Any]
         for pooling in ("avg", "max", "nearest", None)
         for ignore in ("zero", "drop")
     },
+    "lovasz": (lovasz_hinge_loss, {"exact": True}, hinge_oracle, {}),
     "neuro": (neuro_iou_loss, {"surrogate": NETWORK}, neuro_oracle, {}),
 }  # fmt: skip
 

@@ -150,7 +150,10 @@ class IoUSurrogate(nn.Module):
         """The outputs [...] for features [..., inputs], in their dtype, whatever autocast says."""
         weights = [weight.detach() if frozen else weight for weight in self.linear.parameters()]
         scaled = features * self.scale.to(features.dtype)
-        outputs: torch.Tensor = _Network.apply(scaled, self.activation, *weights)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled() and (scaled.requires_grad or not frozen):
+            outputs: torch.Tensor = _Network.apply(scaled, self.activation, *weights)  # type: ignore[no-untyped-call]
+        else:
+            outputs = _layers(scaled, self.activation, weights)[-1]
         return outputs.squeeze(-1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
