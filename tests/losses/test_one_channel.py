@@ -185,11 +185,11 @@ WAYS: dict[str, tuple[Callable[..., Any], dict[str, Any], Oracle, dict[str, Any]
 
 
 # One for each kernel that reads labels.
-OF_SIGMOIDS = [
+FEW_WAYS = [
     "bce", "ssl-3", "ssl-7", "ssim-5", "rmi-avg-zero", "rmi-max-zero", "rmi-nearest-drop",
     "rmi-None-zero", "rmi-None-drop",
 ]  # fmt: skip
-FEW = pytest.mark.parametrize("way", [*OF_SIGMOIDS, "neuro"])
+FEW = pytest.mark.parametrize("way", FEW_WAYS)
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "reference"])
 
 
@@ -309,7 +309,7 @@ def test_labels_that_are_neither(
 
 
 @BACKENDS
-@pytest.mark.parametrize("way", OF_SIGMOIDS)
+@FEW
 def test_two_classes_are_two_masks(way: str, backend: str, device: torch.device) -> None:
     """Class 1 of two is the mask, class 0 its complement; SSIM and SSL average over the classes."""
     options: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from .._engine.pixel_grid import in_grains, over_pixels
 from .._engine.pixel_terms import Loss
 from .._engine.planes import ignored_class
 from .lovasz_exact_kernels import _errors_kernel, _rank_increments_kernel
-from .lovasz_terms import Counts, Options, Results, chosen
+from .lovasz_terms import SOFTMAX, Counts, Options, Results, chosen
 
 # Items of a program that makes increments of ranks.
 _ITEMS = 1024
@@ -54,7 +54,8 @@ def _launch_errors(
     key, own = written
 
     def prepare() -> PreparedLaunch:
-        programs, arguments = over_pixels([loss], "forward", logits, target)
+        # As the softmax's statistics are tuned: a hinge has none, and nothing of its own to tune.
+        programs, arguments = over_pixels([SOFTMAX], "forward", logits, target)
         del arguments["full"]
         tile = arguments["TILE"]
         labels = 2 if loss.binary else logits.size(1)
