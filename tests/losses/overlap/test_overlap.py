@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tests.losses.overlap.cases import (
     reference_gradient,
     without_classes,
 )
-from tests.oracle import LAYOUTS, as_layout, segmentation_case, unaligned
+from tests.oracle import LAYOUTS, as_layout, check_three_way, segmentation_case, unaligned
 from tritonloss._engine import class_launch
 from tritonloss.functional import dice_loss, generalized_dice_loss, soft_iou_loss, tversky_loss
 from tritonloss.overlap.scores import DICE, loss_of
@@ -144,7 +145,11 @@ def test_unaligned_maps(offset: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 2, 1, 1), (3, 3, 1, 5), (1, 4, 13, 1)], ids=str)
 def test_small_and_odd_shapes(loss: Loss, shape: tuple[int, ...], device: torch.device) -> None:
-    check(loss, *segmentation_case(shape, device=device, seed=1))
+    logits, target = segmentation_case(shape, device=device, seed=1)
+    # Half as sure: what float32 keeps of 1 - p are all the digits that a single pixel's gradient has,
+    # here five. In larger images the largest gradient is that of a pixel that is less sure.
+    tolerance = 1e-5 if target.numel() == 1 else None
+    check_three_way(partial(loss, target=target), logits / 2, gradient_tolerance=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
