@@ -146,8 +146,8 @@ def test_unaligned_maps(offset: int, device: torch.device) -> None:
 @pytest.mark.parametrize("shape", [(1, 2, 1, 1), (3, 3, 1, 5), (1, 4, 13, 1)], ids=str)
 def test_small_and_odd_shapes(loss: Loss, shape: tuple[int, ...], device: torch.device) -> None:
     logits, target = segmentation_case(shape, device=device, seed=1)
-    # Half as sure: what float32 keeps of 1 - p are all the digits that a single pixel's gradient has,
-    # here five. In larger images the largest gradient is that of a pixel that is less sure.
+    # Half as sure: a single pixel's gradient has the digits that float32 keeps of 1 - p, here five.
+    # In larger images the largest gradient is that of a pixel that is less sure.
     tolerance = 1e-5 if target.numel() == 1 else None
     check_three_way(partial(loss, target=target), logits / 2, gradient_tolerance=tolerance)
 
