@@ -78,7 +78,7 @@ def floor_of_softmax(case: Case) -> Floor:
 
 def floor_of_hinge(case: Case) -> Floor:
     """Forward reads logits and labels; backward reads both and writes the gradient."""
-    logits, labels = _bytes(case)
+    logits, labels = _bytes(replace(case, shape=replace(case.shape, classes=1)))
     return Floor(forward=logits + labels, backward=2 * logits + labels)
 
 
