@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from .._core import checks
 from .._core.configurations import TuningCase
 from .._core.operator import Operator
-from .._core.process_groups import check_process_group
+from .._core.process_groups import check_process_group, name_of
 from .._engine.class_heads import Counting, mean_of_classes
 from .._engine.class_launch import (
     ClassLoss,
@@ -205,41 +205,84 @@ def tuning_cases() -> list[TuningCase]:
     return first_cases(LOSSES["softmax"], OVERLAP, DICE)
 
 
-# --- checks ---------------------------------------------------------------------------------------
+# --- calls ----------------------------------------------------------------------------------------
 
 
-def check_options(
-    *,
-    activation: str,
-    per_image: bool,
-    smooth: float,
-    weight: torch.Tensor | None,
-    classes: str | Sequence[int],
-    include_background: bool,
-    empty: str,
-    ignore_index: int | None,
-    upsample: str | None,
-    align_corners: bool,
-    process_group: ProcessGroup | None,
-    logits: torch.Tensor | None = None,
-) -> None:
+class Common(NamedTuple):
+    """What users give to every loss of overlap beside logits and labels."""
+
+    activation: str
+    per_image: bool
+    smooth: float
+    weight: torch.Tensor | None
+    classes: str | Sequence[int]
+    include_background: bool
+    empty: str
+    ignore_index: int | None
+    upsample: str | None
+    align_corners: bool
+    process_group: ProcessGroup | None
+
+
+def check_common(common: Common, logits: torch.Tensor | None = None) -> None:
     """Check what all losses of overlap have; without ``logits``, for any number of classes."""
-    checks.check_option("activation", activation, ("softmax", "sigmoid"))
-    checks.check_flag("per_image", per_image)
-    checks.check_range("smooth", smooth, 0.0, 1e6)
-    checks.check_class_weights("weight", weight, logits)
-    checks.check_class_choice("classes", classes, None if logits is None else logits.size(1))
-    checks.check_flag("include_background", include_background)
-    checks.check_option("empty", empty, ("loss", "zero"))
-    checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
-    checks.check_upsample(upsample, align_corners)
-    check_process_group(process_group)
-    if logits is not None and activation == "softmax":
+    classes = None if logits is None else logits.size(1)
+    checks.check_option("activation", common.activation, ("softmax", "sigmoid"))
+    checks.check_flag("per_image", common.per_image)
+    checks.check_range("smooth", common.smooth, 0.0, 1e6)
+    checks.check_class_weights("weight", common.weight, logits)
+    checks.check_class_choice("classes", common.classes, classes)
+    checks.check_flag("include_background", common.include_background)
+    checks.check_option("empty", common.empty, ("loss", "zero"))
+    checks.check_ignore_index(common.ignore_index, classes)
+    checks.check_upsample(common.upsample, common.align_corners)
+    check_process_group(common.process_group)
+    if logits is not None and common.activation == "softmax":
         checks.check_classes(logits, instead='use activation="sigmoid", or ')
 
 
-def split(classes: str | Sequence[int]) -> tuple[str, tuple[int, ...]]:
-    """``classes`` as operators take them: which are counted, and out of which."""
-    if isinstance(classes, str):
-        return classes, ()
-    return "all", tuple(int(number) for number in classes)
+def checked_maps(
+    logits: torch.Tensor, target: torch.Tensor, common: Common
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels as images, after all checks of what every loss of overlap has."""
+    logits, target = checks.as_images(logits, target, common.upsample)
+    checks.check_logits(logits)
+    checks.check_upsample(common.upsample, common.align_corners)
+    checks.check_target(logits, target, common.upsample, can_upsample=True)
+    check_common(common, logits)
+    checks.check_labels_in_range(target, checks.labels_of(logits), common.ignore_index)
+    return logits, target
+
+
+def launched(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    common: Common,
+    *,
+    form: str,
+    smooth: float,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    gamma: float = 1.0,
+) -> torch.Tensor:
+    """The loss of checked maps, by kernels. ``smooth`` is that of the score."""
+    everything = isinstance(common.classes, str)
+    options = Options(
+        form=form,
+        alpha=float(alpha),
+        beta=float(beta),
+        gamma=float(gamma),
+        smooth=float(smooth),
+        activation=common.activation,
+        per_image=common.per_image,
+        classes=str(common.classes) if everything else "all",
+        chosen=() if everything else tuple(int(number) for number in common.classes),
+        include_background=common.include_background,
+        empty=common.empty,
+        ignore_index=checks.plain_label(common.ignore_index),
+        upsample=common.upsample,
+        align_corners=common.align_corners,
+        group=name_of(common.process_group),
+    )
+    weight = None if common.weight is None else checks.without_gradient(common.weight)
+    return OVERLAP(logits, target, weight, options=options)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
@@ -13,8 +14,7 @@ from .._core import checks
 from .._core.backend import serves_triton
 from .._core.example import Example
 from .._core.loss_module import LossModule
-from .._core.process_groups import name_of
-from .scores import OVERLAP, Options, check_options, split
+from .scores import OVERLAP, Common, check_common, checked_maps, launched
 
 
 def soft_iou_loss(
@@ -115,83 +115,7 @@ def soft_iou_loss(
         >>> logits.grad.shape
         torch.Size([2, 19, 32, 64])
     """
-    logits, target = checks.as_images(logits, target, upsample)
-    checks.check_logits(logits)
-    checks.check_upsample(upsample, align_corners)
-    checks.check_target(logits, target, upsample, can_upsample=True)
-    _check_options(
-        activation,
-        per_image,
-        smooth,
-        weight,
-        classes,
-        include_background,
-        empty,
-        log_loss,
-        ignore_index,
-        upsample,
-        align_corners,
-        process_group,
-        logits,
-    )
-    checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
-    if not serves_triton(logits):
-        return soft_iou_loss_reference(
-            logits,
-            target,
-            activation=activation,
-            per_image=per_image,
-            smooth=smooth,
-            weight=weight,
-            classes=classes,
-            include_background=include_background,
-            empty=empty,
-            log_loss=log_loss,
-            ignore_index=ignore_index,
-            upsample=upsample,
-            align_corners=align_corners,
-            process_group=process_group,
-        )
-    weight = None if weight is None else checks.without_gradient(weight)
-    counted, chosen = split(classes)
-    options = Options(
-        form="log" if log_loss else "score",
-        alpha=1.0,
-        beta=1.0,
-        gamma=1.0,
-        smooth=float(smooth),
-        activation=activation,
-        per_image=per_image,
-        classes=counted,
-        chosen=chosen,
-        include_background=include_background,
-        empty=empty,
-        ignore_index=checks.plain_label(ignore_index),
-        upsample=upsample,
-        align_corners=align_corners,
-        group=name_of(process_group),
-    )
-    return OVERLAP(logits, target, weight, options=options)[0]
-
-
-def _check_options(
-    activation: str,
-    per_image: bool,
-    smooth: float,
-    weight: torch.Tensor | None,
-    classes: str | Sequence[int],
-    include_background: bool,
-    empty: str,
-    log_loss: bool,
-    ignore_index: int | None,
-    upsample: str | None,
-    align_corners: bool,
-    process_group: ProcessGroup | None,
-    logits: torch.Tensor | None = None,
-) -> None:
-    """Check all options; without ``logits``, for any number of classes."""
-    checks.check_flag("log_loss", log_loss)
-    check_options(
+    common = Common(
         activation=activation,
         per_image=per_image,
         smooth=smooth,
@@ -203,8 +127,31 @@ def _check_options(
         upsample=upsample,
         align_corners=align_corners,
         process_group=process_group,
-        logits=logits,
     )
+    logits, target = checked_maps(logits, target, common)
+    _check_own(log_loss)
+    if not serves_triton(logits):
+        return soft_iou_loss_reference(logits, target, log_loss=log_loss, **common._asdict())
+    return launched(
+        logits,
+        target,
+        common,
+        form="log" if log_loss else "score",
+        smooth=smooth,
+        alpha=1.0,
+        beta=1.0,
+    )
+
+
+def _check_own(log_loss: bool) -> None:
+    """Check what this loss has beside what all losses of overlap have."""
+    checks.check_flag("log_loss", log_loss)
+
+
+def _check_options(*, log_loss: bool, **common: Any) -> None:
+    """Check all options, for any number of classes."""
+    _check_own(log_loss)
+    check_common(Common(**common))
 
 
 class SoftIoULoss(LossModule, function=soft_iou_loss, check=_check_options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
@@ -13,8 +14,7 @@ from .._core import checks
 from .._core.backend import serves_triton
 from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule
-from .._core.process_groups import name_of
-from .scores import OVERLAP, Options, check_options, split
+from .scores import OVERLAP, Common, check_common, checked_maps, launched
 
 
 def tversky_loss(
@@ -121,91 +121,7 @@ def tversky_loss(
         >>> logits.grad.shape
         torch.Size([2, 19, 32, 64])
     """
-    logits, target = checks.as_images(logits, target, upsample)
-    checks.check_logits(logits)
-    checks.check_upsample(upsample, align_corners)
-    checks.check_target(logits, target, upsample, can_upsample=True)
-    _check_options(
-        alpha,
-        beta,
-        gamma,
-        activation,
-        per_image,
-        smooth,
-        weight,
-        classes,
-        include_background,
-        empty,
-        ignore_index,
-        upsample,
-        align_corners,
-        process_group,
-        logits,
-    )
-    checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
-    if not serves_triton(logits):
-        return tversky_loss_reference(
-            logits,
-            target,
-            alpha=alpha,
-            beta=beta,
-            gamma=gamma,
-            activation=activation,
-            per_image=per_image,
-            smooth=smooth,
-            weight=weight,
-            classes=classes,
-            include_background=include_background,
-            empty=empty,
-            ignore_index=ignore_index,
-            upsample=upsample,
-            align_corners=align_corners,
-            process_group=process_group,
-        )
-    weight = None if weight is None else checks.without_gradient(weight)
-    counted, chosen = split(classes)
-    options = Options(
-        form="score" if gamma == 1 else "power",
-        alpha=float(alpha),
-        beta=float(beta),
-        gamma=float(gamma),
-        smooth=float(smooth),
-        activation=activation,
-        per_image=per_image,
-        classes=counted,
-        chosen=chosen,
-        include_background=include_background,
-        empty=empty,
-        ignore_index=checks.plain_label(ignore_index),
-        upsample=upsample,
-        align_corners=align_corners,
-        group=name_of(process_group),
-    )
-    return OVERLAP(logits, target, weight, options=options)[0]
-
-
-def _check_options(
-    alpha: float,
-    beta: float,
-    gamma: float,
-    activation: str,
-    per_image: bool,
-    smooth: float,
-    weight: torch.Tensor | None,
-    classes: str | Sequence[int],
-    include_background: bool,
-    empty: str,
-    ignore_index: int | None,
-    upsample: str | None,
-    align_corners: bool,
-    process_group: ProcessGroup | None,
-    logits: torch.Tensor | None = None,
-) -> None:
-    """Check all options; without ``logits``, for any number of classes."""
-    checks.check_range("alpha", alpha, 0.0, 1e6)
-    checks.check_range("beta", beta, 0.0, 1e6)
-    checks.check_range("gamma", gamma, 0.01, 100.0)
-    check_options(
+    common = Common(
         activation=activation,
         per_image=per_image,
         smooth=smooth,
@@ -217,8 +133,36 @@ def _check_options(
         upsample=upsample,
         align_corners=align_corners,
         process_group=process_group,
-        logits=logits,
     )
+    logits, target = checked_maps(logits, target, common)
+    _check_own(alpha, beta, gamma)
+    if not serves_triton(logits):
+        return tversky_loss_reference(
+            logits, target, alpha=alpha, beta=beta, gamma=gamma, **common._asdict()
+        )
+    return launched(
+        logits,
+        target,
+        common,
+        form="score" if gamma == 1 else "power",
+        smooth=smooth,
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+    )
+
+
+def _check_own(alpha: float, beta: float, gamma: float) -> None:
+    """Check what this loss has beside what all losses of overlap have."""
+    checks.check_range("alpha", alpha, 0.0, 1e6)
+    checks.check_range("beta", beta, 0.0, 1e6)
+    checks.check_range("gamma", gamma, 0.01, 100.0)
+
+
+def _check_options(*, alpha: float, beta: float, gamma: float, **common: Any) -> None:
+    """Check all options, for any number of classes."""
+    _check_own(alpha, beta, gamma)
+    check_common(Common(**common))
 
 
 class TverskyLoss(LossModule, function=tversky_loss, check=_check_options):
