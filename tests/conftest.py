@@ -118,6 +118,21 @@ def small_programs(request: pytest.FixtureRequest) -> Iterator[dict[str, int]]:
         yield size
 
 
+@pytest.fixture
+def small_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Programs of 64 pixels and blocks of 4 classes, unless a test wants what ships."""
+    from tests.slices import operators_with
+    from tritonloss._core.configurations import forced
+
+    size = {"PIXELS": 64, "CLASS_LANES": 4, "UNROLL": 4, "num_warps": 1}
+    if request.node.get_closest_marker("shipped_sizes"):
+        size = {}
+    with ExitStack() as stack:
+        for operator in operators_with("PIXELS"):
+            stack.enter_context(forced(operator, size))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Memory that the package allocates holds NaN (or -77) until a kernel writes it."""

@@ -13,6 +13,7 @@ import kernels_reference
 import tritonloss
 from tests.oracle import LAYOUTS, ROUNDING, as_layout, segmentation_case
 from tritonloss import IoUPairs, IoUSurrogate, collect_iou_pairs, fit_iou_surrogate
+from tritonloss._engine import pixel_grid
 from tritonloss.functional import neuro_iou_loss
 from tritonloss.overlap.iou_surrogate import fit_network
 from tritonloss.overlap.neuro_iou import membership_sums
@@ -80,8 +81,13 @@ def test_sums_and_their_gradient(
     assert (gradient.double() - right).abs().max() <= ROUNDING[dtype] * right.abs().max()
 
 
-def test_the_same_class_in_many_tiles_and_the_same_bits(device: torch.device) -> None:
-    logits, target = segmentation_case((2, 5, 70, 90), device=device)
+@pytest.mark.parametrize("programs", [1024, 3])
+def test_the_same_class_in_many_tiles_and_the_same_bits(
+    programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With few programs each has several tiles, and the last one fewer."""
+    monkeypatch.setattr(pixel_grid, "PROGRAMS", programs)
+    logits, target = segmentation_case((2, 5, 70, 90 + programs % 7), device=device)
     first = membership_sums(logits, target, score="probability", ignore_index=255)
     again = membership_sums(logits, target, score="probability", ignore_index=255)
     truth = kernels_reference.membership_sums(logits.double(), target)
@@ -108,6 +114,25 @@ def test_the_loss_is_the_references(
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6)
     assert (gradient.double() - right).abs().max() <= 4e-6 * right.abs().max()
     assert all(parameter.grad is None for parameter in surrogate.parameters())
+
+
+@pytest.mark.parametrize("classes", [1, 4])
+@pytest.mark.parametrize("score", SCORES)
+def test_compiled(score: str, classes: int, device: torch.device) -> None:
+    """Some save no map for the backward pass, or one: to compiled code the others are empty."""
+    torch._dynamo.reset()
+    surrogate = fitted_like(3, score).to(device)
+    logits, target = segmentation_case((1, classes, 5, 7), device=device)
+    results = []
+    for function in (
+        neuro_iou_loss,
+        torch.compile(neuro_iou_loss, fullgraph=True, backend="aot_eager"),
+    ):
+        leaf = logits.clone().requires_grad_()
+        with tritonloss.use_backend("triton"):
+            value = function(leaf, target, surrogate)
+        results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    torch.testing.assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

@@ -25,15 +25,11 @@ from .class_sums import (
     _class_sums_backward_kernel,
     _class_sums_forward_kernel,
 )
-from .pixel_grid import in_grains, over_pixels
+from .pixel_grid import in_grains, over_pixels, rounds_of
 from .pixel_terms import Loss, Term, Walk, labels_of, terms_of
 from .planes import compute_dtype
 from .sums import tickets
 
-# Programs going forward, of all images, about as many as a large GPU has room for twice: more of
-# them would add up fewer tiles each, over their lanes, where there are enough tiles.
-_PROGRAMS = 1024
-_MOST_ROUNDS = 64
 # Of interpolated logits: pixels of a lane at once, and classes in one block. With more, what the
 # pixels have takes too many registers.
 _MOST_PIXELS = 8
@@ -133,9 +129,9 @@ def launch_class_sums(
             **_axes(logits, target, walk),
         )
         if loss.group is not None:
-            constants = {"programs": programs, "images": images, "CLASSES": classes}
-            join = PreparedLaunch(
-                _class_join_kernel, (images * (classes + 1),), constants, aligned=False
+            join = prepared(
+                ("class_join", shape, programs, parts.dtype, parts.device),
+                lambda: _prepare_join(images, classes, programs),
             )
             join(parts_ptr=parts, sums_ptr=sums)
             return _over_ranks(loss, sums, logits, weight, results)
@@ -314,7 +310,7 @@ def _prepare_sums(
     tile, tiles = arguments["TILE"], arguments.pop("tiles")
     rounds = 1
     if triton.cdiv(classes, tile.lanes) <= tile.unroll:
-        rounds = min(max(images * tiles // _PROGRAMS, 1), _MOST_ROUNDS)
+        rounds = rounds_of(images * tiles)
     programs = triton.cdiv(tiles, rounds)
     constants = {
         **arguments,
@@ -334,6 +330,11 @@ def _prepare_sums(
 def _prepare_head(loss: ClassLoss, images: int, classes: int, programs: int) -> PreparedLaunch:
     constants = {"programs": programs, **_of_head(loss, images, classes)}
     return PreparedLaunch(_class_head_kernel, (images * (classes + 1),), constants, False)
+
+
+def _prepare_join(images: int, classes: int, programs: int) -> PreparedLaunch:
+    constants = {"programs": programs, "images": images, "CLASSES": classes}
+    return PreparedLaunch(_class_join_kernel, (images * (classes + 1),), constants, False)
 
 
 def _prepare_totals(loss: ClassLoss, images: int, classes: int) -> PreparedLaunch:

@@ -19,6 +19,12 @@ from .pixels import Tile
 _LAST_BUNDLE = 64
 
 
+# Programs that add up over several tiles each, as many as a large GPU has room for twice, and the
+# most tiles of one.
+PROGRAMS = 1024
+_MOST_ROUNDS = 64
+
+
 # --- what kernels are given -----------------------------------------------------------------------
 
 
@@ -191,6 +197,11 @@ def _grain(per_lane: int, *maps: torch.Tensor) -> int:
             return grain
         grain //= 2
     return 1
+
+
+def rounds_of(tiles: int) -> int:
+    """How many tiles a program goes through that adds up what it finds before it leaves it."""
+    return min(max(tiles // PROGRAMS, 1), _MOST_ROUNDS)
 
 
 def in_grains(tensor: torch.Tensor, tile: Tile) -> tuple[int, ...]:

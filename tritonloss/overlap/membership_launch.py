@@ -9,7 +9,7 @@ import triton
 
 from .._core.backend import device_guard
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
-from .._engine.pixel_grid import in_grains, over_pixels
+from .._engine.pixel_grid import in_grains, over_pixels, rounds_of
 from .._engine.pixel_terms import Loss, Term, Walk, labels_of, terms_of
 from .._engine.pixels import Record
 from .._engine.planes import compute_dtype
@@ -25,9 +25,6 @@ from .membership import (
 )
 
 MOST_CLASSES = 1024  # whose sums a program has at once
-# Programs going forward, of all images, if there are tiles enough: each leaves sums of all classes.
-_PROGRAMS = 1024
-_MOST_ROUNDS = 64
 
 _RECORD = Record(
     members_start, members_add, members_add, members_factors, members_slope, members_lookups
@@ -96,7 +93,7 @@ def launch_sums(
         launch(
             logits_ptr=logits,
             target_ptr=target,
-            map_ptrs=_maps(results.first, results.second),
+            map_ptrs=_maps(logits, hinge, results.first, results.second) if save else (),
             parts_ptr=parts,
         )
     # In float64 and in one order for one shape.
@@ -127,14 +124,15 @@ def launch_sums_backward(
             table_ptr=grad_sums.contiguous(),
             logits_ptr=logits,
             target_ptr=target,
-            map_ptrs=_maps(*maps),
+            map_ptrs=_maps(logits, hinge, *maps),
             grad_ptr=grad_logits,
         )
     return grad_logits
 
 
-def _maps(*maps: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    return tuple([found for found in maps if found is not None])
+def _maps(logits: torch.Tensor, hinge: bool, *maps: Any) -> tuple[Any, ...]:
+    """The maps that are there: to a custom operator, one that is not is an empty tensor."""
+    return maps[: len(_saved(logits, hinge))]
 
 
 # --- launches -------------------------------------------------------------------------------------
@@ -148,7 +146,7 @@ def _prepare_sums(
     loss = HINGE if hinge else PROBABILITY
     _, arguments = over_pixels([loss], "forward", logits, target)
     tile, tiles = arguments["TILE"], arguments.pop("tiles")
-    rounds = min(max(images * tiles // _PROGRAMS, 1), _MOST_ROUNDS)
+    rounds = rounds_of(images * tiles)
     programs = triton.cdiv(tiles, rounds)
     rows = images * programs
     constants = {

@@ -21,7 +21,7 @@ from tests.losses.overlap.cases import (
     without_classes,
 )
 from tests.oracle import LAYOUTS, as_layout, check_three_way, segmentation_case, unaligned
-from tritonloss._engine import class_launch
+from tritonloss._engine import class_launch, pixel_grid
 from tritonloss.functional import dice_loss, generalized_dice_loss, soft_iou_loss, tversky_loss
 from tritonloss.overlap.scores import DICE, loss_of
 
@@ -133,7 +133,7 @@ def test_programs_of_several_tiles(
 ) -> None:
     """The last program of an image has tiles that are not there."""
     logits, target = segmentation_case((2, 4, 9, 40), device=device)  # 6 tiles of an image
-    monkeypatch.setattr(class_launch, "_PROGRAMS", 3)
+    monkeypatch.setattr(pixel_grid, "PROGRAMS", 3)
     check(loss, logits, target)
 
 
