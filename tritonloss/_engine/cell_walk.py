@@ -77,6 +77,13 @@ def _add_block(
     TILE: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """The states of all pixels after ADD of the COUNT classes that begin with ``first``."""
+    lefts, steps = lines_of_rows(walk, first, COUNT, TILE, CELLS)
+    return of_pixels(ADD, (states, walk, lefts, steps, first), TERMS, TILE, CELLS)
+
+
+@triton.jit
+def lines_of_rows(walk, first, COUNT: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr):
+    """(left logits, steps to the right) of COUNT classes in each row of a lane's pixels."""
     ROWS: tl.constexpr = CELLS.rows
     corners = load_corners(walk.nodes, first, COUNT, TILE)
     lefts = ()
@@ -86,7 +93,7 @@ def _add_block(
             left, step = along_row(corners[j], walk.row_shares[r])
             lefts = lefts + (left,)
             steps = steps + (step,)
-    return of_pixels(ADD, (states, walk, lefts, steps, first), TERMS, TILE, CELLS)
+    return lefts, steps
 
 
 @triton.jit

@@ -18,13 +18,12 @@ from .cell_walk import (
     _start,
     finish_pixels,
     fold_cells,
-    load_corners,
+    lines_of_rows,
     load_pixel_of,
     of_pixels,
 )
 from .cells import (
     Axis,
-    along_row,
     cells_of,
     further,
     look_up_between,
@@ -75,21 +74,6 @@ def _places_of(cells, sizes, CELLS: tl.constexpr):
 
 
 @triton.jit
-def _lines_of_rows(walk, first, COUNT: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr):
-    """(left logits, steps to the right) of COUNT classes in each row of a lane's pixels."""
-    ROWS: tl.constexpr = CELLS.rows
-    corners = load_corners(walk.nodes, first, COUNT, TILE)
-    lefts = ()
-    steps = ()
-    for r in tl.static_range(ROWS):
-        for j in tl.static_range(COUNT):
-            left, step = along_row(corners[j], walk.row_shares[r])
-            lefts = lefts + (left,)
-            steps = steps + (step,)
-    return lefts, steps
-
-
-@triton.jit
 def _slot_of(lines, walk, first, K: tl.constexpr, SLOT: tl.constexpr, CELLS: tl.constexpr):
     """A block of one class, that of a slot, of a lane's pixel K."""
     lefts, steps = lines
@@ -116,7 +100,7 @@ def _store_block(
 ):  # fmt: skip
     """Store the sums of COUNT classes over all pixels of the program."""
     PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
-    lines = _lines_of_rows(walk, first, COUNT, TILE, CELLS)
+    lines = lines_of_rows(walk, first, COUNT, TILE, CELLS)
     of_all_plane = Plane(pointer=plane.pointer + plane.kind, stride=plane.stride, kind=plane.kind)
     for j in tl.static_range(COUNT):
         own = nothing_yet(0.0, TILE)
@@ -148,7 +132,7 @@ def _add_terms(
 ):  # fmt: skip
     """Each pixel's sum of terms with COUNT classes more; ``walk.given`` are the tables."""
     PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
-    lines = _lines_of_rows(walk, first, COUNT, TILE, CELLS)
+    lines = lines_of_rows(walk, first, COUNT, TILE, CELLS)
     more = ()
     for k in tl.static_range(PIXELS):
         total = totals[k]
