@@ -225,7 +225,7 @@ def test_every_warp_of_the_statistics_moves_neighbours(
 
 
 def _is_of(move: Move, tensor: Tensor | None, size: int) -> bool:
-    """Whether a move is one of the tensor's elements of ``size`` bytes, by what lies under its mask.
+    """Whether a move is one of the tensor's elements, ``size`` bytes each, by what its mask takes.
 
     Its chunk may begin before the tensor and end behind it. A sum of float64 is none of a map's,
     wherever the allocator put it.
