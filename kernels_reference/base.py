@@ -1,10 +1,11 @@
-"""What all references share: the arithmetic's dtype, labels as masks, reductions.
+"""What all references share: the arithmetic's dtype, labels as masks, reductions, ranks.
 
 A map of one class is a binary one: its labels are 0 and 1, and 1 is what belongs to the class.
 """
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, all_reduce
 from torch.nn import functional as F
 
 
@@ -56,7 +57,13 @@ def sanitised(logits: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, logits.to(working_dtype(logits.dtype)), 0)
 
 
-def reduced(loss: Tensor, valid: Tensor, weight: Tensor, reduction: str) -> Tensor:
+def reduced(
+    loss: Tensor,
+    valid: Tensor,
+    weight: Tensor,
+    reduction: str,
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
     """The mean (over the sum of weights), sum or map of a loss per pixel; 0 where not valid.
 
     Weights that sum to 0 have no mean: NaN, as torch has it.
@@ -64,7 +71,23 @@ def reduced(loss: Tensor, valid: Tensor, weight: Tensor, reduction: str) -> Tens
     loss = torch.where(valid, loss, 0)
     if reduction == "none":
         return loss
+    total = over_ranks(loss.sum(), process_group)
     if reduction == "sum":
-        return loss.sum()
-    divisor = torch.where(valid.any(), weight.sum(), 1)
-    return torch.where(divisor == 0, torch.nan, loss.sum() / divisor)
+        return total
+    pixels = over_ranks(valid.sum(), process_group)
+    divisor = torch.where(pixels > 0, over_ranks(weight.sum(), process_group), 1)
+    return torch.where(divisor == 0, torch.nan, total / divisor)
+
+
+def over_ranks(part: Tensor, process_group: ProcessGroup | None) -> Tensor:
+    """The sum of all ranks' parts, whose gradient is that to this part times the number of ranks.
+
+    DistributedDataParallel divides gradients by that number.
+    """
+    if process_group is None:
+        return part
+    total = part.detach().clone()
+    all_reduce(total, group=process_group)
+    if not part.is_floating_point():
+        return total
+    return total + process_group.size() * (part - part.detach())

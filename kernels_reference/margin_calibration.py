@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from kernels_reference.base import at_labels, one_hot, reduced, sanitised, valid_pixels
@@ -19,6 +20,7 @@ def margin_calibrated_loss(
     reduction: str = "mean",
     upsample: str | None = None,
     align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Sum over classes of a penalty on the margin, Eq. 16-18 ("paper") or Eq. 9 ("margin")."""
     logits = at_labels(logits, target, upsample, align_corners)
@@ -40,7 +42,7 @@ def margin_calibrated_loss(
     else:
         penalty = -F.logsigmoid(-(mu + rho)) / torch.where(own, 1, classes)
     valid = valid.squeeze(1)
-    return reduced(penalty.sum(1), valid, valid, reduction)
+    return reduced(penalty.sum(1), valid, valid, reduction, process_group)
 
 
 def margins(scores: Tensor) -> Tensor:

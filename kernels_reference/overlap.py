@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, all_reduce
+from torch.distributed import ProcessGroup
 
-from kernels_reference.base import at_labels, one_hot, sanitised, valid_pixels
+from kernels_reference.base import at_labels, one_hot, over_ranks, sanitised, valid_pixels
 
 _SMALLEST = 1e-7  # what a denominator, and a score before its logarithm, is at the least
 
@@ -165,20 +165,6 @@ def class_sums(
     if per_image:
         return ClassSums(*sums)
     return ClassSums(*(over_ranks(s, process_group).unsqueeze(0) for s in sums))
-
-
-def over_ranks(part: Tensor, process_group: ProcessGroup | None) -> Tensor:
-    """The sum of all ranks' parts, whose gradient is that to this part times the number of ranks.
-
-    DistributedDataParallel divides gradients by that number.
-    """
-    if process_group is None:
-        return part
-    total = part.detach().clone()
-    all_reduce(total, group=process_group)
-    if not part.is_floating_point():
-        return total
-    return total + process_group.size() * (part - part.detach())
 
 
 def _counted(sums: ClassSums, classes: str | Sequence[int], include_background: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from kernels_reference.base import at_labels, one_hot, reduced, sanitised, valid_pixels
@@ -17,6 +18,7 @@ def cross_entropy(
     reduction: str = "mean",
     upsample: str | None = None,
     align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """(1 - s) w_t (-log p_t) + (s / C) sum_k w_k (-log p_k); the mean divides by the sum of w_t."""
     logits = at_labels(logits, target, upsample, align_corners)
@@ -32,7 +34,7 @@ def cross_entropy(
         smooth = torch.where(w == 0, 0, w * negative_log_p).sum(1)
         loss = (1 - label_smoothing) * loss + label_smoothing / classes * smooth
     own_weight = torch.where(own & valid, w, 0).sum(1)
-    return reduced(loss, valid.squeeze(1), own_weight, reduction)
+    return reduced(loss, valid.squeeze(1), own_weight, reduction, process_group)
 
 
 def binary_cross_entropy(
@@ -44,6 +46,7 @@ def binary_cross_entropy(
     reduction: str = "mean",
     upsample: str | None = None,
     align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """w_t softplus(-z_t) + sum over the other classes of softplus(z_k); mean over valid pixels."""
     logits = at_labels(logits, target, upsample, align_corners)
@@ -54,7 +57,7 @@ def binary_cross_entropy(
     w = _per_class(pos_weight, z)
     loss = torch.where(own, -w * F.logsigmoid(z), -F.logsigmoid(-z)).sum(1)
     valid = valid.squeeze(1)
-    return reduced(loss, valid, valid, reduction)
+    return reduced(loss, valid, valid, reduction, process_group)
 
 
 def focal_loss(
@@ -68,6 +71,7 @@ def focal_loss(
     reduction: str = "mean",
     upsample: str | None = None,
     align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """-a_t (1 - p_t)^gamma log p_t over the softmax; mean over valid pixels."""
     logits = at_labels(logits, target, upsample, align_corners)
@@ -85,7 +89,7 @@ def focal_loss(
     if detach_weight:
         modulation = modulation.detach()
     valid = valid.squeeze(1)
-    return reduced(-a * modulation * log_p, valid, valid, reduction)
+    return reduced(-a * modulation * log_p, valid, valid, reduction, process_group)
 
 
 def _per_class(weight: Tensor | None, like: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from kernels_reference.base import one_hot, sanitised, valid_pixels
+from kernels_reference.base import one_hot, over_ranks, sanitised, valid_pixels
 
 
 def rmi_loss(
@@ -25,6 +26,7 @@ def rmi_loss(
     bce_smooth: float = 0.0,
     return_info: bool = False,
     residual: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """bce_weight BCE + (1 - bce_weight) RMI, RMI paper, Eq. 12-16.
 
@@ -36,7 +38,9 @@ def rmi_loss(
     positive = valid & one_hot(target, logits.size(1))
     z = sanitised(logits, valid)
     cross_entropy = torch.where(valid, -F.logsigmoid(torch.where(positive, z, -z)), 0)
-    mean_cross_entropy = cross_entropy.sum() / (valid.sum() + bce_smooth).clamp(min=1)
+    pixels = over_ranks(valid.sum(), process_group)
+    total = over_ranks(cross_entropy.sum(), process_group)
+    mean_cross_entropy = total / (pixels + bce_smooth).clamp(min=1)
 
     if pooling is None or pool_size == 1:
         e, y, touched = _residual(z, positive, valid), positive, ~valid
@@ -46,9 +50,10 @@ def rmi_loss(
 
     epsilon = (1e-6 if moments == "mean" else 5e-4) if epsilon is None else epsilon
     information, info = _information(e, y, keep, region_size, moments, epsilon, residual)
-    rmi = information.sum().to(z.dtype) / max(logits.size(0), 1)
+    images = over_ranks(torch.tensor(logits.size(0), device=z.device), process_group)
+    rmi = over_ranks(information.sum().to(z.dtype), process_group) / images.clamp(min=1)
     loss = bce_weight * mean_cross_entropy + (1 - bce_weight) * rmi
-    loss = torch.where(valid.any(), loss, 0)
+    loss = torch.where(pixels > 0, loss, 0)
     return (loss, info) if return_info else loss
 
 

@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from kernels_reference.base import one_hot, sanitised, valid_pixels, working_dtype
+from kernels_reference.base import one_hot, over_ranks, sanitised, valid_pixels, working_dtype
 from kernels_reference.gaussian_window import gaussian_statistics
 
 
@@ -17,6 +18,7 @@ def ssim_loss(
     c1: float = 1e-4,
     c2: float = 9e-4,
     ignore_index: int | None = 255,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Mean of 1 - SSIM(sigmoid(logits), one_hot(target)), SSL paper, Eq. 7 ("full") or Eq. 9."""
     classes = logits.size(1)
@@ -31,7 +33,8 @@ def ssim_loss(
         dissimilarity = luminance + structure - luminance * structure
     else:
         dissimilarity = structure
-    return torch.where(valid, dissimilarity, 0).sum() / (classes * valid.sum()).clamp(min=1)
+    total = over_ranks(torch.where(valid, dissimilarity, 0).sum(), process_group)
+    return total / (classes * over_ranks(valid.sum(), process_group)).clamp(min=1)
 
 
 def ssim(

@@ -4,9 +4,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from kernels_reference.base import one_hot, sanitised, valid_pixels
+from kernels_reference.base import one_hot, over_ranks, sanitised, valid_pixels
 from kernels_reference.gaussian_window import (
     crop,
     gaussian_window,
@@ -27,6 +28,7 @@ def structural_similarity_loss(
     hard_mining: bool = True,
     reweight: bool = True,
     ignore_index: int | None = 255,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """bce_weight BCE + (1 - bce_weight) sum(e f bce) / sum(f), SSL paper, Eq. 10-17.
 
@@ -37,7 +39,8 @@ def structural_similarity_loss(
     positive = one_hot(target, logits.size(1))
     z = sanitised(logits, valid)
     cross_entropy = torch.where(valid, -F.logsigmoid(torch.where(positive, z, -z)), 0)
-    mean_cross_entropy = cross_entropy.sum() / valid.sum().clamp(min=1)
+    pixels = over_ranks(valid.sum(), process_group)
+    mean_cross_entropy = over_ranks(cross_entropy.sum(), process_group) / pixels.clamp(min=1)
 
     with torch.no_grad():
         # Detached as well, since no_grad does not keep forward-mode derivatives out.
@@ -56,12 +59,13 @@ def structural_similarity_loss(
         if hard_mining:
             # As "not below the threshold": a NaN is hard, and so reaches the loss.
             hard = hard & ~(e <= beta * largest_difference(window_size, sigma, stability))
-        count = hard.sum().clamp(min=1)
+        count = over_ranks(hard.sum(), process_group).clamp(min=1)
         weight = e if reweight else torch.ones_like(e)
 
     if padding == "valid":
         cross_entropy = crop(cross_entropy, window_size // 2)
-    hard_cross_entropy = torch.where(hard, weight * cross_entropy, 0).sum() / count
+    hard_cross_entropy = torch.where(hard, weight * cross_entropy, 0).sum()
+    hard_cross_entropy = over_ranks(hard_cross_entropy, process_group) / count
     return bce_weight * mean_cross_entropy + (1 - bce_weight) * hard_cross_entropy
 
 

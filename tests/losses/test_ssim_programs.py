@@ -11,7 +11,8 @@ import torch
 from perf.operations.contract import SHAPES, Shape
 from tritonloss._engine import strip_launch
 from tritonloss.windows import ssim_launch
-from tritonloss.windows.ssim_launch import AT_A_TIME, ENOUGH, ImageOptions, LossOptions
+from tritonloss.windows.ssim_launch import AT_A_TIME, ENOUGH
+from tritonloss.windows.ssim_options import ImageOptions, LossOptions
 
 LOSS = LossOptions(full=True, window_size=11, sigma=1.5, c1=1e-4, c2=9e-4, ignore_index=255)
 VALID = ImageOptions(window_size=11, sigma=1.5, data_range=1.0, padding="valid", mapped=False)

@@ -6,18 +6,54 @@ Operators know a group by its name, since their options are numbers and words.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup, all_reduce, distributed_c10d
 
 
-def check_process_group(process_group: ProcessGroup | None) -> None:
-    """``process_group`` must be one, or None."""
+def check_process_group(process_group: ProcessGroup | None, reduction: str = "mean") -> None:
+    """``process_group`` must be one, or None, which it is where there is nothing to add up."""
     if process_group is not None and not isinstance(process_group, ProcessGroup):
         raise TypeError(
             "process_group must be a torch.distributed.ProcessGroup or None; "
             f"got {process_group!r} of type {type(process_group).__name__}"
         )
+    if process_group is not None and reduction == "none":
+        raise ValueError(
+            'process_group must be None for reduction="none": ranks have no pixels in common; '
+            'use "mean" or "sum"'
+        )
+
+
+def ranks_agree(
+    process_group: ProcessGroup | None, logits: torch.Tensor
+) -> AbstractContextManager[Any]:
+    """Where arguments are checked: what raises on one rank raises on all, which would wait for it.
+
+    That is so for tensors on the CPU. On a GPU a rank would have to wait for the others at every
+    call: there it is up to the launcher of the processes to stop them when one fails.
+    """
+    on_gpu = isinstance(logits, torch.Tensor) and logits.device.type != "cpu"
+    if not isinstance(process_group, ProcessGroup) or on_gpu or torch.compiler.is_compiling():
+        return nullcontext()
+    return _Agreement(process_group)
+
+
+class _Agreement(AbstractContextManager[None]):
+    """A block of which all ranks learn whether it raises on one of them."""
+
+    def __init__(self, process_group: ProcessGroup) -> None:
+        self.process_group = process_group
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        failed = torch.tensor(int(error is not None))
+        all_reduce(failed, group=self.process_group)
+        if error is None and failed.item() > 0:
+            raise RuntimeError(
+                "process_group has a rank whose arguments are wrong; its own error says which"
+            )
 
 
 def name_of(process_group: ProcessGroup | None) -> str | None:

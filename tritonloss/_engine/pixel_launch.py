@@ -6,6 +6,7 @@ import torch
 
 from .._core.backend import device_guard
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
+from .._core.process_groups import add_over_ranks
 from .cell_grid import axes_of, backward_over_cells, forward_over_cells, pointers_of
 from .pixel_grid import backward_over_pixels, forward_over_pixels
 from .pixel_terms import (
@@ -28,9 +29,15 @@ def launch_forward(
 ) -> tuple[torch.Tensor, Kept]:
     """(the sum of the losses, what their backward pass needs if ``save``)."""
     losses = [term.loss for term in terms]
+    rows = 2 * len(terms) + 1 if walk.reduction != "none" else 0
     if target.numel() == 0:  # no program runs, and so none comes last
         loss, kept = allocated(made(losses, logits, target, walk, save), logits)
-        return loss.zero_(), kept._replace(scale=kept.scale.zero_())
+        loss.zero_()
+        kept.scale.zero_()
+        if walk.group is not None:
+            totals = torch.zeros(rows, dtype=torch.float64, device=logits.device)
+            _add_other_ranks(totals, terms, walk, loss, kept.scale)
+        return loss, kept
 
     def prepare() -> tuple[PreparedLaunch, int, tuple[Made, ...]]:
         over = forward_over_pixels if walk.upsample is None else forward_over_cells
@@ -49,7 +56,6 @@ def launch_forward(
     launch, programs, filled = prepared(key, prepare)
     loss, kept = allocated(filled, logits)
     own, other = tables_of(terms, logits)
-    rows = 2 * len(terms) + 1 if walk.reduction != "none" else 0
     with device_guard(logits):
         sums = sums_over(programs, rows, logits.device)
         launch(
@@ -65,7 +71,37 @@ def launch_forward(
             tickets_ptr=sums["tickets_ptr"],
             **_axes(logits, target, walk),
         )
+        if walk.group is not None:
+            totals = sums["scratch_ptr"][:rows].clone()
+            _add_other_ranks(totals, terms, walk, loss, kept.scale)
     return loss, kept
+
+
+def _add_other_ranks(
+    totals: torch.Tensor,
+    terms: tuple[Term, ...],
+    walk: Walk,
+    loss: torch.Tensor,
+    scale: torch.Tensor,
+) -> None:
+    """Make the loss, and the scales, those of all ranks' pixels; ``totals`` are this rank's sums.
+
+    The sums are those of ``store_loss``, float64: of every loss its values and what they are
+    divided by, then the valid pixels. The gradient is that of the loss times the number of ranks:
+    DistributedDataParallel divides by it.
+    """
+    assert walk.group is not None
+    ranks = add_over_ranks(totals, walk.group)
+    values, divisors = totals[:-1].view(-1, 2).unbind(1)
+    if walk.reduction == "mean":
+        divisors = torch.where(totals[-1] > 0, divisors, 1.0)
+        divisors = torch.where(divisors == 0, torch.nan, divisors)
+    else:
+        divisors = torch.ones_like(divisors)
+    loss.zero_()
+    for k, term in enumerate(terms):
+        loss += term.share * (values[k] / divisors[k])
+        scale[k] = ranks * term.share / divisors[k]
 
 
 def launch_backward(

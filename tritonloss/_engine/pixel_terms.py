@@ -86,12 +86,14 @@ class Walk(NamedTuple):
         reduction: "mean", "sum" or "none".
         upsample: "bilinear" if the logits are interpolated to the size of the labels.
         align_corners: of the interpolation.
+        group: the name of a process group, whose ranks' pixels are summed up together, or None.
     """
 
     ignore_index: int | None
     reduction: str
     upsample: str | None = None
     align_corners: bool = False
+    group: str | None = None
 
 
 class Way(NamedTuple):
@@ -106,8 +108,14 @@ class Way(NamedTuple):
 def walk_of(options: Any, logits: torch.Tensor, target: torch.Tensor) -> Walk:
     """The walk that a loss's options ask for; to interpolate to the same size is to do nothing."""
     if options.upsample is None or logits.shape[2:] == target.shape[1:]:
-        return Walk(options.ignore_index, options.reduction)
-    return Walk(options.ignore_index, options.reduction, options.upsample, options.align_corners)
+        return Walk(options.ignore_index, options.reduction, group=options.group)
+    return Walk(
+        options.ignore_index,
+        options.reduction,
+        options.upsample,
+        options.align_corners,
+        options.group,
+    )
 
 
 class Made(NamedTuple):

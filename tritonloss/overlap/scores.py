@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from .._core import checks
 from .._core.configurations import TuningCase
 from .._core.operator import Operator
-from .._core.process_groups import check_process_group, name_of
+from .._core.process_groups import check_process_group, name_of, ranks_agree
 from .._engine.class_heads import Counting, mean_of_classes
 from .._engine.class_launch import (
     ClassLoss,
@@ -245,12 +245,13 @@ def checked_maps(
     logits: torch.Tensor, target: torch.Tensor, common: Common
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and labels as images, after all checks of what every loss of overlap has."""
-    logits, target = checks.as_images(logits, target, common.upsample)
-    checks.check_logits(logits)
-    checks.check_upsample(common.upsample, common.align_corners)
-    checks.check_target(logits, target, common.upsample, can_upsample=True)
-    check_common(common, logits)
-    checks.check_labels_in_range(target, checks.labels_of(logits), common.ignore_index)
+    with ranks_agree(common.process_group, logits):
+        logits, target = checks.as_images(logits, target, common.upsample)
+        checks.check_logits(logits)
+        checks.check_upsample(common.upsample, common.align_corners)
+        checks.check_target(logits, target, common.upsample, can_upsample=True)
+        check_common(common, logits)
+        checks.check_labels_in_range(target, checks.labels_of(logits), common.ignore_index)
     return logits, target
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch.distributed import ProcessGroup
 
 from kernels_reference.pixelwise import (
     binary_cross_entropy as binary_cross_entropy_reference,
@@ -21,6 +22,7 @@ from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule
+from .._core.process_groups import check_process_group, name_of, ranks_agree
 from .._engine.math import (
     LN_2,
     LOG2_E,
@@ -57,6 +59,7 @@ class Options(NamedTuple):
     reduction: str = "mean"
     upsample: str | None = None
     align_corners: bool = False
+    group: str | None = None  # the name of a process group
 
 
 class Compiled(NamedTuple):
@@ -198,6 +201,7 @@ def binary_cross_entropy(
     reduction: str = "mean",
     upsample: str | None = None,
     align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Binary cross entropy of one sigmoid per class against the rest, from integer labels.
 
@@ -228,6 +232,11 @@ def binary_cross_entropy(
             memory. Default None: the same size.
         align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
             False.
+        process_group: the ranks whose images are one batch with these; all of them have to call,
+            with any number of images, and not for reduction="none". Default None: no others. The
+            value is that of the whole batch. The gradient is, too, times the number of ranks:
+            DistributedDataParallel takes the mean of the ranks' gradients, which makes it that of
+            the whole batch.
 
     Returns:
         The loss in float32 (float64 for float64 logits); the mean is 0 with zero gradient if no
@@ -249,11 +258,14 @@ def binary_cross_entropy(
         >>> binary_cross_entropy(logits, target, reduction="none").shape
         torch.Size([2, 32, 64])
     """
-    checks.check_logits(logits)
-    checks.check_upsample(upsample, align_corners)
-    checks.check_target(logits, target, upsample, can_upsample=True)
-    _check_options(pos_weight, ignore_index, reduction, upsample, align_corners, logits)
-    checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
+    with ranks_agree(process_group, logits):
+        checks.check_logits(logits)
+        checks.check_upsample(upsample, align_corners)
+        checks.check_target(logits, target, upsample, can_upsample=True)
+        _check_options(
+            pos_weight, ignore_index, reduction, upsample, align_corners, process_group, logits
+        )
+        checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
     if not serves_triton(logits):
         return binary_cross_entropy_reference(
             logits,
@@ -263,9 +275,11 @@ def binary_cross_entropy(
             reduction=reduction,
             upsample=upsample,
             align_corners=align_corners,
+            process_group=process_group,
         )
     pos_weight = None if pos_weight is None else checks.without_gradient(pos_weight)
-    options = Options(checks.plain_label(ignore_index), reduction, upsample, align_corners)
+    ignored, group = checks.plain_label(ignore_index), name_of(process_group)
+    options = Options(ignored, reduction, upsample, align_corners, group)
     return BINARY_CROSS_ENTROPY(logits, target, pos_weight, None, options=options)[0]
 
 
@@ -275,6 +289,7 @@ def _check_options(
     reduction: str,
     upsample: str | None,
     align_corners: bool,
+    process_group: ProcessGroup | None,
     logits: torch.Tensor | None = None,
 ) -> None:
     """Check all options; without ``logits``, for any number of classes."""
@@ -282,6 +297,7 @@ def _check_options(
     checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
     checks.check_option("reduction", reduction, REDUCTIONS)
     checks.check_upsample(upsample, align_corners)
+    check_process_group(process_group, reduction)
 
 
 class BinaryCrossEntropyLoss(LossModule, function=binary_cross_entropy, check=_check_options):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch.distributed import ProcessGroup
 
 from kernels_reference.pixelwise import cross_entropy as cross_entropy_reference
 
@@ -21,6 +22,7 @@ from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule
+from .._core.process_groups import check_process_group, name_of, ranks_agree
 from .._engine.math import LN_2
 from .._engine.pixel_operator import pixelwise_operator
 from .._engine.pixel_terms import REDUCTIONS, Loss, Term
@@ -55,6 +57,7 @@ class Options(NamedTuple):
     reduction: str = "mean"
     upsample: str | None = None
     align_corners: bool = False
+    group: str | None = None  # the name of a process group
 
 
 class Compiled(NamedTuple):
@@ -193,6 +196,7 @@ def cross_entropy(
     reduction: str = "mean",
     upsample: str | None = None,
     align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Cross entropy of the softmax, as :func:`torch.nn.functional.cross_entropy` defines it.
 
@@ -224,6 +228,11 @@ def cross_entropy(
             memory. Default None: the same size.
         align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
             False.
+        process_group: the ranks whose images are one batch with these; all of them have to call,
+            with any number of images, and not for reduction="none". Default None: no others. The
+            value is that of the whole batch. The gradient is, too, times the number of ranks:
+            DistributedDataParallel takes the mean of the ranks' gradients, which makes it that of
+            the whole batch.
 
     Returns:
         The loss in float32 (float64 for float64 logits). The gradient has the dtype of the logits.
@@ -246,14 +255,16 @@ def cross_entropy(
         >>> logits.grad.shape
         torch.Size([2, 19, 32, 64])
     """
-    checks.check_logits(logits)
-    checks.check_upsample(upsample, align_corners)
-    checks.check_target(logits, target, upsample, can_upsample=True)
-    checks.check_classes(logits)
-    _check_options(
-        weight, label_smoothing, ignore_index, reduction, upsample, align_corners, logits
-    )
-    checks.check_labels_in_range(target, logits.size(1), ignore_index)
+    with ranks_agree(process_group, logits):
+        checks.check_logits(logits)
+        checks.check_upsample(upsample, align_corners)
+        checks.check_target(logits, target, upsample, can_upsample=True)
+        checks.check_classes(logits)
+        _check_options(
+            weight, label_smoothing, ignore_index, reduction, upsample, align_corners,
+            process_group, logits,
+        )  # fmt: skip
+        checks.check_labels_in_range(target, logits.size(1), ignore_index)
     if not serves_triton(logits):
         return cross_entropy_reference(
             logits,
@@ -264,11 +275,12 @@ def cross_entropy(
             reduction=reduction,
             upsample=upsample,
             align_corners=align_corners,
+            process_group=process_group,
         )
     weight = None if weight is None else checks.without_gradient(weight)
-    options = Options(
-        float(label_smoothing), checks.plain_label(ignore_index), reduction, upsample, align_corners
-    )
+    ignored, group = checks.plain_label(ignore_index), name_of(process_group)
+    smoothing = float(label_smoothing)
+    options = Options(smoothing, ignored, reduction, upsample, align_corners, group)
     return CROSS_ENTROPY(logits, target, weight, None, options=options)[0]
 
 
@@ -279,6 +291,7 @@ def _check_options(
     reduction: str,
     upsample: str | None,
     align_corners: bool,
+    process_group: ProcessGroup | None,
     logits: torch.Tensor | None = None,
 ) -> None:
     """Check all options; without ``logits``, for any number of classes."""
@@ -287,6 +300,7 @@ def _check_options(
     checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
     checks.check_option("reduction", reduction, REDUCTIONS)
     checks.check_upsample(upsample, align_corners)
+    check_process_group(process_group, reduction)
 
 
 class CrossEntropyLoss(LossModule, function=cross_entropy, check=_check_options):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch.distributed import ProcessGroup
 
 from kernels_reference.pixelwise import focal_loss as focal_loss_reference
 
@@ -19,6 +20,7 @@ from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule
+from .._core.process_groups import check_process_group, name_of, ranks_agree
 from .._engine.math import LOG2_E
 from .._engine.pixel_operator import pixelwise_operator
 from .._engine.pixel_terms import REDUCTIONS, Loss, Term
@@ -50,6 +52,7 @@ class Options(NamedTuple):
     reduction: str = "mean"
     upsample: str | None = None
     align_corners: bool = False
+    group: str | None = None  # the name of a process group
 
 
 class Compiled(NamedTuple):
@@ -179,6 +182,7 @@ def focal_loss(
     reduction: str = "mean",
     upsample: str | None = None,
     align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Focal loss of the softmax: cross entropy that turns away from pixels it has learnt.
 
@@ -211,6 +215,11 @@ def focal_loss(
             memory. Default None: the same size.
         align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
             False.
+        process_group: the ranks whose images are one batch with these; all of them have to call,
+            with any number of images, and not for reduction="none". Default None: no others. The
+            value is that of the whole batch. The gradient is, too, times the number of ranks:
+            DistributedDataParallel takes the mean of the ranks' gradients, which makes it that of
+            the whole batch.
 
     Returns:
         The loss in float32 (float64 for float64 logits); the mean is 0 with zero gradient if no
@@ -231,17 +240,19 @@ def focal_loss(
         >>> focal_loss(logits, torch.randint(0, 19, (2, 32, 64)), gamma=1.5).shape
         torch.Size([])
     """
-    checks.check_logits(logits)
-    checks.check_upsample(upsample, align_corners)
-    checks.check_target(logits, target, upsample, can_upsample=True)
-    checks.check_classes(logits)
-    _check_options(
-        gamma, alpha, detach_weight, ignore_index, reduction, upsample, align_corners, logits
-    )
+    with ranks_agree(process_group, logits):
+        checks.check_logits(logits)
+        checks.check_upsample(upsample, align_corners)
+        checks.check_target(logits, target, upsample, can_upsample=True)
+        checks.check_classes(logits)
+        _check_options(
+            gamma, alpha, detach_weight, ignore_index, reduction, upsample, align_corners,
+            process_group, logits,
+        )  # fmt: skip
+        checks.check_labels_in_range(target, logits.size(1), ignore_index)
     if alpha is not None and not isinstance(alpha, torch.Tensor):
         dtype = compute_dtype(logits.dtype)
         alpha = torch.full((logits.size(1),), float(alpha), dtype=dtype, device=logits.device)
-    checks.check_labels_in_range(target, logits.size(1), ignore_index)
     if not serves_triton(logits):
         return focal_loss_reference(
             logits,
@@ -253,11 +264,12 @@ def focal_loss(
             reduction=reduction,
             upsample=upsample,
             align_corners=align_corners,
+            process_group=process_group,
         )
     alpha = None if alpha is None else checks.without_gradient(alpha)
-    ignored = checks.plain_label(ignore_index)
+    ignored, group = checks.plain_label(ignore_index), name_of(process_group)
     options = Options(
-        float(gamma), bool(detach_weight), ignored, reduction, upsample, align_corners
+        float(gamma), bool(detach_weight), ignored, reduction, upsample, align_corners, group
     )
     return FOCAL(logits, target, alpha, None, options=options)[0]
 
@@ -270,6 +282,7 @@ def _check_options(
     reduction: str,
     upsample: str | None,
     align_corners: bool,
+    process_group: ProcessGroup | None,
     logits: torch.Tensor | None = None,
 ) -> None:
     """Check all options; without ``logits``, for any number of classes."""
@@ -282,6 +295,7 @@ def _check_options(
     checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
     checks.check_option("reduction", reduction, REDUCTIONS)
     checks.check_upsample(upsample, align_corners)
+    check_process_group(process_group, reduction)
 
 
 class FocalLoss(LossModule, function=focal_loss, check=_check_options):

@@ -22,6 +22,7 @@ import inspect
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed import ProcessGroup
 
 from kernels_reference.margin_calibration import (
     margin_calibrated_loss as margin_calibrated_loss_reference,
@@ -32,6 +33,7 @@ from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule
+from .._core.process_groups import check_process_group, name_of, ranks_agree
 from .._engine.pixel_operator import pixelwise_operator
 from .._engine.pixel_terms import REDUCTIONS, Loss, Term
 from .._engine.pixel_tuning import pixel_cases
@@ -50,6 +52,7 @@ class Options(NamedTuple):
     reduction: str = "mean"
     upsample: str | None = None
     align_corners: bool = False
+    group: str | None = None  # the name of a process group
 
 
 # --- operator -------------------------------------------------------------------------------------
@@ -107,6 +110,7 @@ def margin_calibrated_loss(
     reduction: str = "mean",
     upsample: str | None = None,
     align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Margin-calibrated loss: a penalty on every class's margin, harder on rare classes.
 
@@ -172,6 +176,11 @@ def margin_calibrated_loss(
             memory. Default None: the same size.
         align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
             False.
+        process_group: the ranks whose images are one batch with these; all of them have to call,
+            with any number of images, and not for reduction="none". Default None: no others. The
+            value is that of the whole batch. The gradient is, too, times the number of ranks:
+            DistributedDataParallel takes the mean of the ranks' gradients, which makes it that of
+            the whole batch.
 
     Returns:
         The loss in float32 (float64 for float64 logits); the mean is 0 with zero gradient if no
@@ -194,14 +203,16 @@ def margin_calibrated_loss(
         >>> margin_calibrated_loss(torch.randn(2, 19, 32, 64), target, offsets).shape
         torch.Size([])
     """
-    checks.check_logits(logits)
-    checks.check_upsample(upsample, align_corners)
-    checks.check_target(logits, target, upsample, can_upsample=True)
-    checks.check_classes(logits, 1 << 16)
-    own, other = _check_options(
-        offsets, variant, ignore_index, reduction, upsample, align_corners, logits
-    )
-    checks.check_labels_in_range(target, logits.size(1), ignore_index)
+    with ranks_agree(process_group, logits):
+        checks.check_logits(logits)
+        checks.check_upsample(upsample, align_corners)
+        checks.check_target(logits, target, upsample, can_upsample=True)
+        checks.check_classes(logits, 1 << 16)
+        own, other = _check_options(
+            offsets, variant, ignore_index, reduction, upsample, align_corners, process_group,
+            logits,
+        )  # fmt: skip
+        checks.check_labels_in_range(target, logits.size(1), ignore_index)
     if not serves_triton(logits):
         return margin_calibrated_loss_reference(
             logits,
@@ -212,9 +223,11 @@ def margin_calibrated_loss(
             reduction=reduction,
             upsample=upsample,
             align_corners=align_corners,
+            process_group=process_group,
         )
     own, other = checks.without_gradient(own), checks.without_gradient(other)
-    options = Options(variant, checks.plain_label(ignore_index), reduction, upsample, align_corners)
+    ignored, group = checks.plain_label(ignore_index), name_of(process_group)
+    options = Options(variant, ignored, reduction, upsample, align_corners, group)
     return MARGIN_CALIBRATED(logits, target, own, other, options=options)[0]
 
 
@@ -225,6 +238,7 @@ def _check_options(
     reduction: str,
     upsample: str | None,
     align_corners: bool,
+    process_group: ProcessGroup | None,
     logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The offsets, once all options are checked; without ``logits``, for any number of classes."""
@@ -240,6 +254,7 @@ def _check_options(
     checks.check_option("variant", variant, VARIANTS)
     checks.check_option("reduction", reduction, REDUCTIONS)
     checks.check_upsample(upsample, align_corners)
+    check_process_group(process_group, reduction)
     checks.check_ignore_index(ignore_index, own.shape[0])
     return own, other
 

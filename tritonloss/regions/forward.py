@@ -14,6 +14,7 @@ import triton
 
 from .._core.backend import device_guard
 from .._core.prepared_launch import PreparedLaunch
+from .._core.process_groups import add_over_ranks
 from .._engine.planes import compute_dtype
 from .._engine.sums import sums_over
 from .features import Reading
@@ -365,7 +366,30 @@ class _Head(NamedTuple):
             scratch_ptr=sums["scratch_ptr"],
             tickets_ptr=sums["tickets_ptr"],
         )
+        if plan.options.group is not None:
+            images = torch.full_like(statistics, plan.images)
+            totals = torch.cat((partials.sum(1), sums["scratch_ptr"][:1], images))
+            weights *= plan.images * add_other_ranks(totals, plan.options, loss, statistics)
         return loss, info, statistics, weights
+
+
+def add_other_ranks(
+    totals: torch.Tensor, options: Options, loss: torch.Tensor, statistics: torch.Tensor
+) -> torch.Tensor:
+    """An image's share in the gradient of RMI; the loss and statistics become those of all ranks.
+
+    ``totals`` are this rank's sums of the cross entropy, its valid pixels, the information of its
+    images, and their number; float64. The gradient is that of the loss times the number of ranks:
+    DistributedDataParallel divides by it.
+    """
+    assert options.group is not None
+    ranks = add_over_ranks(totals, options.group)
+    entropy, valid, information, images = totals.unbind()
+    entropy_scale = options.bce_weight / (valid + options.bce_smooth).clamp(min=1.0)
+    mutual = (1.0 - options.bce_weight) * information / images.clamp(min=1.0)
+    loss.copy_(torch.where(valid > 0, entropy_scale * entropy + mutual, 0.0))
+    statistics.copy_(ranks * entropy_scale)
+    return ranks / images.clamp(min=1.0)
 
 
 def _head(plan: Plan, parts: int, form: dict[str, Any]) -> _Head:

@@ -47,6 +47,7 @@ class Options(NamedTuple):
     precision: str | None
     bce_smooth: float = 0.0
     small: bool = False  # float64 from the logits to their gradient: see is_small
+    group: str | None = None  # the name of a process group
 
     @property
     def pools(self) -> bool:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch.distributed import ProcessGroup
 
 from kernels_reference.region_mutual_information import pooled_size
 from kernels_reference.region_mutual_information import rmi_loss as rmi_loss_reference
@@ -34,10 +35,11 @@ from .._core.configurations import Configuration, Launch, Shape, TuningCase
 from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._core.operator import Operator
+from .._core.process_groups import check_process_group, name_of, ranks_agree
 from .._core.tuning_inputs import random_labels, random_map
 from .._engine.planes import compute_dtype
 from .backward import backward_pass
-from .forward import forward_pass
+from .forward import add_other_ranks, forward_pass
 from .plan import (
     Options,
     Saved,
@@ -73,6 +75,11 @@ class Results(NamedTuple):
 
 
 def _forward(logits: torch.Tensor, target: torch.Tensor, options: Options) -> Results:
+    if logits.size(0) == 0:
+        results = _empty_results(logits, target, options)
+        totals = logits.new_zeros(4, dtype=torch.float64)
+        add_other_ranks(totals, options, results.loss, results.statistics)
+        return results
     loss, info, saved = forward_pass(options, logits, target)
     return Results(loss, info, *saved)
 
@@ -88,6 +95,8 @@ def _backward(
     target: torch.Tensor,
     options: Options,
 ) -> torch.Tensor:
+    if logits.size(0) == 0:
+        return torch.empty_like(logits)
     saved = Saved(statistics, residual, labels, kept, weights)
     return backward_pass(options, grad_loss, logits, target, saved)
 
@@ -136,6 +145,7 @@ def rmi_loss(
     precision: str | None = None,
     bce_smooth: float = 0.0,
     return_info: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Region mutual information loss: how uncertain regions of labels stay, given the predictions.
 
@@ -182,6 +192,10 @@ def rmi_loss(
         bce_smooth: added to the number of valid pixels that BCE is divided by, >= 0; the released
             code has 1. Default 0.
         return_info: whether to return info as well. Default False.
+        process_group: the ranks whose images are one batch with these; all of them have to call,
+            with any number of images. Default None: no others. The value is that of the whole
+            batch. The gradient is, too, times the number of ranks: DistributedDataParallel takes
+            the mean of the ranks' gradients, which makes it that of the whole batch.
 
     Returns:
         The loss, a float32 scalar (float64 for float64 logits); 0 with zero gradient if no pixel is
@@ -206,22 +220,27 @@ def rmi_loss(
         >>> logits.grad.shape
         torch.Size([2, 19, 32, 64])
     """
-    checks.check_logits(logits)
-    checks.check_target(logits, target)
-    _check_options(
-        region_size, pooling, pool_size, moments, epsilon, bce_weight, ignore, ignore_index,
-        precision, bce_smooth, return_info, logits.size(1),
-    )  # fmt: skip
-    _check_region_fits(logits, region_size, pooling, pool_size)
-    checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
+    with ranks_agree(process_group, logits):
+        checks.check_logits(logits)
+        checks.check_target(logits, target)
+        _check_options(
+            region_size, pooling, pool_size, moments, epsilon, bce_weight, ignore, ignore_index,
+            precision, bce_smooth, return_info, process_group, logits.size(1),
+        )  # fmt: skip
+        _check_region_fits(logits, region_size, pooling, pool_size)
+        checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
     ridge = _EPSILON[moments] if epsilon is None else float(epsilon)
     options = Options(
         region_size, pooling, pool_size, moments, ridge, float(bce_weight), ignore,
         None if ignore_index is None else int(ignore_index), precision, float(bce_smooth),
+        group=name_of(process_group),
     )  # fmt: skip
-    if logits.size(0) == 0 or not serves_triton(logits):
-        given = {name: value for name, value in options._asdict().items() if name != "small"}
-        return rmi_loss_reference(logits, target, **given, return_info=return_info)
+    if not serves_triton(logits) or (logits.size(0) == 0 and process_group is None):
+        given = options._asdict()
+        del given["small"], given["group"]
+        return rmi_loss_reference(
+            logits, target, **given, return_info=return_info, process_group=process_group
+        )
     options = options._replace(small=is_small(options, logits.size(2), logits.size(3)))
     loss, info = RMI(logits, target, options=options)
     return (loss, info) if return_info else loss
@@ -239,6 +258,7 @@ def _check_options(
     precision: str | None,
     bce_smooth: float,
     return_info: bool,
+    process_group: ProcessGroup | None,
     classes: int | None = None,
 ) -> None:
     """Check all options; without ``classes``, for any number of them."""
@@ -254,6 +274,7 @@ def _check_options(
     checks.check_option("precision", precision, PRECISIONS, or_none=True)
     checks.check_range("bce_smooth", bce_smooth, 0.0, math.inf, interval="[)")
     checks.check_flag("return_info", return_info)
+    check_process_group(process_group)
 
 
 def _check_region_fits(

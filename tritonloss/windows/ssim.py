@@ -35,7 +35,6 @@ from .._core.operator import Operator
 from .._core.tuning_inputs import random_map
 from .._engine.strip_launch import strip_candidates
 from .ssim_launch import (
-    ImageOptions,
     Results,
     empty_gradients,
     empty_results,
@@ -44,6 +43,7 @@ from .ssim_launch import (
     ssim_forward,
     ssim_heuristic,
 )
+from .ssim_options import ImageOptions
 
 IMAGE_PADDINGS = ("zeros", "valid", "reflect")
 REDUCTIONS = ("mean", "none")

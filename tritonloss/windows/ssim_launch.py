@@ -10,11 +10,11 @@ import triton
 from .._core.backend import device_guard, warp_size
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
+from .._core.process_groups import add_over_ranks
 from .._engine.planes import compute_dtype
 from .._engine.strip_launch import (
     channels_in_lanes,
     grain_of,
-    ignored_class,
     label_strides,
     lanes_of_row,
     strides,
@@ -26,9 +26,8 @@ from .._engine.strips import LabelStrides, Strides, Strip
 from .._engine.sums import sums_over, tickets
 from .ssim_backward_kernels import Pass, _ssim_backward_kernel
 from .ssim_kernels import _ssim_forward_kernel
-from .ssim_moments import Similarity
-from .ssim_sums import SumWindow, sum_window_of
-from .ssim_values import exchanged_elements, is_exchanged
+from .ssim_options import Comparison, ImageOptions, LossOptions, Options
+from .ssim_values import exchanged_elements
 
 # The bytes of the coefficient maps that exist at a time, unless a single plane has more.
 SCRATCH_BYTES = 256 * 2**20
@@ -36,99 +35,6 @@ SCRATCH_BYTES = 256 * 2**20
 # twice as many.
 AT_A_TIME = 264
 ENOUGH = 500
-# The smallest constants for plain sums, whose error is 1e-7 for probabilities.
-LEAST_C1 = 5e-5
-LEAST_C2 = 5e-4
-# The window sizes of plain sums. Wider windows are read tap by tap. In a window of a single pixel
-# every variance has to be exactly 0.
-SIZES_OF_SUMS = range(3, 12)
-
-
-class Comparison(NamedTuple):
-    """What the kernels are compiled for: the arithmetic and the window."""
-
-    similarity: Similarity
-    window: SumWindow
-
-
-class LossOptions(NamedTuple):
-    """The options of the loss, as they pass through its operator."""
-
-    full: bool
-    window_size: int
-    sigma: float
-    c1: float
-    c2: float
-    ignore_index: int | None
-
-    @property
-    def padding(self) -> str:
-        """Always "zeros": outside the image x = y = 0."""
-        return "zeros"
-
-    @property
-    def mapped(self) -> bool:
-        """Always False: a loss is a mean, not a map."""
-        return False
-
-    @property
-    def careful(self) -> bool:
-        """Whether plain sums are too wrong for the constants, or not for the window's size."""
-        small = self.c2 < LEAST_C2 or (self.full and self.c1 < LEAST_C1)
-        return small or self.window_size not in SIZES_OF_SUMS
-
-    def comparison(self, x: torch.Tensor, y: torch.Tensor, strip: Strip) -> Comparison:
-        """What the kernels are compiled for, given logits and labels."""
-        ignored = ignored_class(self.ignore_index, x.size(1), y.dtype)
-        crowded = y.dtype == torch.uint8 and x.size(1) > 255
-        exchanged = not self.careful and is_exchanged(strip, self.window_size)
-        similarity = Similarity(
-            from_logits=True,
-            full=self.full,
-            c1=self.c1,
-            c2=self.c2,
-            ignored=ignored,
-            crowded=crowded,
-            exchanged=exchanged,
-            careful=self.careful,
-        )
-        return Comparison(similarity, sum_window_of(self.window_size, self.sigma, self.padding))
-
-
-class ImageOptions(NamedTuple):
-    """The options of the similarity of two images, as they pass through its operator."""
-
-    window_size: int
-    sigma: float
-    data_range: float
-    padding: str
-    mapped: bool
-
-    @property
-    def careful(self) -> bool:
-        """Whether single pixels are returned, or plain sums are not for the window's size.
-
-        The constants do not matter: they are in proportion to the images.
-        """
-        return self.mapped or self.window_size not in SIZES_OF_SUMS
-
-    def comparison(self, x: torch.Tensor, y: torch.Tensor, strip: Strip) -> Comparison:
-        """What the kernels are compiled for, given two images."""
-        c1, c2 = (0.01 * self.data_range) ** 2, (0.03 * self.data_range) ** 2
-        similarity = Similarity(
-            from_logits=False,
-            full=True,
-            c1=c1,
-            c2=c2,
-            ignored=-1,
-            crowded=False,
-            exchanged=False,
-            careful=self.careful,
-        )
-        return Comparison(similarity, sum_window_of(self.window_size, self.sigma, self.padding))
-
-
-Options = LossOptions | ImageOptions
 
 
 class Results(NamedTuple):
@@ -174,6 +80,9 @@ def ssim_forward(x: torch.Tensor, y: torch.Tensor, options: Options) -> Results:
     if plan.programs == 0:
         results.result.zero_()
         results.scale.zero_()
+        if options.group is not None:
+            totals = torch.zeros(2, dtype=torch.float64, device=x.device)
+            _add_other_ranks(totals, options.group, results)
         return results
     sums = sums_over(plan.programs, 2, x.device)
     with device_guard(x):
@@ -186,7 +95,22 @@ def ssim_forward(x: torch.Tensor, y: torch.Tensor, options: Options) -> Results:
             tickets_ptr=sums["tickets_ptr"],
             exchange_ptr=torch.empty(plan.exchanged, dtype=results.scale.dtype, device=x.device),
         )
+        if options.group is not None:
+            _add_other_ranks(sums["scratch_ptr"][:2].clone(), options.group, results)
     return results
+
+
+def _add_other_ranks(totals: torch.Tensor, group: str, results: Results) -> None:
+    """Make a mean, and its scale, those of all ranks' samples; ``totals`` are this rank's sums.
+
+    The gradient is that of the mean times the number of ranks: DistributedDataParallel divides by
+    it.
+    """
+    ranks = add_over_ranks(totals, group)
+    dissimilarity, samples = totals.unbind()
+    scale = 1.0 / samples.clamp(min=1.0)
+    results.result.copy_(dissimilarity * scale)
+    results.scale.copy_(ranks * scale)
 
 
 def _forward_plan(

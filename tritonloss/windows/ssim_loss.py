@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch.distributed import ProcessGroup
 
 from kernels_reference.ssim import ssim_loss as ssim_loss_reference
 
@@ -14,10 +15,10 @@ from .._core.configurations import Launch, Shape, TuningCase
 from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._core.operator import Operator
+from .._core.process_groups import check_process_group, name_of, ranks_agree
 from .._core.tuning_inputs import random_labels, random_map
 from .._engine.strip_launch import strip_candidates
 from .ssim_launch import (
-    LossOptions,
     Results,
     empty_results,
     operator_of,
@@ -25,6 +26,7 @@ from .ssim_launch import (
     ssim_forward,
     ssim_heuristic,
 )
+from .ssim_options import LossOptions
 
 FORMS = ("full", "contrast_structure")
 
@@ -72,6 +74,7 @@ def ssim_loss(
     c1: float = 1e-4,
     c2: float = 9e-4,
     ignore_index: int | None = checks.IGNORE_INDEX,
+    process_group: ProcessGroup | None = None,
 ) -> torch.Tensor:
     """SSIM loss: one minus the structural similarity of sigmoid(logits) and the one-hot target.
 
@@ -99,6 +102,10 @@ def ssim_loss(
             which has to be given where there are more than 255 classes and it is one of them. Other
             labels out of range raise on the CPU; on a GPU, where looking would synchronise, they
             count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        process_group: the ranks whose images are one batch with these; all of them have to call,
+            with any number of images. Default None: no others. The value is that of the whole
+            batch. The gradient is, too, times the number of ranks: DistributedDataParallel takes
+            the mean of the ranks' gradients, which makes it that of the whole batch.
 
     Returns:
         The loss, a float32 scalar (float64 for float64 logits) in [0, 2]; 0 with zero gradient if
@@ -120,10 +127,13 @@ def ssim_loss(
         >>> logits.grad.shape
         torch.Size([2, 3, 32, 32])
     """
-    checks.check_logits(logits)
-    checks.check_target(logits, target)
-    _check_options(form, window_size, sigma, c1, c2, ignore_index, logits.size(1))
-    checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
+    with ranks_agree(process_group, logits):
+        checks.check_logits(logits)
+        checks.check_target(logits, target)
+        _check_options(
+            form, window_size, sigma, c1, c2, ignore_index, process_group, logits.size(1)
+        )
+        checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
     if not serves_triton(logits):
         return ssim_loss_reference(
             logits,
@@ -134,6 +144,7 @@ def ssim_loss(
             c1=c1,
             c2=c2,
             ignore_index=ignore_index,
+            process_group=process_group,
         )
     options = LossOptions(
         full=form == "full",
@@ -142,6 +153,7 @@ def ssim_loss(
         c1=float(c1),
         c2=float(c2),
         ignore_index=checks.plain_label(ignore_index),
+        group=name_of(process_group),
     )
     return SSIM_LOSS(logits, target, options=options)[0]
 
@@ -153,6 +165,7 @@ def _check_options(
     c1: float,
     c2: float,
     ignore_index: int | None,
+    process_group: ProcessGroup | None,
     classes: int | None = None,
 ) -> None:
     """Check all options; without ``classes``, for any number of them."""
@@ -162,6 +175,7 @@ def _check_options(
     checks.check_range("c1", c1, 1e-20, 1e20)
     checks.check_range("c2", c2, 1e-20, 1e20)
     checks.check_ignore_index(ignore_index, classes)
+    check_process_group(process_group)
 
 
 def tuning_cases() -> list[TuningCase]:

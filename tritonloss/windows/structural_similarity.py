@@ -28,6 +28,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from kernels_reference.structural_similarity import (
     structural_similarity_loss as structural_similarity_loss_reference,
@@ -39,6 +40,7 @@ from .._core.configurations import Configuration, Launch, Shape, TuningCase, for
 from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._core.operator import Operator, can_reuse
+from .._core.process_groups import check_process_group, name_of, ranks_agree
 from .._core.tuning_inputs import random_labels, random_map
 from .._engine.strip_launch import strip_candidates, strip_heuristic
 from .._engine.strip_windows import PADDINGS
@@ -104,6 +106,7 @@ def structural_similarity_loss(
     hard_mining: bool = True,
     reweight: bool = True,
     ignore_index: int | None = checks.IGNORE_INDEX,
+    process_group: ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Structural similarity loss: cross entropy on the samples whose local structure is most wrong.
 
@@ -139,6 +142,10 @@ def structural_similarity_loss(
             classes and it is one of them. Other labels out of range raise on the CPU; on a GPU,
             where looking would synchronise, they count as ignored unless TRITONLOSS_CHECK_LABELS=1
             is set.
+        process_group: the ranks whose images are one batch with these; all of them have to call,
+            with any number of images. Default None: no others. The value is that of the whole
+            batch. The gradient is, too, times the number of ranks: DistributedDataParallel takes
+            the mean of the ranks' gradients, which makes it that of the whole batch.
 
     Returns:
         The loss, a float32 scalar (float64 for float64 logits); 0 with zero gradient if no pixel is
@@ -161,14 +168,15 @@ def structural_similarity_loss(
         >>> logits.grad.shape
         torch.Size([2, 19, 32, 64])
     """
-    checks.check_logits(logits)
-    checks.check_target(logits, target)
-    _check_options(
-        window_size, sigma, beta, stability, bce_weight, padding, hard_mining, reweight,
-        ignore_index, logits.size(1),
-    )  # fmt: skip
-    checks.check_padding_fits(logits, window_size, padding)
-    checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
+    with ranks_agree(process_group, logits):
+        checks.check_logits(logits)
+        checks.check_target(logits, target)
+        _check_options(
+            window_size, sigma, beta, stability, bce_weight, padding, hard_mining, reweight,
+            ignore_index, process_group, logits.size(1),
+        )  # fmt: skip
+        checks.check_padding_fits(logits, window_size, padding)
+        checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
     if not serves_triton(logits):
         return structural_similarity_loss_reference(
             logits,
@@ -182,6 +190,7 @@ def structural_similarity_loss(
             hard_mining=hard_mining,
             reweight=reweight,
             ignore_index=ignore_index,
+            process_group=process_group,
         )
     options = Options(
         window_size=int(window_size),
@@ -194,6 +203,7 @@ def structural_similarity_loss(
         reweight=reweight,
         ignore_index=checks.plain_label(ignore_index),
         store=can_reuse(logits) and stores_differences(logits, window_size),
+        group=name_of(process_group),
     )
     return STRUCTURAL_SIMILARITY(logits, target, options=options)[0]
 
@@ -208,6 +218,7 @@ def _check_options(
     hard_mining: bool,
     reweight: bool,
     ignore_index: int | None,
+    process_group: ProcessGroup | None,
     classes: int | None = None,
 ) -> None:
     """Check all options; without ``classes``, for any number of them."""
@@ -220,6 +231,7 @@ def _check_options(
     checks.check_flag("hard_mining", hard_mining)
     checks.check_flag("reweight", reweight)
     checks.check_ignore_index(ignore_index, classes)
+    check_process_group(process_group)
 
 
 # --- module ---------------------------------------------------------------------------------------

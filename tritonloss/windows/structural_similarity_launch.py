@@ -14,6 +14,7 @@ from kernels_reference.structural_similarity import largest_difference
 from .._core.backend import device_guard
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
+from .._core.process_groups import add_over_ranks
 from .._engine.planes import compute_dtype
 from .._engine.strip_launch import (
     channels_in_lanes,
@@ -49,6 +50,7 @@ class Options(NamedTuple):
     reweight: bool = True
     ignore_index: int | None = 255
     store: bool = False  # whether the forward pass leaves e f to the backward pass
+    group: str | None = None  # the name of a process group
 
 
 class Results(NamedTuple):
@@ -166,6 +168,9 @@ def forward_pass(logits: torch.Tensor, target: torch.Tensor, options: Options) -
     if plan.programs == 0:
         results.loss.zero_()
         results.statistics.zero_()
+        if options.group is not None:
+            totals = torch.zeros(4, dtype=torch.float64, device=logits.device)
+            _add_other_ranks(totals, options, results)
         return results
     radius, ignore_index = options.window_size // 2, options.ignore_index
     with device_guard(logits):
@@ -182,7 +187,25 @@ def forward_pass(logits: torch.Tensor, target: torch.Tensor, options: Options) -
             scratch_ptr=sums["scratch_ptr"],
             tickets_ptr=sums["tickets_ptr"],
         )
+        if options.group is not None:
+            totals = torch.cat((sums["scratch_ptr"][:3], valid.view(1)))
+            _add_other_ranks(totals, options, results)
     return results
+
+
+def _add_other_ranks(totals: torch.Tensor, options: Options, results: Results) -> None:
+    """Make the loss and the statistics those of all ranks' pixels.
+
+    ``totals`` are this rank's sums of bce, of e f bce and of f, and its valid pixels. The gradient
+    is that of the loss times the number of ranks: DistributedDataParallel divides by it.
+    """
+    assert options.group is not None
+    ranks = add_over_ranks(totals, options.group)
+    entropy, weighted, hard, valid = totals.unbind()
+    entropy_scale = options.bce_weight / valid.clamp(min=1.0)
+    weighted_scale = (1.0 - options.bce_weight) / hard.clamp(min=1.0)
+    results.loss.copy_(entropy_scale * entropy + weighted_scale * weighted)
+    results.statistics.copy_(ranks * torch.stack((entropy_scale, weighted_scale)))
 
 
 def _forward_plan(

@@ -1,0 +1,174 @@
+"""Losses over the ranks of a process group: those of one process with all images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import tritonloss
+from tests.losses.overlap.cases import LOSSES as OVERLAP
+from tests.losses.overlap.cases import Loss, named, reference_gradient
+from tests.oracle import segmentation_case
+from tritonloss import functional
+from tritonloss._tools.interpreter import hasten_interpreter
+
+# Of each world the images of its ranks.
+WORLDS: dict[int, tuple[int, ...]] = {2: (1, 2), 3: (2, 0, 1)}
+WEIGHT = torch.tensor([0.5, 1.0, 2.0, 1.0], dtype=torch.float64)
+OF_OVERLAP: tuple[dict[str, Any], ...] = (
+    {"per_image": False},
+    {"per_image": True, "classes": "all"},
+    {"per_image": True, "classes": "present", "activation": "sigmoid"},
+)
+# One way or more of every loss that takes a process group.
+WAYS: tuple[tuple[Loss, dict[str, Any]], ...] = (
+    *((loss, {"weight": WEIGHT, **options}) for loss in OVERLAP for options in OF_OVERLAP),
+    (functional.cross_entropy, {"weight": WEIGHT, "label_smoothing": 0.125}),
+    (functional.cross_entropy, {"reduction": "sum"}),
+    (functional.binary_cross_entropy, {"pos_weight": WEIGHT}),
+    (functional.focal_loss, {"alpha": WEIGHT}),
+    (functional.margin_calibrated_loss, {"offsets": (WEIGHT, 2 * WEIGHT)}),
+    (functional.structural_similarity_loss, {"bce_weight": 0.3}),
+    (functional.structural_similarity_loss, {"window_size": 7, "padding": "reflect"}),
+    (functional.ssim_loss, {"window_size": 3}),
+    (functional.rmi_loss, {"region_size": 2, "pool_size": 2, "epsilon": 0.25}),
+    (functional.rmi_loss, {"region_size": 2, "pooling": None, "bce_smooth": 1.0, "epsilon": 0.25}),
+)
+
+
+def cases() -> Iterator[tuple[str, Loss, dict[str, Any]]]:
+    for backend in ("triton", "reference"):
+        for loss, options in WAYS:
+            yield backend, loss, options
+
+
+def batch_of(ranks: int) -> tuple[Tensor, Tensor]:
+    """(logits, labels); the last rank's images are void, and no image has class 3."""
+    images = sum(WORLDS[ranks])
+    logits, target = segmentation_case((images, 4, 7, 8), dtype=torch.float64)
+    target[target == 3] = 0
+    target[images - WORLDS[ranks][-1] :] = 255
+    return logits, target
+
+
+def part_of(ranks: int, rank: int) -> slice:
+    before = sum(WORLDS[ranks][:rank])
+    return slice(before, before + WORLDS[ranks][rank])
+
+
+def run_on_one_rank(rank: int, ranks: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    hasten_interpreter()
+    store = torch.distributed.FileStore(os.path.join(directory, "store"), ranks)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    group = torch.distributed.group.WORLD
+    logits, target = batch_of(ranks)
+    own = part_of(ranks, rank)
+    found = []
+    for backend, loss, options in cases():
+        leaf = logits[own].clone().requires_grad_()
+        with tritonloss.use_backend(backend):
+            value = loss(leaf, target[own], process_group=group, **options)
+        found.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    if ranks == 2:
+        found.append(parallel_gradient(logits[own], target[own], group))
+    torch.save(found, os.path.join(directory, f"{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+def layer() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Conv2d(4, 4, 1).double()
+
+
+def parallel_gradient(image: Tensor, target: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """Value, and gradient of a layer in DistributedDataParallel."""
+    model = layer()
+    criterion = tritonloss.DiceLoss(process_group=group)
+    parallel = DistributedDataParallel(model)
+    value = criterion(parallel(image), target)
+    value.backward()
+    assert isinstance(model.weight.grad, Tensor)
+    return value.detach(), model.weight.grad
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are to take CPU tensors here")
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_ranks_share_one_batch(ranks: int, tmp_path: Path) -> None:
+    """Batches are uneven, one rank is void and one of three has no image."""
+    torch.multiprocessing.spawn(run_on_one_rank, (ranks, str(tmp_path)), nprocs=ranks)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    logits, target = batch_of(ranks)
+    close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
+    for number, (_, loss, options) in enumerate(cases()):
+        expected, gradient = reference_gradient(loss, logits, target, **options)
+        for rank in range(ranks):
+            value, own_gradient = found[rank][number]
+            close(value, expected)
+            close(own_gradient, ranks * gradient[part_of(ranks, rank)])
+    if ranks == 2:
+        model = layer()
+        with tritonloss.use_backend("reference"):
+            expected = tritonloss.DiceLoss()(model(logits), target)
+        expected.backward()
+        for rank in range(ranks):
+            value, own_gradient = found[rank][-1]
+            close(value, expected.detach())
+            close(own_gradient, model.weight.grad)
+
+
+@pytest.mark.parametrize(("loss", "options"), WAYS, ids=str)
+def test_what_is_no_process_group(loss: Loss, options: dict[str, Any]) -> None:
+    logits, target = segmentation_case((1, 4, 8, 8))
+    with pytest.raises(TypeError, match="^process_group must be .*; got 'gloo' of type str"):
+        loss(logits, target, process_group="gloo", **options)
+
+
+def fail_on_one_rank(rank: int, directory: str) -> None:
+    """Rank 1 gives an argument that is wrong; both raise, and go on."""
+    store = torch.distributed.FileStore(os.path.join(directory, "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    logits, target = segmentation_case((1, 4, 7, 8))
+    group = torch.distributed.group.WORLD
+    for loss, options in WAYS:
+        given = logits if rank == 0 else logits.long()
+        error, words = ((RuntimeError, "rank"), (TypeError, "logits"))[rank]
+        with pytest.raises(error, match=words):
+            loss(given, target, process_group=group, **options)
+    torch.distributed.destroy_process_group()
+
+
+def test_a_failure_reaches_the_other_ranks(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(fail_on_one_rank, (str(tmp_path),), nprocs=2)
+
+
+@pytest.mark.parametrize("loss", [functional.cross_entropy, functional.dice_loss], ids=named)
+def test_a_group_in_a_compiled_step(loss: Loss, tmp_path: Path) -> None:
+    """The graph has no breaks, and the collective is in it."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        group = torch.distributed.group.WORLD
+        logits, target = segmentation_case((2, 4, 7, 8))
+        expected, gradient = reference_gradient(loss, logits, target)
+
+        def step(x: Tensor) -> Tensor:
+            return loss(2 * x, target, process_group=group)
+
+        leaf = (logits / 2).requires_grad_()
+        with tritonloss.use_backend("triton"):
+            compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+            value = compiled(leaf)
+            value.backward()
+        torch.testing.assert_close(value.detach(), expected)
+        torch.testing.assert_close(leaf.grad, 2 * gradient)
+    finally:
+        torch.distributed.destroy_process_group()
