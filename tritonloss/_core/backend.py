@@ -88,6 +88,16 @@ def warp_size() -> int:
     return int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
+def all_registers() -> dict[str, int]:
+    """The option of a launch that lets a thread have every register that NVIDIA's GPUs give it.
+
+    Left to itself ptxas may decide for 168 or 96, so that more programs fit, and spill the rest.
+    """
+    if INTERPRETED or triton.runtime.driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": 255}
+
+
 # Triton's interpreter replaces functions of its own library while it runs a kernel. A second thread
 # would be given the first one's, so only one thread at a time may run a kernel.
 _interpreter = threading.RLock()

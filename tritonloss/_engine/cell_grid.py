@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from .._core.backend import is_captured, stream_of, warp_size
+from .._core.backend import all_registers, is_captured, stream_of, warp_size
 from .._core.configurations import Configuration, launch_configuration
 from .cell_kernels import _upsampled_backward_kernel, _upsampled_forward_kernel
 from .cells import CellTile, Sizes
@@ -22,6 +23,7 @@ _MOST_PIXELS = 16
 _MOST_COLUMNS = 8
 # Pixels of a lane at once for losses that go through the classes twice, and keep more of each.
 _MOST_PIXELS_TWICE = 4
+_IS_OLD = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < (3, 7)
 # Warps of a backward pass: one for every scheduler of an A100, if strips of a few rows make it.
 _WARPS = 432
 _FEWEST_ROWS = 8
@@ -244,6 +246,9 @@ def over_strips(
     if not even and any(loss.scaled for loss in losses):
         # Corners in base 2 as well, of ten classes: ptxas takes 168 registers, and spills 8 bytes.
         configuration = {**configuration, "UNROLL": min(int(configuration["UNROLL"]), 7)}
+    nine = _even(logits.size(1), int(configuration["UNROLL"])) == 9
+    if _IS_OLD and nine and any(loss.scaled for loss in losses):
+        configuration = {**configuration, "UNROLL": 8}  # ptxas of Triton 3.6 would spill 8 bytes
     tile = _tile(configuration, logits)
     class_blocks = triton.cdiv(logits.size(1), tile.unroll)
     # As many strips as that makes, all of about the same height; more of them, which repeat more of
@@ -261,14 +266,13 @@ def over_strips(
         "CELLS": tile_of_cells._replace(even=even),
         "num_warps": int(configuration["num_warps"]),
         "enable_fp_fusion": True,
+        **all_registers(),
     }
 
 
 def _tile(configuration: Configuration, logits: torch.Tensor) -> Tile:
     """A lane owns a cell: to the losses it is a pixel."""
-    # Blocks of one size, as far as that goes: going back, all are made of the same number.
-    blocks = triton.cdiv(logits.size(1), int(configuration["UNROLL"]))
-    unroll = triton.cdiv(logits.size(1), blocks)
+    unroll = _even(logits.size(1), int(configuration["UNROLL"]))
     return Tile(
         pixels=int(configuration["num_warps"]) * warp_size(),
         lanes=1,
@@ -280,6 +284,16 @@ def _tile(configuration: Configuration, logits: torch.Tensor) -> Tile:
         bundle=0,  # no logit is there to be looked up again
         slots=unroll,
     )
+
+
+def _even(classes: int, most: int) -> int:
+    """Classes of a block, at most so many: the last block has nearly as many as the others.
+
+    Going back, all blocks take the time of a full one: one block more, if that leaves fewer over.
+    """
+    blocks = triton.cdiv(classes, most)
+    sizes = [triton.cdiv(classes, count) for count in (blocks, blocks + 1)]
+    return min(sizes, key=lambda size: triton.cdiv(classes, size) * size)
 
 
 def _cell_tile(

@@ -373,12 +373,14 @@ def ssim_heuristic(
         configuration = strip_heuristic(4, ROWS=144 if backward else 256, UNROLL=2)
         if backward and window_size > 7 and isinstance(options, ImageOptions):
             configuration["COLUMNS"] = 2  # the adjoint of four maps would not fit the registers
-        if backward and window_size == 7:
+        if backward and window_size == 7 and isinstance(options, ImageOptions):
             configuration["UNROLL"] = 1  # with 2, ptxas takes 168 registers and spills 16 bytes
         if window_size > 7 and not aligned and (wide or isinstance(options, ImageOptions)):
             configuration["COLUMNS"] = 2  # with 4, ptxas takes 255 registers and spills 24 bytes
-        if backward and window_size <= 3 and (wide or not aligned):
-            configuration["UNROLL"] = 1  # with 2, ptxas takes 96 registers and spills 8 bytes
+        if backward and window_size <= 3:
+            # Of rows that begin anywhere, and of labels of 64 bits, ptxas spills with more.
+            narrow = aligned and not wide and isinstance(options, LossOptions)
+            configuration["UNROLL"] = 4 if narrow else 1 if wide or not aligned else 2
         if backward and window_size <= 3 and wide and aligned:
             # With four warps it takes 96 registers even so, and spills 16 bytes.
             configuration |= {"LANES": 2 * int(configuration["LANES"]), "num_warps": 8}
