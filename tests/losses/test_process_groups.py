@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import tritonloss
@@ -79,7 +82,8 @@ def run_on_one_rank(rank: int, ranks: int, directory: str) -> None:
             value = loss(leaf, target[own], process_group=group, **options)
         found.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
     if ranks == 2:
-        found.append(parallel_gradient(logits[own], target[own], group))
+        for sharded in (False, True):
+            found.append(parallel_gradient(logits[own], target[own], group, sharded))
     torch.save(found, os.path.join(directory, f"{rank}.pt"))
     torch.distributed.destroy_process_group()
 
@@ -89,15 +93,26 @@ def layer() -> torch.nn.Module:
     return torch.nn.Conv2d(4, 4, 1).double()
 
 
-def parallel_gradient(image: Tensor, target: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """Value, and gradient of a layer in DistributedDataParallel."""
+def criterion(group: Any = None) -> torch.nn.Module:
+    losses = (tritonloss.CrossEntropyLoss(WEIGHT), tritonloss.DiceLoss())
+    for loss in losses:
+        loss.process_group = group
+    return tritonloss.WeightedSum([(1.0, loss) for loss in losses])
+
+
+def parallel_gradient(
+    image: Tensor, target: Tensor, group: Any, sharded: bool
+) -> tuple[Tensor, Tensor]:
+    """Value, and gradient of a layer in DistributedDataParallel, or in fully_shard."""
     model = layer()
-    criterion = tritonloss.DiceLoss(process_group=group)
-    parallel = DistributedDataParallel(model)
-    value = criterion(parallel(image), target)
+    if sharded:
+        parallel = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    else:
+        parallel = DistributedDataParallel(model)
+    value = criterion(group)(parallel(image), target)
     value.backward()
-    assert isinstance(model.weight.grad, Tensor)
-    return value.detach(), model.weight.grad
+    gradient: Any = model.weight.grad
+    return value.detach(), gradient.full_tensor() if sharded else gradient
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are to take CPU tensors here")
@@ -117,10 +132,10 @@ def test_ranks_share_one_batch(ranks: int, tmp_path: Path) -> None:
     if ranks == 2:
         model = layer()
         with tritonloss.use_backend("reference"):
-            expected = tritonloss.DiceLoss()(model(logits), target)
+            expected = criterion()(model(logits), target)
         expected.backward()
-        for rank in range(ranks):
-            value, own_gradient = found[rank][-1]
+        for rank, way in itertools.product(range(ranks), (-2, -1)):
+            value, own_gradient = found[rank][way]
             close(value, expected.detach())
             close(own_gradient, model.weight.grad)
 
@@ -172,3 +187,15 @@ def test_a_group_in_a_compiled_step(loss: Loss, tmp_path: Path) -> None:
         torch.testing.assert_close(leaf.grad, 2 * gradient)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_batch_in_parts() -> None:
+    """Sums of its parts, over the weight of the whole, have the gradient of the batch's mean."""
+    logits, target = segmentation_case((3, 4, 7, 8), dtype=torch.float64)
+    counts = tritonloss.count_labels(target, num_classes=4)
+    _, gradient = reference_gradient(functional.cross_entropy, logits, target, weight=WEIGHT)
+    leaf = logits.clone().requires_grad_()
+    for part in (slice(0, 2), slice(2, 3)):
+        loss = functional.cross_entropy(leaf[part], target[part], weight=WEIGHT, reduction="sum")
+        (loss / (WEIGHT * counts).sum()).backward()
+    torch.testing.assert_close(leaf.grad, gradient)
