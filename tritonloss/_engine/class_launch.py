@@ -26,7 +26,7 @@ from .class_sums import (
     _class_sums_forward_kernel,
 )
 from .pixel_grid import in_grains, over_pixels, rounds_of
-from .pixel_terms import Loss, Term, Walk, labels_of, terms_of
+from .pixel_terms import Loss, Term, Walk, labels_of, numbers_of, terms_of
 from .planes import compute_dtype
 from .sums import tickets
 
@@ -272,6 +272,7 @@ def _launch_cells_backward(
             other_ptrs=(kept.table[1],),
             map_ptrs=maps,
             grad_ptr=grad_logits,
+            weights_ptr=kept.scale,
             **axes,
         )
 
@@ -424,8 +425,7 @@ def _prepare_backward_of_cells(
     constants = {
         **arguments,
         "TERMS": around["TERMS"],
-        "numbers": ((),),
-        "shares": (1.0,),
+        **numbers_of((Term(loss.loss, ()),), None),
         "upstream_strides": (0, 0, 0),
         "logits_strides": logits.stride(),
         "target_strides": target.stride(),

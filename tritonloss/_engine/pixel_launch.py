@@ -13,6 +13,7 @@ from .pixel_terms import (
     Made,
     Term,
     Walk,
+    Weights,
     allocated,
     key_of,
     made,
@@ -24,19 +25,31 @@ from .sums import sums_over
 
 
 def launch_forward(
-    terms: tuple[Term, ...], logits: torch.Tensor, target: torch.Tensor, walk: Walk, save: bool
+    terms: tuple[Term, ...],
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    walk: Walk,
+    save: bool,
+    *,
+    weights: Weights | None = None,
+    values: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Kept]:
-    """(the sum of the losses, what their backward pass needs if ``save``)."""
+    """(the sum of the losses, what their backward pass needs if ``save``).
+
+    With ``weights``, each loss is multiplied by its own, and without it stored in ``values``.
+    """
     losses = [term.loss for term in terms]
     if target.numel() == 0:  # no program runs, and so none comes last
         loss, kept = allocated(made(losses, logits, target, walk, save), logits)
+        if values is not None:
+            values.zero_()
         return loss.zero_(), kept._replace(scale=kept.scale.zero_())
 
     def prepare() -> tuple[PreparedLaunch, int, tuple[Made, ...]]:
         over = forward_over_pixels if walk.upsample is None else forward_over_cells
         way = over(losses, logits, target, walk)
         constants = {
-            **numbers_of(terms),
+            **numbers_of(terms, weights),
             "programs": way.programs,
             "TERMS": terms_of(terms, logits, walk, save),
             "REDUCTION": walk.reduction,
@@ -45,7 +58,8 @@ def launch_forward(
         launch = PreparedLaunch(way.kernel, (way.programs,), constants, way.aligned)
         return launch, way.programs, made(losses, logits, target, walk, save)
 
-    key = (key_of(terms), kind(logits), kind(target), walk, save)
+    places = None if weights is None else weights.places
+    key = (key_of(terms), kind(logits), kind(target), walk, save, places)
     launch, programs, filled = prepared(key, prepare)
     loss, kept = allocated(filled, logits)
     own, other = tables_of(terms, logits)
@@ -60,7 +74,9 @@ def launch_forward(
             map_ptrs=kept.maps,
             values_ptr=loss,
             loss_ptr=loss,
+            terms_ptr=loss if values is None else values,
             scale_ptr=kept.scale,
+            weights_ptr=loss if weights is None else weights.numbers,
             scratch_ptr=sums["scratch_ptr"],
             tickets_ptr=sums["tickets_ptr"],
             **_axes(logits, target, walk),
@@ -75,25 +91,35 @@ def launch_backward(
     logits: torch.Tensor,
     target: torch.Tensor,
     walk: Walk,
+    *,
+    weights: Weights | None = None,
+    before: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient of the logits."""
+    """The gradient of the logits; it is added to ``before``, in place, if that is there.
+
+    ``weights`` are those of the forward pass, for a loss that is a map.
+    """
     losses = [term.loss for term in terms]
-    grad_logits = torch.empty_like(logits)
     if target.numel() == 0:
-        return grad_logits.zero_()
+        return torch.zeros_like(logits) if before is None else before
+    grad_logits = torch.empty_like(logits) if before is None else before
     own, other = tables_of(terms, logits)
 
     def prepare() -> tuple[PreparedLaunch, int]:
         over = backward_over_pixels if walk.upsample is None else backward_over_cells
         way = over(losses, logits, target, walk, (upstream, grad_logits))
-        known = terms_of(terms, logits, walk, save=True)
-        constants = {**numbers_of(terms), "TERMS": known, **way.arguments}
+        known = terms_of(terms, logits, walk, save=True, adds=before is not None)
+        constants = {**numbers_of(terms, weights), "TERMS": known, **way.arguments}
         launch = PreparedLaunch(way.kernel, (way.programs,), constants, way.aligned)
-        return launch, sum(known.maps)
+        return launch, sum(known.stored)
 
-    # The gradient's layout follows from that of the logits.
+    # The layout of a gradient that is made here follows from that of the logits.
     upstream_kind = kind(upstream) if walk.reduction == "none" else None
-    key = (key_of(terms), kind(logits), kind(target), upstream_kind, walk)
+    others = (
+        None if weights is None else weights.places,
+        None if before is None else kind(before),
+    )
+    key = (key_of(terms), kind(logits), kind(target), upstream_kind, walk, others)
     launch, maps = prepared(key, prepare)
     with device_guard(logits):
         launch(
@@ -105,6 +131,7 @@ def launch_backward(
             other_ptrs=other,
             map_ptrs=kept.maps[:maps],
             grad_ptr=grad_logits,
+            weights_ptr=kept.scale if weights is None else weights.numbers,
             **_axes(logits, target, walk),
         )
     return grad_logits

@@ -32,7 +32,9 @@ class Terms(NamedTuple):
     silent: Any  # whether the slopes are 0 at pixels that are not valid, whatever the scale
     options: Any  # each loss's own
     maps: Any  # how many maps each leaves to the backward pass
+    stored: Any  # how many of them it stores: all, or none if an earlier loss stores the same ones
     first_map: Any  # the place of each loss's first map among the maps of all losses
+    adds: Any  # whether the gradient is added to what is there; no tuple
 
 
 class Run(NamedTuple):
@@ -297,14 +299,17 @@ def _write_block(factors, block, grad_view, pixel, given, TERMS: tl.constexpr, T
         # Selected, not multiplied by 0: an ignored pixel may hold an infinity.
         gradient = tl.where(valid, gradient, 0.0)
         mask = _slot_mask(pixel.inside, block.exists[j], TILE)
-        tl.store(_slot_pointers(grad_view, j, TILE), gradient, mask=mask)
+        pointers = _slot_pointers(grad_view, j, TILE)
+        if TERMS.adds:
+            gradient += tl.load(pointers, mask=mask, other=0.0).to(gradient.dtype)
+        tl.store(pointers, gradient, mask=mask)
 
 
 @triton.jit
 def store_maps(map_ptrs, position, saved, pixel, TERMS: tl.constexpr, K: tl.constexpr):
     """Store what a loss leaves to the backward pass."""
     FIRST: tl.constexpr = TERMS.first_map[K]
-    COUNT: tl.constexpr = TERMS.maps[K]
+    COUNT: tl.constexpr = TERMS.stored[K]
     for i in tl.static_range(COUNT):
         tl.store(map_ptrs[FIRST + i] + position, saved[i], mask=pixel.inside)
 

@@ -295,6 +295,7 @@ LOSSES = {
             softmax_bundles,
         ),
         saved=softmax_saves,
+        of_logits=True,
         held=_HELD,
         held_back=_HELD,
         held_wide=_HELD_WIDE,

@@ -140,6 +140,7 @@ LOSS = Loss(
         silent=softmax_is_silent,
     ),
     saved=softmax_saves,
+    of_logits=True,
 )
 
 # --- operator -------------------------------------------------------------------------------------
