@@ -73,6 +73,10 @@ class Probabilities(NamedTuple):
         projection: (factors, total, own, pixel, TILE) -> the projection, [pixels], from that sum
             and the logits of the pixels' own classes, 0 where there is none.
         project: (factors, projection, pixel, TILE) -> the factors with it.
+        takes: the slope of pixelwise losses that are taken in where they share a walk, or None. A
+            slope that is the sum of both costs less than two.
+        take_in: (factors, those of such a loss, TILE) -> the factors of both.
+        slope: as ``Record.slope``, of factors that have taken in another's.
     """
 
     compared: bool
@@ -82,6 +86,9 @@ class Probabilities(NamedTuple):
     term: Function
     projection: Function
     project: Function
+    takes: Function | None = None
+    take_in: Function | None = None
+    slope: Function | None = None
 
 
 class Plane(NamedTuple):

@@ -20,8 +20,9 @@ from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
-from .._core.loss_module import LossModule
+from .._core.loss_module import LossModule, Part
 from .._engine.math import LN_2
+from .._engine.joint_terms import Member
 from .._engine.pixel_operator import pixelwise_operator
 from .._engine.pixel_terms import REDUCTIONS, Loss, Term
 from .._engine.pixel_tuning import pixel_cases
@@ -174,6 +175,7 @@ def _term(
 
 
 CROSS_ENTROPY = pixelwise_operator(LOSS, Options, _term)
+MEMBER = Member(Options, term=_term)
 
 
 def tuning_cases() -> list[TuningCase]:
@@ -247,14 +249,16 @@ def cross_entropy(
         >>> logits.grad.shape
         torch.Size([2, 19, 32, 64])
     """
-    checks.check_logits(logits)
-    checks.check_upsample(upsample, align_corners)
-    checks.check_target(logits, target, upsample, can_upsample=True)
-    checks.check_classes(logits)
-    _check_options(
-        weight, label_smoothing, ignore_index, reduction, upsample, align_corners, logits
+    part = _part(
+        logits,
+        target,
+        weight=weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        upsample=upsample,
+        align_corners=align_corners,
     )
-    checks.check_labels_in_range(target, logits.size(1), ignore_index)
     if not serves_triton(logits):
         return cross_entropy_reference(
             logits,
@@ -266,11 +270,34 @@ def cross_entropy(
             upsample=upsample,
             align_corners=align_corners,
         )
-    weight = None if weight is None else checks.without_gradient(weight)
+    return CROSS_ENTROPY(logits, target, *part.tables, options=part.options)[0]
+
+
+def _part(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    weight: torch.Tensor | None,
+    label_smoothing: float,
+    ignore_index: int | None,
+    reduction: str,
+    upsample: str | None,
+    align_corners: bool,
+) -> Part:
+    """A call of the loss, checked."""
+    checks.check_logits(logits)
+    checks.check_upsample(upsample, align_corners)
+    checks.check_target(logits, target, upsample, can_upsample=True)
+    checks.check_classes(logits)
+    _check_options(
+        weight, label_smoothing, ignore_index, reduction, upsample, align_corners, logits
+    )
+    checks.check_labels_in_range(target, logits.size(1), ignore_index)
     options = Options(
         float(label_smoothing), checks.plain_label(ignore_index), reduction, upsample, align_corners
     )
-    return CROSS_ENTROPY(logits, target, weight, None, options=options)[0]
+    weight = None if weight is None else checks.without_gradient(weight)
+    return Part(logits, target, "pixelwise.cross_entropy", options, (weight, None))
 
 
 def _check_options(
@@ -290,7 +317,7 @@ def _check_options(
     checks.check_upsample(upsample, align_corners)
 
 
-class CrossEntropyLoss(LossModule, function=cross_entropy, check=_check_options):
+class CrossEntropyLoss(LossModule, function=cross_entropy, check=_check_options, part=_part):
     """:func:`tritonloss.functional.cross_entropy` as a module; ``weight`` is a buffer.
 
     Args: the keyword arguments of the function, with the same defaults.

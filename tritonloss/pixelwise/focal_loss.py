@@ -18,7 +18,8 @@ from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
-from .._core.loss_module import LossModule
+from .._core.loss_module import LossModule, Part
+from .._engine.joint_terms import Member
 from .._engine.math import LOG2_E
 from .._engine.pixel_operator import pixelwise_operator
 from .._engine.pixel_terms import REDUCTIONS, Loss, Term
@@ -159,6 +160,7 @@ def _term(
 
 
 FOCAL = pixelwise_operator(LOSS, Options, _term)
+MEMBER = Member(Options, term=_term)
 
 
 def tuning_cases() -> list[TuningCase]:
@@ -232,6 +234,45 @@ def focal_loss(
         >>> focal_loss(logits, torch.randint(0, 19, (2, 32, 64)), gamma=1.5).shape
         torch.Size([])
     """
+    part = _part(
+        logits,
+        target,
+        gamma=gamma,
+        alpha=alpha,
+        detach_weight=detach_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        upsample=upsample,
+        align_corners=align_corners,
+    )
+    if not serves_triton(logits):
+        return focal_loss_reference(
+            logits,
+            target,
+            gamma=float(gamma),
+            alpha=part.tables[0],
+            detach_weight=detach_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            upsample=upsample,
+            align_corners=align_corners,
+        )
+    return FOCAL(logits, target, *part.tables, options=part.options)[0]
+
+
+def _part(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    gamma: float,
+    alpha: float | torch.Tensor | None,
+    detach_weight: bool,
+    ignore_index: int | None,
+    reduction: str,
+    upsample: str | None,
+    align_corners: bool,
+) -> Part:
+    """A call of the loss, checked."""
     checks.check_logits(logits)
     checks.check_upsample(upsample, align_corners)
     checks.check_target(logits, target, upsample, can_upsample=True)
@@ -243,24 +284,12 @@ def focal_loss(
         dtype = compute_dtype(logits.dtype)
         alpha = torch.full((logits.size(1),), float(alpha), dtype=dtype, device=logits.device)
     checks.check_labels_in_range(target, logits.size(1), ignore_index)
-    if not serves_triton(logits):
-        return focal_loss_reference(
-            logits,
-            target,
-            gamma=float(gamma),
-            alpha=alpha,
-            detach_weight=detach_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            upsample=upsample,
-            align_corners=align_corners,
-        )
-    alpha = None if alpha is None else checks.without_gradient(alpha)
     ignored = checks.plain_label(ignore_index)
     options = Options(
         float(gamma), bool(detach_weight), ignored, reduction, upsample, align_corners
     )
-    return FOCAL(logits, target, alpha, None, options=options)[0]
+    alpha = None if alpha is None else checks.without_gradient(alpha)
+    return Part(logits, target, "pixelwise.focal_loss", options, (alpha, None))
 
 
 def _check_options(
@@ -285,7 +314,7 @@ def _check_options(
     checks.check_upsample(upsample, align_corners)
 
 
-class FocalLoss(LossModule, function=focal_loss, check=_check_options):
+class FocalLoss(LossModule, function=focal_loss, check=_check_options, part=_part):
     """:func:`tritonloss.functional.focal_loss` as a module; a tensor ``alpha`` is a buffer.
 
     Args: the keyword arguments of the function, with the same defaults.

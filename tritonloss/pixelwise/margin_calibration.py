@@ -31,7 +31,8 @@ from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
-from .._core.loss_module import LossModule
+from .._core.loss_module import LossModule, Part
+from .._engine.joint_terms import Member
 from .._engine.pixel_operator import pixelwise_operator
 from .._engine.pixel_terms import REDUCTIONS, Loss, Term
 from .._engine.pixel_tuning import pixel_cases
@@ -87,6 +88,7 @@ def _compiled(variant: str, classes: int, save: bool) -> Compiled:
 
 
 MARGIN_CALIBRATED = pixelwise_operator(LOSS, Options, _term)
+MEMBER = Member(Options, term=_term)
 
 
 def tuning_cases() -> list[TuningCase]:
@@ -194,6 +196,42 @@ def margin_calibrated_loss(
         >>> margin_calibrated_loss(torch.randn(2, 19, 32, 64), target, offsets).shape
         torch.Size([])
     """
+    part = _part(
+        logits,
+        target,
+        offsets=offsets,
+        variant=variant,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        upsample=upsample,
+        align_corners=align_corners,
+    )
+    if not serves_triton(logits):
+        return margin_calibrated_loss_reference(
+            logits,
+            target,
+            part.tables,
+            variant=variant,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            upsample=upsample,
+            align_corners=align_corners,
+        )
+    return MARGIN_CALIBRATED(logits, target, *part.tables, options=part.options)[0]
+
+
+def _part(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    offsets: tuple[torch.Tensor, torch.Tensor],
+    variant: str,
+    ignore_index: int | None,
+    reduction: str,
+    upsample: str | None,
+    align_corners: bool,
+) -> Part:
+    """A call of the loss, checked."""
     checks.check_logits(logits)
     checks.check_upsample(upsample, align_corners)
     checks.check_target(logits, target, upsample, can_upsample=True)
@@ -202,20 +240,9 @@ def margin_calibrated_loss(
         offsets, variant, ignore_index, reduction, upsample, align_corners, logits
     )
     checks.check_labels_in_range(target, logits.size(1), ignore_index)
-    if not serves_triton(logits):
-        return margin_calibrated_loss_reference(
-            logits,
-            target,
-            (own, other),
-            variant=variant,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            upsample=upsample,
-            align_corners=align_corners,
-        )
-    own, other = checks.without_gradient(own), checks.without_gradient(other)
     options = Options(variant, checks.plain_label(ignore_index), reduction, upsample, align_corners)
-    return MARGIN_CALIBRATED(logits, target, own, other, options=options)[0]
+    tables = (checks.without_gradient(own), checks.without_gradient(other))
+    return Part(logits, target, "pixelwise.margin_calibration", options, tables)
 
 
 def _check_options(
@@ -247,7 +274,9 @@ def _check_options(
 # --- module ---------------------------------------------------------------------------------------
 
 
-class MarginCalibratedLoss(LossModule, function=margin_calibrated_loss, check=_check_options):
+class MarginCalibratedLoss(
+    LossModule, function=margin_calibrated_loss, check=_check_options, part=_part
+):
     """:func:`tritonloss.functional.margin_calibrated_loss` as a module.
 
     With five classes and more, ``variant="released"`` trains from the start (the function's
