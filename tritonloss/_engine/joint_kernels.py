@@ -81,13 +81,11 @@ class Places(NamedTuple):
 @triton.jit
 def _no_values(TERMS: tl.constexpr, TILE: tl.constexpr):
     """A lane's sums of values, and of weights, of the pixelwise losses, before the first tile."""
+    dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
+    LANES: tl.constexpr = TILE.pixels // (TILE.grain if TILE.lanes == 1 else 1)
     nothing = ()
     for _ in tl.static_range(2 * (len(TERMS.start) - 1)):
-        if TILE.lanes == 1:
-            nothing = nothing + (_nothing(TILE),)
-        else:
-            dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
-            nothing = nothing + (tl.zeros((TILE.pixels,), dtype),)
+        nothing = nothing + (tl.zeros((LANES,), dtype),)
     return nothing
 
 
@@ -277,8 +275,8 @@ def _joint_head_kernel(
         size = 2 * images.to(tl.int64) * CLASSES  # of a head's tables
         scales = ()
         for k in tl.static_range(COUNT):
-            pointers = (sums_ptr, class_weight_ptrs[k], tables_ptr + k * size)
-            value, divisor = _losses_of_head(pointers, numbers[k], images, HEADS, k, CLASSES)
+            rooms = (sums_ptr, class_weight_ptrs[k], tables_ptr + k * size)
+            value, divisor = _losses_of_head(rooms, numbers[k], images, HEADS, k, CLASSES)
             weight = tl.load(weights_ptr + places.weights[OTHERS + k])
             tl.store(terms_ptr + places.terms[OTHERS + k], value / divisor)
             loss += weight * (value / divisor)
@@ -294,12 +292,11 @@ def _joint_head_kernel(
             for k in tl.static_range(COUNT):
                 mine = group if HEADS.per_image[k] else 0
                 count = images if HEADS.per_image[k] else 1
-                pointers = tables_ptr + k * size + mine * CLASSES + number
+                table = tables_ptr + k * size + mine * CLASSES + number
                 inside = number < CLASSES
-                own += scales[k] * tl.load(pointers, mask=inside, other=0.0)
-                all_pixels += scales[k] * tl.load(
-                    pointers + count * CLASSES, mask=inside, other=0.0
-                )
+                own += scales[k] * tl.load(table, mask=inside, other=0.0)
+                table += count * CLASSES
+                all_pixels += scales[k] * tl.load(table, mask=inside, other=0.0)
             pointers = table_ptr + group * CLASSES + number
             tl.store(pointers, own, mask=number < CLASSES)
             tl.store(pointers + groups * CLASSES, all_pixels, mask=number < CLASSES)

@@ -8,6 +8,7 @@ is added to them in place, so that one of them takes no second gradient.
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Iterable, Sequence
@@ -17,8 +18,11 @@ import torch
 from torch import nn
 
 from .._core.backend import serves_triton
+from .._core.configurations import Launch, TuningCase
+from .._core.example import Example
 from .._core.loss_module import LossModule, Part
 from .._core.operator import Operator, can_reuse, is_transformed
+from .._core.tuning_inputs import random_labels, random_map
 from .._engine.joint_launch import (
     JointResults,
     allocated,
@@ -26,6 +30,15 @@ from .._engine.joint_launch import (
     launch_joint_backward,
 )
 from .._engine.joint_terms import Joint, described, grouped, joint_of, stacked
+from .._engine.pixel_tuning import pixel_candidates
+from ..overlap.dice import DiceLoss
+from ..overlap.lovasz import LovaszSoftmaxLoss
+from ..overlap.probabilities import LOSSES
+from ..overlap.scores import DICE
+from . import cross_entropy
+from .binary_cross_entropy import BinaryCrossEntropyLoss
+from .cross_entropy import CrossEntropyLoss
+from .focal_loss import FocalLoss
 
 Weight = float | torch.Tensor
 
@@ -425,3 +438,77 @@ def _called(
         return loss, terms, passed
     loss, terms = WEIGHTED_SUM(logits, target, weights, tables, options=options)
     return loss, terms, None
+
+
+# --- what tests and tools go through --------------------------------------------------------------
+
+
+def tuning_cases() -> list[TuningCase]:
+    """What ``python -m tritonloss tune`` measures: cross entropy and dice in one read."""
+    losses = (LOSSES["softmax"], cross_entropy.LOSS)
+    return [
+        TuningCase(
+            f"weighted_sum_{direction}",
+            19,
+            1,
+            dtype,
+            layout,
+            functools.partial(_tuning_pass, dtype, layout),
+            pixel_candidates(losses[0], direction, dtype, 19, layout, losses[1]),
+        )
+        for layout in ("contiguous", "channels_last", "strided")
+        for dtype in (torch.float32, torch.bfloat16)
+        for direction in ("forward", "backward")
+    ]
+
+
+def _tuning_pass(dtype: torch.dtype, layout: str, device: torch.device) -> Launch:
+    shape = (2, 19, 512, 512)
+    logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
+    target = random_labels(shape, device)
+    weights = torch.ones(2, dtype=torch.float64, device=device)
+    words = (
+        described("pixelwise.cross_entropy", cross_entropy.Options()),
+        described("overlap.scores", DICE),
+    )
+    options = Options("\n".join(words), [0, 1], [-1] * 4)
+
+    def both_passes() -> tuple[torch.Tensor, ...]:
+        return WEIGHTED_SUM.both_passes(logits, target, weights, None, options=options)
+
+    return both_passes
+
+
+_ENTROPY_AND_DICE = {
+    "softmax": WeightedSum([(1.0, CrossEntropyLoss()), (1.0, DiceLoss())]),
+    "sigmoid": WeightedSum([(1.0, BinaryCrossEntropyLoss()), (1.0, DiceLoss(activation="sigmoid"))]),
+}
+_FOCAL_AND_LOVASZ = WeightedSum(
+    [(0.5, FocalLoss()), (2.0, LovaszSoftmaxLoss()), (1.0, CrossEntropyLoss())]
+)
+
+
+def cross_entropy_and_dice(
+    logits: torch.Tensor, target: torch.Tensor, *, activation: str = "softmax"
+) -> torch.Tensor:
+    """The sum of both losses: of a softmax, or of sigmoids."""
+    result: torch.Tensor = _ENTROPY_AND_DICE[activation](logits, target)
+    return result
+
+
+def focal_and_lovasz(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A sum of which two losses share a read, and one is added to them."""
+    result: torch.Tensor = _FOCAL_AND_LOVASZ(logits, target)
+    return result
+
+
+EXAMPLES = (
+    Example("cross_entropy_and_dice", cross_entropy_and_dice, WEIGHTED_SUM),
+    Example(
+        "cross_entropy_and_dice, sigmoid",
+        cross_entropy_and_dice,
+        WEIGHTED_SUM,
+        {"activation": "sigmoid"},
+    ),
+    Example("focal_and_lovasz", focal_and_lovasz, WEIGHTED_SUM),
+)
