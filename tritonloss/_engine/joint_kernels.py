@@ -47,7 +47,7 @@ from .pixel_walk import (
     join,
     largest_of_bundle,
     load_pixels,
-    look_up,
+    look_up_own,
     of_each,
     saved_by,
     start,
@@ -104,21 +104,26 @@ def _finish_tile(states, own, maps, pixel, given, totals, TERMS: tl.constexpr, T
         value, weight, saved = finish(states[k], own, pixel, given[k], TERMS, k, TILE)
         store_maps(map_ptrs, position, saved, pixel, TERMS, k)
         value = tl.where(valid, value, 0.0)
-        weight = tl.where(valid, weight, 0.0)
         more = more + (totals[2 * k - 2] + _in_lane(value, TILE),)
-        more = more + (totals[2 * k - 1] + _in_lane(weight, TILE),)
+        if TERMS.weighs[k]:
+            weight = tl.where(valid, weight, 0.0)
+            more = more + (totals[2 * k - 1] + _in_lane(weight, TILE),)
+        else:  # all weights are the number of valid pixels
+            more = more + (totals[2 * k - 1],)
     return more
 
 
 @triton.jit
-def _store_means(means_ptr, sums, COUNT: tl.constexpr, REDUCTION: tl.constexpr):
+def _store_means(means_ptr, sums, TERMS: tl.constexpr, REDUCTION: tl.constexpr):
     """Store the mean, or sum, of each pixelwise loss, and 1 by what it is divided by."""
+    COUNT: tl.constexpr = len(TERMS.start) - 1
     valid = total(sums, 2 * COUNT)
     for k in tl.static_range(COUNT):
         value = total(sums, 2 * k)
         if REDUCTION == "mean":
             # No valid pixel: the mean is 0. Weights that sum to 0: NaN, as torch has it.
-            divisor = tl.where(valid > 0, total(sums, 2 * k + 1), 1.0)
+            weight = total(sums, 2 * k + 1) if TERMS.weighs[k + 1] else valid
+            divisor = tl.where(valid > 0, weight, 1.0)
             divisor = tl.where(divisor == 0, float("nan"), divisor)
             tl.store(means_ptr + 2 * k, value / divisor)
             tl.store(means_ptr + 2 * k + 1, 1.0 / divisor)
@@ -207,7 +212,7 @@ def _joint_forward_kernel(
             states = of_each(add_again, (states, block, pixel, given), TERMS, TILE)
         else:
             states = fold(view, pixel, given, full, TERMS, TILE)
-        own_logits = look_up(view, pixel.own, TILE)
+        own_logits = look_up_own(view, pixel, TILE)
         maps = (map_ptrs, image * pixels * TILE.grain + run.first + run.local)
         totals = _finish_tile(states, own_logits, maps, pixel, given, totals, TERMS, TILE)
 
@@ -226,11 +231,13 @@ def _joint_forward_kernel(
     sums = Sums(
         scratch=scratch_ptr, tickets=tickets_ptr, programs=all_programs, rows=2 * OTHERS + 1
     )
-    for k in tl.static_range(2 * OTHERS):
-        leave(sums, k, tl.sum(totals[k]))
+    for k in tl.static_range(OTHERS):
+        leave(sums, 2 * k, tl.sum(totals[2 * k]))
+        if TERMS.weighs[k + 1]:
+            leave(sums, 2 * k + 1, tl.sum(totals[2 * k + 1]))
     leave(sums, 2 * OTHERS, tl.sum(counts))
     if comes_last(sums):
-        _store_means(means_ptr, sums, OTHERS, REDUCTION)
+        _store_means(means_ptr, sums, TERMS, REDUCTION)
 
 
 @triton.jit

@@ -231,13 +231,14 @@ def terms_of(
     fields = {
         name: tuple(getattr(record, name) or record.add for record in records)
         for name in Record._fields
-        if name != "silent"
+        if name not in ("silent", "weighs")
     }
     return Terms(
         **fields,
         twice=tuple(record.join is not None for record in records),
         passes=2 if any(record.join is not None for record in records) else 1,
         silent=tuple(term.loss.record.silent(term.options) for term in terms),
+        weighs=tuple(term.loss.record.weighs(term.options) for term in terms),
         options=tuple(term.options for term in terms),
         maps=tuple(its.count if save else 0 for its in maps),
         stored=tuple(len(its.stored) if save else 0 for its in maps),

@@ -30,6 +30,7 @@ class Terms(NamedTuple):
     twice: Any  # whether the loss goes through the classes twice; else the two above are not used
     passes: Any  # 2 if any of them does, else 1; a number, not a tuple
     silent: Any  # whether the slopes are 0 at pixels that are not valid, whatever the scale
+    weighs: Any  # whether the weight of a valid pixel may be other than 1
     options: Any  # each loss's own
     maps: Any  # how many maps each leaves to the backward pass
     stored: Any  # how many of them it stores: all, or none if an earlier loss stores the same ones
@@ -185,6 +186,19 @@ def look_up(view, index, TILE: tl.constexpr):
         pixels = tl.reshape(view.offsets, (TILE.pixels,))
     offset = nearest_class(index, TILE).to(tl.int64) * view.stride + pixels
     return tl.load(view.pointer + offset, mask=index >= 0, other=0.0).to(dtype)
+
+
+@triton.jit
+def look_up_own(view, pixel, TILE: tl.constexpr):
+    """Each pixel's logit of its own class, which is one; 0 where there is none."""
+    dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
+    if TILE.lanes == 1:
+        pixels = view.offsets
+    else:
+        pixels = tl.reshape(view.offsets, (TILE.pixels,))
+    # Unsigned, so that no sign is carried into the upper half: of -1 nothing is loaded.
+    offset = pixel.own.to(tl.uint32).to(tl.int64) * view.stride
+    return tl.load(view.pointer + pixels + offset, mask=pixel.own >= 0, other=0.0).to(dtype)
 
 
 @triton.jit

@@ -144,6 +144,10 @@ def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE:
     return softmax_factors(statistics, pixel, all_classes, own_class, smooth, TILE)
 
 
+def _weighs(options: Compiled) -> bool:
+    return options.weighted
+
+
 LOSS = Loss(
     "cross_entropy",
     Record(
@@ -155,6 +159,7 @@ LOSS = Loss(
         no_lookups,
         softmax_bundles,
         silent=softmax_is_silent,
+        weighs=_weighs,
     ),
     saved=softmax_saves,
     of_logits=True,

@@ -24,7 +24,7 @@ from .._engine.math import LOG2_E
 from .._engine.pixel_operator import pixelwise_operator
 from .._engine.pixel_terms import REDUCTIONS, Loss, Term
 from .._engine.pixel_tuning import pixel_cases
-from .._engine.pixels import Record, own_class
+from .._engine.pixels import Record, never, own_class
 from .._engine.planes import compute_dtype
 from .softmax import (
     own_weight,
@@ -139,6 +139,7 @@ LOSS = Loss(
         own_class,
         softmax_bundles,
         silent=softmax_is_silent,
+        weighs=never,
     ),
     saved=softmax_saves,
     of_logits=True,
