@@ -28,10 +28,11 @@ from perf.operations.contract import (
 )
 from perf.operations.pixel_cases import class_loop, outputs
 from tritonloss import functional
+from tritonloss._engine.joint_operator import WEIGHTED_SUM, Options
 from tritonloss._engine.joint_terms import described
 from tritonloss.overlap.scores import DICE
 from tritonloss.pixelwise import binary_cross_entropy, cross_entropy
-from tritonloss.pixelwise.weighted_sum import WEIGHTED_SUM, Options, cross_entropy_and_dice
+from tritonloss.pixelwise.weighted_sum import cross_entropy_and_dice
 
 _ENTROPIES = {
     "softmax": ("pixelwise.cross_entropy", cross_entropy.Options()),

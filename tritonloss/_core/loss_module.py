@@ -25,7 +25,7 @@ class Part(NamedTuple):
     target: torch.Tensor
     slice: str
     options: Any
-    tables: tuple[torch.Tensor | None, ...]
+    tables: tuple[Any, ...]
 
 
 class LossModule(nn.Module):

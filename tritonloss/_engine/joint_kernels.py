@@ -401,9 +401,7 @@ def _joint_backward_kernel(
     for i in tl.static_range(len(map_ptrs)):
         maps = maps + (tl.load(map_ptrs[i] + position, mask=pixel.inside, other=0),)
     factors = of_each(_other_factors, (scales, maps, view, pixel, given), TERMS, TILE)
-    of_sums = _factors_of_sums(
-        scale_of_sums, maps, view, pixel, tables, PROBABILITIES, TERMS, TILE
-    )
+    of_sums = _factors_of_sums(scale_of_sums, maps, view, pixel, tables, PROBABILITIES, TERMS, TILE)
 
     # the projection, then the slopes
     nothing = nothing_yet(0.0, TILE)

@@ -42,8 +42,8 @@ class JointResults(NamedTuple):
 
     loss: torch.Tensor  # []: the weighted sum
     terms: torch.Tensor  # [losses]: what it is the sum of, without the weights
-    scale: torch.Tensor | None  # of every pixelwise loss: the factor of the gradient of its values
-    table: torch.Tensor | None  # [2, N or 1, C]: what own pixels get on top, what all get
+    scale: Any  # of every pixelwise loss: the factor of the gradient of its values, or None
+    table: Any  # [2, N or 1, C]: what own pixels get on top, what all get; or None
     maps: tuple[torch.Tensor, ...]  # for the backward pass, [N, H, W] each
 
 
@@ -147,15 +147,17 @@ def _of_ranks(
     for k in range(count):
         value, inverse = means[k].unbind()
         results.terms[joint.order[k]] = value
-        assert results.scale is not None
         results.scale[k] = weights[k] * inverse
         loss = loss + weights[k] * value
-    assert results.table is not None
     table = results.table.new_zeros(results.table.shape, dtype=torch.float64)
     for k, head in enumerate(joint.classes, count):
         groups = logits.size(0) if head.counting.per_image else 1
         alone = ClassResults(
-            sums.new_empty(()), sums.new_empty((1,)), sums.new_zeros((2, groups, classes)), None, None
+            sums.new_empty(()),
+            sums.new_empty((1,)),
+            sums.new_zeros((2, groups, classes)),
+            None,
+            None,
         )
         alone = from_sums(head, sums, logits, joint.class_weights[k - count], alone)
         results.terms[joint.order[k]] = alone.loss
@@ -176,7 +178,6 @@ def launch_joint_backward(
 ) -> torch.Tensor:
     """The gradient of the logits; it is added to ``before``, in place, if that is there."""
     if not joint.classes:
-        assert kept.scale is not None
         scale = Kept(kept.scale, kept.maps)
         return launch_backward(
             joint.terms, upstream, scale, logits, target, joint.walk, before=before

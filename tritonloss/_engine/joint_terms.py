@@ -137,9 +137,21 @@ def grouped(
 
     A loss that shares none is alone. Those that are None cannot.
     """
-    interpolated = logits.shape[2:] != target.shape[1:]
-    like = (int(logits.size(1)), logits.dtype, interpolated)
-    return [list(group) for group in _grouped(tuple(losses), *like)]
+    interpolated = bool(logits.shape[2:] != target.shape[1:])
+    found = _grouped_apart(tuple(losses), int(logits.size(1)), logits.dtype, interpolated)
+    return [list(group) for group in found]
+
+
+def _grouped_apart(
+    losses: tuple[str | None, ...], classes: int, dtype: torch.dtype, interpolated: bool
+) -> tuple[tuple[int, ...], ...]:
+    return _grouped(losses, classes, dtype, interpolated)
+
+
+# Not to be traced: torch.compile takes the result as a constant, as it is of numbers and words.
+# This is torch._dynamo.assume_constant_result, but torch._dynamo is not imported yet.
+_marked: Any = _grouped_apart
+_marked._dynamo_marked_constant = True
 
 
 @functools.lru_cache(maxsize=256)
@@ -148,7 +160,7 @@ def _grouped(
 ) -> tuple[tuple[int, ...], ...]:
     logits = torch.empty((1, classes, 1, 1), dtype=dtype, device="meta")
     groups: list[list[int]] = []
-    for number, loss in enumerate(losses):
+    for number in range(len(losses)):
         for group in groups:
             together = [losses[i] for i in (*group, number)]
             if _can_share([one for one in together if one is not None], logits, interpolated):

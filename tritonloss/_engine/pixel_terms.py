@@ -146,7 +146,7 @@ class Maps(NamedTuple):
     """The maps that a loss of a walk leaves to the backward pass."""
 
     first: int  # the place of its first one among those of all losses
-    count: int
+    size: int
     stored: tuple[torch.dtype, ...]  # those that it stores; none that it has from an earlier loss
 
 
@@ -240,7 +240,7 @@ def terms_of(
         silent=tuple(term.loss.record.silent(term.options) for term in terms),
         weighs=tuple(term.loss.record.weighs(term.options) for term in terms),
         options=tuple(term.options for term in terms),
-        maps=tuple(its.count if save else 0 for its in maps),
+        maps=tuple(its.size if save else 0 for its in maps),
         stored=tuple(len(its.stored) if save else 0 for its in maps),
         first_map=tuple(its.first for its in maps),
         adds=adds,

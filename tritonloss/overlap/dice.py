@@ -133,9 +133,7 @@ def dice_loss(
     )
     part = _part(logits, target, log_loss=log_loss, **common._asdict())
     if not serves_triton(part.logits):
-        return dice_loss_reference(
-            part.logits, part.target, log_loss=log_loss, **common._asdict()
-        )
+        return dice_loss_reference(part.logits, part.target, log_loss=log_loss, **common._asdict())
     return launched(part)
 
 

@@ -142,9 +142,7 @@ def _part(logits: torch.Tensor, target: torch.Tensor, *, log_loss: bool, **optio
     logits, target = checked_maps(logits, target, common)
     _check_own(log_loss)
     form = "log" if log_loss else "score"
-    return part_of(
-        logits, target, common, form=form, smooth=common.smooth, alpha=1.0, beta=1.0
-    )
+    return part_of(logits, target, common, form=form, smooth=common.smooth, alpha=1.0, beta=1.0)
 
 
 def _check_own(log_loss: bool) -> None:

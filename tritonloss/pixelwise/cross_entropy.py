@@ -21,8 +21,8 @@ from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule, Part
-from .._engine.math import LN_2
 from .._engine.joint_terms import Member
+from .._engine.math import LN_2
 from .._engine.pixel_operator import pixelwise_operator
 from .._engine.pixel_terms import REDUCTIONS, Loss, Term
 from .._engine.pixel_tuning import pixel_cases

@@ -12,7 +12,7 @@ import functools
 import math
 import numbers
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,16 +20,11 @@ from torch import nn
 from .._core.backend import serves_triton
 from .._core.configurations import Launch, TuningCase
 from .._core.example import Example
-from .._core.loss_module import LossModule, Part
-from .._core.operator import Operator, can_reuse, is_transformed
+from .._core.loss_module import LossModule
+from .._core.operator import can_reuse, is_transformed
 from .._core.tuning_inputs import random_labels, random_map
-from .._engine.joint_launch import (
-    JointResults,
-    allocated,
-    launch_joint,
-    launch_joint_backward,
-)
-from .._engine.joint_terms import Joint, described, grouped, joint_of, stacked
+from .._engine.joint_operator import WEIGHTED_SUM, Options, weighted_sum
+from .._engine.joint_terms import described, grouped
 from .._engine.pixel_tuning import pixel_candidates
 from ..overlap.dice import DiceLoss
 from ..overlap.lovasz import LovaszSoftmaxLoss
@@ -41,198 +36,6 @@ from .cross_entropy import CrossEntropyLoss
 from .focal_loss import FocalLoss
 
 Weight = float | torch.Tensor
-
-
-class Options(NamedTuple):
-    """Which losses share the read."""
-
-    losses: str  # in words, a line each
-    places: Sequence[int]  # of their weights
-    rows: Sequence[int]  # two each: of the own and the other table among the tables, or -1
-
-
-class Results(NamedTuple):
-    """What the operator returns."""
-
-    loss: torch.Tensor  # []: the weighted sum
-    terms: torch.Tensor  # [losses], without their weights
-    scale: torch.Tensor | None
-    table: torch.Tensor | None
-    first: torch.Tensor | None  # maps for the backward pass, [N, H, W]
-    second: torch.Tensor | None
-    third: torch.Tensor | None
-    fourth: torch.Tensor | None
-
-
-class ChainedResults(NamedTuple):
-    """What the operator returns that hands its logits on."""
-
-    loss: torch.Tensor
-    passed: torch.Tensor  # the logits, for losses whose gradients are there before this one's
-    terms: torch.Tensor
-    scale: torch.Tensor | None
-    table: torch.Tensor | None
-    first: torch.Tensor | None
-    second: torch.Tensor | None
-    third: torch.Tensor | None
-    fourth: torch.Tensor | None
-
-
-# --- operators ------------------------------------------------------------------------------------
-
-
-def _joint(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    weights: torch.Tensor | None,
-    tables: torch.Tensor | None,
-    options: Options,
-    save: bool,
-) -> Joint:
-    """The losses as launchers take them; the backward pass needs no weights."""
-    rows = [None if row < 0 or tables is None else tables[row] for row in options.rows]
-    of_losses = list(zip(rows[::2], rows[1::2], strict=True))
-    given = logits if weights is None else weights
-    return joint_of(options.losses.split("\n"), of_losses, logits, target, given, options.places, save)
-
-
-def _results(found: JointResults) -> Results:
-    maps = (*found.maps, None, None, None, None)[:4]
-    return Results(found.loss, found.terms, found.scale, found.table, *maps)
-
-
-def _forward(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    weights: torch.Tensor,
-    tables: torch.Tensor | None,
-    options: Options,
-    save: bool,
-) -> Results:
-    joint = _joint(logits, target, weights, tables, options, save)
-    return _results(launch_joint(joint, logits, target, save))
-
-
-def _allocate(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    weights: torch.Tensor,
-    tables: torch.Tensor | None,
-    options: Options,
-    save: bool,
-) -> Results:
-    joint = _joint(logits, target, weights, tables, options, save)
-    return _results(allocated(joint, logits, target, save))
-
-
-def _backward(
-    grad_loss: torch.Tensor,
-    scale: Any,
-    table: Any,
-    first: Any,
-    second: Any,
-    third: Any,
-    fourth: Any,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    tables: torch.Tensor | None,
-    options: Options,
-) -> torch.Tensor:
-    joint = _joint(logits, target, None, tables, options, True)
-    kept = JointResults(grad_loss, grad_loss, scale, table, (first, second, third, fourth))
-    return launch_joint_backward(joint, grad_loss, kept, logits, target)
-
-
-WEIGHTED_SUM = Operator(
-    "weighted_sum",
-    forward=_forward,
-    backward=_backward,
-    allocate=_allocate,
-    results=Results,
-    options=Options,
-    returned=2,
-)
-
-
-def _chained_forward(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    weights: torch.Tensor,
-    tables: torch.Tensor | None,
-    options: Options,
-    save: bool,
-) -> ChainedResults:
-    loss, *others = _forward(logits, target, weights, tables, options, save)
-    return ChainedResults(loss, logits, *others)
-
-
-def _chained_allocate(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    weights: torch.Tensor,
-    tables: torch.Tensor | None,
-    options: Options,
-    save: bool,
-) -> ChainedResults:
-    loss, *others = _allocate(logits, target, weights, tables, options, save)
-    return ChainedResults(loss, torch.empty_like(logits), *others)
-
-
-def _in_place(
-    grad_loss: torch.Tensor,
-    grad_passed: torch.Tensor,
-    scale: Any,
-    table: Any,
-    first: Any,
-    second: Any,
-    third: Any,
-    fourth: Any,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    tables: torch.Tensor | None,
-    options: Options,
-) -> torch.Tensor:
-    """The gradient, added to that of what the logits were passed on to."""
-    joint = _joint(logits, target, None, tables, options, True)
-    kept = JointResults(grad_loss, grad_loss, scale, table, (first, second, third, fourth))
-    return launch_joint_backward(joint, grad_loss, kept, logits, target, grad_passed)
-
-
-def _chained_backward(
-    grad_loss: torch.Tensor,
-    grad_passed: torch.Tensor,
-    scale: Any,
-    table: Any,
-    first: Any,
-    second: Any,
-    third: Any,
-    fourth: Any,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    tables: torch.Tensor | None,
-    options: Options,
-) -> torch.Tensor:
-    """The same where that gradient is not this one's to write into."""
-    return _in_place(
-        grad_loss, grad_passed.clone(), scale, table, first, second, third, fourth, logits, target,
-        tables, options,
-    )  # fmt: skip
-
-
-# Where a backward pass may write into gradients that it is given, and nothing is traced.
-_CHAINED = Operator(
-    "weighted_sum_chained",
-    forward=_chained_forward,
-    backward=_chained_backward,
-    allocate=_chained_allocate,
-    results=ChainedResults,
-    options=Options,
-    returned=3,
-    reuse=_in_place,
-)
-
-
-# --- module ---------------------------------------------------------------------------------------
 
 
 class WeightedSum(nn.Module):
@@ -331,7 +134,8 @@ class WeightedSum(nn.Module):
         self, logits: torch.Tensor, target: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(the sum, all losses), of losses that share a read where they can."""
-        parts = [loss.part(logits, target) for loss in self.losses]
+        members: list[Any] = list(self.losses)
+        parts = [loss.part(logits, target) for loss in members]
         losses = [None if part is None else described(part.slice, part.options) for part in parts]
         first = next((part for part in parts if part is not None), None)
         groups = [[i] for i in range(len(parts))]
@@ -346,12 +150,13 @@ class WeightedSum(nn.Module):
         values: dict[int, torch.Tensor] = {}
         total: torch.Tensor | None = None
         for number, group in enumerate(groups, 1):
-            chosen = [part for i in group if (part := parts[i]) is not None]
+            together = [parts[i] for i in group]
+            chosen = [part for part in together if part is not None]
             is_last = number == len(groups) and not alone
             is_image = chosen[0].logits is given
             chained = ours and is_image and not is_last and can_reuse(logits)
             image = logits if is_image else chosen[0].logits
-            result, terms, passed = _called(chosen, image, self._weights, group, chained)
+            result, terms, passed = weighted_sum(chosen, image, self._weights, group, chained)
             logits = logits if passed is None else passed
             total = result if total is None else total + result
             values |= dict(zip(group, terms.unbind(), strict=True))
@@ -421,25 +226,6 @@ def _check_reduction(place: int, loss: nn.Module) -> None:
         )
 
 
-def _called(
-    parts: Sequence[Part],
-    logits: torch.Tensor,
-    weights: torch.Tensor,
-    places: Sequence[int],
-    chained: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(the weighted sum, all losses, the logits for others if chained) of losses of one read."""
-    tables, rows = stacked([table for part in parts for table in part.tables], parts[0].logits)
-    words = [described(part.slice, part.options) for part in parts]
-    options = Options("\n".join(words), list(places), list(rows))
-    target = parts[0].target
-    if chained:
-        loss, passed, terms = _CHAINED(logits, target, weights, tables, options=options)
-        return loss, terms, passed
-    loss, terms = WEIGHTED_SUM(logits, target, weights, tables, options=options)
-    return loss, terms, None
-
-
 # --- what tests and tools go through --------------------------------------------------------------
 
 
@@ -481,7 +267,9 @@ def _tuning_pass(dtype: torch.dtype, layout: str, device: torch.device) -> Launc
 
 _ENTROPY_AND_DICE = {
     "softmax": WeightedSum([(1.0, CrossEntropyLoss()), (1.0, DiceLoss())]),
-    "sigmoid": WeightedSum([(1.0, BinaryCrossEntropyLoss()), (1.0, DiceLoss(activation="sigmoid"))]),
+    "sigmoid": WeightedSum(
+        [(1.0, BinaryCrossEntropyLoss()), (1.0, DiceLoss(activation="sigmoid"))]
+    ),
 }
 _FOCAL_AND_LOVASZ = WeightedSum(
     [(0.5, FocalLoss()), (2.0, LovaszSoftmaxLoss()), (1.0, CrossEntropyLoss())]
