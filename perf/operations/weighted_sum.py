@@ -157,7 +157,7 @@ OPERATIONS = (
         cases=CASES,
         shipped=(*SHIPPED, *RARE),
         kernels=KERNELS,
-        operators=("weighted_sum_forward", "weighted_sum_backward"),
+        operators=("joint_forward", "joint_backward"),
         goals=(
             Goal(
                 "Cross entropy and dice in one read: extra MiB, that of cross entropy and 64 KiB",

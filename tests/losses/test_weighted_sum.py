@@ -166,8 +166,8 @@ def test_classes_in_blocks_and_in_registers(unroll: int, device: torch.device) -
     size = {"PIXELS": 64, "CLASS_LANES": 2, "UNROLL": unroll, "num_warps": 1}
     logits, target = segmentation_case((2, 7, 3, 40), device=device)
     with (
-        configurations.forced("weighted_sum_forward", size),
-        configurations.forced("weighted_sum_backward", size),
+        configurations.forced("joint_forward", size),
+        configurations.forced("joint_backward", size),
     ):
         for name in ("smoothed and weighted", "sigmoids"):
             check(SUMS[name](7, device), logits, target)

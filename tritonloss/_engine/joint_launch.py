@@ -239,7 +239,7 @@ def _prepare_sums(
     """(the launch, its programs of an image)."""
     terms, losses = _all_terms(joint), _losses(joint)
     images, classes = logits.shape[:2]
-    _, arguments = over_pixels(losses, "forward", logits, target)
+    _, arguments = over_pixels(losses, "forward", logits, target, name="joint")
     tile, tiles = arguments["TILE"], arguments.pop("tiles")
     rounds = 1
     if triton.cdiv(classes, tile.lanes) <= tile.unroll:
@@ -290,7 +290,7 @@ def _prepare_backward(
 ) -> tuple[PreparedLaunch, int]:
     """(the launch, how many maps it reads)."""
     terms, losses = _all_terms(joint), _losses(joint)
-    programs, arguments = over_pixels(losses, "backward", logits, target, grad_logits)
+    programs, arguments = over_pixels(losses, "backward", logits, target, grad_logits, name="joint")
     tile, classes = arguments["TILE"], logits.size(1)
     known = terms_of(terms, logits, joint.walk, True, adds)
     per_image = any(loss.counting.per_image for loss in joint.classes)

@@ -30,7 +30,7 @@ from ..overlap.dice import DiceLoss
 from ..overlap.lovasz import LovaszSoftmaxLoss
 from ..overlap.probabilities import LOSSES
 from ..overlap.scores import DICE
-from . import cross_entropy
+from . import cross_entropy, focal_loss
 from .binary_cross_entropy import BinaryCrossEntropyLoss
 from .cross_entropy import CrossEntropyLoss
 from .focal_loss import FocalLoss
@@ -230,33 +230,35 @@ def _check_reduction(place: int, loss: nn.Module) -> None:
 
 
 def tuning_cases() -> list[TuningCase]:
-    """What ``python -m tritonloss tune`` measures: cross entropy and dice in one read."""
-    losses = (LOSSES["softmax"], cross_entropy.LOSS)
+    """What ``python -m tritonloss tune`` measures: two sums, each in one read."""
+    entropy = ("pixelwise.cross_entropy", cross_entropy.LOSS, cross_entropy.Options())
+    dice = ("overlap.scores", LOSSES["softmax"], DICE)
+    focal = ("pixelwise.focal_loss", focal_loss.LOSS, focal_loss.Options())
     return [
         TuningCase(
-            f"weighted_sum_{direction}",
+            f"{name}_{direction}",
             19,
             1,
             dtype,
             layout,
-            functools.partial(_tuning_pass, dtype, layout),
-            pixel_candidates(losses[0], direction, dtype, 19, layout, losses[1]),
+            functools.partial(_tuning_pass, words, dtype, layout),
+            pixel_candidates(first[1], direction, dtype, 19, layout, second[1]),
         )
+        for name, first, second in (("joint", dice, entropy), ("weighted_sum", focal, entropy))
+        for words in (tuple(described(word, options) for word, _, options in (first, second)),)
         for layout in ("contiguous", "channels_last", "strided")
         for dtype in (torch.float32, torch.bfloat16)
         for direction in ("forward", "backward")
     ]
 
 
-def _tuning_pass(dtype: torch.dtype, layout: str, device: torch.device) -> Launch:
+def _tuning_pass(
+    words: Sequence[str], dtype: torch.dtype, layout: str, device: torch.device
+) -> Launch:
     shape = (2, 19, 512, 512)
     logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
     target = random_labels(shape, device)
     weights = torch.ones(2, dtype=torch.float64, device=device)
-    words = (
-        described("pixelwise.cross_entropy", cross_entropy.Options()),
-        described("overlap.scores", DICE),
-    )
     options = Options("\n".join(words), [0, 1], [-1] * 4)
 
     def both_passes() -> tuple[torch.Tensor, ...]:
@@ -265,28 +267,45 @@ def _tuning_pass(dtype: torch.dtype, layout: str, device: torch.device) -> Launc
     return both_passes
 
 
+def _entropy_and_dice(is_softmax: bool, per_image: bool) -> WeightedSum:
+    entropy = CrossEntropyLoss() if is_softmax else BinaryCrossEntropyLoss()
+    activation = "softmax" if is_softmax else "sigmoid"
+    return WeightedSum(
+        [(1.0, entropy), (1.0, DiceLoss(activation=activation, per_image=per_image))]
+    )
+
+
+def _focal_and_lovasz(per_image: bool) -> WeightedSum:
+    lovasz = LovaszSoftmaxLoss(per_image=per_image)
+    return WeightedSum([(0.5, FocalLoss()), (2.0, lovasz), (1.0, CrossEntropyLoss())])
+
+
+_FLAGS = (False, True)
 _ENTROPY_AND_DICE = {
-    "softmax": WeightedSum([(1.0, CrossEntropyLoss()), (1.0, DiceLoss())]),
-    "sigmoid": WeightedSum(
-        [(1.0, BinaryCrossEntropyLoss()), (1.0, DiceLoss(activation="sigmoid"))]
-    ),
+    (softmax, per_image): _entropy_and_dice(softmax, per_image)
+    for softmax in _FLAGS
+    for per_image in _FLAGS
 }
-_FOCAL_AND_LOVASZ = WeightedSum(
-    [(0.5, FocalLoss()), (2.0, LovaszSoftmaxLoss()), (1.0, CrossEntropyLoss())]
-)
+_FOCAL_AND_LOVASZ = {per_image: _focal_and_lovasz(per_image) for per_image in _FLAGS}
 
 
 def cross_entropy_and_dice(
-    logits: torch.Tensor, target: torch.Tensor, *, activation: str = "softmax"
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    activation: str = "softmax",
+    per_image: bool = False,
 ) -> torch.Tensor:
     """The sum of both losses: of a softmax, or of sigmoids."""
-    result: torch.Tensor = _ENTROPY_AND_DICE[activation](logits, target)
+    result: torch.Tensor = _ENTROPY_AND_DICE[activation == "softmax", per_image](logits, target)
     return result
 
 
-def focal_and_lovasz(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def focal_and_lovasz(
+    logits: torch.Tensor, target: torch.Tensor, *, per_image: bool = False
+) -> torch.Tensor:
     """A sum of which two losses share a read, and one is added to them."""
-    result: torch.Tensor = _FOCAL_AND_LOVASZ(logits, target)
+    result: torch.Tensor = _FOCAL_AND_LOVASZ[per_image](logits, target)
     return result
 
 
@@ -297,6 +316,12 @@ EXAMPLES = (
         cross_entropy_and_dice,
         WEIGHTED_SUM,
         {"activation": "sigmoid"},
+    ),
+    Example(
+        "cross_entropy_and_dice, per image",
+        cross_entropy_and_dice,
+        WEIGHTED_SUM,
+        {"per_image": True},
     ),
     Example("focal_and_lovasz", focal_and_lovasz, WEIGHTED_SUM),
 )
