@@ -85,8 +85,18 @@ def _softmax_share(state, TILE: tl.constexpr):
 
 
 @triton.jit
+def _softmax_factor(shared, block, TILE: tl.constexpr):
+    return shared.factor
+
+
+@triton.jit
+def _softmax_power(shared, block, SLOT: tl.constexpr, TILE: tl.constexpr):
+    return tl.exp2(exponent(block.logits[SLOT], shared.largest, TILE))
+
+
+@triton.jit
 def _softmax_probability(shared, block, SLOT: tl.constexpr, TILE: tl.constexpr):
-    return tl.exp2(exponent(block.logits[SLOT], shared.largest, TILE)) * shared.factor
+    return _softmax_power(shared, block, SLOT, TILE) * shared.factor
 
 
 @triton.jit
@@ -209,6 +219,8 @@ SOFTMAX = Probabilities(
     True,
     _softmax_share,
     _softmax_probability,
+    _softmax_power,
+    _softmax_factor,
     _softmax_prepare,
     _softmax_term,
     _softmax_projection,
@@ -251,6 +263,16 @@ def _sigmoid_share(state, TILE: tl.constexpr):
 @triton.jit
 def _sigmoid_probability(shared, block, SLOT: tl.constexpr, TILE: tl.constexpr):
     return sigmoid_base2(block.logits[SLOT] * LOG2_E)
+
+
+@triton.jit
+def _sigmoid_power(shared, block, SLOT: tl.constexpr, TILE: tl.constexpr):
+    return 2.0 * _sigmoid_probability(shared, block, SLOT, TILE)
+
+
+@triton.jit
+def _sigmoid_factor(shared, block, TILE: tl.constexpr):
+    return tl.zeros_like(block.logits[0]) + 0.5
 
 
 @triton.jit
@@ -301,6 +323,8 @@ SIGMOID = Probabilities(
     False,
     _sigmoid_share,
     _sigmoid_probability,
+    _sigmoid_power,
+    _sigmoid_factor,
     _sigmoid_prepare,
     _sigmoid_term,
     _sigmoid_projection,
