@@ -22,6 +22,7 @@ from .pixelwise.binary_cross_entropy import BinaryCrossEntropyLoss
 from .pixelwise.cross_entropy import CrossEntropyLoss
 from .pixelwise.focal_loss import FocalLoss
 from .pixelwise.margin_calibration import MarginCalibratedLoss
+from .pixelwise.weighted_sum import WeightedSum
 from .regions.region_mutual_information import RMILoss
 from .windows.gaussian_statistics import gaussian_statistics
 from .windows.ssim_loss import SSIMLoss
@@ -45,6 +46,7 @@ __all__ = [
     "SoftIoULoss",
     "StructuralSimilarityLoss",
     "TverskyLoss",
+    "WeightedSum",
     "SurrogateFit",
     "collect_iou_pairs",
     "confusion_matrix",

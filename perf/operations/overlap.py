@@ -60,7 +60,7 @@ CASES = variations(
     {"shape": SHAPES["binary"], "options": {"activation": "sigmoid"}, "against_compile": False},
 )
 # As many classes as stay in registers; with more, it is another kernel.
-_HELD = Shape("held", 4, 32, 512, 1024)
+HELD = Shape("held", 4, 32, 512, 1024)
 SIGMOID = {"activation": "sigmoid"}
 _ONCE = {"everywhere": False}
 SHIPPED = variations(
@@ -68,7 +68,7 @@ SHIPPED = variations(
     {"layout": "channels_last", **_ONCE},
     {"shape": SHAPES["ade20k"]},
     {"dtype": "bfloat16", **_ONCE},
-    {"shape": _HELD, **_ONCE},
+    {"shape": HELD, **_ONCE},
     {"shape": SHAPES["voc"], **_ONCE},
     {"options": SIGMOID, **_ONCE},
     {"shape": SHAPES["binary"], "options": SIGMOID, **_ONCE},
@@ -82,13 +82,13 @@ RARE = rarely(
     SHIPPED[0],
     {"dtype": "float16"},
     {"layout": "strided"},
-    *({"shape": _HELD, "dtype": dtype} for dtype in ("bfloat16", "float16")),
-    {"shape": _HELD, "labels": "int64"},
+    *({"shape": HELD, "dtype": dtype} for dtype in ("bfloat16", "float16")),
+    {"shape": HELD, "labels": "int64"},
     {"shape": SHAPES["ade20k"], "dtype": "bfloat16"},
     *({"layout": "channels_last", "dtype": dtype} for dtype in ("bfloat16", "float16")),
     {"shape": SHAPES["ade20k"], "layout": "channels_last"},
     {"shape": replace(SHAPES["ade20k"], name="thousand", classes=1000)},
-    *({"options": SIGMOID, "shape": shape} for shape in (_HELD, SHAPES["ade20k"])),
+    *({"options": SIGMOID, "shape": shape} for shape in (HELD, SHAPES["ade20k"])),
     {"options": SIGMOID, "dtype": "bfloat16"},
     {"options": {"form": "log"}},
     {"options": {"form": "power", "gamma": 0.5}},
@@ -101,7 +101,7 @@ def _rounds(given: Given) -> float:
     return float(given["rounds"])
 
 
-def _parts(given: Given) -> float:
+def parts(given: Given) -> float:
     return float(-(-given["programs"] // 256))
 
 
@@ -110,16 +110,16 @@ def _groups(given: Given) -> float:
     return (given["images"] if given["COUNTING.per_image"] else 1) / given["PROGRAMS"]
 
 
-def _images(given: Given) -> float:
+def images(given: Given) -> float:
     return float(given["images"] / given["PROGRAMS"])
 
 
 HEAD = KernelNotes(
     share_of_the_map,
     (
-        LoopNotes("parts", "add_parts", _parts),
+        LoopNotes("parts", "add_parts", parts),
         LoopNotes("groups", "sum_losses", _groups),
-        LoopNotes("images", "_classes_of", _images),
+        LoopNotes("images", "_classes_of", images),
     ),
 )
 KERNELS = {

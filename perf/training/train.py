@@ -27,7 +27,15 @@ from torch.nn import functional
 
 from perf import text
 from perf.training.photographs import CLASSES, VOID, Photograph, photographs
-from tritonloss import IoUSurrogate, MarginOffsets, count_labels, margin_offsets
+from tritonloss import (
+    CrossEntropyLoss,
+    DiceLoss,
+    IoUSurrogate,
+    MarginOffsets,
+    WeightedSum,
+    count_labels,
+    margin_offsets,
+)
 from tritonloss._core.example import Example
 from tritonloss._core.progress import Progress
 from tritonloss._tools.examples import examples
@@ -129,8 +137,12 @@ def _declared() -> Iterator[tuple[str, Loss]]:
             yield slice_name.replace("_", " "), _with_defaults(example)
 
 
+_WITH_DICE = WeightedSum(
+    [(1.0, CrossEntropyLoss(ignore_index=VOID)), (1.0, DiceLoss(ignore_index=VOID))]
+)
 BASELINE = "cross entropy"
 UPSAMPLED = "cross entropy, upsampled"
+SUMMED = "cross entropy and dice"  # in one read
 _AGAINST = f"against {BASELINE}"
 _HALF = f"""
 Under "{UPSAMPLED}" the network stops at half the resolution, without the last two convolutions,
@@ -138,12 +150,14 @@ and its logits are interpolated within the loss: it is another network, with ano
 _TIMING = """
 Seconds are medians over the steps after the first fifth, on this machine's CPU: they time the
 reference and not the kernels. The loss's share counts its forward and backward pass."""
-# What the slices declare, and one of them with interpolation; the baselines are PyTorch's own.
+# What the slices declare, one of them with interpolation, and a sum of two; the baselines are
+# PyTorch's own.
 LOSSES: Mapping[str, Loss] = {
     **dict(_declared()),
     BASELINE: cross_entropy,
     "binary cross entropy": binary_cross_entropy,
     UPSAMPLED: upsampled_cross_entropy,
+    SUMMED: _WITH_DICE,
 }
 KEPT = Path(__file__).parents[1] / "results" / "training" / "train.csv"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.oracle import as_layout, segmentation_case
 from tritonloss._engine.pixel_launch import launch_backward, launch_forward
-from tritonloss._engine.pixel_terms import Loss, Term, Walk
+from tritonloss._engine.pixel_terms import Loss, Term, Walk, Weights
 from tritonloss._engine.pixel_walk import run_of_pixels
 from tritonloss._engine.pixels import (
     Record,
@@ -113,17 +113,47 @@ def test_a_loss_of_ones_own(reduction: str, layout: str, device: torch.device) -
 
 
 def both_passes(
-    terms: tuple[Term, ...], logits: Tensor, target: Tensor, reduction: str, upstream: Tensor
+    terms: tuple[Term, ...],
+    logits: Tensor,
+    target: Tensor,
+    reduction: str,
+    upstream: Tensor,
+    weights: Weights | None = None,
+    values: Tensor | None = None,
+    before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     logits, walk = logits.detach(), Walk(255, reduction)
     if logits.shape[2:] != target.shape[1:]:
         walk = walk._replace(upsample="bilinear")
-    loss, kept = launch_forward(terms, logits, target, walk, save=True)
-    return loss, launch_backward(terms, upstream, kept, logits, target, walk)
+    given = {"weights": weights}
+    loss, kept = launch_forward(terms, logits, target, walk, True, **given, values=values)
+    given["before"] = before
+    return loss, launch_backward(terms, upstream, kept, logits, target, walk, **given)
+
+
+def check_a_sum(
+    terms: tuple[Term, ...], logits: Tensor, target: Tensor, reduction: str, upstream: Tensor
+) -> None:
+    """Each loss times its own weight, its value alone, and a gradient that is added to another."""
+    numbers = torch.tensor([0.5, -1.0, 2.0, 0.25], dtype=torch.float64, device=logits.device)
+    places = tuple(range(4))[::-1][: len(terms)]
+    values = logits.new_empty(len(terms))
+    before = torch.rand_like(logits)
+    given = Weights(numbers, places), values, before.clone()
+    loss, gradient = both_passes(terms, logits, target, reduction, upstream, *given)
+    alone = [both_passes((term,), logits, target, reduction, upstream) for term in terms]
+    shares = numbers[list(places)].float()
+    for k, (value, _) in enumerate(alone):
+        if reduction != "none":
+            torch.testing.assert_close(values[k], value)
+    expected = [sum(s * found[i] for s, found in zip(shares, alone, strict=True)) for i in (0, 1)]
+    torch.testing.assert_close(loss, expected[0])
+    torch.testing.assert_close(gradient, before + expected[1])
+    assert gradient.data_ptr() == given[2].data_ptr()
 
 
 def terms_of(classes: int, device: torch.device) -> tuple[Term, ...]:
-    """All four losses, each with options and a share of its own."""
+    """All four losses, each with options of its own."""
     weight = torch.linspace(0.5, 2.0, classes, device=device)
     offset = torch.linspace(0.1, 0.4, classes, device=device)
     logits = torch.empty(1, classes, 1, 1)
@@ -131,16 +161,16 @@ def terms_of(classes: int, device: torch.device) -> tuple[Term, ...]:
     released = margin_calibration.Options("released")
     plain = binary_cross_entropy.Options()
     return (
-        cross_entropy._term(logits, weight, None, smooth, True)._replace(share=0.5),
+        cross_entropy._term(logits, weight, None, smooth, True),
         binary_cross_entropy._term(logits, None, None, plain, True),
-        focal_loss._term(logits, None, None, steep, True)._replace(share=2.0),
-        margin_calibration._term(logits, offset, offset, released, True)._replace(share=0.25),
+        focal_loss._term(logits, None, None, steep, True),
+        margin_calibration._term(logits, offset, offset, released, True),
     )
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("chosen", [(0, 1), (1, 2), (3, 1), (1, 0, 1), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("chosen", [(0, 1), (0, 2), (3, 1), (1, 0, 1), (2, 1, 0, 3)], ids=str)
 def test_several_losses_in_one_read(
     chosen: tuple[int, ...], reduction: str, layout: str, device: torch.device
 ) -> None:
@@ -148,10 +178,7 @@ def test_several_losses_in_one_read(
     logits = as_layout(logits, layout)
     terms = tuple(terms_of(7, device)[i] for i in chosen)
     upstream = torch.rand(target.shape if reduction == "none" else (), device=device)
-    loss, gradient = both_passes(terms, logits, target, reduction, upstream)
-    alone = [both_passes((term,), logits, target, reduction, upstream) for term in terms]
-    torch.testing.assert_close(loss, torch.stack([value for value, _ in alone]).sum(0))
-    torch.testing.assert_close(gradient, torch.stack([slopes for _, slopes in alone]).sum(0))
+    check_a_sum(terms, logits, target, reduction, upstream)
 
 
 @pytest.mark.parametrize("chosen", [(1, 1), (0, 1), (2, 1, 0), (3, 1)], ids=str)
@@ -162,11 +189,9 @@ def test_several_losses_of_interpolated_logits(
     logits, _ = segmentation_case((1, 9, 2, 3), device=device)
     _, target = segmentation_case((1, 9, 5, 7), device=device)
     terms = tuple(terms_of(9, device)[i] for i in chosen)
-    upstream = torch.rand((), device=device)
-    loss, gradient = both_passes(terms, logits, target, "mean", upstream)
-    alone = [both_passes((term,), logits, target, "mean", upstream) for term in terms]
-    torch.testing.assert_close(loss, torch.stack([value for value, _ in alone]).sum(0))
-    torch.testing.assert_close(gradient, torch.stack([slopes for _, slopes in alone]).sum(0))
+    for reduction in ("mean", "none"):
+        upstream = torch.rand(target.shape if reduction == "none" else (), device=device)
+        check_a_sum(terms, logits, target, reduction, upstream)
 
 
 def test_contributing_shows_the_loss_that_is_run() -> None:

@@ -94,10 +94,9 @@ def layer() -> torch.nn.Module:
 
 
 def criterion(group: Any = None) -> torch.nn.Module:
-    losses = (tritonloss.CrossEntropyLoss(WEIGHT), tritonloss.DiceLoss())
-    for loss in losses:
-        loss.process_group = group
-    return tritonloss.WeightedSum([(1.0, loss) for loss in losses])
+    entropy = tritonloss.CrossEntropyLoss(weight=WEIGHT, process_group=group)
+    dice = tritonloss.DiceLoss(process_group=group)
+    return tritonloss.WeightedSum([(1.0, entropy), (0.5, dice)])
 
 
 def parallel_gradient(

@@ -135,7 +135,7 @@ def test_every_loss_that_a_slice_declares_can_be_trained() -> None:
     declared = {example.function for example in OF_LABELS.values() if not example.binary}
     slices = {function.__module__.rpartition(".")[2].replace("_", " ") for function in declared}
     assert len(slices) == len(declared)
-    assert set(train.LOSSES) == {*slices, train.UPSAMPLED}
+    assert set(train.LOSSES) == {*slices, train.UPSAMPLED, train.SUMMED}
 
 
 def test_a_network_of_half_the_resolution_is_trained_with_interpolation() -> None:

@@ -457,7 +457,9 @@ def join_rows(waiting, sums, TILE: tl.constexpr):
 
 
 @triton.jit
-def store_nodes(gradient, complete, row, SCALED: tl.constexpr, TILE: tl.constexpr):
+def store_nodes(
+    gradient, complete, row, SCALED: tl.constexpr, ADDS: tl.constexpr, TILE: tl.constexpr
+):
     """Store the gradients of the nodes above a row of cells.
 
     Of the first row of cells, number 0, they are not the program's.
@@ -472,6 +474,8 @@ def store_nodes(gradient, complete, row, SCALED: tl.constexpr, TILE: tl.constexp
         number = gradient.first + j
         pointers = gradient.pointer + number * gradient.class_stride
         is_unseen = tl.full((LANES,), 0, tl.int32) + number >= gradient.unseen
+        if ADDS:
+            total += tl.load(pointers, mask=inside & is_unseen, other=0.0).to(total.dtype)
         tl.store(pointers, total, mask=inside & is_unseen)
 
 

@@ -293,7 +293,7 @@ def _even(classes: int, most: int) -> int:
     """
     blocks = triton.cdiv(classes, most)
     sizes = [triton.cdiv(classes, count) for count in (blocks, blocks + 1)]
-    return min(sizes, key=lambda size: triton.cdiv(classes, size) * size)
+    return int(min(sizes, key=lambda size: triton.cdiv(classes, size) * size))
 
 
 def _cell_tile(

@@ -28,7 +28,7 @@ from .cells import (
     shares_of_rows,
     wide,
 )
-from .pixel_kernels import store_loss
+from .pixel_kernels import Weights, store_loss, weight_of
 from .pixel_walk import given_to, of_each
 from .sums import Sums, comes_last, leave
 
@@ -42,7 +42,9 @@ def _upsampled_forward_kernel(
     map_ptrs,  # [N, H, W] each: what the losses leave to the backward pass
     values_ptr,  # [N, H, W]: the sum of the losses of every pixel, if REDUCTION is "none"
     loss_ptr,  # [], otherwise
+    terms_ptr,  # of every loss: its value without its weight, if WEIGHTED
     scale_ptr,  # of every loss: what the gradient of a pixel's value is multiplied by
+    weights_ptr,  # float64, if WEIGHTED
     row_starts_ptr,  # [h + 2]: of every row of cells the first row of pixels
     row_shares_ptr,  # [H]: the share of the nodes below
     column_starts_ptr,  # [w + 2]
@@ -50,7 +52,7 @@ def _upsampled_forward_kernel(
     scratch_ptr,
     tickets_ptr,
     numbers,  # of every loss its own
-    shares,  # of every loss in the sum
+    weight_places,  # of every loss
     logits_strides,
     target_strides,
     sizes,
@@ -58,6 +60,7 @@ def _upsampled_forward_kernel(
     programs,
     TERMS: tl.constexpr,
     REDUCTION: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     TILE: tl.constexpr,
     CELLS: tl.constexpr,
 ):
@@ -93,18 +96,31 @@ def _upsampled_forward_kernel(
         row_of_pixels = further(cells, k // CELLS.columns, k % CELLS.columns, sizes)
         places = places + (row_of_pixels.place,)
     values, totals = finish_pixels(states, walk, places, map_ptrs, TERMS, TILE, CELLS)
+    weights = Weights(pointer=weights_ptr, places=weight_places)
     if REDUCTION == "none":
         for k in tl.static_range(PIXELS):
-            in_all = shares[0] * values[k * COUNT]
+            in_all = weight_of(weights, 0, WEIGHTED, TILE) * values[k * COUNT]
             for j in tl.static_range(1, COUNT):
-                in_all += shares[j] * values[k * COUNT + j]
+                in_all += weight_of(weights, j, WEIGHTED, TILE) * values[k * COUNT + j]
             tl.store(values_ptr + places[k], in_all, mask=walk.pixels[k].inside)
     else:
         sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs, rows=2 * COUNT + 1)
         for i in tl.static_range(2 * COUNT + 1):
             leave(sums, i, tl.sum(totals[i]))
         if comes_last(sums):
-            store_loss(loss_ptr, scale_ptr, sums, shares, COUNT, REDUCTION)
+            pointers = (loss_ptr, terms_ptr, scale_ptr)
+            store_loss(pointers, sums, weights, COUNT, REDUCTION, WEIGHTED)
+
+
+@triton.jit
+def _scale(scale_ptr, weights, K: tl.constexpr, WEIGHTED: tl.constexpr, TILE: tl.constexpr,
+           CELLS: tl.constexpr):  # fmt: skip
+    """What the gradient of a loss's values is multiplied by."""
+    if CELLS.reduced:
+        scale = tl.load(scale_ptr + K)
+    else:
+        scale = weight_of(weights, K, WEIGHTED, TILE)
+    return scale
 
 
 @triton.jit
@@ -117,12 +133,13 @@ def _upsampled_backward_kernel(
     other_ptrs,  # of every loss likewise
     map_ptrs,  # [N, H, W] each
     grad_ptr,  # [N, C, h, w]
+    weights_ptr,  # float64, if WEIGHTED
     row_starts_ptr,  # [h + 2]
     row_shares_ptr,  # [H]
     column_starts_ptr,  # [w + 2]
     column_shares_ptr,  # [W]
     numbers,
-    shares,
+    weight_places,
     upstream_strides,
     logits_strides,
     target_strides,
@@ -130,6 +147,7 @@ def _upsampled_backward_kernel(
     table_stride,  # of the tables, from image to image; 0 where these have the same one
     sizes,
     TERMS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     TILE: tl.constexpr,
     CELLS: tl.constexpr,
 ):
@@ -157,13 +175,14 @@ def _upsampled_backward_kernel(
 
     rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
     columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
+    weights = Weights(pointer=weights_ptr, places=weight_places)
     scales = ()
     owns = ()
     others = ()
     for k in tl.static_range(COUNT):
         owns = owns + (own_ptrs[k] + image * table_stride,)
         others = others + (other_ptrs[k] + image * table_stride,)
-        scales = scales + ((tl.load(scale_ptr + k) if CELLS.reduced else shares[k]),)
+        scales = scales + (_scale(scale_ptr, weights, k, WEIGHTED, TILE, CELLS),)
     walk = Backward(
         given=of_each(given_to, (owns, others, numbers), TERMS, TILE),
         map_ptrs=map_ptrs,
@@ -205,7 +224,7 @@ def _upsampled_backward_kernel(
         nodes = nodes_from(nodes, above, down)
         sums = sums_of_cells(walk, nodes, (top, bottom), first_class, TERMS, TILE, CELLS)
         complete, waiting = join_rows(waiting, sums, TILE)
-        store_nodes(gradient, complete, i, SCALED, TILE)
+        store_nodes(gradient, complete, i, SCALED, TERMS.adds, TILE)
         # the next row of cells
         above = (nodes.below_left, nodes.below_right)
         gradient = row_below(gradient, wide(grad_strides[2]))

@@ -26,7 +26,7 @@ from .class_sums import (
     _class_sums_forward_kernel,
 )
 from .pixel_grid import in_grains, over_pixels, rounds_of
-from .pixel_terms import Loss, Term, Walk, labels_of, terms_of
+from .pixel_terms import Loss, Term, Walk, labels_of, numbers_of, terms_of
 from .planes import compute_dtype
 from .sums import tickets
 
@@ -110,7 +110,7 @@ def launch_class_sums(
     if target.numel() == 0:
         if loss.group is not None:
             sums = logits.new_zeros(shape, dtype=torch.float64)
-            return _over_ranks(loss, sums, logits, weight, results)
+            return from_sums(loss, sums, logits, weight, results)
         return results._replace(loss=results.loss.zero_(), scale=results.scale.zero_())
     walk = _walk_of(loss, logits, target)
     prepare = _prepare_sums if walk.upsample is None else _prepare_sums_of_cells
@@ -131,10 +131,10 @@ def launch_class_sums(
         if loss.group is not None:
             join = prepared(
                 ("class_join", shape, programs, parts.dtype, parts.device),
-                lambda: _prepare_join(images, classes, programs),
+                lambda: prepare_join(images, classes, programs),
             )
             join(parts_ptr=parts, sums_ptr=sums)
-            return _over_ranks(loss, sums, logits, weight, results)
+            return from_sums(loss, sums, logits, weight, results)
         finish = prepared(
             ("class_head", *_kind_of_head(loss, logits, weight), programs),
             lambda: _prepare_head(loss, images, classes, programs),
@@ -151,28 +151,28 @@ def launch_class_sums(
     return results
 
 
-def _over_ranks(
+def from_sums(
     loss: ClassLoss,
     sums: torch.Tensor,
     logits: torch.Tensor,
     weight: torch.Tensor | None,
     results: ClassResults,
 ) -> ClassResults:
-    """The loss of all ranks' pixels from this rank's sums [3, N, C + 1].
+    """The loss from this rank's sums [3, N, C + 1]: of all ranks' pixels, if there is a group.
 
     Of pooled images the sums are added over ranks, of others both parts of the mean. The gradient
     is that of the loss times the number of ranks: DistributedDataParallel divides by it.
     """
-    assert loss.group is not None
     ranks = 1
     if not loss.counting.per_image:
         sums = sums.sum(1, keepdim=True)
-        ranks = add_over_ranks(sums, loss.group)
+        if loss.group is not None:
+            ranks = add_over_ranks(sums, loss.group)
     images, classes = sums.size(1), logits.size(1)
     totals = sums.new_zeros(3)
     if images > 0:
         launch = prepared(
-            ("class_totals", *_kind_of_head(loss, logits, weight), images),
+            ("class_totals", *_kind_of_head(loss, logits, weight), images, results.table.dtype),
             lambda: _prepare_totals(loss, images, classes),
         )
         with device_guard(logits):
@@ -182,7 +182,7 @@ def _over_ranks(
                 totals_ptr=totals,
                 table_ptr=results.table,
             )
-    if loss.counting.per_image:
+    if loss.counting.per_image and loss.group is not None:
         ranks = add_over_ranks(totals, loss.group)
     total, divisor, taken = totals.unbind()
     divisor = torch.where(taken > 0, divisor, 1.0)
@@ -272,6 +272,7 @@ def _launch_cells_backward(
             other_ptrs=(kept.table[1],),
             map_ptrs=maps,
             grad_ptr=grad_logits,
+            weights_ptr=kept.scale,
             **axes,
         )
 
@@ -321,7 +322,7 @@ def _prepare_sums(
         "rounds": rounds,
         "programs": programs,
         "images": images,
-        "BINS": _bins(classes),
+        "BINS": bins_of(classes),
     }
     grid = (images * programs,)
     return PreparedLaunch(_class_sums_forward_kernel, grid, constants, tile.grain > 1), programs
@@ -332,7 +333,7 @@ def _prepare_head(loss: ClassLoss, images: int, classes: int, programs: int) -> 
     return PreparedLaunch(_class_head_kernel, (images * (classes + 1),), constants, False)
 
 
-def _prepare_join(images: int, classes: int, programs: int) -> PreparedLaunch:
+def prepare_join(images: int, classes: int, programs: int) -> PreparedLaunch:
     constants = {"programs": programs, "images": images, "CLASSES": classes}
     return PreparedLaunch(_class_join_kernel, (images * (classes + 1),), constants, False)
 
@@ -389,7 +390,7 @@ def _prepare_sums_of_cells(
         "target_strides": target.stride(),
         "programs": all_programs // images,
         "images": images,
-        "BINS": _bins(classes),
+        "BINS": bins_of(classes),
     }
     launch = PreparedLaunch(_class_cells_forward_kernel, (all_programs,), constants, False)
     return launch, all_programs // images
@@ -424,8 +425,7 @@ def _prepare_backward_of_cells(
     constants = {
         **arguments,
         "TERMS": around["TERMS"],
-        "numbers": ((),),
-        "shares": (1.0,),
+        **numbers_of((Term(loss.loss, ()),), None),
         "upstream_strides": (0, 0, 0),
         "logits_strides": logits.stride(),
         "target_strides": target.stride(),
@@ -465,6 +465,6 @@ def _table_strides(loss: ClassLoss, logits: torch.Tensor) -> tuple[int, int]:
     return (images * classes, classes) if loss.counting.per_image else (classes, 0)
 
 
-def _bins(classes: int) -> int:
+def bins_of(classes: int) -> int:
     """A histogram's size for all labels; not fewer than a warp has lanes."""
     return max(1 << (max(classes, 2) - 1).bit_length(), 64)

@@ -17,10 +17,10 @@ twice in each pass, the second time from the cache as far as that goes. The soft
 statistics to the backward pass, 4 bytes per pixel. No map with classes is made but the gradient.
 
 Instructions per pixel and class, of float32, before loads and stores: forward 5 for the softmax's
-statistics, 2 for the probability, 1 for an ignored pixel's, 1 for the sum of all and 3 for that of
-the label; backward 3 for the exponential, 1 for the sum over classes, 2 for the look-up, 2 for the
-slope and 1 for ignored pixels. Of 19 classes at sm_90 all of the kernels' are 16.6 and 15.8, those
-of cross entropy 13.1 and 12.8.
+statistics, whose powers are the probabilities' too, 1 for the sum of all and 2 for that of the
+label; backward 3 for the exponential, 1 for the sum over classes, 2 for the look-up, 2 for the
+slope and 1 for ignored pixels. Of 19 classes at sm_90 all of the kernels' are 12.9 and 15.8, those
+of cross entropy 12.4 and 12.8.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class Probabilities(NamedTuple):
         share: (state, TILE) -> what the probabilities of a pixel's classes share, a tuple.
         probability: (shared, block, SLOT, TILE) -> the probabilities of a slot; anything where
             the pixel is not valid.
+        power: likewise -> what they are once they are multiplied by what comes next.
+        factor: (shared, block, TILE) -> [pixels], the same for all of a pixel's classes.
         prepare: (scale, saved, looked_up, pixel, given, TILE) -> the factors of the slopes, but
             for the projection: the sum over a pixel's classes of the probability times its
             gradient. ``given.own_table`` holds what each class's own pixels get on top of
@@ -73,15 +75,24 @@ class Probabilities(NamedTuple):
         projection: (factors, total, own, pixel, TILE) -> the projection, [pixels], from that sum
             and the logits of the pixels' own classes, 0 where there is none.
         project: (factors, projection, pixel, TILE) -> the factors with it.
+        takes: the slope of pixelwise losses that are taken in where they share a walk, or None. A
+            slope that is the sum of both costs less than two.
+        take_in: (factors, those of such a loss, TILE) -> the factors of both.
+        slope: as ``Record.slope``, of factors that have taken in another's.
     """
 
     compared: bool
     share: Function
     probability: Function
+    power: Function
+    factor: Function
     prepare: Function
     term: Function
     projection: Function
     project: Function
+    takes: Function | None = None
+    take_in: Function | None = None
+    slope: Function | None = None
 
 
 class Plane(NamedTuple):
@@ -138,15 +149,49 @@ def _two_values(shared, block, SLOT: tl.constexpr, pixel, PROBABILITIES: tl.cons
 
 
 @triton.jit
+def _side_by_side(x, TILE: tl.constexpr):
+    """The pixels that a lane has side by side, one after the other: a tuple of [lanes] each."""
+    LANES: tl.constexpr = TILE.pixels // TILE.grain
+    if TILE.grain == 4:
+        even, odd = tl.split(tl.reshape(x, (LANES, 2, 2)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        parts = (first, second, third, fourth)
+    elif TILE.grain == 2:
+        first, second = tl.split(tl.reshape(x, (LANES, 2)))
+        parts = (first, second)
+    else:
+        parts = (x,)
+    return parts
+
+
+@triton.jit
 def add_to_sums(sums, shared, block, pixel, PROBABILITIES: tl.constexpr, TILE: tl.constexpr):
     """(own, all) with a tile of pixels more, of every slot what a lane has added up."""
     own, all_pixels = sums
     more_own = ()
     more = ()
-    for j in tl.static_range(len(block.logits)):
-        of_label, of_all = _two_values(shared, block, j, pixel, PROBABILITIES, TILE)
-        more_own = more_own + (own[j] + _in_lane(of_label, TILE),)
-        more = more + (all_pixels[j] + _in_lane(of_all, TILE),)
+    if TILE.lanes > 1:
+        for j in tl.static_range(len(block.logits)):
+            of_label, of_all = _two_values(shared, block, j, pixel, PROBABILITIES, TILE)
+            more_own = more_own + (own[j] + of_label,)
+            more = more + (all_pixels[j] + of_all,)
+    else:
+        # An addition is carried out under its condition if it is a product's, too: nothing is
+        # selected, and an ignored pixel may hold an infinity.
+        factors = _side_by_side(PROBABILITIES.factor(shared, block, TILE), TILE)
+        owns = _side_by_side(pixel.own, TILE)
+        labels = _side_by_side(pixel.label, TILE)
+        for j in tl.static_range(len(block.logits)):
+            powers = _side_by_side(PROBABILITIES.power(shared, block, j, TILE), TILE)
+            of_label = own[j]
+            of_all = all_pixels[j]
+            for k in tl.static_range(len(powers)):
+                is_own = owns[k] == block.start + j
+                of_label = tl.where(is_own, tl.fma(powers[k], factors[k], of_label), of_label)
+                of_all = tl.where(labels[k] >= 0, tl.fma(powers[k], factors[k], of_all), of_all)
+            more_own = more_own + (of_label,)
+            more = more + (of_all,)
     return more_own, more
 
 

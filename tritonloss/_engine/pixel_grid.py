@@ -100,15 +100,17 @@ def over_pixels(
     logits: torch.Tensor,
     target: torch.Tensor,
     *grads: torch.Tensor,
+    name: str | None = None,
     heuristic: Configuration | None = None,
     few: bool = False,
 ) -> tuple[int, dict[str, Any]]:
     """(programs, arguments) of a kernel that goes through all pixels of ``logits``.
 
-    ``heuristic`` is for kernels that have one of their own. With ``few`` pixels lie in whole grains
-    of 4, or anywhere: every other way would be another kernel to compile.
+    ``name`` and ``heuristic`` are for kernels that have configurations of their own. With ``few``
+    pixels lie in whole grains of 4, or anywhere: every other way would be another kernel to
+    compile.
     """
-    name = losses[0].name if len(losses) == 1 else "weighted_sum"
+    name = name or (losses[0].name if len(losses) == 1 else "weighted_sum")
     in_lanes = _classes_in_lanes(logits) and all(grad.stride(1) == 1 for grad in grads)
     is_contiguous = not in_lanes and _is_flat(False, logits, target, *grads)
     configuration = launch_configuration(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -22,6 +24,13 @@ from .pixel_walk import (
 from .sums import Sums, comes_last, leave, total
 
 
+class Weights(NamedTuple):
+    """What the losses of a sum are multiplied by."""
+
+    pointer: Any
+    places: Any  # of every loss
+
+
 @triton.jit
 def _pixelwise_forward_kernel(
     logits_ptr,  # [N, C, H, W]
@@ -31,11 +40,13 @@ def _pixelwise_forward_kernel(
     map_ptrs,  # [N, H, W] each: what the losses leave to the backward pass
     values_ptr,  # [N, H, W]: the sum of the losses of every pixel, if REDUCTION is "none"
     loss_ptr,  # [], otherwise
+    terms_ptr,  # of every loss: its value without its weight, if WEIGHTED
     scale_ptr,  # of every loss: the factor of the gradient of a pixel's value
+    weights_ptr,  # float64, if WEIGHTED
     scratch_ptr,  # see sums.py
     tickets_ptr,
     numbers,  # of every loss, a tuple
-    shares,  # of every loss: its factor in the sum
+    weight_places,  # of every loss
     logits_strides,
     target_strides,
     pixels,  # of an image, in grains
@@ -47,6 +58,7 @@ def _pixelwise_forward_kernel(
     IGNORED: tl.constexpr,
     BINARY: tl.constexpr,
     REDUCTION: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Reads labels and logits once (what is read again comes from the cache), writes the loss."""
@@ -70,13 +82,14 @@ def _pixelwise_forward_kernel(
     valid = pixel.label >= 0
     position = run.image * pixels * TILE.grain + run.first + run.local
     sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs, rows=2 * COUNT + 1)
+    weights = Weights(pointer=weights_ptr, places=weight_places)
     in_all = tl.zeros_like(own)
     for k in tl.static_range(COUNT):
         value, weight, saved = finish(states[k], own, pixel, given[k], TERMS, k, TILE)
         store_maps(map_ptrs, position, saved, pixel, TERMS, k)
         value = tl.where(valid, value, 0.0)
         if REDUCTION == "none":
-            in_all += shares[k] * value
+            in_all += weight_of(weights, k, WEIGHTED, TILE) * value
         else:
             leave(sums, 2 * k, tl.sum(value))
             leave(sums, 2 * k + 1, tl.sum(tl.where(valid, weight, 0.0)))
@@ -86,12 +99,27 @@ def _pixelwise_forward_kernel(
         # the number of valid pixels, in the last row
         leave(sums, 2 * COUNT, tl.sum(tl.where(valid, 1.0, 0.0)))
         if comes_last(sums):
-            store_loss(loss_ptr, scale_ptr, sums, shares, COUNT, REDUCTION)
+            pointers = (loss_ptr, terms_ptr, scale_ptr)
+            store_loss(pointers, sums, weights, COUNT, REDUCTION, WEIGHTED)
 
 
 @triton.jit
-def store_loss(loss_ptr, scale_ptr, sums, shares, COUNT: tl.constexpr, REDUCTION: tl.constexpr):
-    """Store the loss, and for every term the factor of its gradient."""
+def weight_of(weights, K: tl.constexpr, WEIGHTED: tl.constexpr, TILE: tl.constexpr):
+    """The weight of a loss in a sum of maps."""
+    dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
+    if WEIGHTED:
+        weight = tl.load(weights.pointer + weights.places[K]).to(dtype)
+    else:
+        weight = tl.full((), 1.0, dtype)
+    return weight
+
+
+@triton.jit
+def store_loss(
+    pointers, sums, weights, COUNT: tl.constexpr, REDUCTION: tl.constexpr, WEIGHTED: tl.constexpr
+):
+    """Store the sum, what is in it if there are weights, and the factors of the gradients."""
+    loss_ptr, terms_ptr, scale_ptr = pointers
     loss = tl.zeros((), tl.float64)
     valid = total(sums, 2 * COUNT)
     for k in tl.static_range(COUNT):
@@ -100,8 +128,15 @@ def store_loss(loss_ptr, scale_ptr, sums, shares, COUNT: tl.constexpr, REDUCTION
             # No valid pixel: the mean is 0. Weights that sum to 0: NaN, as torch has it.
             divisor = tl.where(valid > 0, total(sums, 2 * k + 1), 1.0)
             divisor = tl.where(divisor == 0, float("nan"), divisor)
-        loss += total(sums, 2 * k) / divisor * shares[k]
-        tl.store(scale_ptr + k, shares[k] / divisor)
+        term = total(sums, 2 * k) / divisor
+        if WEIGHTED:
+            tl.store(terms_ptr + k, term)
+            weight = tl.load(weights.pointer + weights.places[k])
+            loss += term * weight
+            tl.store(scale_ptr + k, weight / divisor)
+        else:
+            loss += term
+            tl.store(scale_ptr + k, 1.0 / divisor)
     tl.store(loss_ptr, loss)
 
 
@@ -115,8 +150,9 @@ def _pixelwise_backward_kernel(
     other_ptrs,  # of every loss [C]
     map_ptrs,  # [N, H, W] each
     grad_ptr,  # [N, C, H, W]
+    weights_ptr,  # float64, if WEIGHTED
     numbers,
-    shares,
+    weight_places,
     upstream_strides,
     logits_strides,
     target_strides,
@@ -129,6 +165,7 @@ def _pixelwise_backward_kernel(
     IGNORED: tl.constexpr,
     BINARY: tl.constexpr,
     REDUCED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Reads labels and logits once more, writes the gradient once."""
@@ -151,8 +188,12 @@ def _pixelwise_backward_kernel(
 
     # what the slopes of every loss share, then all slopes
     scales = ()
+    weights = Weights(pointer=weights_ptr, places=weight_places)
     for k in tl.static_range(COUNT):
-        scale = upstream * (tl.load(scale_ptr + k) if REDUCED else shares[k])
+        if REDUCED:
+            scale = upstream * tl.load(scale_ptr + k)
+        else:
+            scale = upstream * weight_of(weights, k, WEIGHTED, TILE)
         scales = scales + (tl.where(pixel.label >= 0, scale, 0.0),)
     maps = ()
     for i in tl.static_range(len(map_ptrs)):

@@ -14,6 +14,7 @@ from .pixel_terms import (
     Made,
     Term,
     Walk,
+    Weights,
     allocated,
     key_of,
     made,
@@ -25,25 +26,37 @@ from .sums import sums_over
 
 
 def launch_forward(
-    terms: tuple[Term, ...], logits: torch.Tensor, target: torch.Tensor, walk: Walk, save: bool
+    terms: tuple[Term, ...],
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    walk: Walk,
+    save: bool,
+    *,
+    weights: Weights | None = None,
+    values: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Kept]:
-    """(the sum of the losses, what their backward pass needs if ``save``)."""
+    """(the sum of the losses, what their backward pass needs if ``save``).
+
+    With ``weights``, each loss is multiplied by its own, and without it stored in ``values``.
+    """
     losses = [term.loss for term in terms]
     rows = 2 * len(terms) + 1 if walk.reduction != "none" else 0
     if target.numel() == 0:  # no program runs, and so none comes last
         loss, kept = allocated(made(losses, logits, target, walk, save), logits)
+        if values is not None:
+            values.zero_()
         loss.zero_()
         kept.scale.zero_()
         if walk.group is not None:
             totals = torch.zeros(rows, dtype=torch.float64, device=logits.device)
-            _add_other_ranks(totals, terms, walk, loss, kept.scale)
+            _add_other_ranks(totals, walk, weights, (loss, kept.scale, values))
         return loss, kept
 
     def prepare() -> tuple[PreparedLaunch, int, tuple[Made, ...]]:
         over = forward_over_pixels if walk.upsample is None else forward_over_cells
         way = over(losses, logits, target, walk)
         constants = {
-            **numbers_of(terms),
+            **numbers_of(terms, weights),
             "programs": way.programs,
             "TERMS": terms_of(terms, logits, walk, save),
             "REDUCTION": walk.reduction,
@@ -52,7 +65,8 @@ def launch_forward(
         launch = PreparedLaunch(way.kernel, (way.programs,), constants, way.aligned)
         return launch, way.programs, made(losses, logits, target, walk, save)
 
-    key = (key_of(terms), kind(logits), kind(target), walk, save)
+    places = None if weights is None else weights.places
+    key = (key_of(terms), kind(logits), kind(target), walk, save, places)
     launch, programs, filled = prepared(key, prepare)
     loss, kept = allocated(filled, logits)
     own, other = tables_of(terms, logits)
@@ -66,29 +80,45 @@ def launch_forward(
             map_ptrs=kept.maps,
             values_ptr=loss,
             loss_ptr=loss,
+            terms_ptr=loss if values is None else values,
             scale_ptr=kept.scale,
+            weights_ptr=loss if weights is None else weights.numbers,
             scratch_ptr=sums["scratch_ptr"],
             tickets_ptr=sums["tickets_ptr"],
             **_axes(logits, target, walk),
         )
         if walk.group is not None:
             totals = sums["scratch_ptr"][:rows].clone()
-            _add_other_ranks(totals, terms, walk, loss, kept.scale)
+            _add_other_ranks(totals, walk, weights, (loss, kept.scale, values))
     return loss, kept
 
 
 def _add_other_ranks(
     totals: torch.Tensor,
-    terms: tuple[Term, ...],
     walk: Walk,
-    loss: torch.Tensor,
-    scale: torch.Tensor,
+    weights: Weights | None,
+    results: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
 ) -> None:
-    """Make the loss, and the scales, those of all ranks' pixels; ``totals`` are this rank's sums.
+    """Make the results those of all ranks' pixels: the loss, the scales, perhaps each value."""
+    loss, scale, values = results
+    found, factors = means_over_ranks(totals, walk)
+    if weights is not None:
+        of_losses = torch.stack([weights.numbers[place] for place in weights.places])
+        loss.copy_((of_losses * found).sum())
+        scale.copy_(of_losses * factors)
+    else:
+        loss.copy_(found.sum())
+        scale.copy_(factors)
+    if values is not None:
+        values.copy_(found)
 
-    The sums are those of ``store_loss``, float64: of every loss its values and what they are
-    divided by, then the valid pixels. The gradient is that of the loss times the number of ranks:
-    DistributedDataParallel divides by it.
+
+def means_over_ranks(totals: torch.Tensor, walk: Walk) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every loss its value over all ranks' pixels, and the factor of its pixels' gradients.
+
+    ``totals`` are this rank's sums as ``store_loss`` has them, float64: of every loss its values
+    and what they are divided by, then the valid pixels. They become those of all ranks. The
+    gradient is that of the loss times the number of ranks: DistributedDataParallel divides by it.
     """
     assert walk.group is not None
     ranks = add_over_ranks(totals, walk.group)
@@ -98,10 +128,7 @@ def _add_other_ranks(
         divisors = torch.where(divisors == 0, torch.nan, divisors)
     else:
         divisors = torch.ones_like(divisors)
-    loss.zero_()
-    for k, term in enumerate(terms):
-        loss += term.share * (values[k] / divisors[k])
-        scale[k] = ranks * term.share / divisors[k]
+    return values / divisors, ranks / divisors
 
 
 def launch_backward(
@@ -111,25 +138,35 @@ def launch_backward(
     logits: torch.Tensor,
     target: torch.Tensor,
     walk: Walk,
+    *,
+    weights: Weights | None = None,
+    before: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient of the logits."""
+    """The gradient of the logits; it is added to ``before``, in place, if that is there.
+
+    ``weights`` are those of the forward pass, for a loss that is a map.
+    """
     losses = [term.loss for term in terms]
-    grad_logits = torch.empty_like(logits)
     if target.numel() == 0:
-        return grad_logits.zero_()
+        return torch.zeros_like(logits) if before is None else before
+    grad_logits = torch.empty_like(logits) if before is None else before
     own, other = tables_of(terms, logits)
 
     def prepare() -> tuple[PreparedLaunch, int]:
         over = backward_over_pixels if walk.upsample is None else backward_over_cells
         way = over(losses, logits, target, walk, (upstream, grad_logits))
-        known = terms_of(terms, logits, walk, save=True)
-        constants = {**numbers_of(terms), "TERMS": known, **way.arguments}
+        known = terms_of(terms, logits, walk, save=True, adds=before is not None)
+        constants = {**numbers_of(terms, weights), "TERMS": known, **way.arguments}
         launch = PreparedLaunch(way.kernel, (way.programs,), constants, way.aligned)
-        return launch, sum(known.maps)
+        return launch, sum(known.stored)
 
-    # The gradient's layout follows from that of the logits.
+    # The layout of a gradient that is made here follows from that of the logits.
     upstream_kind = kind(upstream) if walk.reduction == "none" else None
-    key = (key_of(terms), kind(logits), kind(target), upstream_kind, walk)
+    others = (
+        None if weights is None else weights.places,
+        None if before is None else kind(before),
+    )
+    key = (key_of(terms), kind(logits), kind(target), upstream_kind, walk, others)
     launch, maps = prepared(key, prepare)
     with device_guard(logits):
         launch(
@@ -141,6 +178,7 @@ def launch_backward(
             other_ptrs=other,
             map_ptrs=kept.maps[:maps],
             grad_ptr=grad_logits,
+            weights_ptr=kept.scale if weights is None else weights.numbers,
             **_axes(logits, target, walk),
         )
     return grad_logits

@@ -29,6 +29,8 @@ class Loss(NamedTuple):
         held_wide: up to how many of these a lane has four pixels and not two.
         binary: whether a single class is allowed, with labels 0 and 1.
         scaled: whether ``add`` and ``finish`` know what to do where ``Tile.scaled`` says so.
+        of_logits: whether what is saved depends on the logits alone. Losses of one walk with the
+            same ``saved`` then share their maps.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Loss(NamedTuple):
     held_wide: int = 0
     binary: bool = False
     scaled: bool = False
+    of_logits: bool = False
 
 
 class Term(NamedTuple):
@@ -51,7 +54,6 @@ class Term(NamedTuple):
         numbers: what its device functions get at run time.
         own_table: [C], a number for a pixel's own class, or None.
         other_table: [C], a number for the other classes, or None.
-        share: what the loss is multiplied by.
     """
 
     loss: Loss
@@ -59,7 +61,6 @@ class Term(NamedTuple):
     numbers: tuple[float, ...] = ()
     own_table: torch.Tensor | None = None
     other_table: torch.Tensor | None = None
-    share: float = 1.0
 
 
 class Results(NamedTuple):
@@ -69,6 +70,13 @@ class Results(NamedTuple):
     scale: torch.Tensor  # [1], or [0] for a map
     first: torch.Tensor | None  # the maps for the backward pass, [N, H, W]
     second: torch.Tensor | None
+
+
+class Weights(NamedTuple):
+    """What the losses of a sum are multiplied by."""
+
+    numbers: torch.Tensor  # float64, on the device
+    places: tuple[int, ...]  # of each loss, where its weight is
 
 
 class Kept(NamedTuple):
@@ -137,12 +145,34 @@ def made(
         loss, scales = Made(pixels, strides, dtype), 0
     else:
         loss, scales = Made((), (), dtype), len(losses)
-    interpolated = walk.upsample is not None
-    dtypes = (
-        [dtype for loss in losses for dtype in loss.saved(logits, interpolated)] if save else []
-    )
-    maps = [Made(pixels, strides, dtype) for dtype in dtypes]
+    saved = maps_of(losses, logits, walk.upsample is not None) if save else []
+    maps = [Made(pixels, strides, dtype) for its in saved for dtype in its.stored]
     return loss, Made((scales,), (1,), dtype), *maps
+
+
+class Maps(NamedTuple):
+    """The maps that a loss of a walk leaves to the backward pass."""
+
+    first: int  # the place of its first one among those of all losses
+    size: int
+    stored: tuple[torch.dtype, ...]  # those that it stores; none that it has from an earlier loss
+
+
+def maps_of(losses: Sequence[Loss], logits: torch.Tensor, interpolated: bool) -> list[Maps]:
+    """The maps of every loss: what depends on the logits alone is stored once."""
+    found: list[Maps] = []
+    places: dict[Any, int] = {}
+    total = 0
+    for loss in losses:
+        dtypes = loss.saved(logits, interpolated)
+        known = places.get(loss.saved) if loss.of_logits else None
+        stored = dtypes if known is None else ()
+        first = total if known is None else known
+        if loss.of_logits:
+            places[loss.saved] = first
+        found.append(Maps(first, len(dtypes), stored))
+        total += len(stored)
+    return found
 
 
 def allocated(made: tuple[Made, ...], logits: torch.Tensor) -> tuple[torch.Tensor, Kept]:
@@ -162,10 +192,10 @@ def key_of(terms: tuple[Term, ...]) -> tuple[Any, ...]:
     """
     return tuple([
         (
-            loss.name, id(loss.record), options, numbers, share,
+            loss.name, id(loss.record), options, numbers,
             None if own is None else own.dtype, None if other is None else other.dtype,
         )
-        for loss, options, numbers, own, other, share in terms
+        for loss, options, numbers, own, other in terms
     ])  # fmt: skip
 
 
@@ -187,34 +217,41 @@ def _table(table: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
     return table.clone(memory_format=torch.contiguous_format)
 
 
-def numbers_of(terms: tuple[Term, ...]) -> dict[str, Any]:
+def numbers_of(terms: tuple[Term, ...], weights: Weights | None) -> dict[str, Any]:
     """The kernels' arguments that are numbers of the losses."""
     return {
         "numbers": tuple(term.numbers for term in terms),
-        "shares": tuple(float(term.share) for term in terms),
+        "weight_places": (0,) if weights is None else weights.places,
+        "WEIGHTED": weights is not None,
     }
 
 
-def terms_of(terms: tuple[Term, ...], logits: torch.Tensor, walk: Walk, save: bool) -> Terms:
-    """The losses as the walk knows them; their maps are stored if ``save``."""
+def terms_of(
+    terms: tuple[Term, ...], logits: torch.Tensor, walk: Walk, save: bool, adds: bool = False
+) -> Terms:
+    """The losses as the walk knows them; their maps are stored if ``save``.
+
+    With ``adds`` their gradient is added to what is there.
+    """
     records = [term.loss.record for term in terms]
-    interpolated = walk.upsample is not None
-    saved = [term.loss.saved(logits, interpolated) for term in terms]
-    counts = tuple(len(dtypes) if save else 0 for dtypes in saved)
+    maps = maps_of([term.loss for term in terms], logits, walk.upsample is not None)
     # A loss without a second pass gets ``add`` for the functions of that pass; none is called.
     fields = {
         name: tuple(getattr(record, name) or record.add for record in records)
         for name in Record._fields
-        if name != "silent"
+        if name not in ("silent", "weighs")
     }
     return Terms(
         **fields,
         twice=tuple(record.join is not None for record in records),
         passes=2 if any(record.join is not None for record in records) else 1,
         silent=tuple(term.loss.record.silent(term.options) for term in terms),
+        weighs=tuple(term.loss.record.weighs(term.options) for term in terms),
         options=tuple(term.options for term in terms),
-        maps=counts,
-        first_map=tuple(sum(counts[:k]) for k in range(len(terms))),
+        maps=tuple(its.size if save else 0 for its in maps),
+        stored=tuple(len(its.stored) if save else 0 for its in maps),
+        first_map=tuple(its.first for its in maps),
+        adds=adds,
     )
 
 

@@ -17,11 +17,14 @@ from .pixel_terms import Loss
 
 
 def pixel_candidates(
-    loss: Loss, direction: str, dtype: torch.dtype, classes: int, layout: str
+    loss: Loss, direction: str, dtype: torch.dtype, classes: int, layout: str, *others: Loss
 ) -> list[Configuration]:
-    """The heuristic and its neighbours, one setting changed at a time: what the tuner tries."""
+    """The heuristic and its neighbours, one setting changed at a time: what the tuner tries.
+
+    The ``others`` share the loss's read.
+    """
     like = random_map((1, classes, 2, 32), layout, dtype, torch.device("meta"))
-    heuristic = pixel_heuristic([loss], direction, like)
+    heuristic = pixel_heuristic([loss, *others], direction, like)
     pixels, lanes = int(heuristic["PIXELS"]), int(heuristic["CLASS_LANES"])
     unroll, warps = int(heuristic["UNROLL"]), int(heuristic["num_warps"])
     changes: list[Configuration] = [{"PIXELS": pixels // 2}, {"PIXELS": pixels * 2}]

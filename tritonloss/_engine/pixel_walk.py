@@ -30,9 +30,12 @@ class Terms(NamedTuple):
     twice: Any  # whether the loss goes through the classes twice; else the two above are not used
     passes: Any  # 2 if any of them does, else 1; a number, not a tuple
     silent: Any  # whether the slopes are 0 at pixels that are not valid, whatever the scale
+    weighs: Any  # whether the weight of a valid pixel may be other than 1
     options: Any  # each loss's own
     maps: Any  # how many maps each leaves to the backward pass
+    stored: Any  # how many of them it stores: all, or none if an earlier loss stores the same ones
     first_map: Any  # the place of each loss's first map among the maps of all losses
+    adds: Any  # whether the gradient is added to what is there; no tuple
 
 
 class Run(NamedTuple):
@@ -186,6 +189,19 @@ def look_up(view, index, TILE: tl.constexpr):
 
 
 @triton.jit
+def look_up_own(view, pixel, TILE: tl.constexpr):
+    """Each pixel's logit of its own class, which is one; 0 where there is none."""
+    dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
+    if TILE.lanes == 1:
+        pixels = view.offsets
+    else:
+        pixels = tl.reshape(view.offsets, (TILE.pixels,))
+    # Unsigned, so that no sign is carried into the upper half: of -1 nothing is loaded.
+    offset = pixel.own.to(tl.uint32).to(tl.int64) * view.stride
+    return tl.load(view.pointer + pixels + offset, mask=pixel.own >= 0, other=0.0).to(dtype)
+
+
+@triton.jit
 def largest_of_bundle(view, number, inside, TILE: tl.constexpr):
     """Each pixel's largest logit of a bundle, [pixels]; anything where there is no pixel.
 
@@ -297,14 +313,17 @@ def _write_block(factors, block, grad_view, pixel, given, TERMS: tl.constexpr, T
         # Selected, not multiplied by 0: an ignored pixel may hold an infinity.
         gradient = tl.where(valid, gradient, 0.0)
         mask = _slot_mask(pixel.inside, block.exists[j], TILE)
-        tl.store(_slot_pointers(grad_view, j, TILE), gradient, mask=mask)
+        pointers = _slot_pointers(grad_view, j, TILE)
+        if TERMS.adds:
+            gradient += tl.load(pointers, mask=mask, other=0.0).to(gradient.dtype)
+        tl.store(pointers, gradient, mask=mask)
 
 
 @triton.jit
 def store_maps(map_ptrs, position, saved, pixel, TERMS: tl.constexpr, K: tl.constexpr):
     """Store what a loss leaves to the backward pass."""
     FIRST: tl.constexpr = TERMS.first_map[K]
-    COUNT: tl.constexpr = TERMS.maps[K]
+    COUNT: tl.constexpr = TERMS.stored[K]
     for i in tl.static_range(COUNT):
         tl.store(map_ptrs[FIRST + i] + position, saved[i], mask=pixel.inside)
 

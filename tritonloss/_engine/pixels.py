@@ -72,6 +72,11 @@ def never(options: Any) -> bool:
     return False
 
 
+def always(options: Any) -> bool:
+    """For losses whose pixels may have any weight."""
+    return True
+
+
 @triton.jit
 def no_bundles(saved, pixel, TILE: tl.constexpr):
     """No bundles: for losses whose gradient needs the largest logit of none."""
@@ -106,6 +111,7 @@ class Record(NamedTuple):
         add_again: like ``add``, in the second pass.
         silent: OPTIONS -> whether, of finite logits, the slopes of a pixel that is not valid are 0
             whatever the scale, if none of the classes counts as its own.
+        weighs: OPTIONS -> whether the weight of a valid pixel may be other than 1.
     """
 
     start: Function
@@ -118,6 +124,7 @@ class Record(NamedTuple):
     join: Function | None = None
     add_again: Function | None = None
     silent: Callable[[Any], bool] = never
+    weighs: Callable[[Any], bool] = always
 
 
 # --- device functions: classes --------------------------------------------------------------------

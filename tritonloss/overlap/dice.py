@@ -13,8 +13,8 @@ from kernels_reference.overlap import dice_loss as dice_loss_reference
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.example import Example, half_resolution_and_target
-from .._core.loss_module import LossModule
-from .scores import OVERLAP, Common, check_common, checked_maps, launched
+from .._core.loss_module import LossModule, Part
+from .scores import OVERLAP, Common, check_common, checked_maps, launched, part_of
 
 
 def dice_loss(
@@ -131,17 +131,19 @@ def dice_loss(
         align_corners=align_corners,
         process_group=process_group,
     )
+    part = _part(logits, target, log_loss=log_loss, **common._asdict())
+    if not serves_triton(part.logits):
+        return dice_loss_reference(part.logits, part.target, log_loss=log_loss, **common._asdict())
+    return launched(part)
+
+
+def _part(logits: torch.Tensor, target: torch.Tensor, *, log_loss: bool, **options: Any) -> Part:
+    """A call of the loss, checked."""
+    common = Common(**options)
     logits, target = checked_maps(logits, target, common)
     _check_own(log_loss)
-    if not serves_triton(logits):
-        return dice_loss_reference(logits, target, log_loss=log_loss, **common._asdict())
-    return launched(
-        logits,
-        target,
-        common,
-        form="log" if log_loss else "score",
-        smooth=smooth / 2,
-    )
+    form = "log" if log_loss else "score"
+    return part_of(logits, target, common, form=form, smooth=common.smooth / 2)
 
 
 def _check_own(log_loss: bool) -> None:
@@ -155,7 +157,7 @@ def _check_options(*, log_loss: bool, **common: Any) -> None:
     check_common(Common(**common))
 
 
-class DiceLoss(LossModule, function=dice_loss, check=_check_options):
+class DiceLoss(LossModule, function=dice_loss, check=_check_options, part=_part):
     """:func:`tritonloss.functional.dice_loss` as a module; ``weight`` is a buffer.
 
     Args: the keyword arguments of the function, with the same defaults.

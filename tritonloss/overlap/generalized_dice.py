@@ -13,8 +13,8 @@ from kernels_reference.overlap import generalized_dice_loss as generalized_dice_
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.example import Example
-from .._core.loss_module import LossModule
-from .scores import OVERLAP, Common, check_common, checked_maps, launched
+from .._core.loss_module import LossModule, Part
+from .scores import OVERLAP, Common, check_common, checked_maps, launched, part_of
 
 
 def generalized_dice_loss(
@@ -127,16 +127,17 @@ def generalized_dice_loss(
         align_corners=align_corners,
         process_group=process_group,
     )
+    part = _part(logits, target, **common._asdict())
+    if not serves_triton(part.logits):
+        return generalized_dice_loss_reference(part.logits, part.target, **common._asdict())
+    return launched(part)
+
+
+def _part(logits: torch.Tensor, target: torch.Tensor, **options: Any) -> Part:
+    """A call of the loss, checked."""
+    common = Common(**options)
     logits, target = checked_maps(logits, target, common)
-    if not serves_triton(logits):
-        return generalized_dice_loss_reference(logits, target, **common._asdict())
-    return launched(
-        logits,
-        target,
-        common,
-        form="generalized",
-        smooth=smooth,
-    )
+    return part_of(logits, target, common, form="generalized", smooth=common.smooth)
 
 
 def _check_options(**common: Any) -> None:
@@ -144,7 +145,9 @@ def _check_options(**common: Any) -> None:
     check_common(Common(**common))
 
 
-class GeneralizedDiceLoss(LossModule, function=generalized_dice_loss, check=_check_options):
+class GeneralizedDiceLoss(
+    LossModule, function=generalized_dice_loss, check=_check_options, part=_part
+):
     """:func:`tritonloss.functional.generalized_dice_loss` as a module; ``weight`` is a buffer.
 
     Args: the keyword arguments of the function, with the same defaults.

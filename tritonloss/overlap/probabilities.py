@@ -20,6 +20,7 @@ from .._engine.pixels import (
     class_of,
     for_classes,
     largest_of_lanes,
+    less_where,
     load_entry,
     load_table,
     no_lookups,
@@ -34,6 +35,7 @@ from ..pixelwise.softmax import (
     softmax_of_lanes,
     softmax_saved,
     softmax_saves,
+    softmax_slope,
     softmax_start,
 )
 
@@ -58,6 +60,7 @@ class _Factors(NamedTuple):
     other_gain: Any  # and of all others
     gain: Any  # after that number has been multiplied by this
     before: Any  # [pixels]: what the projection is made of
+    taken: Any  # what is taken from the own class's slope in the end, if anything is
 
 
 class _Before(NamedTuple):
@@ -82,8 +85,18 @@ def _softmax_share(state, TILE: tl.constexpr):
 
 
 @triton.jit
+def _softmax_factor(shared, block, TILE: tl.constexpr):
+    return shared.factor
+
+
+@triton.jit
+def _softmax_power(shared, block, SLOT: tl.constexpr, TILE: tl.constexpr):
+    return tl.exp2(exponent(block.logits[SLOT], shared.largest, TILE))
+
+
+@triton.jit
 def _softmax_probability(shared, block, SLOT: tl.constexpr, TILE: tl.constexpr):
-    return tl.exp2(exponent(block.logits[SLOT], shared.largest, TILE)) * shared.factor
+    return _softmax_power(shared, block, SLOT, TILE) * shared.factor
 
 
 @triton.jit
@@ -123,6 +136,7 @@ def _projected(before, projection, own, TILE: tl.constexpr):
         other_gain=for_classes(-gain * projection, TILE),
         gain=for_classes(gain, TILE),
         before=before,
+        taken=0.0,
     )
 
 
@@ -177,14 +191,43 @@ def _softmax_slope(
     return _power(factors, block, SLOT, TILE) * _gain(factors, block, SLOT, given, TILE)
 
 
+@triton.jit
+def _softmax_take_in(factors, other, TILE: tl.constexpr):
+    """The factors with those of a loss whose slopes are A p_k - B y_k."""
+    gain = for_classes(factors.before.factor, TILE) * other.all_classes
+    return _Factors(
+        largest=factors.largest,
+        own=factors.own,
+        own_gain=factors.own_gain + gain,
+        other_gain=factors.other_gain + gain,
+        gain=factors.gain,
+        before=factors.before,
+        taken=factors.taken + other.own_class,
+    )
+
+
+@triton.jit
+def _softmax_joint_slope(
+    factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE: tl.constexpr
+):
+    gradient = _softmax_slope(factors, block, SLOT, given, OPTIONS, TILE)
+    is_own = class_of(block, SLOT, TILE) == factors.own
+    return less_where(is_own, gradient, factors.taken)
+
+
 SOFTMAX = Probabilities(
     True,
     _softmax_share,
     _softmax_probability,
+    _softmax_power,
+    _softmax_factor,
     _softmax_prepare,
     _softmax_term,
     _softmax_projection,
     _softmax_project,
+    softmax_slope,
+    _softmax_take_in,
+    _softmax_joint_slope,
 )
 
 # --- sigmoid --------------------------------------------------------------------------------------
@@ -223,6 +266,16 @@ def _sigmoid_probability(shared, block, SLOT: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def _sigmoid_power(shared, block, SLOT: tl.constexpr, TILE: tl.constexpr):
+    return 2.0 * _sigmoid_probability(shared, block, SLOT, TILE)
+
+
+@triton.jit
+def _sigmoid_factor(shared, block, TILE: tl.constexpr):
+    return tl.zeros_like(block.logits[0]) + 0.5
+
+
+@triton.jit
 def _sigmoid_prepare(scale, saved, looked_up, pixel, given, TILE: tl.constexpr):
     own_gain = scale * load_entry(given.own_table, pixel.own, TILE)
     return _Factors(
@@ -232,6 +285,7 @@ def _sigmoid_prepare(scale, saved, looked_up, pixel, given, TILE: tl.constexpr):
         other_gain=for_classes(tl.zeros_like(scale), TILE),
         gain=for_classes(scale, TILE),
         before=(),
+        taken=0.0,
     )
 
 
@@ -269,6 +323,8 @@ SIGMOID = Probabilities(
     False,
     _sigmoid_share,
     _sigmoid_probability,
+    _sigmoid_power,
+    _sigmoid_factor,
     _sigmoid_prepare,
     _sigmoid_term,
     _sigmoid_projection,
@@ -295,6 +351,7 @@ LOSSES = {
             softmax_bundles,
         ),
         saved=softmax_saves,
+        of_logits=True,
         held=_HELD,
         held_back=_HELD,
         held_wide=_HELD_WIDE,

@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from .._core import checks
 from .._core.configurations import TuningCase
+from .._core.loss_module import Part
 from .._core.operator import Operator
 from .._core.process_groups import check_process_group, name_of, ranks_agree
 from .._engine.class_heads import Counting, mean_of_classes
@@ -29,6 +30,7 @@ from .._engine.class_launch import (
     launch_class_sums,
     launch_class_sums_backward,
 )
+from .._engine.joint_terms import Member
 from .._engine.pixel_tuning import first_cases
 from .probabilities import LOSSES, PROBABILITIES
 
@@ -200,6 +202,9 @@ OVERLAP = Operator(
 )
 
 
+MEMBER = Member(Options, classes=loss_of)
+
+
 def tuning_cases() -> list[TuningCase]:
     """What ``python -m tritonloss tune`` measures for all losses of overlap together."""
     return first_cases(LOSSES["softmax"], OVERLAP, DICE)
@@ -255,7 +260,7 @@ def checked_maps(
     return logits, target
 
 
-def launched(
+def part_of(
     logits: torch.Tensor,
     target: torch.Tensor,
     common: Common,
@@ -265,8 +270,8 @@ def launched(
     alpha: float = 0.5,
     beta: float = 0.5,
     gamma: float = 1.0,
-) -> torch.Tensor:
-    """The loss of checked maps, by kernels. ``smooth`` is that of the score."""
+) -> Part:
+    """A call with checked maps. ``smooth`` is that of the score."""
     everything = isinstance(common.classes, str)
     options = Options(
         form=form,
@@ -286,4 +291,9 @@ def launched(
         group=name_of(common.process_group),
     )
     weight = None if common.weight is None else checks.without_gradient(common.weight)
-    return OVERLAP(logits, target, weight, options=options)[0]
+    return Part(logits, target, "overlap.scores", options, (weight, None))
+
+
+def launched(part: Part) -> torch.Tensor:
+    """The loss of a call, by kernels."""
+    return OVERLAP(part.logits, part.target, part.tables[0], options=part.options)[0]

@@ -13,8 +13,8 @@ from kernels_reference.overlap import soft_iou_loss as soft_iou_loss_reference
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.example import Example
-from .._core.loss_module import LossModule
-from .scores import OVERLAP, Common, check_common, checked_maps, launched
+from .._core.loss_module import LossModule, Part
+from .scores import OVERLAP, Common, check_common, checked_maps, launched, part_of
 
 
 def soft_iou_loss(
@@ -128,19 +128,21 @@ def soft_iou_loss(
         align_corners=align_corners,
         process_group=process_group,
     )
+    part = _part(logits, target, log_loss=log_loss, **common._asdict())
+    if not serves_triton(part.logits):
+        return soft_iou_loss_reference(
+            part.logits, part.target, log_loss=log_loss, **common._asdict()
+        )
+    return launched(part)
+
+
+def _part(logits: torch.Tensor, target: torch.Tensor, *, log_loss: bool, **options: Any) -> Part:
+    """A call of the loss, checked."""
+    common = Common(**options)
     logits, target = checked_maps(logits, target, common)
     _check_own(log_loss)
-    if not serves_triton(logits):
-        return soft_iou_loss_reference(logits, target, log_loss=log_loss, **common._asdict())
-    return launched(
-        logits,
-        target,
-        common,
-        form="log" if log_loss else "score",
-        smooth=smooth,
-        alpha=1.0,
-        beta=1.0,
-    )
+    form = "log" if log_loss else "score"
+    return part_of(logits, target, common, form=form, smooth=common.smooth, alpha=1.0, beta=1.0)
 
 
 def _check_own(log_loss: bool) -> None:
@@ -154,7 +156,7 @@ def _check_options(*, log_loss: bool, **common: Any) -> None:
     check_common(Common(**common))
 
 
-class SoftIoULoss(LossModule, function=soft_iou_loss, check=_check_options):
+class SoftIoULoss(LossModule, function=soft_iou_loss, check=_check_options, part=_part):
     """:func:`tritonloss.functional.soft_iou_loss` as a module; ``weight`` is a buffer.
 
     Args: the keyword arguments of the function, with the same defaults.

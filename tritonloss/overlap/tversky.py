@@ -13,8 +13,8 @@ from kernels_reference.overlap import tversky_loss as tversky_loss_reference
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.example import Example, half_resolution_and_target
-from .._core.loss_module import LossModule
-from .scores import OVERLAP, Common, check_common, checked_maps, launched
+from .._core.loss_module import LossModule, Part
+from .scores import OVERLAP, Common, check_common, checked_maps, launched, part_of
 
 
 def tversky_loss(
@@ -134,18 +134,33 @@ def tversky_loss(
         align_corners=align_corners,
         process_group=process_group,
     )
+    part = _part(logits, target, alpha=alpha, beta=beta, gamma=gamma, **common._asdict())
+    if not serves_triton(part.logits):
+        return tversky_loss_reference(
+            part.logits, part.target, alpha=alpha, beta=beta, gamma=gamma, **common._asdict()
+        )
+    return launched(part)
+
+
+def _part(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    **options: Any,
+) -> Part:
+    """A call of the loss, checked."""
+    common = Common(**options)
     logits, target = checked_maps(logits, target, common)
     _check_own(alpha, beta, gamma)
-    if not serves_triton(logits):
-        return tversky_loss_reference(
-            logits, target, alpha=alpha, beta=beta, gamma=gamma, **common._asdict()
-        )
-    return launched(
+    return part_of(
         logits,
         target,
         common,
         form="score" if gamma == 1 else "power",
-        smooth=smooth,
+        smooth=common.smooth,
         alpha=alpha,
         beta=beta,
         gamma=gamma,
@@ -165,7 +180,7 @@ def _check_options(*, alpha: float, beta: float, gamma: float, **common: Any) ->
     check_common(Common(**common))
 
 
-class TverskyLoss(LossModule, function=tversky_loss, check=_check_options):
+class TverskyLoss(LossModule, function=tversky_loss, check=_check_options, part=_part):
     """:func:`tritonloss.functional.tversky_loss` as a module; ``weight`` is a buffer.
 
     Args: the keyword arguments of the function, with the same defaults.

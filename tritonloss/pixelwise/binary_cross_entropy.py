@@ -21,8 +21,9 @@ from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
-from .._core.loss_module import LossModule
+from .._core.loss_module import LossModule, Part
 from .._core.process_groups import check_process_group, name_of, ranks_agree
+from .._engine.joint_terms import Member
 from .._engine.math import (
     LN_2,
     LOG2_E,
@@ -182,6 +183,7 @@ def _term(
 
 
 BINARY_CROSS_ENTROPY = pixelwise_operator(LOSS, Options, _term)
+MEMBER = Member(Options, term=_term)
 
 
 def tuning_cases() -> list[TuningCase]:
@@ -258,14 +260,16 @@ def binary_cross_entropy(
         >>> binary_cross_entropy(logits, target, reduction="none").shape
         torch.Size([2, 32, 64])
     """
-    with ranks_agree(process_group, logits):
-        checks.check_logits(logits)
-        checks.check_upsample(upsample, align_corners)
-        checks.check_target(logits, target, upsample, can_upsample=True)
-        _check_options(
-            pos_weight, ignore_index, reduction, upsample, align_corners, process_group, logits
-        )
-        checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
+    part = _part(
+        logits,
+        target,
+        pos_weight=pos_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        upsample=upsample,
+        align_corners=align_corners,
+        process_group=process_group,
+    )
     if not serves_triton(logits):
         return binary_cross_entropy_reference(
             logits,
@@ -277,10 +281,33 @@ def binary_cross_entropy(
             align_corners=align_corners,
             process_group=process_group,
         )
-    pos_weight = None if pos_weight is None else checks.without_gradient(pos_weight)
+    return BINARY_CROSS_ENTROPY(logits, target, *part.tables, options=part.options)[0]
+
+
+def _part(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    pos_weight: torch.Tensor | None,
+    ignore_index: int | None,
+    reduction: str,
+    upsample: str | None,
+    align_corners: bool,
+    process_group: ProcessGroup | None,
+) -> Part:
+    """A call of the loss, checked."""
+    with ranks_agree(process_group, logits):
+        checks.check_logits(logits)
+        checks.check_upsample(upsample, align_corners)
+        checks.check_target(logits, target, upsample, can_upsample=True)
+        _check_options(
+            pos_weight, ignore_index, reduction, upsample, align_corners, process_group, logits
+        )
+        checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
     ignored, group = checks.plain_label(ignore_index), name_of(process_group)
     options = Options(ignored, reduction, upsample, align_corners, group)
-    return BINARY_CROSS_ENTROPY(logits, target, pos_weight, None, options=options)[0]
+    pos_weight = None if pos_weight is None else checks.without_gradient(pos_weight)
+    return Part(logits, target, "pixelwise.binary_cross_entropy", options, (pos_weight, None))
 
 
 def _check_options(
@@ -300,7 +327,9 @@ def _check_options(
     check_process_group(process_group, reduction)
 
 
-class BinaryCrossEntropyLoss(LossModule, function=binary_cross_entropy, check=_check_options):
+class BinaryCrossEntropyLoss(
+    LossModule, function=binary_cross_entropy, check=_check_options, part=_part
+):
     """:func:`tritonloss.functional.binary_cross_entropy` as a module; ``pos_weight`` is a buffer.
 
     Args: the keyword arguments of the function, with the same defaults.

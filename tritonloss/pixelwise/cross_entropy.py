@@ -21,8 +21,9 @@ from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
-from .._core.loss_module import LossModule
+from .._core.loss_module import LossModule, Part
 from .._core.process_groups import check_process_group, name_of, ranks_agree
+from .._engine.joint_terms import Member
 from .._engine.math import LN_2
 from .._engine.pixel_operator import pixelwise_operator
 from .._engine.pixel_terms import REDUCTIONS, Loss, Term
@@ -146,6 +147,10 @@ def _factors(scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE:
     return softmax_factors(statistics, pixel, all_classes, own_class, smooth, TILE)
 
 
+def _weighs(options: Compiled) -> bool:
+    return options.weighted
+
+
 LOSS = Loss(
     "cross_entropy",
     Record(
@@ -157,8 +162,10 @@ LOSS = Loss(
         no_lookups,
         softmax_bundles,
         silent=softmax_is_silent,
+        weighs=_weighs,
     ),
     saved=softmax_saves,
+    of_logits=True,
 )
 
 # --- operator -------------------------------------------------------------------------------------
@@ -176,6 +183,7 @@ def _term(
 
 
 CROSS_ENTROPY = pixelwise_operator(LOSS, Options, _term)
+MEMBER = Member(Options, term=_term)
 
 
 def tuning_cases() -> list[TuningCase]:
@@ -255,16 +263,17 @@ def cross_entropy(
         >>> logits.grad.shape
         torch.Size([2, 19, 32, 64])
     """
-    with ranks_agree(process_group, logits):
-        checks.check_logits(logits)
-        checks.check_upsample(upsample, align_corners)
-        checks.check_target(logits, target, upsample, can_upsample=True)
-        checks.check_classes(logits)
-        _check_options(
-            weight, label_smoothing, ignore_index, reduction, upsample, align_corners,
-            process_group, logits,
-        )  # fmt: skip
-        checks.check_labels_in_range(target, logits.size(1), ignore_index)
+    part = _part(
+        logits,
+        target,
+        weight=weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        upsample=upsample,
+        align_corners=align_corners,
+        process_group=process_group,
+    )
     if not serves_triton(logits):
         return cross_entropy_reference(
             logits,
@@ -277,11 +286,43 @@ def cross_entropy(
             align_corners=align_corners,
             process_group=process_group,
         )
-    weight = None if weight is None else checks.without_gradient(weight)
+    return CROSS_ENTROPY(logits, target, *part.tables, options=part.options)[0]
+
+
+def _part(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    weight: torch.Tensor | None,
+    label_smoothing: float,
+    ignore_index: int | None,
+    reduction: str,
+    upsample: str | None,
+    align_corners: bool,
+    process_group: ProcessGroup | None,
+) -> Part:
+    """A call of the loss, checked."""
+    with ranks_agree(process_group, logits):
+        checks.check_logits(logits)
+        checks.check_upsample(upsample, align_corners)
+        checks.check_target(logits, target, upsample, can_upsample=True)
+        checks.check_classes(logits)
+        _check_options(
+            weight,
+            label_smoothing,
+            ignore_index,
+            reduction,
+            upsample,
+            align_corners,
+            process_group,
+            logits,
+        )
+        checks.check_labels_in_range(target, logits.size(1), ignore_index)
     ignored, group = checks.plain_label(ignore_index), name_of(process_group)
     smoothing = float(label_smoothing)
     options = Options(smoothing, ignored, reduction, upsample, align_corners, group)
-    return CROSS_ENTROPY(logits, target, weight, None, options=options)[0]
+    weight = None if weight is None else checks.without_gradient(weight)
+    return Part(logits, target, "pixelwise.cross_entropy", options, (weight, None))
 
 
 def _check_options(
@@ -303,7 +344,7 @@ def _check_options(
     check_process_group(process_group, reduction)
 
 
-class CrossEntropyLoss(LossModule, function=cross_entropy, check=_check_options):
+class CrossEntropyLoss(LossModule, function=cross_entropy, check=_check_options, part=_part):
     """:func:`tritonloss.functional.cross_entropy` as a module; ``weight`` is a buffer.
 
     Args: the keyword arguments of the function, with the same defaults.

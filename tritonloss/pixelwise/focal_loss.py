@@ -19,13 +19,14 @@ from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
-from .._core.loss_module import LossModule
+from .._core.loss_module import LossModule, Part
 from .._core.process_groups import check_process_group, name_of, ranks_agree
+from .._engine.joint_terms import Member
 from .._engine.math import LOG2_E
 from .._engine.pixel_operator import pixelwise_operator
 from .._engine.pixel_terms import REDUCTIONS, Loss, Term
 from .._engine.pixel_tuning import pixel_cases
-from .._engine.pixels import Record, own_class
+from .._engine.pixels import Record, never, own_class
 from .._engine.planes import compute_dtype
 from .softmax import (
     own_weight,
@@ -141,8 +142,10 @@ LOSS = Loss(
         own_class,
         softmax_bundles,
         silent=softmax_is_silent,
+        weighs=never,
     ),
     saved=softmax_saves,
+    of_logits=True,
 )
 
 # --- operator -------------------------------------------------------------------------------------
@@ -161,6 +164,7 @@ def _term(
 
 
 FOCAL = pixelwise_operator(LOSS, Options, _term)
+MEMBER = Member(Options, term=_term)
 
 
 def tuning_cases() -> list[TuningCase]:
@@ -240,25 +244,24 @@ def focal_loss(
         >>> focal_loss(logits, torch.randint(0, 19, (2, 32, 64)), gamma=1.5).shape
         torch.Size([])
     """
-    with ranks_agree(process_group, logits):
-        checks.check_logits(logits)
-        checks.check_upsample(upsample, align_corners)
-        checks.check_target(logits, target, upsample, can_upsample=True)
-        checks.check_classes(logits)
-        _check_options(
-            gamma, alpha, detach_weight, ignore_index, reduction, upsample, align_corners,
-            process_group, logits,
-        )  # fmt: skip
-        checks.check_labels_in_range(target, logits.size(1), ignore_index)
-    if alpha is not None and not isinstance(alpha, torch.Tensor):
-        dtype = compute_dtype(logits.dtype)
-        alpha = torch.full((logits.size(1),), float(alpha), dtype=dtype, device=logits.device)
+    part = _part(
+        logits,
+        target,
+        gamma=gamma,
+        alpha=alpha,
+        detach_weight=detach_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        upsample=upsample,
+        align_corners=align_corners,
+        process_group=process_group,
+    )
     if not serves_triton(logits):
         return focal_loss_reference(
             logits,
             target,
             gamma=float(gamma),
-            alpha=alpha,
+            alpha=part.tables[0],
             detach_weight=detach_weight,
             ignore_index=ignore_index,
             reduction=reduction,
@@ -266,12 +269,49 @@ def focal_loss(
             align_corners=align_corners,
             process_group=process_group,
         )
-    alpha = None if alpha is None else checks.without_gradient(alpha)
+    return FOCAL(logits, target, *part.tables, options=part.options)[0]
+
+
+def _part(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    gamma: float,
+    alpha: float | torch.Tensor | None,
+    detach_weight: bool,
+    ignore_index: int | None,
+    reduction: str,
+    upsample: str | None,
+    align_corners: bool,
+    process_group: ProcessGroup | None,
+) -> Part:
+    """A call of the loss, checked."""
+    with ranks_agree(process_group, logits):
+        checks.check_logits(logits)
+        checks.check_upsample(upsample, align_corners)
+        checks.check_target(logits, target, upsample, can_upsample=True)
+        checks.check_classes(logits)
+        _check_options(
+            gamma,
+            alpha,
+            detach_weight,
+            ignore_index,
+            reduction,
+            upsample,
+            align_corners,
+            process_group,
+            logits,
+        )
+        checks.check_labels_in_range(target, logits.size(1), ignore_index)
+    if alpha is not None and not isinstance(alpha, torch.Tensor):
+        dtype = compute_dtype(logits.dtype)
+        alpha = torch.full((logits.size(1),), float(alpha), dtype=dtype, device=logits.device)
     ignored, group = checks.plain_label(ignore_index), name_of(process_group)
     options = Options(
         float(gamma), bool(detach_weight), ignored, reduction, upsample, align_corners, group
     )
-    return FOCAL(logits, target, alpha, None, options=options)[0]
+    alpha = None if alpha is None else checks.without_gradient(alpha)
+    return Part(logits, target, "pixelwise.focal_loss", options, (alpha, None))
 
 
 def _check_options(
@@ -298,7 +338,7 @@ def _check_options(
     check_process_group(process_group, reduction)
 
 
-class FocalLoss(LossModule, function=focal_loss, check=_check_options):
+class FocalLoss(LossModule, function=focal_loss, check=_check_options, part=_part):
     """:func:`tritonloss.functional.focal_loss` as a module; a tensor ``alpha`` is a buffer.
 
     Args: the keyword arguments of the function, with the same defaults.

@@ -32,8 +32,9 @@ from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
-from .._core.loss_module import LossModule
+from .._core.loss_module import LossModule, Part
 from .._core.process_groups import check_process_group, name_of, ranks_agree
+from .._engine.joint_terms import Member
 from .._engine.pixel_operator import pixelwise_operator
 from .._engine.pixel_terms import REDUCTIONS, Loss, Term
 from .._engine.pixel_tuning import pixel_cases
@@ -90,6 +91,7 @@ def _compiled(variant: str, classes: int, save: bool) -> Compiled:
 
 
 MARGIN_CALIBRATED = pixelwise_operator(LOSS, Options, _term)
+MEMBER = Member(Options, term=_term)
 
 
 def tuning_cases() -> list[TuningCase]:
@@ -203,21 +205,22 @@ def margin_calibrated_loss(
         >>> margin_calibrated_loss(torch.randn(2, 19, 32, 64), target, offsets).shape
         torch.Size([])
     """
-    with ranks_agree(process_group, logits):
-        checks.check_logits(logits)
-        checks.check_upsample(upsample, align_corners)
-        checks.check_target(logits, target, upsample, can_upsample=True)
-        checks.check_classes(logits, 1 << 16)
-        own, other = _check_options(
-            offsets, variant, ignore_index, reduction, upsample, align_corners, process_group,
-            logits,
-        )  # fmt: skip
-        checks.check_labels_in_range(target, logits.size(1), ignore_index)
+    part = _part(
+        logits,
+        target,
+        offsets=offsets,
+        variant=variant,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        upsample=upsample,
+        align_corners=align_corners,
+        process_group=process_group,
+    )
     if not serves_triton(logits):
         return margin_calibrated_loss_reference(
             logits,
             target,
-            (own, other),
+            part.tables,
             variant=variant,
             ignore_index=ignore_index,
             reduction=reduction,
@@ -225,10 +228,42 @@ def margin_calibrated_loss(
             align_corners=align_corners,
             process_group=process_group,
         )
-    own, other = checks.without_gradient(own), checks.without_gradient(other)
+    return MARGIN_CALIBRATED(logits, target, *part.tables, options=part.options)[0]
+
+
+def _part(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    offsets: tuple[torch.Tensor, torch.Tensor],
+    variant: str,
+    ignore_index: int | None,
+    reduction: str,
+    upsample: str | None,
+    align_corners: bool,
+    process_group: ProcessGroup | None,
+) -> Part:
+    """A call of the loss, checked."""
+    with ranks_agree(process_group, logits):
+        checks.check_logits(logits)
+        checks.check_upsample(upsample, align_corners)
+        checks.check_target(logits, target, upsample, can_upsample=True)
+        checks.check_classes(logits, 1 << 16)
+        own, other = _check_options(
+            offsets,
+            variant,
+            ignore_index,
+            reduction,
+            upsample,
+            align_corners,
+            process_group,
+            logits,
+        )
+        checks.check_labels_in_range(target, logits.size(1), ignore_index)
     ignored, group = checks.plain_label(ignore_index), name_of(process_group)
     options = Options(variant, ignored, reduction, upsample, align_corners, group)
-    return MARGIN_CALIBRATED(logits, target, own, other, options=options)[0]
+    tables = (checks.without_gradient(own), checks.without_gradient(other))
+    return Part(logits, target, "pixelwise.margin_calibration", options, tables)
 
 
 def _check_options(
@@ -262,7 +297,9 @@ def _check_options(
 # --- module ---------------------------------------------------------------------------------------
 
 
-class MarginCalibratedLoss(LossModule, function=margin_calibrated_loss, check=_check_options):
+class MarginCalibratedLoss(
+    LossModule, function=margin_calibrated_loss, check=_check_options, part=_part
+):
     """:func:`tritonloss.functional.margin_calibrated_loss` as a module.
 
     With five classes and more, ``variant="released"`` trains from the start (the function's

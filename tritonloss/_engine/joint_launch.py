@@ -1,0 +1,325 @@
+"""The launchers of losses that share a read of the logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from .._core.backend import device_guard
+from .._core.prepared_launch import PreparedLaunch, kind, prepared
+from .class_launch import ClassLoss, ClassResults, bins_of, from_sums, prepare_join
+from .joint_kernels import (
+    Heads,
+    Places,
+    _joint_backward_kernel,
+    _joint_forward_kernel,
+    _joint_head_kernel,
+)
+from .joint_terms import Joint, is_taken
+from .pixel_grid import in_grains, over_pixels, rounds_of
+from .pixel_launch import launch_backward, launch_forward, means_over_ranks
+from .pixel_terms import (
+    Kept,
+    Loss,
+    Term,
+    Weights,
+    key_of,
+    labels_of,
+    maps_of,
+    numbers_of,
+    tables_of,
+    terms_of,
+)
+from .pixel_walk import Terms
+from .planes import compute_dtype
+from .sums import sums_over, tickets
+
+
+class JointResults(NamedTuple):
+    """What a forward launch returns."""
+
+    loss: torch.Tensor  # []: the weighted sum
+    terms: torch.Tensor  # [losses]: what it is the sum of, without the weights
+    scale: Any  # of every pixelwise loss: the factor of the gradient of its values, or None
+    table: Any  # [2, N or 1, C]: what own pixels get on top, what all get; or None
+    maps: tuple[torch.Tensor, ...]  # for the backward pass, [N, H, W] each
+
+
+def allocated(joint: Joint, logits: torch.Tensor, target: torch.Tensor, save: bool) -> JointResults:
+    """The results, of which nothing is computed yet; maps are there if ``save``."""
+    dtype = compute_dtype(logits.dtype)
+    saved = maps_of(_losses(joint), logits, joint.walk.upsample is not None) if save else []
+    groups = logits.size(0) if any(loss.counting.per_image for loss in joint.classes) else 1
+    shape = (2, groups, logits.size(1))
+    return JointResults(
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty((len(joint.order),), dtype=dtype),
+        logits.new_empty((len(joint.terms),), dtype=dtype) if joint.terms else None,
+        logits.new_empty(shape, dtype=dtype) if joint.classes else None,
+        tuple([logits.new_empty(target.shape, dtype=d) for its in saved for d in its.stored]),
+    )
+
+
+def launch_joint(
+    joint: Joint, logits: torch.Tensor, target: torch.Tensor, save: bool
+) -> JointResults:
+    """The weighted sum, and what its backward pass needs if ``save``."""
+    if not joint.classes:
+        terms = logits.new_empty((len(joint.order),), dtype=compute_dtype(logits.dtype))
+        weights = Weights(joint.weights, joint.places)
+        loss, kept = launch_forward(
+            joint.terms, logits, target, joint.walk, save, weights=weights, values=terms
+        )
+        return JointResults(loss, terms, kept.scale, None, kept.maps)
+    results = allocated(joint, logits, target, save)
+    images, classes = logits.shape[:2]
+    shape = (3, images, classes + 1)
+    means = logits.new_empty((max(len(joint.terms), 1), 2), dtype=torch.float64)
+    sums = logits.new_empty(shape, dtype=torch.float64)
+    in_groups = joint.walk.group is not None
+    if target.numel() == 0:
+        means.zero_()
+        if in_groups and joint.terms:
+            totals = sums.new_zeros(2 * len(joint.terms) + 1)
+            means = torch.stack(means_over_ranks(totals, joint.walk), 1)
+        return _of_ranks(joint, logits, sums.zero_(), means, results)
+    launch, programs = prepared(
+        ("joint", *_kind_of(joint, logits, target), save),
+        lambda: _prepare_sums(joint, logits, target, save),
+    )
+    parts = logits.new_empty((*shape, programs), dtype=compute_dtype(logits.dtype))
+    own, other = tables_of(_all_terms(joint), logits)
+    with device_guard(logits):
+        room = sums_over(programs * images, 2 * len(joint.terms) + 1, logits.device)
+        launch(
+            logits_ptr=logits,
+            target_ptr=target,
+            own_ptrs=own,
+            other_ptrs=other,
+            map_ptrs=results.maps,
+            parts_ptr=parts,
+            means_ptr=means,
+            scratch_ptr=room["scratch_ptr"],
+            tickets_ptr=room["tickets_ptr"],
+        )
+        if in_groups:
+            add_up = prepared(
+                ("class_join", shape, programs, parts.dtype, parts.device),
+                lambda: prepare_join(images, classes, programs),
+            )
+            add_up(parts_ptr=parts, sums_ptr=sums)
+            if joint.terms:
+                totals = room["scratch_ptr"][: 2 * len(joint.terms) + 1].clone()
+                means = torch.stack(means_over_ranks(totals, joint.walk), 1)
+            return _of_ranks(joint, logits, sums, means, results)
+        finish = prepared(
+            ("joint_head", *_kind_of_heads(joint, logits), programs),
+            lambda: _prepare_heads(joint, logits, programs),
+        )
+        tables = (len(joint.classes), 2, images, classes)
+        finish(
+            parts_ptr=parts,
+            sums_ptr=sums,
+            class_weight_ptrs=tuple(
+                [logits if w is None else w.contiguous() for w in joint.class_weights]
+            ),
+            tables_ptr=logits.new_empty(tables, dtype=torch.float64),
+            means_ptr=means,
+            weights_ptr=joint.weights,
+            loss_ptr=results.loss,
+            terms_ptr=results.terms,
+            scale_ptr=results.loss if results.scale is None else results.scale,
+            table_ptr=results.table,
+            tickets_ptr=tickets(1, logits.device),
+        )
+    return results
+
+
+def _of_ranks(
+    joint: Joint,
+    logits: torch.Tensor,
+    sums: torch.Tensor,
+    means: torch.Tensor,
+    results: JointResults,
+) -> JointResults:
+    """The results from this rank's class sums [3, N, C + 1], some of them added up over ranks.
+
+    Here the head of every loss is a launch of its own.
+    """
+    count, classes = len(joint.terms), logits.size(1)
+    weights = [joint.weights[place] for place in joint.places]
+    loss = sums.new_zeros(())
+    for k in range(count):
+        value, inverse = means[k].unbind()
+        results.terms[joint.order[k]] = value
+        results.scale[k] = weights[k] * inverse
+        loss = loss + weights[k] * value
+    table = results.table.new_zeros(results.table.shape, dtype=torch.float64)
+    for k, head in enumerate(joint.classes, count):
+        groups = logits.size(0) if head.counting.per_image else 1
+        alone = ClassResults(
+            sums.new_empty(()),
+            sums.new_empty((1,)),
+            sums.new_zeros((2, groups, classes)),
+            None,
+            None,
+        )
+        alone = from_sums(head, sums, logits, joint.class_weights[k - count], alone)
+        results.terms[joint.order[k]] = alone.loss
+        loss = loss + weights[k] * alone.loss
+        table += weights[k] * alone.scale * alone.table
+    results.loss.copy_(loss)
+    results.table.copy_(table)
+    return results
+
+
+def launch_joint_backward(
+    joint: Joint,
+    upstream: torch.Tensor,
+    kept: JointResults,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    before: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The gradient of the logits; it is added to ``before``, in place, if that is there."""
+    if not joint.classes:
+        scale = Kept(kept.scale, kept.maps)
+        return launch_backward(
+            joint.terms, upstream, scale, logits, target, joint.walk, before=before
+        )
+    if target.numel() == 0:
+        return torch.zeros_like(logits) if before is None else before
+    grad_logits = torch.empty_like(logits) if before is None else before
+    adds = None if before is None else kind(before)
+    launch, maps = prepared(
+        ("joint_backward", *_kind_of(joint, logits, target), adds),
+        lambda: _prepare_backward(joint, logits, target, grad_logits, before is not None),
+    )
+    own, other = tables_of(joint.terms, logits)
+    with device_guard(logits):
+        launch(
+            upstream_ptr=upstream,
+            scale_ptr=kept.table if kept.scale is None else kept.scale,
+            logits_ptr=logits,
+            target_ptr=target,
+            own_ptrs=own,
+            other_ptrs=other,
+            table_ptr=kept.table,
+            map_ptrs=kept.maps[:maps],
+            grad_ptr=grad_logits,
+        )
+    return grad_logits
+
+
+def _losses(joint: Joint) -> list[Loss]:
+    return [term.loss for term in _all_terms(joint)]
+
+
+def _all_terms(joint: Joint) -> tuple[Term, ...]:
+    """The class sums, if there are any, and the pixelwise losses."""
+    return (*(Term(loss.loss, ()) for loss in joint.classes[:1]), *joint.terms)
+
+
+def _kind_of(joint: Joint, logits: torch.Tensor, target: torch.Tensor) -> tuple[Any, ...]:
+    """All that a launch over pixels depends on."""
+    per_image = any(loss.counting.per_image for loss in joint.classes)
+    return key_of(_all_terms(joint)), kind(logits), kind(target), joint.walk, per_image
+
+
+def _kind_of_heads(joint: Joint, logits: torch.Tensor) -> tuple[Any, ...]:
+    """All that a launch of the heads depends on, but for the number of programs."""
+    heads = tuple([
+        (loss.head, loss.options, loss.counting, loss.numbers, weight is None or weight.dtype)
+        for loss, weight in zip(joint.classes, joint.class_weights, strict=True)
+    ])  # fmt: skip
+    return heads, joint.places, joint.order, logits.shape[:2], logits.dtype, logits.device
+
+
+# --- launches -------------------------------------------------------------------------------------
+
+
+def _prepare_sums(
+    joint: Joint, logits: torch.Tensor, target: torch.Tensor, save: bool
+) -> tuple[PreparedLaunch, int]:
+    """(the launch, its programs of an image)."""
+    terms, losses = _all_terms(joint), _losses(joint)
+    images, classes = logits.shape[:2]
+    _, arguments = over_pixels(losses, "forward", logits, target, name="joint")
+    tile, tiles = arguments["TILE"], arguments.pop("tiles")
+    rounds = 1
+    if triton.cdiv(classes, tile.lanes) <= tile.unroll:
+        rounds = rounds_of(images * tiles)
+    programs = triton.cdiv(tiles, rounds)
+    constants = {
+        **arguments,
+        **labels_of(losses, logits, target, joint.walk.ignore_index),
+        "numbers": numbers_of(terms, None)["numbers"],
+        "logits_strides": in_grains(logits, tile),
+        "target_strides": in_grains(target, tile),
+        "rounds": rounds,
+        "programs": programs,
+        "images": images,
+        "TERMS": terms_of(terms, logits, joint.walk, save),
+        "PROBABILITIES": joint.classes[0].probabilities,
+        "REDUCTION": joint.walk.reduction,
+        "BINS": bins_of(classes),
+    }
+    grid = (images * programs,)
+    return PreparedLaunch(_joint_forward_kernel, grid, constants, tile.grain > 1), programs
+
+
+def _prepare_heads(joint: Joint, logits: torch.Tensor, programs: int) -> PreparedLaunch:
+    images, classes = logits.shape[:2]
+    heads = joint.classes
+    constants = {
+        "numbers": tuple(loss.numbers for loss in heads),
+        "places": Places(joint.places, joint.order),
+        "programs": programs,
+        "images": images,
+        "groups": images if any(loss.counting.per_image for loss in heads) else 1,
+        "HEADS": Heads(
+            tuple(loss.head for loss in heads),
+            tuple(loss.options for loss in heads),
+            tuple(loss.counting for loss in heads),
+            tuple(loss.counting.per_image for loss in heads),
+        ),
+        "CLASSES": classes,
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
+    return PreparedLaunch(_joint_head_kernel, (images * (classes + 1),), constants, False)
+
+
+def _prepare_backward(
+    joint: Joint, logits: torch.Tensor, target: torch.Tensor, grad_logits: torch.Tensor, adds: bool
+) -> tuple[PreparedLaunch, int]:
+    """(the launch, how many maps it reads)."""
+    terms, losses = _all_terms(joint), _losses(joint)
+    programs, arguments = over_pixels(losses, "backward", logits, target, grad_logits, name="joint")
+    tile, classes = arguments["TILE"], logits.size(1)
+    known = terms_of(terms, logits, joint.walk, True, adds)
+    per_image = any(loss.counting.per_image for loss in joint.classes)
+    constants = {
+        **arguments,
+        **labels_of(losses, logits, target, joint.walk.ignore_index),
+        "numbers": numbers_of(terms, None)["numbers"],
+        "logits_strides": in_grains(logits, tile),
+        "target_strides": in_grains(target, tile),
+        "grad_strides": in_grains(grad_logits, tile),
+        "table_strides": (logits.size(0) * classes, classes) if per_image else (classes, 0),
+        "TERMS": _with_slopes(known, joint.classes[0], joint.terms),
+        "PROBABILITIES": joint.classes[0].probabilities,
+    }
+    launch = PreparedLaunch(_joint_backward_kernel, (programs,), constants, tile.grain > 1)
+    return launch, sum(known.stored)
+
+
+def _with_slopes(known: Terms, classes: ClassLoss, terms: tuple[Term, ...]) -> Terms:
+    """The terms with the slopes of those that are not taken in: these come last, and have none."""
+    taken = sum(is_taken(term, classes.probabilities.takes) for term in terms)
+    if not taken:
+        return known
+    own = known.slope[1 : len(known.slope) - taken]
+    return known._replace(slope=(classes.probabilities.slope, *own))
