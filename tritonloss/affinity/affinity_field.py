@@ -107,7 +107,7 @@ def tuning_cases() -> list[TuningCase]:
             dtype,
             layout,
             functools.partial(_tuning_pass, dtype, layout),
-            _candidates(direction),
+            _candidates(),
         )
         for layout in ("contiguous", "channels_last", "strided")
         for dtype in (torch.float32, torch.bfloat16)
@@ -115,9 +115,9 @@ def tuning_cases() -> list[TuningCase]:
     ]
 
 
-def _candidates(direction: str) -> list[Configuration]:
+def _candidates() -> list[Configuration]:
     """The heuristic and its neighbours, one setting changed at a time."""
-    first = heuristic(direction)
+    first = heuristic()
     lanes, rows, warps = int(first["LANES"]), int(first["ROWS"]), int(first["num_warps"])
     changes: list[Configuration] = [{"ROWS": rows + step} for step in (-1, 1, 2)]
     changes += [{"LANES": lanes // 2, "num_warps": warps // 2}]

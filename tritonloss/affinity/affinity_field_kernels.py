@@ -39,7 +39,6 @@ from .stencil import (
     with_row,
 )
 
-
 # --- forward --------------------------------------------------------------------------------------
 
 
@@ -284,7 +283,6 @@ def _slope(values, field, channel, ROW: tl.constexpr, ADDS_UP: tl.constexpr):
     """(p dL/dp, edges, other entries) of a row's pixels and one class, over all neighbours."""
     HERE: tl.constexpr = 3 * (ROW + 1) + 1
     own = label_at(field.labels, ROW, 0) == channel
-    bits = field.pairs[ROW]
     raw = values.raw[HERE]
     # sums over the neighbours j, as a centre: of dL/dD p_j and dL/dD q_j
     of_p = tl.zeros_like(raw)

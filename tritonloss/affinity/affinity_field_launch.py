@@ -70,14 +70,13 @@ def allocated_gradients(
     return Gradients(*(like(x, w) for x, w in zip((logits, *tables), wants, strict=True)))
 
 
-def heuristic(direction: str) -> Configuration:
-    """A configuration that is always valid: a column of rows for every lane."""
+def heuristic() -> Configuration:
+    """A configuration that is always valid: three rows of a column for every lane.
+
+    More rows would share more of what is evaluated, and take more registers.
+    """
     warps = 4
-    return {"LANES": warps * warp_size(), "ROWS": ROWS[direction], "num_warps": warps}
-
-
-# Rows of a lane. More of them share more of what they evaluate, and take more registers.
-ROWS = {"forward": 4, "backward": 2}
+    return {"LANES": warps * warp_size(), "ROWS": 3, "num_warps": warps}
 
 
 def launch_forward(
@@ -138,19 +137,19 @@ def launch_backward(
     gradients = allocated_gradients(logits, tables, wants)
     if target.numel() == 0:
         return Gradients(*(gradient.zero_() for gradient in gradients))
-    wants_table = wants[1] or wants[2]
+    asked = [wants[1 + i] and table is not None for i, table in enumerate(tables)]
     sums = []
     for position, size in enumerate(sizes_of(options)):
         columns = _columns(tables[0], position), _columns(tables[1], position)
         entries = _launch_gradient(
             (grad_loss, scale[position]), logits, target, columns, options,
-            gradients.logits if wants[0] else None, (position, size, wants_table),
+            gradients.logits if wants[0] else None, (position, size, any(asked)),
         )  # fmt: skip
         if entries is not None:
             factor = grad_loss * scale[position]
             sums.append(entries.sum(0, dtype=torch.float64) * factor[:, None])
     for kind_of, gradient in enumerate(gradients[1:]):
-        if wants[1 + kind_of]:
+        if asked[kind_of]:
             columns_of = torch.stack([total[kind_of] for total in sums], 1)  # [C, sizes]
             gradient.copy_(columns_of.sum(1) if gradient.dim() == 1 else columns_of)
     return gradients
@@ -248,7 +247,7 @@ def _over_stencils(
         classes=classes,
         window=1,
         layout="channels_last" if in_lanes else "contiguous" if side_by_side else "strided",
-        heuristic=heuristic(direction),
+        heuristic=heuristic(),
     )
     lanes, rows = int(configuration["LANES"]), int(configuration["ROWS"])
     row_blocks, column_blocks = triton.cdiv(height, rows * size) * size, triton.cdiv(width, lanes)
