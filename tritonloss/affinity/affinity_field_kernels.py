@@ -392,5 +392,5 @@ def _store_entries(entries_ptr, entries, labels, classes, STENCIL: tl.constexpr)
             is_own = label_at(labels, r, 0) == channel
             edge += tl.where(is_own, edges[r], 0.0)
             other += tl.where(is_own, others[r], 0.0)
-        tl.store(pointer + channel, tl.sum(edge))
-        tl.store(pointer + classes + channel, tl.sum(other))
+        tl.store(pointer + channel, tl.sum(edge) * LN_2)
+        tl.store(pointer + classes + channel, tl.sum(other) * LN_2)
