@@ -281,7 +281,9 @@ def statistics_of(view, labels, classes, STENCIL: tl.constexpr):
         # It is -1 still if no logit is above -inf.
         log_sum = tl.where(rest[k] >= 0, log2_one_plus(rest[k]), float("nan"))
         log_sums = log_sums + (log_sum,)
-        log_rests = log_rests + (log2_normal(rest[k]) - log_sum,)
+        # Of no rest it is -inf: the gradient of a class that has all is 0, and no tiny number.
+        log_rest = tl.where(rest[k] == 0, float("-inf"), log2_normal(rest[k]) - log_sum)
+        log_rests = log_rests + (log_rest,)
     return Statistics(largest=largest, log_sum=log_sums, log_rest=log_rests)
 
 

@@ -105,7 +105,7 @@ def test_entries_are_counted(triple: bool, device: torch.device) -> None:
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("layout", "labels"), zip(LAYOUTS, LABELS, strict=True), ids=str)
+@pytest.mark.parametrize(("layout", "labels"), list(zip(LAYOUTS, LABELS, strict=True)), ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_parity(
@@ -221,10 +221,22 @@ def test_confident_pixels_keep_their_digits(confidence: float, device: torch.dev
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("scale", [0.0, 1e4, 3e37])
+@pytest.mark.parametrize("scale", [30.0, 1e4, 3e37])
 def test_extreme_logits(scale: float, device: torch.device) -> None:
     logits, target = segmentation_case((1, 3, 6, 9), device=device)
     check_three_way(loss_of(target), logits * scale)
+
+
+def test_equal_logits(device: torch.device) -> None:
+    """Every D is 0, and so is the gradient, but for what rounding leaves of its two parts."""
+    logits, target = segmentation_case((1, 3, 6, 9), device=device)
+    logits = torch.full_like(logits, -7.0)
+    (value,), (gradient,) = value_and_gradients(loss_of(target), [logits], "triton")
+    (spread,), (usual,) = value_and_gradients(
+        loss_of(target), [logits + torch.randn_like(logits)], "triton"
+    )
+    torch.testing.assert_close(value, torch.full_like(value, 3.0), rtol=1e-6, atol=0)
+    assert gradient.abs().max() <= 1e-6 * usual.abs().max() and spread != value
 
 
 def test_smooth_maps_keep_their_digits(device: torch.device) -> None:
