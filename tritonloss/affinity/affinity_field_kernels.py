@@ -68,6 +68,7 @@ def _affinity_forward_kernel(
     STENCIL: tl.constexpr,
 ):
     """Reads labels and logits, adds up the entries; with FIRST the loss is no other size's yet."""
+    LANES: tl.constexpr = STENCIL.lanes
     ROWS: tl.constexpr = STENCIL.rows
     dtype: tl.constexpr = tl.float64 if STENCIL.double else tl.float32
     place = place_of_program(height, width, row_blocks, column_blocks, STENCIL)
@@ -76,8 +77,8 @@ def _affinity_forward_kernel(
 
     # which pairs count, and how many entries they are
     pairs = ()
-    pair_count = tl.zeros((STENCIL.lanes,), tl.int32)
-    apart_count = tl.zeros((STENCIL.lanes,), tl.int32)  # pairs of different labels
+    pair_count = tl.zeros((LANES,), tl.int32)
+    apart_count = tl.zeros((LANES,), tl.int32)  # pairs of different labels
     for r in tl.static_range(ROWS):
         bits = pairs_of_row(labels, r, 4, STENCIL)
         pairs = pairs + (bits,)
@@ -97,8 +98,8 @@ def _affinity_forward_kernel(
 
     # the entries of all classes
     statistics = statistics_of(view, labels, classes, STENCIL)
-    edges = tl.zeros((STENCIL.lanes,), dtype)
-    others = tl.zeros((STENCIL.lanes,), dtype)
+    edges = tl.zeros((LANES,), dtype)
+    others = tl.zeros((LANES,), dtype)
     pointer = view.pointer
     for channel in tl.range(0, classes):
         here = View(pointer=pointer, rows=view.rows, columns=view.columns, stride=view.stride)
@@ -192,12 +193,13 @@ def _affinity_backward_kernel(
     The sum over classes of p dL/dp comes first. What it is made of is STORED where the gradient
     will be, or found once more if that has too few digits, or is the gradient of other sizes.
     """
+    ROWS: tl.constexpr = STENCIL.rows
     dtype: tl.constexpr = tl.float64 if STENCIL.double else tl.float32
     place = place_of_program(height, width, row_blocks, column_blocks, STENCIL)
     view = view_of(logits_ptr, logits_strides, place, STENCIL)
     labels = labels_around(target_ptr, target_strides, place, STENCIL)
     pairs = ()
-    for r in tl.static_range(STENCIL.rows):
+    for r in tl.static_range(ROWS):
         pairs = pairs + (pairs_of_row(labels, r, 0, STENCIL),)
     upstream = tl.load(upstream_ptr).to(dtype)
     edge_scale = upstream * tl.load(scale_ptr) * -1.0  # an edge's entry falls with the divergence
@@ -238,9 +240,10 @@ def _gather(
     STENCIL: tl.constexpr,
 ):
     """(sums of p dL/dp, a program's entries), after all classes; with STORES p dL/dp is stored."""
+    LANES: tl.constexpr = STENCIL.lanes
     ROWS: tl.constexpr = STENCIL.rows
     view, grad_view = views
-    zeros = tl.zeros((STENCIL.lanes,), tl.float64 if STENCIL.double else tl.float32)
+    zeros = tl.zeros((LANES,), tl.float64 if STENCIL.double else tl.float32)
     rest = ()
     for _ in tl.static_range(ROWS):
         rest = rest + (zeros,)
@@ -347,6 +350,7 @@ def _write(
     STENCIL: tl.constexpr,
 ):
     """Store the gradient p (dL/dp - sum of p dL/dp) of all classes."""
+    ROWS: tl.constexpr = STENCIL.rows
     view, grad_view = views
     sides, classes = gathered
     pointer = view.pointer
@@ -357,7 +361,7 @@ def _write(
         if not STORED:
             values = with_row(values, here, statistics, field.labels, 0, STENCIL)
             values = with_row(values, here, statistics, field.labels, 1, STENCIL)
-        for r in tl.static_range(STENCIL.rows):
+        for r in tl.static_range(ROWS):
             inside = is_inside(place, r, 0, STENCIL)
             pointers = grad_pointer + grad_view.rows[r + 1] + grad_view.columns[1]
             if STORED:
@@ -383,12 +387,13 @@ def _write(
 @triton.jit
 def _store_entries(entries_ptr, entries, labels, classes, STENCIL: tl.constexpr):
     """Store the sums of a program's entries over the pixels of each class."""
+    ROWS: tl.constexpr = STENCIL.rows
     edges, others = entries
     pointer = entries_ptr + tl.program_id(0).to(tl.int64) * 2 * classes
     for channel in tl.range(0, classes):
         edge = tl.zeros_like(edges[0])
         other = tl.zeros_like(edges[0])
-        for r in tl.static_range(STENCIL.rows):
+        for r in tl.static_range(ROWS):
             is_own = label_at(labels, r, 0) == channel
             edge += tl.where(is_own, edges[r], 0.0)
             other += tl.where(is_own, others[r], 0.0)

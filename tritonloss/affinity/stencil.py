@@ -165,6 +165,7 @@ def _label(
     start, strides, place, classes, ROW: tl.constexpr, COLUMN: tl.constexpr, STENCIL: tl.constexpr
 ):
     """The labels so many steps away; -1 where only opposite pixels are, if those do not count."""
+    LANES: tl.constexpr = STENCIL.lanes
     IS_NEAR: tl.constexpr = ROW >= -1 and ROW <= STENCIL.rows and COLUMN >= -1 and COLUMN <= 1
     if IS_NEAR or STENCIL.triple:
         inside = is_inside(place, ROW, COLUMN, STENCIL)
@@ -174,7 +175,7 @@ def _label(
         loaded = tl.load(pointers, mask=inside, other=0)
         label = sanitised_label(loaded, inside, classes, STENCIL.ignored)
     else:
-        label = tl.full((STENCIL.lanes,), -1, tl.int32)
+        label = tl.full((LANES,), -1, tl.int32)
     return label
 
 
@@ -207,7 +208,8 @@ def pairs_of_row(labels, ROW: tl.constexpr, FIRST: tl.constexpr, STENCIL: tl.con
 
     Neighbours are counted row by row, from FIRST on.
     """
-    bits = tl.zeros((STENCIL.lanes,), tl.int32)
+    LANES: tl.constexpr = STENCIL.lanes
+    bits = tl.zeros((LANES,), tl.int32)
     for k in tl.static_range(FIRST, 8):
         there = is_pair(labels, ROW, 0, (k + k // 4) // 3 - 1, (k + k // 4) % 3 - 1, STENCIL)
         back = is_pair(
@@ -253,13 +255,14 @@ def load_logits(view, labels, K: tl.constexpr, STENCIL: tl.constexpr):
 def statistics_of(view, labels, classes, STENCIL: tl.constexpr):
     """The statistics of the grid's pixels."""
     FIRST: tl.constexpr = STENCIL.first
+    LANES: tl.constexpr = STENCIL.lanes
     COUNT: tl.constexpr = 3 * (STENCIL.rows + 2) - FIRST
     dtype: tl.constexpr = tl.float64 if STENCIL.double else tl.float32
     largest = ()
     rest = ()  # the sum but for the largest logit
     for _ in tl.static_range(COUNT):
-        largest = largest + (tl.full((STENCIL.lanes,), _LOWEST, dtype),)
-        rest = rest + (tl.full((STENCIL.lanes,), -1.0, dtype),)
+        largest = largest + (tl.full((LANES,), _LOWEST, dtype),)
+        rest = rest + (tl.full((LANES,), -1.0, dtype),)
     pointer = view.pointer
     for _ in tl.range(0, classes):
         here = View(pointer=pointer, rows=view.rows, columns=view.columns, stride=view.stride)
