@@ -333,7 +333,7 @@ EXAMPLES = (
         "affinity_field_loss, two sizes",
         affinity_field_loss,
         AFFINITY_FIELD,
-        {"size": (1, 2), "margin": 2.0, "decay": 0.5},
+        {"size": (1, 2), "void": "pair", "margin": 2.0, "decay": 0.5},
         AffinityFieldLoss,
     ),
 )  # fmt: skip
