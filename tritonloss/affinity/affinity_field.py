@@ -27,6 +27,8 @@ from .affinity_field_launch import (
 )
 
 _LARGEST_SIZE = 64
+# The sizes in words: torch.compile makes no text of a number that it takes for a variable.
+_TEXTS = tuple(str(size) for size in range(_LARGEST_SIZE + 1))
 
 
 # --- operator -------------------------------------------------------------------------------------
@@ -247,7 +249,7 @@ def affinity_field_loss(
             ignore_index=ignore_index,
         )
     options = Options(
-        ",".join(str(int(one)) for one in _sizes(size)),
+        ",".join(_TEXTS[one] for one in _sizes(size)),
         float(margin),
         float(edge_weight),
         float(non_edge_weight),
