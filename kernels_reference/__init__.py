@@ -1,5 +1,6 @@
 """The functions of tritonloss in eager PyTorch, written to be read; gradients by autograd."""
 
+from kernels_reference.affinity_field import affinity_field_loss
 from kernels_reference.confusion_matrix import confusion_matrix, predict
 from kernels_reference.gaussian_window import gaussian_statistics, gaussian_window
 from kernels_reference.label_statistics import count_labels, margin_offsets
@@ -22,6 +23,7 @@ from kernels_reference.structural_similarity import (
 )
 
 __all__ = [
+    "affinity_field_loss",
     "binary_cross_entropy",
     "confusion_matrix",
     "count_labels",

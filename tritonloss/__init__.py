@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 
 from . import functional, linalg, metrics
 from ._core.backend import use_backend
+from .affinity.adaptive import AdaptiveAffinityFieldLoss
+from .affinity.affinity_field import AffinityFieldLoss
 from .metrics.confusion import confusion_matrix, predict
 from .metrics.label_statistics import MarginOffsets, count_labels, margin_offsets
 from .overlap.dice import DiceLoss
@@ -29,6 +31,8 @@ from .windows.ssim_loss import SSIMLoss
 from .windows.structural_similarity import StructuralSimilarityLoss
 
 __all__ = [
+    "AdaptiveAffinityFieldLoss",
+    "AffinityFieldLoss",
     "BinaryCrossEntropyLoss",
     "CrossEntropyLoss",
     "DiceLoss",

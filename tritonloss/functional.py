@@ -1,5 +1,6 @@
 """All losses as functions, the similarity ``ssim`` that one is made of, the confusion matrix."""
 
+from .affinity.affinity_field import affinity_field_loss
 from .metrics.confusion import confusion_matrix
 from .overlap.dice import dice_loss
 from .overlap.generalized_dice import generalized_dice_loss
@@ -18,6 +19,7 @@ from .windows.ssim_loss import ssim_loss
 from .windows.structural_similarity import structural_similarity_loss
 
 __all__ = [
+    "affinity_field_loss",
     "binary_cross_entropy",
     "confusion_matrix",
     "cross_entropy",

@@ -83,6 +83,14 @@ WRONG: dict[str, list[Any]] = {
     "ignore_index": [1.0, "255", 2**70],
     "exact": [0],
     "bins": [1023, 2**20, 1024.0],
+    "size": [0, 65, 1.0, (1, 1), (), (1, 0)],
+    "margin": [-1.0, "3"],
+    "edge_weight": [-1.0],
+    "non_edge_weight": [float("nan")],
+    "edge_table": [1.0],
+    "non_edge_table": [[1.0]],
+    "decay": [-0.5],
+    "void": ["both", None],
 }
 
 

@@ -35,6 +35,11 @@ LIMITS: list[Limit] = [
     ),
     *(("binary_cross_entropy", {}, CITYSCAPES, dtype, 1.001) for dtype in BOTH),
     *(
+        ("affinity_field_loss", {"size": size}, CITYSCAPES, dtype, 1.001)
+        for size in (1, (1, 2, 3))
+        for dtype in BOTH
+    ),
+    *(
         ("structural_similarity_loss", {"window_size": window}, CITYSCAPES, dtype, 1.001)
         for window in (1, 3, 5, 7, 9, 11, 15, 31)
         for dtype in BOTH

@@ -1,0 +1,1 @@
+"""Losses of neighbouring pixels: affinity fields."""
