@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kernels_reference
 from kernels_reference.base import at_labels
-from perf.operations import margin_calibration, overlap
+from perf.operations import lovasz, margin_calibration, overlap
 from perf.operations.contract import (
     Case,
     CodeGoal,
@@ -193,6 +193,35 @@ OVERLAP_KERNELS = {
     "_upsampled_backward_kernel": _BACKWARD,
 }
 
+
+
+def _tiles(given: Given) -> float:
+    return float(given["rounds"])
+
+
+# Lovász: a histogram's program has several tiles.
+LOVASZ_KERNELS = {
+    "_cell_statistics_kernel": KernelNotes(
+        share_of_the_map, (class_loop("classes"), lovasz.ATOMICS)
+    ),
+    "_cell_histogram_kernel": KernelNotes(
+        share_of_the_map, (LoopNotes("tiles", "_cell_histogram_kernel.i", _tiles),)
+    ),
+    "_increments_kernel": KernelNotes(share_of_the_map),
+    "_cell_project_kernel": KernelNotes(
+        share_of_the_map, (class_loop("classes", "_cell_project_kernel"),)
+    ),
+    "_upsampled_backward_kernel": _BACKWARD,
+}
+LOVASZ_HINGE_KERNELS = {
+    "_cell_hinge_histogram_kernel": KernelNotes(
+        share_of_the_map,
+        (LoopNotes("tiles", "_cell_hinge_histogram_kernel.i", _tiles), lovasz.ATOMICS),
+    ),
+    "_increments_kernel": KernelNotes(share_of_the_map),
+    "_upsampled_backward_kernel": _BACKWARD,
+}
+
 # --- goals ----------------------------------------------------------------------------------------
 
 
@@ -340,5 +369,20 @@ OPERATIONS = (
             goals=memory_goals("Dice of upsampled logits", 8),
         ),
         operators=(),  # its configurations are heuristics
+    ),
+    replace(
+        _operation(
+            "lovasz_softmax_loss",
+            functional.lovasz_softmax_loss,
+            lovasz.eager_softmax,
+            lovasz.lovasz.LOVASZ_SOFTMAX,
+            None,
+            launch=lovasz.launch(lovasz.lovasz.LOVASZ_SOFTMAX, lovasz.lovasz.BINS, "present"),
+            kernels=LOVASZ_KERNELS,
+            cases=CASES[:3],
+            shipped=(SHIPPED[0], *rarely(BASE, {"ratio": 8}, {"shape": _ROOMS}), *RARE),
+            goals=memory_goals("Lovász softmax of upsampled logits", 8),
+        ),
+        operators=(),
     ),
 )
