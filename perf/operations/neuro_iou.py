@@ -23,7 +23,8 @@ from perf.operations.contract import (
 )
 from perf.operations.pixel_cases import BASE, class_loop, floor, inputs, outputs
 from tritonloss import IoUSurrogate, functional
-from tritonloss.overlap.neuro_iou import MEMBERSHIP_SUMS, Options
+from tritonloss.overlap.membership_launch import SumOptions
+from tritonloss.overlap.neuro_iou import MEMBERSHIP_SUMS
 
 
 @functools.cache
@@ -46,7 +47,7 @@ def reference(logits: Tensor, target: Tensor) -> Tensor:
 
 def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     """The launchers of the sums and of their gradient."""
-    options = Options(ignore_index=255)._replace(**case.options)
+    options = SumOptions(ignore_index=255)._replace(**case.options)
     MEMBERSHIP_SUMS.both_passes(*tensors, options=options)
 
 

@@ -14,6 +14,7 @@ import kernels_reference
 from kernels_reference.base import at_labels
 from perf.operations import lovasz, margin_calibration, overlap
 from perf.operations.contract import (
+    SHAPES,
     Case,
     CodeGoal,
     Floor,
@@ -133,6 +134,18 @@ RARE = rarely(
     {"options": {"align_corners": True}},
 )
 
+# Of the Lovász losses.
+_LOVASZ: tuple[dict[str, Any], ...] = (
+    {"options": {"per_image": True}},
+    {"options": {"exact": True}},
+)
+_DTYPES: tuple[dict[str, Any], ...] = tuple(
+    {"dtype": dtype} for dtype in ("bfloat16", "float16", "float64")
+)
+_BINARY = variations(
+    replace(BASE, shape=SHAPES["binary"]), {"shape": replace(_STREETS, classes=1)}, {"ratio": 8}
+)
+
 # --- how to read the machine code -----------------------------------------------------------------
 
 
@@ -201,24 +214,24 @@ def _tiles(given: Given) -> float:
 
 # Lovász: a histogram's program has several tiles.
 LOVASZ_KERNELS = {
+    **lovasz.KERNELS,  # of a sort
     "_cell_statistics_kernel": KernelNotes(
         share_of_the_map, (class_loop("classes"), lovasz.ATOMICS)
     ),
     "_cell_histogram_kernel": KernelNotes(
         share_of_the_map, (LoopNotes("tiles", "_cell_histogram_kernel.i", _tiles),)
     ),
-    "_increments_kernel": KernelNotes(share_of_the_map),
     "_cell_project_kernel": KernelNotes(
         share_of_the_map, (class_loop("classes", "_cell_project_kernel"),)
     ),
     "_upsampled_backward_kernel": _BACKWARD,
 }
 LOVASZ_HINGE_KERNELS = {
+    **lovasz.HINGE_KERNELS,
     "_cell_hinge_histogram_kernel": KernelNotes(
         share_of_the_map,
         (LoopNotes("tiles", "_cell_hinge_histogram_kernel.i", _tiles), lovasz.ATOMICS),
     ),
-    "_increments_kernel": KernelNotes(share_of_the_map),
     "_upsampled_backward_kernel": _BACKWARD,
 }
 
@@ -248,7 +261,9 @@ def _extra(case: Case, per_pixel: float) -> float:
     return (gradient + per_pixel * case.shape.pixels) * 1.005 / 2**20
 
 
-def memory_goals(words: str, per_pixel: float) -> tuple[Goal, ...]:
+def memory_goals(
+    words: str, per_pixel: float, cases: tuple[Case, ...] = CASES
+) -> tuple[Goal, ...]:
     """Extra memory: the gradient, and so many bytes per pixel of the labels."""
     return tuple(
         Goal(
@@ -257,7 +272,7 @@ def memory_goals(words: str, per_pixel: float) -> tuple[Goal, ...]:
             "peak_delta_MiB",
             at_most=_extra(case, per_pixel),
         )
-        for case in CASES[:2]
+        for case in cases[:2]
     )
 
 
@@ -380,8 +395,23 @@ OPERATIONS = (
             launch=lovasz.launch(lovasz.lovasz.LOVASZ_SOFTMAX, lovasz.lovasz.BINS, "present"),
             kernels=LOVASZ_KERNELS,
             cases=CASES[:3],
-            shipped=(SHIPPED[0], *rarely(BASE, {"ratio": 8}, {"shape": _ROOMS}), *RARE),
+            shipped=(SHIPPED[0], *rarely(BASE, {"ratio": 8}, {"shape": _ROOMS}, *_LOVASZ), *RARE),
             goals=memory_goals("Lovász softmax of upsampled logits", 8),
+        ),
+        operators=(),
+    ),
+    replace(
+        _operation(
+            "lovasz_hinge_loss",
+            functional.lovasz_hinge_loss,
+            lovasz.eager_hinge,
+            lovasz.lovasz_hinge.LOVASZ_HINGE,
+            None,
+            launch=lovasz.launch(lovasz.lovasz_hinge.LOVASZ_HINGE, lovasz.lovasz_hinge.BINS, "all"),
+            kernels=LOVASZ_HINGE_KERNELS,
+            cases=_BINARY,
+            shipped=(replace(_BINARY[0], everywhere=True), *rarely(_BINARY[0], {"ratio": 8}, *_LOVASZ, *_DTYPES)),
+            goals=memory_goals("Lovász hinge of upsampled logits", 0, _BINARY),
         ),
         operators=(),
     ),

@@ -135,6 +135,16 @@ def place_of(tile, sizes, TILE: tl.constexpr, CELLS: tl.constexpr):
 
 
 @triton.jit
+def place_in_image(image, number, tiles, sizes, TILE: tl.constexpr, CELLS: tl.constexpr):
+    """The place of one of an image's tiles; one that is beyond the last has no cells."""
+    place = place_of(image * tiles + tl.minimum(number, tiles - 1), sizes, TILE, CELLS)
+    row = tl.where(number < tiles, place.row, sizes.height + 1)
+    return Place(
+        image=place.image, row=row, column=place.column, band=place.band, chunk=place.chunk
+    )
+
+
+@triton.jit
 def cells_at(axes, row, column, target, image, sizes):
     """The cells of an image in these rows and columns of cells, [cells] each.
 

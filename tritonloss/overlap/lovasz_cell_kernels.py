@@ -19,13 +19,12 @@ import triton.language as tl
 from .._engine.cell_walk import fold_cells, lines_of_rows, load_pixel_of, of_pixels
 from .._engine.cells import (
     Axis,
-    Place,
     along_row,
     cells_of,
     further,
     load_corner,
     nodes_around,
-    place_of,
+    place_in_image,
     shares_of_columns,
     shares_of_rows,
     together,
@@ -146,6 +145,8 @@ def _cell_statistics_kernel(
     CELLS: tl.constexpr,
 ):
     """Reads the labels once, and the logits once for the rows and columns that a lane has."""
+    LANES: tl.constexpr = TILE.pixels
+    PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
     rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
     columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
     walk, cells = _walk_of(
@@ -155,8 +156,8 @@ def _cell_statistics_kernel(
     states = fold_cells(walk, full, TERMS, TILE, CELLS)
 
     places = _places_of(cells, sizes, CELLS)
-    wrong = tl.zeros((TILE.pixels,), tl.int32)
-    for k in tl.static_range(CELLS.rows * CELLS.columns):
+    wrong = tl.zeros((LANES,), tl.int32)
+    for k in tl.static_range(PIXELS):
         (state,) = states[k]
         statistics = softmax_of_lanes(state, TILE)
         # The sum is at least 1, for the largest logit: a logarithm that is not at least 0 is wrong.
@@ -175,8 +176,8 @@ def _cell_statistics_kernel(
 # --- histograms -----------------------------------------------------------------------------------
 
 
-class Tile(NamedTuple):
-    """A tile of cells."""
+class CellsOfTile(NamedTuple):
+    """A tile of cells, and where its pixels lie between the nodes."""
 
     nodes: Any
     cells: Any
@@ -185,23 +186,12 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _tile_of(
-    logits, target, axes, where, sizes, TILE: tl.constexpr, CELLS: tl.constexpr
-):  # fmt: skip
-    """A tile of an image; one that is beyond the last has no pixels.
-
-    ``where`` is (image, number of the tile, tiles of an image).
-    """
-    image, number, tiles = where
+def _tile_of(logits, target, axes, place, sizes, CELLS: tl.constexpr):
+    """The tile in a place. ``logits`` and ``target`` are (pointer, strides)."""
     logits_ptr, logits_strides = logits
     rows, columns = axes
-    place = place_of(image * tiles + tl.minimum(number, tiles - 1), sizes, TILE, CELLS)
-    row = tl.where(number < tiles, place.row, sizes.height + 1)
-    place = Place(
-        image=place.image, row=row, column=place.column, band=place.band, chunk=place.chunk
-    )
     cells = cells_of(axes, place, target, sizes, CELLS)
-    return Tile(
+    return CellsOfTile(
         nodes=nodes_around(
             logits_ptr, logits_strides, place.image, place.row, place.column, sizes, CELLS
         ),
@@ -214,13 +204,15 @@ def _tile_of(
 @triton.jit
 def _interpolated_logits(tile, channel, TILE: tl.constexpr, CELLS: tl.constexpr):
     """The logits of a class at all pixels of a tile, in one vector."""
+    ROWS: tl.constexpr = CELLS.rows
+    COLUMNS: tl.constexpr = CELLS.columns
     corner = load_corner(
         tile.nodes, tile.nodes.pointer + channel.to(tl.int64) * tile.nodes.stride, TILE
     )
     logits = ()
-    for r in tl.static_range(CELLS.rows):
+    for r in tl.static_range(ROWS):
         left, step = along_row(corner, tile.row_shares[r])
-        for c in tl.static_range(CELLS.columns):
+        for c in tl.static_range(COLUMNS):
             logits = logits + (left + tile.column_shares[c] * step,)
     return together(logits)
 
@@ -228,9 +220,10 @@ def _interpolated_logits(tile, channel, TILE: tl.constexpr, CELLS: tl.constexpr)
 @triton.jit
 def _labels_and_sums(tile, log_sum_ptr, sizes, CELLS: tl.constexpr):
     """(labels as they are, log-sum-exps) of all pixels of a tile, in one vector each."""
+    PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
     labels = ()
     log_sums = ()
-    for k in tl.static_range(CELLS.rows * CELLS.columns):
+    for k in tl.static_range(PIXELS):
         here = further(tile.cells, k // CELLS.columns, k % CELLS.columns, sizes)
         inside = here.first < here.end
         label = tl.load(here.label, mask=inside, other=0).to(tl.int32)
@@ -279,15 +272,15 @@ def _cell_histogram_kernel(
     for _ in tl.static_range(CLASSES):
         counts = counts + (tl.zeros((ENTRIES,), tl.int32),)
     for i in tl.range(0, rounds):
-        where = (image, first_tile + i, tiles)
-        tile = _tile_of(logits, target, (rows, columns), where, sizes, TILE, CELLS)
+        place = place_in_image(image, first_tile + i, tiles, sizes, TILE, CELLS)
+        tile = _tile_of(logits, target, (rows, columns), place, sizes, CELLS)
         label, log_sum = _labels_and_sums(tile, log_sum_ptr, sizes, CELLS)
         added = ()
         for j in tl.static_range(CLASSES):
             channel = tl.minimum(first_class + j, TILE.classes - 1)
             p = tl.exp2(_interpolated_logits(tile, channel, TILE, CELLS) - log_sum)
-            place = softmax_place(p, BINS)
-            entry = in_histogram(place.bin, label == channel, p >= 0.5, BINS)
+            in_bin = softmax_place(p, BINS)
+            entry = in_histogram(in_bin.bin, label == channel, p >= 0.5, BINS)
             counted = tl.histogram(entry, ENTRIES, mask=log_sum < float("inf"))
             added = added + (counts[j] + counted,)
         counts = added
@@ -327,6 +320,7 @@ def _cell_hinge_histogram_kernel(
     """Reads labels and logits once; counts the errors above 0, in two histograms."""
     COUNT: tl.constexpr = BINS.count
     PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
+    LANES: tl.constexpr = TILE.pixels * PIXELS
     image = tl.program_id(0) // chunks
     first_tile = (tl.program_id(0) - image * chunks) * rounds
     logits = (logits_ptr, logits_strides)
@@ -336,10 +330,10 @@ def _cell_hinge_histogram_kernel(
 
     own_errors = tl.zeros((COUNT,), tl.int32)
     errors = tl.zeros((COUNT,), tl.int32)
-    tally = tl.zeros((TILE.pixels * PIXELS,), tl.int32)  # as in lovasz_kernels
+    tally = tl.zeros((LANES,), tl.int32)  # as in lovasz_kernels
     for i in tl.range(0, rounds):
-        where = (image, first_tile + i, tiles)
-        tile = _tile_of(logits, target, (rows, columns), where, sizes, TILE, CELLS)
+        place = place_in_image(image, first_tile + i, tiles, sizes, TILE, CELLS)
+        tile = _tile_of(logits, target, (rows, columns), place, sizes, CELLS)
         pixels = of_pixels(load_pixel_of, (tile.cells, sizes), BINS, TILE, CELLS)
         labels = ()
         for k in tl.static_range(PIXELS):
@@ -351,10 +345,10 @@ def _cell_hinge_histogram_kernel(
         channel = tl.zeros((), tl.int32)
         error = hinge_error(_interpolated_logits(tile, channel, TILE, CELLS), pixel)
         is_number = error < float("inf")
-        place = hinge_place(error, BINS)
+        in_bin = hinge_place(error, BINS)
         is_error = valid & is_number & (error > 0)
-        own_errors += tl.histogram(place.bin, COUNT, mask=is_error & is_own)
-        errors += tl.histogram(place.bin, COUNT, mask=is_error & ~is_own)
+        own_errors += tl.histogram(in_bin.bin, COUNT, mask=is_error & is_own)
+        errors += tl.histogram(in_bin.bin, COUNT, mask=is_error & ~is_own)
         tally += tl.where(is_number, is_own.to(tl.int32), valid.to(tl.int32) << 16)
 
     group = image.to(tl.int64) if PER_IMAGE else 0
@@ -375,9 +369,10 @@ def _add_terms(
     CELLS: tl.constexpr,
 ):  # fmt: skip
     """Each pixel's sum of p dL/dp with COUNT classes more."""
+    PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
     lines = lines_of_rows(walk, first, COUNT, TILE, CELLS)
     more = ()
-    for k in tl.static_range(CELLS.rows * CELLS.columns):
+    for k in tl.static_range(PIXELS):
         total = totals[k]
         for j in tl.static_range(COUNT):
             block = _slot_of(lines, walk, first, k, j, CELLS)

@@ -38,9 +38,11 @@ from .lovasz_terms import HINGE, IS_QUICK, SOFTMAX, Counts, Options, Results, bi
 # Programs of a histogram that a large GPU has work for, and the most tiles that one goes through.
 _PROGRAMS = 1056
 _MOST_ROUNDS = 16
+# Of a pass for statistics: pixels of a lane at once.
+_MOST_PIXELS = 8
 # Of a look-up for every pixel and class: pixels of a lane at once, and classes in one block.
 _PROJECTED = (4, 2)
-_LOOKED_UP = (2, 4)
+_LOOKED_UP = (4, 3)
 
 _start, _add = SOFTMAX.record.start, SOFTMAX.record.add
 
@@ -111,7 +113,10 @@ def _prepare_statistics(
 ) -> PreparedLaunch:
     walk = walk_of(options)
     axes = axes_of(logits, target, options.align_corners)
-    heuristic = cell_heuristic([SOFTMAX], "forward", axes[1].most)
+    heuristic = {
+        **cell_heuristic([SOFTMAX], "forward", axes[1].most),
+        **_at_once(_MOST_PIXELS, axes[1].most),
+    }
     programs, arguments = over_cells([SOFTMAX], logits, target, walk, axes, heuristic)
     arguments["TILE"] = arguments["TILE"]._replace(scaled=False)
     constants = {
@@ -130,13 +135,14 @@ def histogram_heuristic(loss: Loss, most: int) -> Configuration:
     pixels = 8
     if not IS_QUICK and warp_size() == 32:
         pixels = 2 if loss.binary else 4
+    return {**_at_once(pixels, most), "UNROLL": 1 if loss.binary else 2, "num_warps": 8}
+
+
+def _at_once(pixels: int, most: int) -> dict[str, int]:
+    """So many pixels of a lane, of cells with up to ``most`` columns."""
     columns = min(triton.next_power_of_2(most), pixels)
-    return {
-        "PIXEL_COLUMNS": columns,
-        "PIXEL_ROWS": min(pixels // columns, triton.next_power_of_2(most)),
-        "UNROLL": 1 if loss.binary else 2,
-        "num_warps": 8,
-    }
+    rows = min(pixels // columns, triton.next_power_of_2(most))
+    return {"PIXEL_COLUMNS": columns, "PIXEL_ROWS": rows}
 
 
 def _prepare_histogram(
@@ -227,13 +233,7 @@ def _prepare_backward(
     project = None
     if not loss.binary:
         pixels, unroll = _PROJECTED
-        columns = min(triton.next_power_of_2(axes[1].most), pixels)
-        heuristic = {
-            "PIXEL_COLUMNS": columns,
-            "PIXEL_ROWS": min(pixels // columns, triton.next_power_of_2(axes[1].most)),
-            "UNROLL": unroll,
-            "num_warps": 4,
-        }
+        heuristic = {**_at_once(pixels, axes[1].most), "UNROLL": unroll, "num_warps": 4}
         programs, arguments = over_cells([loss], logits, target, walk, axes, heuristic)
         constants = {
             **arguments,

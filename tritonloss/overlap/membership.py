@@ -37,7 +37,7 @@ from .._engine.pixel_walk import (
     write_gradients,
 )
 from .._engine.pixels import Given, class_of, for_classes
-from ..pixelwise.softmax import softmax_add, softmax_of_lanes, softmax_start
+from ..pixelwise.softmax import exponent, softmax_add, softmax_of_lanes, softmax_start
 
 _NO_CLASS = tl.constexpr(1 << 30)
 
@@ -157,7 +157,7 @@ def members_of(state, own_logit, pixel, OPTIONS: tl.constexpr, TILE: tl.constexp
         predicted = tl.where(valid, place, -1)
         statistics = softmax_of_lanes(state.softmax, TILE)
         of_predicted = tl.exp2(-statistics.log_sum)
-        of_own = tl.exp2((own_logit - statistics.largest) * LOG2_E - statistics.log_sum)
+        of_own = tl.exp2(exponent(own_logit, statistics.largest, TILE) - statistics.log_sum)
         saved = (statistics.log_sum, place)
     members = Members(predicted=predicted, own=own, of_predicted=of_predicted, of_own=of_own)
     return members, saved
