@@ -275,9 +275,7 @@ def _grouped(maps: Tensor, per_image: bool) -> Tensor:
     return flat if per_image else flat.transpose(0, 1).flatten(1).unsqueeze(0)
 
 
-def _mean(
-    class_losses: Tensor, takes_part: Tensor, process_group: ProcessGroup | None
-) -> Tensor:
+def _mean(class_losses: Tensor, takes_part: Tensor, process_group: ProcessGroup | None) -> Tensor:
     """The mean over groups of the mean over the classes that take part; 0 where none does.
 
     The groups are those of all ranks of a process group.
@@ -289,9 +287,7 @@ def _mean(
     return total / over_ranks(number, process_group).clamp(min=1)
 
 
-def _not_a_number_if(
-    is_wrong: Tensor, loss: Tensor, process_group: ProcessGroup | None
-) -> Tensor:
+def _not_a_number_if(is_wrong: Tensor, loss: Tensor, process_group: ProcessGroup | None) -> Tensor:
     """The loss, or NaN; its gradient is there all the same."""
     wrong = _of_all_ranks(is_wrong.sum(), process_group)
     return loss + torch.where(wrong > 0, torch.nan, 0).to(loss)

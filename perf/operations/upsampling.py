@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kernels_reference
 from kernels_reference.base import at_labels
-from perf.operations import lovasz, margin_calibration, overlap
+from perf.operations import lovasz, margin_calibration, neuro_iou, overlap
 from perf.operations.contract import (
     SHAPES,
     Case,
@@ -207,7 +207,6 @@ OVERLAP_KERNELS = {
 }
 
 
-
 def _tiles(given: Given) -> float:
     return float(given["rounds"])
 
@@ -232,6 +231,20 @@ LOVASZ_HINGE_KERNELS = {
         share_of_the_map,
         (LoopNotes("tiles", "_cell_hinge_histogram_kernel.i", _tiles), lovasz.ATOMICS),
     ),
+    "_upsampled_backward_kernel": _BACKWARD,
+}
+
+NEURO_KERNELS = {
+    "_membership_cells_kernel": KernelNotes(
+        share_of_the_map,
+        (
+            replace(class_loop("classes"), rounds=lambda given: _tiles(given) * _blocks(given)),
+            *neuro_iou.OF_TILES,
+            LoopNotes("tiles", "_membership_cells_kernel", _tiles),
+            LoopNotes("tiles", "", _tiles),
+        ),
+    ),
+    "_membership_project_kernel": KernelNotes(share_of_the_map),
     "_upsampled_backward_kernel": _BACKWARD,
 }
 
@@ -261,9 +274,7 @@ def _extra(case: Case, per_pixel: float) -> float:
     return (gradient + per_pixel * case.shape.pixels) * 1.005 / 2**20
 
 
-def memory_goals(
-    words: str, per_pixel: float, cases: tuple[Case, ...] = CASES
-) -> tuple[Goal, ...]:
+def memory_goals(words: str, per_pixel: float, cases: tuple[Case, ...] = CASES) -> tuple[Goal, ...]:
     """Extra memory: the gradient, and so many bytes per pixel of the labels."""
     return tuple(
         Goal(
@@ -387,6 +398,31 @@ OPERATIONS = (
     ),
     replace(
         _operation(
+            "neuro_iou_loss",
+            neuro_iou.loss,
+            neuro_iou.reference,
+            neuro_iou.MEMBERSHIP_SUMS,
+            None,
+            launch=neuro_iou.launch,
+            kernels=NEURO_KERNELS,
+            cases=CASES[:3],
+            shipped=(
+                SHIPPED[0],
+                *rarely(
+                    BASE,
+                    {"ratio": 8},
+                    {"shape": _ROOMS},
+                    {"shape": SHAPES["binary"]},
+                    {"options": {"score": "hinge"}},
+                ),
+                *RARE,
+            ),
+            goals=memory_goals("NeuroIoU of upsampled logits", 5),
+        ),
+        operators=(),
+    ),
+    replace(
+        _operation(
             "lovasz_softmax_loss",
             functional.lovasz_softmax_loss,
             lovasz.eager_softmax,
@@ -410,7 +446,10 @@ OPERATIONS = (
             launch=lovasz.launch(lovasz.lovasz_hinge.LOVASZ_HINGE, lovasz.lovasz_hinge.BINS, "all"),
             kernels=LOVASZ_HINGE_KERNELS,
             cases=_BINARY,
-            shipped=(replace(_BINARY[0], everywhere=True), *rarely(_BINARY[0], {"ratio": 8}, *_LOVASZ, *_DTYPES)),
+            shipped=(
+                replace(_BINARY[0], everywhere=True),
+                *rarely(_BINARY[0], {"ratio": 8}, *_LOVASZ, *_DTYPES),
+            ),
             goals=memory_goals("Lovász hinge of upsampled logits", 0, _BINARY),
         ),
         operators=(),

@@ -170,9 +170,7 @@ def _check(
     check_bins(bins, *_RANGE)
 
 
-def _check_options(
-    *, classes: str | tuple[int, ...], bins: int | None, **around: Any
-) -> None:
+def _check_options(*, classes: str | tuple[int, ...], bins: int | None, **around: Any) -> None:
     """Check all options, for any number of classes."""
     _check(Around(**around), classes, bins)
 

@@ -66,7 +66,7 @@ def softmax_factors(
 def softmax_slope(
     factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE: tl.constexpr
 ):
-    """p (dL/dp - projection)."""
+    """P (dL/dp - projection)."""
     p, increment = _increment(factors, block, SLOT, given, OPTIONS, TILE)
     return p * (increment - factors.projection)
 
@@ -160,8 +160,8 @@ def _cell_statistics_kernel(
     for k in tl.static_range(PIXELS):
         (state,) = states[k]
         statistics = softmax_of_lanes(state, TILE)
-        # The sum is at least 1, for the largest logit: a logarithm that is not at least 0 is wrong.
-        is_number = (statistics.log_sum >= 0) & (statistics.log_sum < float("inf"))
+        # The sum is about 1 at least; less where the largest logit's product with log2 e is rounded.
+        is_number = tl.abs(statistics.log_sum) < float("inf")
         valid = walk.pixels[k].label >= 0
         wrong += (valid & ~is_number).to(tl.int32)
         log_sum = statistics.largest + statistics.log_sum

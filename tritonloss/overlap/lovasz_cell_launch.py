@@ -38,8 +38,8 @@ from .lovasz_terms import HINGE, IS_QUICK, SOFTMAX, Counts, Options, Results, bi
 # Programs of a histogram that a large GPU has work for, and the most tiles that one goes through.
 _PROGRAMS = 1056
 _MOST_ROUNDS = 16
-# Of a pass for statistics: pixels of a lane at once.
-_MOST_PIXELS = 8
+# Of a pass for statistics: pixels of a lane at once, and classes in one block.
+_SUMMED = (8, 4)
 # Of a look-up for every pixel and class: pixels of a lane at once, and classes in one block.
 _PROJECTED = (4, 2)
 _LOOKED_UP = (4, 3)
@@ -97,9 +97,8 @@ def count_over_cells(
         statistics = prepared(
             ("lovasz_cell_statistics", *key), lambda: _prepare_statistics(logits, target, options)
         )
-        statistics(
-            **tensors, log_sum_ptr=results.log_sum, counts_ptr=counts.of_groups, **axes
-        )
+        assert results.log_sum is not None
+        statistics(**tensors, log_sum_ptr=results.log_sum, counts_ptr=counts.of_groups, **axes)
         tensors |= {"log_sum_ptr": results.log_sum, "histogram_ptr": counts.histogram}
     histogram = prepared(
         ("lovasz_cell_histogram", loss.name, *key),
@@ -113,9 +112,11 @@ def _prepare_statistics(
 ) -> PreparedLaunch:
     walk = walk_of(options)
     axes = axes_of(logits, target, options.align_corners)
-    heuristic = {
-        **cell_heuristic([SOFTMAX], "forward", axes[1].most),
-        **_at_once(_MOST_PIXELS, axes[1].most),
+    pixels, unroll = _SUMMED
+    heuristic: Configuration = {
+        **_at_once(pixels, axes[1].most),
+        "UNROLL": unroll,
+        "num_warps": 4,
     }
     programs, arguments = over_cells([SOFTMAX], logits, target, walk, axes, heuristic)
     arguments["TILE"] = arguments["TILE"]._replace(scaled=False)
@@ -138,7 +139,7 @@ def histogram_heuristic(loss: Loss, most: int) -> Configuration:
     return {**_at_once(pixels, most), "UNROLL": 1 if loss.binary else 2, "num_warps": 8}
 
 
-def _at_once(pixels: int, most: int) -> dict[str, int]:
+def _at_once(pixels: int, most: int) -> Configuration:
     """So many pixels of a lane, of cells with up to ``most`` columns."""
     columns = min(triton.next_power_of_2(most), pixels)
     rows = min(pixels // columns, triton.next_power_of_2(most))
@@ -233,7 +234,11 @@ def _prepare_backward(
     project = None
     if not loss.binary:
         pixels, unroll = _PROJECTED
-        heuristic = {**_at_once(pixels, axes[1].most), "UNROLL": unroll, "num_warps": 4}
+        heuristic: Configuration = {
+            **_at_once(pixels, axes[1].most),
+            "UNROLL": unroll,
+            "num_warps": 4,
+        }
         programs, arguments = over_cells([loss], logits, target, walk, axes, heuristic)
         constants = {
             **arguments,
@@ -281,9 +286,7 @@ def _of_nodes(
 # --- maps of classes ------------------------------------------------------------------------------
 
 
-def interpolated(
-    logits: torch.Tensor, target: torch.Tensor, options: Options
-) -> torch.Tensor:
+def interpolated(logits: torch.Tensor, target: torch.Tensor, options: Options) -> torch.Tensor:
     """The logits at the labels' resolution, in memory."""
     return torch.nn.functional.interpolate(
         logits.to(compute_dtype(logits.dtype)),

@@ -9,13 +9,14 @@ import triton
 
 from .._core import checks
 from .._core.backend import device_guard
+from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._engine.cell_grid import axes_of, cell_heuristic, over_cells, over_strips, pointers_of
 from .._engine.cell_kernels import _upsampled_backward_kernel
 from .._engine.pixel_grid import in_grains, over_pixels, rounds_of
 from .._engine.pixel_terms import Loss, Term, Walk, labels_of, terms_of
 from .._engine.pixel_walk import Terms
-from .._engine.pixels import Record
+from .._engine.pixels import Record, no_lookups
 from .._engine.planes import compute_dtype
 from .membership import (
     Options,
@@ -27,18 +28,30 @@ from .membership import (
     members_slope,
     members_start,
 )
-from .membership_cells import _membership_cells_kernel
+from .membership_cells import (
+    _membership_cells_kernel,
+    _membership_project_kernel,
+    cell_factors,
+    cell_is_silent,
+    cell_slope,
+)
 
 MOST_CLASSES = 1024  # whose sums a program has at once
-# Of interpolated logits: pixels of a lane at once and classes in one block, going forward; columns
-# of pixels, going back.
-_MOST_PIXELS = 4
+# Of interpolated logits: classes in one block; pixels of a lane at once, going forward, and columns
+# of them, going back.
 _UNROLL = 6
+_MOST_PIXELS = 4
 _MOST_COLUMNS = 4
 
 _RECORD = Record(
     members_start, members_add, members_add, members_factors, members_slope, members_lookups
 )
+
+# Of interpolated logits, whose projections are saved.
+_CELL_RECORD = Record(
+    members_start, members_add, members_add, cell_factors, cell_slope, no_lookups,
+    silent=cell_is_silent,
+)  # fmt: skip
 
 
 class SumOptions(NamedTuple):
@@ -136,27 +149,43 @@ def launch_sums_backward(
     grad_logits = torch.empty_like(logits)
     if target.numel() == 0:
         return grad_logits.zero_()
-    walk = _walk_of(options, logits, target)
-    prepare = _prepare_backward if walk.upsample is None else _prepare_backward_of_cells
-    launch = prepared(
-        ("membership_backward", kind(logits), kind(target), options),
-        lambda: prepare(logits, target, grad_logits, options, walk),
-    )
-    table = grad_sums.contiguous()
-    tensors: dict[str, Any] = {"table_ptr": table}
-    if walk.upsample is not None:
-        one = table.new_ones(1)
-        tensors = {
-            "upstream_ptr": one, "scale_ptr": one, "own_ptrs": (table,), "other_ptrs": (table,)
-        }  # fmt: skip
+    walk, table = _walk_of(options, logits, target), grad_sums.contiguous()
+    tensors: dict[str, Any] = {"logits_ptr": logits, "target_ptr": target}
+    kept = _maps(logits, options, *maps)
     with device_guard(logits):
+        if walk.upsample is None:
+            launch = prepared(
+                ("membership_backward", kind(logits), kind(target), options),
+                lambda: _prepare_backward(logits, target, grad_logits, options, walk),
+            )
+            launch(**tensors, table_ptr=table, map_ptrs=kept, grad_ptr=grad_logits)
+            return grad_logits
+        project, launch = prepared(
+            ("membership_backward", kind(logits), kind(target), options),
+            lambda: _prepare_backward_of_cells(logits, target, grad_logits, options, walk),
+        )
+        axes, one = _axes(logits, target, walk), table.new_ones(1)
+        if project is not None:
+            log_sum, place = kept
+            projection = torch.empty_like(log_sum)
+            project(
+                **tensors,
+                log_sum_ptr=log_sum,
+                place_ptr=place,
+                table_ptr=table,
+                projection_ptr=projection,
+                **axes,
+            )
+            kept = (*kept, projection)
         launch(
             **tensors,
-            logits_ptr=logits,
-            target_ptr=target,
-            map_ptrs=_maps(logits, options, *maps),
+            upstream_ptr=one,
+            scale_ptr=one,
+            own_ptrs=(table,),
+            other_ptrs=(table,),
+            map_ptrs=kept,
             grad_ptr=grad_logits,
-            **_axes(logits, target, walk),
+            **axes,
         )
     return grad_logits
 
@@ -215,10 +244,7 @@ def _prepare_sums_of_cells(
     images, classes = logits.shape[:2]
     loss = _loss_of(options)
     axes = axes_of(logits, target, walk.align_corners)
-    heuristic = {**cell_heuristic([loss], "forward", axes[1].most), "UNROLL": _UNROLL}
-    columns = min(int(heuristic["PIXEL_COLUMNS"]), _MOST_PIXELS)
-    heuristic["PIXEL_COLUMNS"] = columns
-    heuristic["PIXEL_ROWS"] = min(int(heuristic["PIXEL_ROWS"]), _MOST_PIXELS // columns)
+    heuristic: Configuration = {**_at_once(axes[1].most), "UNROLL": _UNROLL, "num_warps": 4}
     all_tiles, arguments = over_cells([loss], logits, target, walk, axes, heuristic)
     rounds = rounds_of(all_tiles)
     programs = triton.cdiv(all_tiles // images, rounds)
@@ -264,24 +290,42 @@ def _prepare_backward_of_cells(
     grad_logits: torch.Tensor,
     options: SumOptions,
     walk: Walk,
-) -> PreparedLaunch:
+) -> tuple[PreparedLaunch | None, PreparedLaunch]:
+    """(the launch that projects, if there is something to project, that of the gradient)."""
     loss = _loss_of(options)
     axes = axes_of(logits, target, walk.align_corners)
-    heuristic = cell_heuristic([loss], "backward", axes[1].most)
+    strides = {"logits_strides": logits.stride(), "target_strides": target.stride()}
+    terms, project = _terms(logits, options, walk, True), None
+    if options.score != "hinge" and logits.size(1) > 1:
+        heuristic = {**cell_heuristic([loss], "forward", axes[1].most), **_at_once(axes[1].most)}
+        programs, arguments = over_cells([loss], logits, target, walk, axes, heuristic)
+        del arguments["full"]
+        arguments |= {"programs": programs // logits.size(0), "TERMS": terms, **strides}
+        project = PreparedLaunch(_membership_project_kernel, (programs,), arguments, False)
+        loss = PROBABILITY._replace(record=_CELL_RECORD)
+        terms = terms_of((Term(loss, terms.options[0]),), logits, walk, True)
+        terms = terms._replace(maps=(3,))  # with the projections
+    heuristic = {**cell_heuristic([loss], "backward", axes[1].most), "UNROLL": _UNROLL}
     heuristic["PIXEL_COLUMNS"] = min(int(heuristic["PIXEL_COLUMNS"]), _MOST_COLUMNS)
     programs, arguments = over_strips([loss], logits, target, walk, axes, heuristic)
     constants = {
         **arguments,
-        "TERMS": _terms(logits, options, walk, True),
+        **strides,
+        "TERMS": terms,
         "numbers": ((),),
         "shares": (1.0,),
         "upstream_strides": (0, 0, 0),
-        "logits_strides": logits.stride(),
-        "target_strides": target.stride(),
         "grad_strides": grad_logits.stride(),
         "table_stride": 3 * logits.size(1),
     }
-    return PreparedLaunch(_upsampled_backward_kernel, (programs,), constants, False)
+    return project, PreparedLaunch(_upsampled_backward_kernel, (programs,), constants, False)
+
+
+def _at_once(most: int) -> Configuration:
+    """Pixels of a lane at once, of cells with up to ``most`` columns."""
+    columns = min(triton.next_power_of_2(most), _MOST_PIXELS)
+    rows = min(triton.next_power_of_2(most), _MOST_PIXELS // columns)
+    return {"PIXEL_COLUMNS": columns, "PIXEL_ROWS": rows}
 
 
 def _loss_of(options: SumOptions) -> Loss:

@@ -261,8 +261,8 @@ def neuro_iou_loss(
 
     Source:
         "NeuroIoU: Learning a Surrogate Loss for Semantic Segmentation", equations 2 to 5 and
-        section 3.3. Sums are divided by the labels' H W; the gradient goes through the softmax, which the paper
-        says both to remove and to keep.
+        section 3.3. Sums are divided by the labels' H W; the gradient goes through the softmax,
+        which the paper says both to remove and to keep.
 
     Example:
         >>> import torch, tritonloss
