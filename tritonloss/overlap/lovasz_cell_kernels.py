@@ -30,7 +30,8 @@ from .._engine.cells import (
     together,
 )
 from .._engine.class_cells import _places_of, _slot_of, _walk_of
-from .._engine.pixels import Given, Pixel, class_of, in_base2, is_own, nothing_yet
+from .._engine.math import LOG2_E
+from .._engine.pixels import Given, Pixel, class_of, is_own, nothing_yet
 from ..pixelwise.softmax import softmax_of_lanes
 from .lovasz_bins import hinge_place, in_histogram, softmax_place
 from .lovasz_gradient_kernels import _interpolated
@@ -78,8 +79,12 @@ def softmax_is_silent(options: Any) -> bool:
 
 @triton.jit
 def _increment(factors, block, SLOT: tl.constexpr, given, BINS: tl.constexpr, TILE: tl.constexpr):
-    """(p, dL/dp) of a slot's class."""
-    p = tl.exp2(in_base2(block, SLOT) - factors.log_sum)
+    """(p, dL/dp) of a slot's class.
+
+    For the projection and for the gradient p has to have the same bits: one in another bin would
+    have another increment, where the two are to cancel.
+    """
+    p = tl.exp2(block.logits[SLOT] * LOG2_E - factors.log_sum)
     place = softmax_place(p, BINS)
     own = is_own(factors.own, block, SLOT, TILE)
     entry = in_histogram(place.bin, own, p >= 0.5, BINS)
@@ -160,7 +165,7 @@ def _cell_statistics_kernel(
     for k in tl.static_range(PIXELS):
         (state,) = states[k]
         statistics = softmax_of_lanes(state, TILE)
-        # The sum is about 1 at least; less where the largest logit's product with log2 e is rounded.
+        # The sum is about 1 at least: the largest logit times log2 e is rounded.
         is_number = tl.abs(statistics.log_sum) < float("inf")
         valid = walk.pixels[k].label >= 0
         wrong += (valid & ~is_number).to(tl.int32)

@@ -27,7 +27,7 @@ from .._engine.cells import (
 )
 from .._engine.class_cells import _places_of, _walk_of
 from .._engine.math import LOG2_E
-from .._engine.pixels import Given, class_of, in_base2, is_own
+from .._engine.pixels import Given, class_of, is_own
 from .membership import Members, add_members, class_entry, members_of, no_sums, store_sums
 
 # --- slopes of probabilities ----------------------------------------------------------------------
@@ -67,7 +67,7 @@ def cell_slope(factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr,
     number = class_of(block, SLOT, TILE)
     gradient = tl.where(number == factors.predicted, factors.of_predicted, 0.0)
     gradient += tl.where(is_own(factors.own, block, SLOT, TILE), factors.of_own, 0.0)
-    p = tl.exp2(in_base2(block, SLOT) - factors.log_sum)
+    p = tl.exp2(block.logits[SLOT] * LOG2_E - factors.log_sum)  # as in the projection
     return p * (gradient - factors.projection)
 
 
