@@ -7,8 +7,10 @@ passes through the increments.
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, all_reduce
 
-from kernels_reference.base import one_hot, sanitised, valid_pixels
+from kernels_reference.base import at_labels, one_hot, sanitised, valid_pixels
+from kernels_reference.overlap import over_ranks
 
 
 def lovasz_softmax_loss(
@@ -20,8 +22,13 @@ def lovasz_softmax_loss(
     ignore_index: int | None = 255,
     exact: bool = False,
     bins: int | None = None,
+    upsample: str | None = None,
+    align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """The mean over classes of sum_r e_(r) w_(r), of the errors e = |y - p| from the largest on."""
+    logits = at_labels(logits, target, upsample, align_corners)
+    pooled = None if per_image else process_group
     count = logits.size(1)
     valid = valid_pixels(target, count, ignore_index)
     p = sanitised(logits, valid).softmax(1)
@@ -38,15 +45,15 @@ def lovasz_softmax_loss(
         # The error 1 - p lies in the mirrored bin of p.
         place = torch.where(own ^ is_mirrored, 2 * bins - 1 - place, place)
         in_bin = place, torch.where(own ^ is_mirrored, 1 - fraction, fraction)
-        class_losses = _by_bin(errors, own, counted, counted, in_bin, softmax_edges(bins))
+        class_losses = _by_bin(errors, own, counted, counted, in_bin, softmax_edges(bins), pooled)
 
     if classes == "present":
-        takes_part = (own & counted).any(-1)
+        takes_part = _any(own & counted, pooled)
     else:
         chosen = range(count) if classes == "all" else classes
         takes_part = torch.tensor([c in chosen for c in range(count)], device=logits.device)
-    mean = _mean(class_losses, takes_part)
-    return _not_a_number_if(valid & ~is_number, mean)
+    mean = _mean(class_losses, takes_part, process_group if per_image else None)
+    return _not_a_number_if(valid & ~is_number, mean, process_group)
 
 
 def lovasz_hinge_loss(
@@ -57,8 +64,13 @@ def lovasz_hinge_loss(
     ignore_index: int | None = 255,
     exact: bool = False,
     bins: int | None = None,
+    upsample: str | None = None,
+    align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """sum_r max(0, e_(r)) w_(r), of the errors e = 1 - z (2 y - 1) from the largest on."""
+    logits = at_labels(logits, target, upsample, align_corners)
+    pooled = None if per_image else process_group
     valid = valid_pixels(target, 1, ignore_index)
     own = one_hot(target, 1) & valid
     z = sanitised(logits, valid)
@@ -74,9 +86,9 @@ def lovasz_hinge_loss(
     else:
         bins = 4096 if bins is None else bins
         in_bin = _hinge_bins(errors.detach(), bins)
-        class_losses = _by_bin(errors, own, counted, is_error, in_bin, hinge_edges(bins))
-    mean = _mean(class_losses, counted.any(-1))
-    return _not_a_number_if(valid & ~is_number, mean)
+        class_losses = _by_bin(errors, own, counted, is_error, in_bin, hinge_edges(bins), pooled)
+    mean = _mean(class_losses, _any(counted, pooled), process_group if per_image else None)
+    return _not_a_number_if(valid & ~is_number, mean, process_group)
 
 
 # --- increments -----------------------------------------------------------------------------------
@@ -115,6 +127,7 @@ def _by_bin(
     is_error: Tensor,
     in_bin: tuple[Tensor, Tensor],
     edges: Tensor,
+    process_group: ProcessGroup | None,
 ) -> Tensor:
     """Of every group and class the integral of the Jaccard loss of the errors above a threshold.
 
@@ -126,6 +139,7 @@ def _by_bin(
             the union.
         in_bin: the bin of every error, and where in it the error lies, from 0 to 1.
         edges: of the bins, [bins + 1], from the smallest error up.
+        process_group: whose ranks' errors are counted together, or None.
     """
     place, fraction = in_bin
     bins = edges.numel() - 1
@@ -133,12 +147,15 @@ def _by_bin(
     is_error = is_error.expand_as(errors)
     shape = (*errors.shape[:2], bins)
     of_class, of_others = (
-        torch.zeros(shape, dtype=torch.int64, device=errors.device).scatter_add(
-            -1, place.expand_as(errors), (is_error & which).long()
+        _of_all_ranks(
+            torch.zeros(shape, dtype=torch.int64, device=errors.device).scatter_add(
+                -1, place.expand_as(errors), (is_error & which).long()
+            ),
+            process_group,
         )
         for which in (own, ~own)
     )
-    total = (own & counted).sum(-1, keepdim=True).to(errors)
+    total = _of_all_ranks((own & counted).sum(-1, keepdim=True), process_group).to(errors)
     low, high = _line(of_class.to(errors), of_others.to(errors), total)
 
     # the value: the area below the Jaccard loss, whose values at the edges are exact
@@ -154,6 +171,8 @@ def _by_bin(
     )
     increments = torch.where(is_error, at_low + fraction.to(errors) * (at_high - at_low), 0)
     weighted = (torch.where(is_error, errors, 0) * increments).sum(-1)
+    if process_group is not None:  # DistributedDataParallel divides by the number of ranks
+        weighted = process_group.size() * weighted
     return weighted + (value - weighted).detach()
 
 
@@ -256,13 +275,31 @@ def _grouped(maps: Tensor, per_image: bool) -> Tensor:
     return flat if per_image else flat.transpose(0, 1).flatten(1).unsqueeze(0)
 
 
-def _mean(class_losses: Tensor, takes_part: Tensor) -> Tensor:
-    """The mean over groups of the mean over the classes that take part; 0 where none does."""
+def _mean(class_losses: Tensor, takes_part: Tensor, process_group: ProcessGroup | None) -> Tensor:
+    """The mean over groups of the mean over the classes that take part; 0 where none does.
+
+    The groups are those of all ranks of a process group.
+    """
     takes_part = takes_part.expand_as(class_losses)
     of_groups = torch.where(takes_part, class_losses, 0).sum(-1) / takes_part.sum(-1).clamp(min=1)
-    return of_groups.sum() / max(of_groups.numel(), 1)
+    number = of_groups.new_tensor(of_groups.numel())
+    total = over_ranks(of_groups.sum(), process_group)
+    return total / over_ranks(number, process_group).clamp(min=1)
 
 
-def _not_a_number_if(is_wrong: Tensor, loss: Tensor) -> Tensor:
+def _not_a_number_if(is_wrong: Tensor, loss: Tensor, process_group: ProcessGroup | None) -> Tensor:
     """The loss, or NaN; its gradient is there all the same."""
-    return loss + torch.where(is_wrong.any(), torch.nan, 0).to(loss)
+    wrong = _of_all_ranks(is_wrong.sum(), process_group)
+    return loss + torch.where(wrong > 0, torch.nan, 0).to(loss)
+
+
+def _any(counted: Tensor, process_group: ProcessGroup | None) -> Tensor:
+    """Whether any pixel of any rank is counted, [groups, classes]."""
+    return _of_all_ranks(counted.sum(-1), process_group) > 0
+
+
+def _of_all_ranks(counts: Tensor, process_group: ProcessGroup | None) -> Tensor:
+    """The sum over all ranks of counts, which have no gradient."""
+    if process_group is not None:
+        all_reduce(counts, group=process_group)
+    return counts

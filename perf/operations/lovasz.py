@@ -158,12 +158,12 @@ BINARY_SHIPPED = (
 )
 
 # For AMD's GPUs an atomic sum is made of a loop over the lanes of a wave, which has no line.
-_ATOMICS = LoopNotes("atomics", "", lambda given: 64.0)
+ATOMICS = LoopNotes("atomics", "", lambda given: 64.0)
 _TILES = LoopNotes("tiles", "_softmax_histogram_kernel.i", _rounds)
 _HINGE_TILES = LoopNotes("tiles", "_hinge_histogram_kernel.i", _rounds)
 KERNELS = {
     "_softmax_statistics_kernel": KernelNotes(
-        outputs, (class_loop("classes", "_fold_blocks"), _ATOMICS)
+        outputs, (class_loop("classes", "_fold_blocks"), ATOMICS)
     ),
     "_softmax_histogram_kernel": KernelNotes(_of_classes, (_TILES,)),
     "_increments_kernel": KernelNotes(share_of_the_map),
@@ -175,7 +175,7 @@ KERNELS = {
     "_rank_increments_kernel": KernelNotes(share_of_the_map),
 }
 HINGE_KERNELS = {
-    "_hinge_histogram_kernel": KernelNotes(_of_classes, (_HINGE_TILES, _ATOMICS)),
+    "_hinge_histogram_kernel": KernelNotes(_of_classes, (_HINGE_TILES, ATOMICS)),
     "_increments_kernel": KERNELS["_increments_kernel"],
     "_hinge_gradient_kernel": KernelNotes(outputs),
     "_errors_kernel": KERNELS["_errors_kernel"],

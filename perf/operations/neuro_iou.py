@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ from perf.operations.contract import (
 )
 from perf.operations.pixel_cases import BASE, class_loop, floor, inputs, outputs
 from tritonloss import IoUSurrogate, functional
-from tritonloss.overlap.neuro_iou import MEMBERSHIP_SUMS, Options
+from tritonloss.overlap.membership_launch import SumOptions
+from tritonloss.overlap.neuro_iou import MEMBERSHIP_SUMS
 
 
 @functools.cache
@@ -34,19 +36,20 @@ def _surrogate(device: torch.device) -> IoUSurrogate:
         return IoUSurrogate().requires_grad_(False).to(device)
 
 
-def loss(logits: Tensor, target: Tensor) -> Tensor:
+def loss(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
     """The loss with that network."""
-    return functional.neuro_iou_loss(logits, target, _surrogate(logits.device))
+    return functional.neuro_iou_loss(logits, target, _surrogate(logits.device), **options)
 
 
-def reference(logits: Tensor, target: Tensor) -> Tensor:
+def reference(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
     """The reference with that network."""
-    return reference_of_sums(logits, target, _surrogate(logits.device).to(logits.dtype))
+    surrogate = _surrogate(logits.device).to(logits.dtype)
+    return reference_of_sums(logits, target, surrogate, **options)
 
 
 def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     """The launchers of the sums and of their gradient."""
-    options = Options(ignore_index=255)._replace(**case.options)
+    options = SumOptions(ignore_index=255)._replace(**case.options)
     MEMBERSHIP_SUMS.both_passes(*tensors, options=options)
 
 
@@ -62,10 +65,11 @@ def _outputs(given: Given) -> float:
     return outputs(given) * _tiles(given)
 
 
+OF_TILES = (LoopNotes("members", "add_members", lambda given: _tiles(given) * _CLASSES_OF_A_TILE),)
 _FOLD = class_loop("classes", "_fold_blocks")
 LOOPS = (
     replace(_FOLD, rounds=lambda given: _tiles(given) * _FOLD.rounds(given)),
-    LoopNotes("members", "add_members", lambda given: _tiles(given) * _CLASSES_OF_A_TILE),
+    *OF_TILES,
     LoopNotes("tiles", "_membership_sums_kernel", _tiles),
     # In float64 most of it is the exponential's, which has no line.
     LoopNotes("tiles", "", _tiles),

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import kernels_reference
 from kernels_reference.base import at_labels
-from perf.operations import margin_calibration, overlap
+from perf.operations import lovasz, margin_calibration, neuro_iou, overlap
 from perf.operations.contract import (
+    SHAPES,
     Case,
     CodeGoal,
     Floor,
@@ -136,6 +137,18 @@ RARE = rarely(
     {"options": {"align_corners": True}},
 )
 
+# Of the Lovász losses.
+_LOVASZ: tuple[dict[str, Any], ...] = (
+    {"options": {"per_image": True}},
+    {"options": {"exact": True}},
+)
+_DTYPES: tuple[dict[str, Any], ...] = tuple(
+    {"dtype": dtype} for dtype in ("bfloat16", "float16", "float64")
+)
+_BINARY = variations(
+    replace(BASE, shape=SHAPES["binary"]), {"shape": replace(_STREETS, classes=1)}, {"ratio": 8}
+)
+
 # --- how to read the machine code -----------------------------------------------------------------
 
 
@@ -196,6 +209,48 @@ OVERLAP_KERNELS = {
     "_upsampled_backward_kernel": _BACKWARD,
 }
 
+
+def _tiles(given: Given) -> float:
+    return float(given["rounds"])
+
+
+# Lovász: a histogram's program has several tiles.
+LOVASZ_KERNELS = {
+    **lovasz.KERNELS,  # of a sort
+    "_cell_statistics_kernel": KernelNotes(
+        share_of_the_map, (class_loop("classes"), lovasz.ATOMICS)
+    ),
+    "_cell_histogram_kernel": KernelNotes(
+        share_of_the_map, (LoopNotes("tiles", "_cell_histogram_kernel.i", _tiles),)
+    ),
+    "_cell_project_kernel": KernelNotes(
+        share_of_the_map, (class_loop("classes", "_cell_project_kernel"),)
+    ),
+    "_upsampled_backward_kernel": _BACKWARD,
+}
+LOVASZ_HINGE_KERNELS = {
+    **lovasz.HINGE_KERNELS,
+    "_cell_hinge_histogram_kernel": KernelNotes(
+        share_of_the_map,
+        (LoopNotes("tiles", "_cell_hinge_histogram_kernel.i", _tiles), lovasz.ATOMICS),
+    ),
+    "_upsampled_backward_kernel": _BACKWARD,
+}
+
+NEURO_KERNELS = {
+    "_membership_cells_kernel": KernelNotes(
+        share_of_the_map,
+        (
+            replace(class_loop("classes"), rounds=lambda given: _tiles(given) * _blocks(given)),
+            *neuro_iou.OF_TILES,
+            LoopNotes("tiles", "_membership_cells_kernel", _tiles),
+            LoopNotes("tiles", "", _tiles),
+        ),
+    ),
+    "_membership_project_kernel": KernelNotes(share_of_the_map),
+    "_upsampled_backward_kernel": _BACKWARD,
+}
+
 # --- goals ----------------------------------------------------------------------------------------
 
 
@@ -216,22 +271,25 @@ def code_goals(words: str, limits: dict[float, tuple[float, float]]) -> tuple[Co
     )
 
 
-def _extra(case: Case, per_pixel: float) -> float:
-    """MiB of the gradient and of so many bytes per pixel of the labels."""
+def _extra(case: Case, per_pixel: float, per_class: float = 0) -> float:
+    """MiB of the gradient and of so many bytes per pixel of the labels, and per class."""
     gradient = low_resolution(case).shape.elements * case.torch_dtype.itemsize
-    return (gradient + per_pixel * case.shape.pixels) * 1.005 / 2**20
+    more = per_pixel * case.shape.pixels + per_class * case.shape.classes
+    return (gradient + more) * 1.005 / 2**20
 
 
-def memory_goals(words: str, per_pixel: float) -> tuple[Goal, ...]:
-    """Extra memory: the gradient, and so many bytes per pixel of the labels."""
+def memory_goals(
+    words: str, per_pixel: float, cases: tuple[Case, ...] = CASES, per_class: float = 0
+) -> tuple[Goal, ...]:
+    """Extra memory: the gradient, so many bytes per pixel of the labels, and per class."""
     return tuple(
         Goal(
             f"{words}, {case.text}: extra MiB, the gradient and {per_pixel:g} bytes per pixel",
             case,
             "peak_delta_MiB",
-            at_most=_extra(case, per_pixel),
+            at_most=_extra(case, per_pixel, per_class),
         )
-        for case in CASES[:2]
+        for case in cases[:2]
     )
 
 
@@ -343,5 +401,63 @@ OPERATIONS = (
             goals=memory_goals("Dice of upsampled logits", 8),
         ),
         operators=(),  # its configurations are heuristics
+    ),
+    replace(
+        _operation(
+            "neuro_iou_loss",
+            neuro_iou.loss,
+            neuro_iou.reference,
+            neuro_iou.MEMBERSHIP_SUMS,
+            None,
+            launch=neuro_iou.launch,
+            kernels=NEURO_KERNELS,
+            cases=CASES[:3],
+            shipped=(
+                SHIPPED[0],
+                *rarely(
+                    BASE,
+                    {"ratio": 8},
+                    {"shape": _ROOMS},
+                    {"shape": SHAPES["binary"]},
+                    {"options": {"score": "hinge"}},
+                ),
+                *RARE,
+            ),
+            goals=memory_goals("NeuroIoU of upsampled logits", 9),  # 4 of them for a while
+        ),
+        operators=(),
+    ),
+    replace(
+        _operation(
+            "lovasz_softmax_loss",
+            functional.lovasz_softmax_loss,
+            lovasz.eager_softmax,
+            lovasz.lovasz.LOVASZ_SOFTMAX,
+            None,
+            launch=lovasz.launch(lovasz.lovasz.LOVASZ_SOFTMAX, lovasz.lovasz.BINS, "present"),
+            kernels=LOVASZ_KERNELS,
+            cases=CASES[:3],
+            shipped=(SHIPPED[0], *rarely(BASE, {"ratio": 8}, {"shape": _ROOMS}, *_LOVASZ), *RARE),
+            goals=memory_goals("Lovász softmax of upsampled logits", 8, per_class=48 * 1024),
+        ),
+        operators=(),
+    ),
+    replace(
+        _operation(
+            "lovasz_hinge_loss",
+            functional.lovasz_hinge_loss,
+            lovasz.eager_hinge,
+            lovasz.lovasz_hinge.LOVASZ_HINGE,
+            None,
+            launch=lovasz.launch(lovasz.lovasz_hinge.LOVASZ_HINGE, lovasz.lovasz_hinge.BINS, "all"),
+            kernels=LOVASZ_HINGE_KERNELS,
+            cases=_BINARY,
+            shipped=(
+                replace(_BINARY[0], everywhere=True),
+                *rarely(_BINARY[0], {"ratio": 8}, *_LOVASZ, *_DTYPES),
+            ),
+            goals=memory_goals("Lovász hinge of upsampled logits", 0, _BINARY, 24 * 4096),
+        ),
+        operators=(),
     ),
 )

@@ -136,6 +136,30 @@ def test_compiled(score: str, classes: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_volumes_and_sequences(backend: str, device: torch.device) -> None:
+    """Their sums are those of images with as many pixels, and are divided by that number."""
+    surrogate = fitted_like(6).to(device)
+    for classes in (1, 4):
+        logits, target = segmentation_case((2, classes, 12, 5), device=device)
+        shapes = (
+            (logits.unflatten(2, (3, 4)), target.unflatten(1, (3, 4))),
+            (logits.flatten(2), target.flatten(1)),
+        )
+        with tritonloss.use_backend(backend):
+            leaf = logits.clone().requires_grad_()
+            expected = neuro_iou_loss(leaf, target, surrogate)
+            (right,) = torch.autograd.grad(expected, leaf)
+            for given, labels in shapes:
+                leaf = given.clone().requires_grad_()
+                value = neuro_iou_loss(leaf, labels, surrogate)
+                (gradient,) = torch.autograd.grad(value, leaf)
+                torch.testing.assert_close(value, expected)
+                torch.testing.assert_close(gradient.reshape(right.shape), right)
+    pairs = collect_iou_pairs([(shapes[0][0], shapes[0][1])])
+    assert set(pairs.pixels.tolist()) == {60}
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_no_valid_pixel(backend: str, device: torch.device) -> None:
     logits = torch.randn(2, 3, 5, 6, device=device, requires_grad=True)
     target = torch.full((2, 5, 6), 255, device=device)

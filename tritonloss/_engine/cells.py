@@ -120,12 +120,28 @@ def divided(number, divisor):
 
 @triton.jit
 def place_of_program(sizes, TILE: tl.constexpr, CELLS: tl.constexpr):
+    """Where a program is whose only tile has its own number."""
+    return place_of(tl.program_id(0), sizes, TILE, CELLS)
+
+
+@triton.jit
+def place_of(tile, sizes, TILE: tl.constexpr, CELLS: tl.constexpr):
     """Side by side are blocks of cells, then chunks of columns and bands of rows in them."""
-    program, block = divided(tl.program_id(0), sizes.by_blocks)
-    chunk = program % CELLS.chunks
-    image, band = divided(program // CELLS.chunks, sizes.by_bands)
+    rest, block = divided(tile, sizes.by_blocks)
+    chunk = rest % CELLS.chunks
+    image, band = divided(rest // CELLS.chunks, sizes.by_bands)
     row, column = divided(block * TILE.pixels + tl.arange(0, TILE.pixels), sizes.by_row)
     return Place(image=image.to(tl.int64), row=row, column=column, band=band, chunk=chunk)
+
+
+@triton.jit
+def place_in_image(image, number, tiles, sizes, TILE: tl.constexpr, CELLS: tl.constexpr):
+    """The place of one of an image's tiles; one that is beyond the last has no cells."""
+    place = place_of(image * tiles + tl.minimum(number, tiles - 1), sizes, TILE, CELLS)
+    row = tl.where(number < tiles, place.row, sizes.height + 1)
+    return Place(
+        image=place.image, row=row, column=place.column, band=place.band, chunk=place.chunk
+    )
 
 
 @triton.jit

@@ -4,29 +4,38 @@ Bytes per pass, with L of logits and T of labels: forward 2 L + T, and backward 
 gradient. The softmax's two statistics are kept for the backward pass, in 8 bytes per pixel (16 for
 float64). Beside them there are only the gradient, and 48 bytes for each bin of each class.
 
+Of interpolated logits L is that of the low resolution, and 4 bytes per pixel of the labels are kept
+for the backward pass, which takes 4 more for a while.
+
 With ``exact=True`` there is a number for every logit beside the gradient, and for one class at a
-time what its sort takes.
+time what its sort takes. Interpolated logits are in memory then, too.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.distributed import ProcessGroup
 
 from kernels_reference.lovasz import lovasz_softmax_loss as lovasz_softmax_reference
 
 from .._core import checks
 from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
-from .._core.example import Example
+from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule
 from .lovasz_operator import (
+    Around,
+    check_around,
     check_bins,
+    checked_maps,
     lovasz_operator,
     lovasz_tuning_cases,
     number_of_bins,
-    of_images,
+    options_of,
 )
-from .lovasz_terms import SOFTMAX, Options
+from .lovasz_terms import SOFTMAX
 
 # How many bins a unit has if none are asked for, where histograms are quick and where they are not;
 # the fewest and the most.
@@ -53,6 +62,9 @@ def lovasz_softmax_loss(
     ignore_index: int | None = checks.IGNORE_INDEX,
     exact: bool = False,
     bins: int | None = None,
+    upsample: str | None = None,
+    align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Lovász-softmax loss: the mean over classes of the Jaccard loss, extended to probabilities.
 
@@ -77,9 +89,10 @@ def lovasz_softmax_loss(
     loss NaN, and the gradient of their own pixel; no other pixel's gradient is changed by them.
 
     Args:
-        logits: [N, C, H, W] with C >= 2, float16, bfloat16 or float32 (or float64), any strides.
-            Volumes too: [N, C, ..., H, W].
-        target: integer labels [N, H, W], or [N, ..., H, W], uint8 to int64.
+        logits: [N, C, H, W] with C >= 2, float16, bfloat16 or float32 (or float64), any strides. Or
+            [N, C, L], or volumes [N, C, D, H, W], of which those whose slices do not lie one behind
+            the other are copied. A binary mask of one channel is for :func:`lovasz_hinge_loss`.
+        target: integer labels [N, H, W] (or [N, L], [N, D, H, W]), uint8 to int64.
         classes: whose mean the loss is: "present" (default) for those that a valid pixel is of,
             "all", or their numbers. The loss of a class without pixels is the largest of its
             probabilities.
@@ -95,6 +108,19 @@ def lovasz_softmax_loss(
         bins: 1 / bins is the width of the widest bins; nearer to 0 and to 1 than 1/32 they are the
             narrower. A power of two from 64 to 2048. Default None: 1024, or 512 under Triton before
             3.9 and on AMD, where histograms with more bins take longer.
+        upsample: "bilinear" if the target has a higher resolution than the logits, [N, H, W] with
+            H >= h and W >= w of logits [N, C, h, w], at any ratios: the loss of
+            ``F.interpolate(logits.float(), size=(H, W), mode="bilinear")``,
+            which is never in memory unless ``exact``, whose sort takes as much for itself.
+            Default None: the same size, as volumes have to have.
+        align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
+            False.
+        process_group: the ranks whose images are one batch with these; all of them have to call,
+            with any number of images. Default None: no others. The value is that of the whole
+            batch. The gradient is, too, times the number of ranks: DistributedDataParallel takes
+            the mean of the ranks' gradients, which makes it that of the whole batch. What ranks add
+            up is a histogram; with ``exact`` it has to be None unless images have losses of their
+            own, ``per_image``.
 
     Returns:
         The loss in float32 (float64 for float64 logits), 0 with zero gradient where no pixel is
@@ -118,48 +144,35 @@ def lovasz_softmax_loss(
         >>> logits.grad.shape
         torch.Size([2, 19, 32, 64])
     """
-    logits, target = of_images(logits, target)
-    checks.check_logits(logits)
-    checks.check_target(logits, target)
-    _check_options(classes, per_image, ignore_index, exact, bins, logits)
+    around = Around(per_image, ignore_index, exact, upsample, align_corners, process_group)
+    logits, target = checked_maps(logits, target, upsample, align_corners)
+    _check(around, classes, bins, logits)
     checks.check_classes(logits)
     checks.check_labels_in_range(target, logits.size(1), ignore_index)
     bins = number_of_bins(bins, BINS)
     if not serves_triton(logits):
         return lovasz_softmax_reference(
-            logits,
-            target,
-            classes=classes,
-            per_image=per_image,
-            ignore_index=ignore_index,
-            exact=exact,
-            bins=bins,
+            logits, target, classes=classes, bins=bins, **around._asdict()
         )
-    options = Options(
-        bins,
-        classes if isinstance(classes, str) else ",".join(str(int(c)) for c in classes),
-        per_image,
-        checks.plain_label(ignore_index),
-        exact,
-    )
-    return LOVASZ_SOFTMAX(logits, target, options=options)[0]
+    chosen = classes if isinstance(classes, str) else ",".join(str(int(c)) for c in classes)
+    return LOVASZ_SOFTMAX(logits, target, options=options_of(around, bins, chosen))[0]
 
 
-def _check_options(
+def _check(
+    around: Around,
     classes: str | tuple[int, ...],
-    per_image: bool,
-    ignore_index: int | None,
-    exact: bool,
     bins: int | None,
     logits: torch.Tensor | None = None,
 ) -> None:
-    """Check all options; without ``logits``, for any number of classes."""
     count = None if logits is None else logits.size(1)
     checks.check_class_choice("classes", classes, count)
-    checks.check_flag("per_image", per_image)
-    checks.check_ignore_index(ignore_index, count)
-    checks.check_flag("exact", exact)
+    check_around(around, count)
     check_bins(bins, *_RANGE)
+
+
+def _check_options(*, classes: str | tuple[int, ...], bins: int | None, **around: Any) -> None:
+    """Check all options, for any number of classes."""
+    _check(Around(**around), classes, bins)
 
 
 class LovaszSoftmaxLoss(LossModule, function=lovasz_softmax_loss, check=_check_options):
@@ -185,5 +198,21 @@ EXAMPLES = (
         LOVASZ_SOFTMAX,
         {"exact": True, "per_image": True},
         LovaszSoftmaxLoss,
+    ),
+    Example(
+        "lovasz_softmax_loss, upsampled",
+        lovasz_softmax_loss,
+        LOVASZ_SOFTMAX,
+        {"bins": 64, "upsample": "bilinear"},
+        LovaszSoftmaxLoss,
+        half_resolution_and_target,
+    ),
+    Example(
+        "lovasz_softmax_loss, upsampled and exact",
+        lovasz_softmax_loss,
+        LOVASZ_SOFTMAX,
+        {"exact": True, "upsample": "bilinear"},
+        LovaszSoftmaxLoss,
+        half_resolution_and_target,
     ),
 )

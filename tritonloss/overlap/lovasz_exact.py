@@ -23,8 +23,8 @@ def launch_exact(
     results: Results,
     counts: Counts,
     options: Options,
-) -> Results:
-    """The results, of which only the softmax's statistics are there yet."""
+) -> None:
+    """Fill the results, of which only the softmax's statistics are there yet."""
     groups = results.scale.numel()
     items = target.numel() // groups
     key = results.scale.new_empty((groups, items))
@@ -37,7 +37,7 @@ def launch_exact(
         _launch_ranks((errors, order, found), results.table, logits, channel, options)
         losses.append(errors.sum(-1, dtype=torch.float64))
         totals.append(found[:, -1])
-    return _means(torch.stack(losses, -1), torch.stack(totals, -1), results, counts, options)
+    _fill_means(torch.stack(losses, -1), torch.stack(totals, -1), results, counts, options)
 
 
 def _launch_errors(
@@ -121,14 +121,14 @@ def _launch_ranks(
     )
 
 
-def _means(
+def _fill_means(
     losses: torch.Tensor,
     totals: torch.Tensor,
     results: Results,
     counts: Counts,
     options: Options,
-) -> Results:
-    """The results with the mean over groups of the mean over classes, [groups, C] each."""
+) -> None:
+    """Fill in the mean over groups of the mean over classes; ``losses`` are [groups, C]."""
     if options.classes == "present":
         takes_part = totals > 0
     else:
@@ -143,7 +143,6 @@ def _means(
     results.scale.copy_(1 / (number * number.numel()))
     if results.table is not None and options.classes != "all":
         results.table.mul_(_of_images(takes_part, results.table))
-    return results
 
 
 def _of_images(takes_part: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

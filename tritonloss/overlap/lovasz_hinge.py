@@ -2,12 +2,16 @@
 
 Bytes per pass, with L of logits and T of labels: forward L + T, and backward 2 L + T with the
 gradient. Beside that there are only 24 bytes for each bin. With ``exact=True`` there is a number
-for every logit beside the gradient, and what a sort of them takes.
+for every logit beside the gradient, and what a sort of them takes. Of interpolated logits L is that
+of the low resolution; with ``exact`` they are in memory.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.distributed import ProcessGroup
 
 from kernels_reference.lovasz import lovasz_hinge_loss as lovasz_hinge_reference
 
@@ -17,13 +21,16 @@ from .._core.configurations import TuningCase
 from .._core.example import Example
 from .._core.loss_module import LossModule
 from .lovasz_operator import (
+    Around,
+    check_around,
     check_bins,
+    checked_maps,
     lovasz_operator,
     lovasz_tuning_cases,
     number_of_bins,
-    of_images,
+    options_of,
 )
-from .lovasz_terms import HINGE, Options
+from .lovasz_terms import HINGE
 
 # How many bins there are if none are asked for, where histograms are quick and where they are not;
 # the fewest and the most.
@@ -49,6 +56,9 @@ def lovasz_hinge_loss(
     ignore_index: int | None = checks.IGNORE_INDEX,
     exact: bool = False,
     bins: int | None = None,
+    upsample: str | None = None,
+    align_corners: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Lovász hinge: the Jaccard loss of a binary mask, extended to margins.
 
@@ -63,9 +73,10 @@ def lovasz_hinge_loss(
     2.2e-4 of itself, and 1 less the gradient's cosine to the exact one was up to 5e-5.
 
     Args:
-        logits: [N, 1, H, W], float16, bfloat16 or float32 (or float64), any strides. Volumes too:
-            [N, 1, ..., H, W].
-        target: labels 0 and 1 [N, H, W], or [N, ..., H, W], uint8 to int64.
+        logits: [N, 1, H, W], float16, bfloat16 or float32 (or float64), any strides. Or [N, 1, L],
+            or volumes [N, 1, D, H, W], of which those whose slices do not lie one behind the other
+            are copied.
+        target: labels 0 and 1 [N, H, W] (or [N, L], [N, D, H, W]), uint8 to int64.
         per_image: False (default) for the loss of all images together, True for the mean over
             images, where one without valid pixels counts as 0.
         ignore_index: label of pixels that are ignored, any integer or None. Default 255. Other
@@ -74,6 +85,19 @@ def lovasz_hinge_loss(
         exact: sort the errors instead (default False). That takes many times as long.
         bins: how many bins there are, a power of two from 1024 to 4096. Default None: 4096, or 2048
             under Triton before 3.9 and on AMD, where histograms with more bins take longer.
+        upsample: "bilinear" if the target has a higher resolution than the logits, [N, H, W] with
+            H >= h and W >= w of logits [N, 1, h, w], at any ratios: the loss of
+            ``F.interpolate(logits.float(), size=(H, W), mode="bilinear")``, which is
+            never in memory unless ``exact``.
+            Default None: the same size, as volumes have to have.
+        align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
+            False.
+        process_group: the ranks whose images are one batch with these; all of them have to call,
+            with any number of images. Default None: no others. The value is that of the whole
+            batch. The gradient is, too, times the number of ranks: DistributedDataParallel takes
+            the mean of the ranks' gradients, which makes it that of the whole batch. What ranks add
+            up is a histogram; with ``exact`` it has to be None unless images have losses of their
+            own, ``per_image``.
 
     Returns:
         The loss in float32 (float64 for float64 logits), 0 with zero gradient where no pixel is
@@ -97,10 +121,10 @@ def lovasz_hinge_loss(
         >>> logits.grad.shape
         torch.Size([2, 1, 32, 64])
     """
-    logits, target = of_images(logits, target)
-    checks.check_logits(logits)
-    checks.check_target(logits, target)
-    _check_options(per_image, ignore_index, exact, bins)
+    around = Around(per_image, ignore_index, exact, upsample, align_corners, process_group)
+    logits, target = checked_maps(logits, target, upsample, align_corners)
+    check_around(around)
+    check_bins(bins, *_RANGE)
     if logits.size(1) != 1:
         raise ValueError(
             "logits must have one channel, of a binary mask with labels 0 and 1 (for several "
@@ -109,19 +133,13 @@ def lovasz_hinge_loss(
     checks.check_labels_in_range(target, 2, ignore_index)
     bins = number_of_bins(bins, BINS)
     if not serves_triton(logits):
-        return lovasz_hinge_reference(
-            logits, target, per_image=per_image, ignore_index=ignore_index, exact=exact, bins=bins
-        )
-    options = Options(bins, "all", per_image, checks.plain_label(ignore_index), exact)
-    return LOVASZ_HINGE(logits, target, options=options)[0]
+        return lovasz_hinge_reference(logits, target, bins=bins, **around._asdict())
+    return LOVASZ_HINGE(logits, target, options=options_of(around, bins, "all"))[0]
 
 
-def _check_options(
-    per_image: bool, ignore_index: int | None, exact: bool, bins: int | None
-) -> None:
-    checks.check_flag("per_image", per_image)
-    checks.check_ignore_index(ignore_index)
-    checks.check_flag("exact", exact)
+def _check_options(*, bins: int | None, **around: Any) -> None:
+    """Check all options."""
+    check_around(Around(**around))
     check_bins(bins, *_RANGE)
 
 
@@ -143,6 +161,12 @@ def _mask_and_target(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.
     return logits[:, :1], torch.where((target > 1) & (target < logits.size(1)), 0, target)
 
 
+def _half_resolution(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same with every second row and column of the logits."""
+    logits, target = _mask_and_target(logits, target)
+    return logits[..., ::2, ::2], target
+
+
 EXAMPLES = (
     Example(
         "lovasz_hinge_loss",
@@ -160,6 +184,15 @@ EXAMPLES = (
         {"exact": True},
         LovaszHingeLoss,
         _mask_and_target,
+        binary=True,
+    ),
+    Example(
+        "lovasz_hinge_loss, upsampled",
+        lovasz_hinge_loss,
+        LOVASZ_HINGE,
+        {"bins": 1024, "upsample": "bilinear"},
+        LovaszHingeLoss,
+        _half_resolution,
         binary=True,
     ),
 )

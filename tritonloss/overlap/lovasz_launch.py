@@ -10,6 +10,7 @@ import triton
 from .._core.backend import device_guard, warp_size
 from .._core.configurations import Configuration, launch_configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
+from .._core.process_groups import add_over_ranks
 from .._core.tuning_inputs import random_map
 from .._engine.pixel_grid import _classes_in_lanes, _grain, _is_flat, in_grains, over_pixels
 from .._engine.pixel_terms import Loss, Term, Walk, terms_of
@@ -17,6 +18,12 @@ from .._engine.pixel_tuning import pixel_candidates
 from .._engine.pixels import Tile
 from .._engine.planes import ignored_class
 from .._engine.sums import sums_over
+from .lovasz_cell_launch import (
+    count_over_cells,
+    interpolated,
+    into_nodes,
+    launch_backward_over_cells,
+)
 from .lovasz_exact import launch_exact
 from .lovasz_gradient_kernels import _hinge_gradient_kernel, _softmax_gradient_kernel
 from .lovasz_kernels import (
@@ -34,6 +41,7 @@ from .lovasz_terms import (
     bins_of,
     chosen,
     filled_by_kernels,
+    is_interpolated,
     kept,
     zero_counts,
 )
@@ -52,21 +60,90 @@ def launch_forward(
 ) -> Results:
     """The loss, and what the backward pass needs if ``save``."""
     results = filled_by_kernels(loss, logits, target, options, save)
-    if target.numel() == 0:
+    is_of_one_batch = options.group is not None and not options.per_image
+    if target.numel() == 0 and not is_of_one_batch:
         for result in results:
             if result is not None:
                 result.zero_()
+        _over_ranks(results, options)
         return kept(results, save)
     counts = zero_counts(loss, logits, target, options)
     with device_guard(logits):
-        if not loss.binary:
-            _launch_statistics(logits, target, results, counts, options)
         if options.exact:
-            results = launch_exact(loss, logits, target, results, counts, options)
+            _launch_exact(loss, logits, target, results, counts, options)
         else:
-            _launch_histogram(loss, logits, target, results, counts, options)
+            if target.numel() > 0:
+                _launch_counts(loss, logits, target, results, counts, options)
+            ranks = 1
+            if options.group is not None and not options.per_image:
+                ranks = add_over_ranks(counts.both, options.group)
             _launch_increments(loss, logits, results, counts, options)
+            if ranks > 1:
+                results.scale.mul_(ranks)
+        if options.per_image:
+            _over_ranks(results, options)
+            if is_interpolated(logits, target, options) and not options.exact:
+                _scale_table(results)
     return kept(results, save)
+
+
+def _launch_counts(
+    loss: Loss,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    results: Results,
+    counts: Counts,
+    options: Options,
+) -> None:
+    """Write the statistics of a softmax, and count the errors in every bin of every class."""
+    if is_interpolated(logits, target, options):
+        count_over_cells(loss, logits, target, results, counts, options)
+        return
+    if not loss.binary:
+        _launch_statistics(logits, target, results, counts, options)
+    _launch_histogram(loss, logits, target, results, counts, options)
+
+
+def _launch_exact(
+    loss: Loss,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    results: Results,
+    counts: Counts,
+    options: Options,
+) -> None:
+    """Fill the results by a sort of every class."""
+    if is_interpolated(logits, target, options):
+        logits = interpolated(logits, target, options)
+    if not loss.binary:
+        _launch_statistics(logits, target, results, counts, options)
+    launch_exact(loss, logits, target, results, counts, options)
+
+
+def _over_ranks(results: Results, options: Options) -> None:
+    """Make the mean over images one over those of all ranks of a group.
+
+    The gradient is that of the mean times the number of ranks: DistributedDataParallel divides by
+    it.
+    """
+    if options.group is None:
+        return
+    images = results.scale.numel()
+    totals = results.loss.new_zeros(2, dtype=torch.float64)
+    totals[0] = results.loss * images
+    totals[1] = images
+    ranks = add_over_ranks(totals, options.group)
+    total, number = totals.unbind()
+    number = number.clamp(min=1)
+    results.loss.copy_(total / number)
+    results.scale.mul_(ranks * images / number)
+
+
+def _scale_table(results: Results) -> None:
+    """Multiply each image's increments by its factor, which is 1 then: going back there is one."""
+    assert results.table is not None
+    results.table.mul_(results.scale.view(-1, 1, 1, 1))
+    results.scale.fill_(1.0)
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -265,9 +342,34 @@ def launch_backward(
     options: Options,
 ) -> torch.Tensor:
     """The gradient of the logits."""
-    grad_logits = torch.empty_like(logits)
     if target.numel() == 0:
-        return grad_logits.zero_()
+        return torch.zeros_like(logits)
+    with device_guard(logits):
+        if not is_interpolated(logits, target, options):
+            grad_logits = torch.empty_like(logits)
+            _launch_gradient(loss, grad_loss, results, logits, target, grad_logits, options)
+        elif options.exact:
+            # Every logit is read before its gradient is written in its place.
+            at_labels = interpolated(logits, target, options)
+            _launch_gradient(loss, grad_loss, results, at_labels, target, at_labels, options)
+            grad_logits = into_nodes(at_labels, logits, target, options)
+        else:
+            grad_logits = launch_backward_over_cells(
+                loss, grad_loss, results, logits, target, options
+            )
+    return grad_logits
+
+
+def _launch_gradient(
+    loss: Loss,
+    grad_loss: torch.Tensor,
+    results: Results,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    grad_logits: torch.Tensor,
+    options: Options,
+) -> None:
+    """Write the gradient of logits at the labels' resolution."""
 
     def prepare() -> PreparedLaunch:
         heuristic = gradient_heuristic(loss, logits)
@@ -302,10 +404,7 @@ def launch_backward(
     }
     if not loss.binary:
         tensors |= {"largest_ptr": results.largest, "log_sum_ptr": results.log_sum}
-    launch = prepared(key, prepare)
-    with device_guard(logits):
-        launch(**tensors)
-    return grad_logits
+    prepared(key, prepare)(**tensors)
 
 
 # --- tuning ---------------------------------------------------------------------------------------

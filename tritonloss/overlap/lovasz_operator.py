@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.distributed import ProcessGroup
 
 from .._core import checks
 from .._core.configurations import Launch, Shape, TuningCase
 from .._core.operator import Operator
+from .._core.process_groups import check_process_group, name_of
 from .._core.tuning_inputs import random_labels, random_map
 from .._engine.pixel_terms import Loss
 from .lovasz_launch import launch_backward, launch_forward, neighbours
@@ -56,14 +58,54 @@ def lovasz_operator(loss: Loss) -> Operator:
 # --- options and shapes ---------------------------------------------------------------------------
 
 
-def of_images(logits: torch.Tensor, target: torch.Tensor) -> tuple[Any, Any]:
-    """Logits and labels of volumes as those of images with more rows; anything else as it is."""
-    given = isinstance(logits, torch.Tensor), isinstance(target, torch.Tensor)
-    if not all(given) or logits.is_nested or target.is_nested or logits.dim() < 5:
-        return logits, target
-    if target.shape != (logits.shape[0], *logits.shape[2:]):
-        return logits, target
-    return logits.flatten(2, -2), target.flatten(1, -2)
+class Around(NamedTuple):
+    """What users give to both losses around their own options."""
+
+    per_image: bool
+    ignore_index: int | None
+    exact: bool
+    upsample: str | None
+    align_corners: bool
+    process_group: ProcessGroup | None
+
+
+def check_around(around: Around, labels: int | None = None) -> None:
+    """Check what both losses have; without ``labels``, for any number of them."""
+    checks.check_flag("per_image", around.per_image)
+    checks.check_ignore_index(around.ignore_index, labels)
+    checks.check_flag("exact", around.exact)
+    checks.check_upsample(around.upsample, around.align_corners)
+    check_process_group(around.process_group)
+    if around.process_group is not None and around.exact and not around.per_image:
+        raise ValueError(
+            "process_group must be None with exact=True, unless per_image=True: ranks add up "
+            "histograms, and have no sort in common; got a process group"
+        )
+
+
+def checked_maps(
+    logits: torch.Tensor, target: torch.Tensor, upsample: str | None, align_corners: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels as images, after all checks of both."""
+    logits, target = checks.as_images(logits, target, upsample)
+    checks.check_logits(logits)
+    checks.check_upsample(upsample, align_corners)
+    checks.check_target(logits, target, upsample, can_upsample=True)
+    return logits, target
+
+
+def options_of(around: Around, bins: int, classes: str) -> Options:
+    """The options of the operators."""
+    return Options(
+        bins,
+        classes,
+        around.per_image,
+        checks.plain_label(around.ignore_index),
+        around.exact,
+        around.upsample,
+        around.align_corners,
+        name_of(around.process_group),
+    )
 
 
 def number_of_bins(bins: int | None, defaults: tuple[int, int]) -> int:

@@ -37,6 +37,14 @@ class Options(NamedTuple):
     per_image: bool = False
     ignore_index: int | None = checks.IGNORE_INDEX
     exact: bool = False
+    upsample: str | None = None
+    align_corners: bool = False
+    group: str | None = None  # a process group's name
+
+
+def is_interpolated(logits: torch.Tensor, target: torch.Tensor, options: Options) -> bool:
+    """Whether logits are interpolated: to the same size, that is to do nothing."""
+    return options.upsample is not None and logits.shape[2:] != target.shape[1:]
 
 
 class Results(NamedTuple):
@@ -45,8 +53,8 @@ class Results(NamedTuple):
     loss: torch.Tensor  # []
     scale: torch.Tensor  # [groups]: the factor of the gradients of each group's classes
     table: torch.Tensor | None  # increments [groups, C, 2 * bins of a class, 2], or [N, C, H, W]
-    largest: torch.Tensor | None  # [N, H, W], of the softmax
-    log_sum: torch.Tensor | None  # [N, H, W], of the softmax
+    largest: torch.Tensor | None  # [N, H, W], of the softmax; not of interpolated logits in bins
+    log_sum: torch.Tensor | None  # [N, H, W], of the softmax; of those the log-sum-exp
 
 
 def bins_of(loss: Loss, options: Options) -> Bins:
@@ -81,7 +89,9 @@ def filled_by_kernels(
     elif save:
         table = logits.new_empty((images, classes, *target.shape[1:]), dtype=dtype)
     if not loss.binary:
-        largest, log_sum = (logits.new_empty(target.shape, dtype=dtype) for _ in range(2))
+        log_sum = logits.new_empty(target.shape, dtype=dtype)
+        if options.exact or not is_interpolated(logits, target, options):
+            largest = torch.empty_like(log_sum)
     scale = logits.new_empty(groups, dtype=dtype)
     return Results(logits.new_empty((), dtype=dtype), scale, table, largest, log_sum)
 
@@ -95,15 +105,18 @@ class Counts(NamedTuple):
 
     histogram: torch.Tensor  # [groups * C * 2 * bins of a class]; empty where nothing is binned
     of_groups: torch.Tensor  # [groups * 2]: pixels whose numbers are none; of a hinge, own pixels
+    both: torch.Tensor  # all of that memory
 
 
 def zero_counts(loss: Loss, logits: torch.Tensor, target: torch.Tensor, options: Options) -> Counts:
     """The counts before anything is counted."""
     groups = logits.size(0) if options.per_image else 1
     entries = 0 if options.exact else groups * logits.size(1) * 2 * bins_of(loss, options).count
-    dtype = torch.int32 if target.numel() < _MANY else torch.int64
+    # Over ranks there may be more, and all have to agree.
+    is_few = target.numel() < _MANY and options.group is None
+    dtype = torch.int32 if is_few else torch.int64
     zeros = logits.new_zeros(entries + 2 * groups, dtype=dtype)
-    return Counts(zeros[:entries], zeros[entries:])
+    return Counts(zeros[:entries], zeros[entries:], zeros)
 
 
 def chosen(classes: str) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ from .._engine.pixel_walk import (
     write_gradients,
 )
 from .._engine.pixels import Given, class_of, for_classes
-from ..pixelwise.softmax import softmax_add, softmax_of_lanes, softmax_start
+from ..pixelwise.softmax import exponent, softmax_add, softmax_of_lanes, softmax_start
 
 _NO_CLASS = tl.constexpr(1 << 30)
 
@@ -157,8 +157,10 @@ def members_of(state, own_logit, pixel, OPTIONS: tl.constexpr, TILE: tl.constexp
         predicted = tl.where(valid, place, -1)
         statistics = softmax_of_lanes(state.softmax, TILE)
         of_predicted = tl.exp2(-statistics.log_sum)
-        of_own = tl.exp2((own_logit - statistics.largest) * LOG2_E - statistics.log_sum)
-        saved = (statistics.log_sum, place)
+        of_own = tl.exp2(exponent(own_logit, statistics.largest, TILE) - statistics.log_sum)
+        # Of interpolated logits the log-sum-exp: the largest is nowhere to be read.
+        log_sum = statistics.log_sum
+        saved = (log_sum + statistics.largest if TILE.bundle == 0 else log_sum, place)
     members = Members(predicted=predicted, own=own, of_predicted=of_predicted, of_own=of_own)
     return members, saved
 
@@ -171,9 +173,9 @@ def members_factors(
     own = pixel.own
     if OPTIONS.binary:
         # Which sets a pixel is a member of depends on the logit, which the slope has.
-        own_entry = _entry(given, 0, 0, TILE)
-        other_entry = _entry(given, 0, 1, TILE)
-        missed_entry = _entry(given, 0, 2, TILE)
+        own_entry = class_entry(given, 0, 0, TILE)
+        other_entry = class_entry(given, 0, 1, TILE)
+        missed_entry = class_entry(given, 0, 2, TILE)
         predicted = own
         of_predicted = scale * tl.where(own == 0, own_entry, other_entry)
         of_own = scale * tl.where(own == 0, missed_entry, 0.0)
@@ -189,9 +191,9 @@ def members_factors(
             log_sum, place = saved
         predicted = tl.where(pixel.label >= 0, place.to(tl.int32), -1)
         is_right = predicted == own
-        right = _entry(given, own, 0, TILE)
-        of_predicted = scale * tl.where(is_right, right, _entry(given, predicted, 1, TILE))
-        of_own = scale * tl.where(is_right, 0.0, _entry(given, own, 2, TILE))
+        right = class_entry(given, own, 0, TILE)
+        of_predicted = scale * tl.where(is_right, right, class_entry(given, predicted, 1, TILE))
+        of_own = scale * tl.where(is_right, 0.0, class_entry(given, own, 2, TILE))
         if OPTIONS.hinge:
             # max(0, x) has the derivative 1 at 0, as PyTorch's clamp has.
             rises = tl.where(logit >= -1.0, 1.0, 0.0)
@@ -238,7 +240,7 @@ def members_slope(
 
 
 @triton.jit
-def _entry(given, index, KIND: tl.constexpr, TILE: tl.constexpr):
+def class_entry(given, index, KIND: tl.constexpr, TILE: tl.constexpr):
     """The gradient of a class's sum; an index out of range is clamped."""
     place = tl.minimum(tl.maximum(index, 0), TILE.classes - 1) * 3 + KIND
     return tl.load(given.own_table + place).to(tl.float64 if TILE.double else tl.float32)

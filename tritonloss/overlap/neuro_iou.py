@@ -8,9 +8,10 @@ from them is small: it is PyTorch's, and so is the gradient it returns to the su
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ from .membership_launch import (
     MOST_CLASSES,
     PROBABILITY,
     MembershipResults,
+    SumOptions,
     allocated,
     launch_sums,
     launch_sums_backward,
@@ -38,45 +40,24 @@ from .membership_launch import (
 # --- operator -------------------------------------------------------------------------------------
 
 
-class Options(NamedTuple):
-    """The options of the sums."""
-
-    score: str = "probability"
-    ignore_index: int | None = checks.IGNORE_INDEX
-
-
-def _forward(
-    logits: torch.Tensor, target: torch.Tensor, options: Options, save: bool
-) -> MembershipResults:
-    return launch_sums(logits, target, options.ignore_index, options.score == "hinge", save)
-
-
 def _backward(
     grad_sums: torch.Tensor,
     first: torch.Tensor | None,
     second: torch.Tensor | None,
     logits: torch.Tensor,
     target: torch.Tensor,
-    options: Options,
+    options: SumOptions,
 ) -> torch.Tensor:
-    return launch_sums_backward(
-        grad_sums, (first, second), logits, target, options.ignore_index, options.score == "hinge"
-    )
-
-
-def _allocate(
-    logits: torch.Tensor, target: torch.Tensor, options: Options, save: bool
-) -> MembershipResults:
-    return allocated(logits, target, options.score == "hinge", save)
+    return launch_sums_backward(grad_sums, (first, second), logits, target, options)
 
 
 MEMBERSHIP_SUMS = Operator(
     "membership_sums",
-    forward=_forward,
+    forward=launch_sums,
     backward=_backward,
-    allocate=_allocate,
+    allocate=allocated,
     results=MembershipResults,
-    options=Options,
+    options=SumOptions,
     returned=2,
 )
 
@@ -103,20 +84,28 @@ def _tuning_pass(dtype: torch.dtype, layout: str, device: torch.device) -> Launc
     shape = (2, 19, 512, 1024)
     logits = random_map(shape, layout, dtype, device).sub_(0.5).mul_(8)
     target = random_labels(shape, device)
-    return lambda: MEMBERSHIP_SUMS.both_passes(logits, target, options=Options())
+    return lambda: MEMBERSHIP_SUMS.both_passes(logits, target, options=SumOptions())
 
 
 def membership_sums(
-    logits: torch.Tensor, target: torch.Tensor, *, score: str, ignore_index: int | None
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    score: str,
+    ignore_index: int | None,
+    upsample: str | None = None,
+    align_corners: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(sums, counts): [N, C, 3] each, over true positives, false positives, false negatives."""
+    logits, target = checks.as_images(logits, target, upsample)
     checks.check_logits(logits)
+    checks.check_upsample(upsample, align_corners)
     if logits.shape[1] > MOST_CLASSES:
         checks.check_classes(logits, MOST_CLASSES)
-    checks.check_target(logits, target)
+    checks.check_target(logits, target, upsample, can_upsample=True)
     checks.check_ignore_index(ignore_index, checks.labels_of(logits))
     checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
-    options = Options(score, checks.plain_label(ignore_index))
+    options = SumOptions(score, checks.plain_label(ignore_index), upsample, align_corners)
     if not serves_triton(logits):
         return membership_sums_reference(logits, target, **options._asdict())
     sums, counts = MEMBERSHIP_SUMS(logits, target, options=options)
@@ -135,6 +124,8 @@ def collect_iou_pairs(
     *,
     score: str = "probability",
     ignore_index: int | None = checks.IGNORE_INDEX,
+    upsample: str | None = None,
+    align_corners: bool = False,
 ) -> IoUPairs:
     """Collect examples for an IoU surrogate: one for every image and class that it has.
 
@@ -142,11 +133,13 @@ def collect_iou_pairs(
     images (section 3.1). A module is put into evaluation mode meanwhile; nothing has a gradient.
 
     Args:
-        source: a network, images -> logits [N, C, H, W]; or, without ``batches``, an iterable of
-            (logits, target).
+        source: a network, images -> logits [N, C, H, W], or of volumes [N, C, D, H, W]; or,
+            without ``batches``, an iterable of (logits, target).
         batches: an iterable of (images, target), on the network's device.
         score: what is summed up, "probability" (default) or "hinge".
         ignore_index: label of ignored pixels, an integer or None. Default 255.
+        upsample: "bilinear" if targets have a higher resolution than logits. Default None.
+        align_corners: of the interpolation. Default False.
 
     Returns:
         The examples, on the CPU; none if no image has a valid pixel.
@@ -164,7 +157,14 @@ def collect_iou_pairs(
     parts = [_no_pairs(score)]
     with torch.no_grad(), _evaluating(source):
         for logits, target in _logits_of(source, batches):
-            sums, counts = membership_sums(logits, target, score=score, ignore_index=ignore_index)
+            sums, counts = membership_sums(
+                logits,
+                target,
+                score=score,
+                ignore_index=ignore_index,
+                upsample=upsample,
+                align_corners=align_corners,
+            )
             present = counts[..., 0] + counts[..., 2] > 0
             pixels = torch.full((int(present.sum()),), target[0].numel())
             parts.append(
@@ -218,6 +218,8 @@ def neuro_iou_loss(
     surrogate: IoUSurrogate,
     *,
     ignore_index: int | None = checks.IGNORE_INDEX,
+    upsample: str | None = None,
+    align_corners: bool = False,
 ) -> torch.Tensor:
     """What a surrogate takes the IoU loss for, mean over the classes that each image has.
 
@@ -227,18 +229,27 @@ def neuro_iou_loss(
     network. The paper trains with cross entropy first, and then with this alone.
 
     It reads the logits once going forward, and once going back. Extra memory is the gradient and 5
-    bytes per pixel, 6 of more than 256 classes. Results are the same at every call.
+    bytes per pixel of the labels, 6 of more than 256 classes. Results are the same at every call.
+    Images, not batches, have sums: those of other ranks are in none of them.
 
     Args:
         logits: [N, C, H, W], float16, bfloat16, float32 or float64, any strides, C up to 1024. One
-            channel is a binary mask: sigmoids are the probabilities, and labels are 0 and 1.
-        target: integer labels [N, H, W], uint8 to int64.
+            channel is a binary mask: sigmoids are the probabilities, and labels are 0 and 1. Or
+            [N, C, L], or volumes [N, C, D, H, W], of which those whose slices do not lie one behind
+            the other are copied.
+        target: integer labels [N, H, W] (or [N, L], [N, D, H, W]), uint8 to int64.
         surrogate: a fitted network (:func:`tritonloss.fit_iou_surrogate`), which also says whether
             probabilities or hinges are summed up.
         ignore_index: label of pixels that are in no set, any integer or None. Default 255, which
             has to be given where there are more than 255 classes and it is one of them. Other
             labels outside [0, C) raise on the CPU; on a GPU, where looking would synchronise, they
             count as ignored unless TRITONLOSS_CHECK_LABELS=1 is set.
+        upsample: "bilinear" if the target has a higher resolution than the logits, [N, H, W] with
+            H >= h and W >= w of logits [N, C, h, w], at any ratios: the loss of
+            ``F.interpolate(logits.float(), size=(H, W), mode="bilinear")``, which is never in
+            memory. Default None: the same size, as volumes have to have.
+        align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
+            False.
 
     Returns:
         The loss, a float32 scalar (float64 for float64 logits); 0 with a gradient of 0 if no pixel
@@ -250,8 +261,8 @@ def neuro_iou_loss(
 
     Source:
         "NeuroIoU: Learning a Surrogate Loss for Semantic Segmentation", equations 2 to 5 and
-        section 3.3. Sums are divided by H W; the gradient goes through the softmax, which the paper
-        says both to remove and to keep.
+        section 3.3. Sums are divided by the labels' H W; the gradient goes through the softmax,
+        which the paper says both to remove and to keep.
 
     Example:
         >>> import torch, tritonloss
@@ -261,9 +272,16 @@ def neuro_iou_loss(
         >>> fit = tritonloss.fit_iou_surrogate(pairs, steps=10, progress=False)
         >>> tritonloss.functional.neuro_iou_loss(logits, target, fit.surrogate).backward()
     """
-    _check_options(surrogate, ignore_index)
-    sums, counts = membership_sums(logits, target, score=surrogate.score, ignore_index=ignore_index)
-    pixels = max(target.shape[1] * target.shape[2], 1)
+    _check_options(surrogate, ignore_index, upsample, align_corners)
+    sums, counts = membership_sums(
+        logits,
+        target,
+        score=surrogate.score,
+        ignore_index=ignore_index,
+        upsample=upsample,
+        align_corners=align_corners,
+    )
+    pixels = max(math.prod(target.shape[1:]), 1)
     present = counts[..., 0] + counts[..., 2] > 0
     losses = surrogate.frozen(sums, counts, pixels)
     # Selected: where a class is absent, whatever the network returns has no part in the loss.
@@ -271,10 +289,13 @@ def neuro_iou_loss(
     return total / present.sum().clamp(min=1)
 
 
-def _check_options(surrogate: IoUSurrogate, ignore_index: int | None) -> None:
+def _check_options(
+    surrogate: IoUSurrogate, ignore_index: int | None, upsample: str | None, align_corners: bool
+) -> None:
     if not isinstance(surrogate, IoUSurrogate):
         raise TypeError(f"surrogate must be an IoUSurrogate; got {type(surrogate).__name__}")
     checks.check_ignore_index(ignore_index)
+    checks.check_upsample(upsample, align_corners)
 
 
 class NeuroIoULoss(LossModule, function=neuro_iou_loss, check=_check_options):
@@ -282,7 +303,7 @@ class NeuroIoULoss(LossModule, function=neuro_iou_loss, check=_check_options):
 
     Args:
         surrogate: a fitted :class:`tritonloss.IoUSurrogate`.
-        ignore_index: as for the function.
+        ignore_index, upsample, align_corners: as for the function.
 
     Raises:
         TypeError, ValueError: as the function.
@@ -314,6 +335,11 @@ def _with_a_network(logits: torch.Tensor, target: torch.Tensor) -> tuple[Any, ..
     return logits, target, _UNFITTED[device]
 
 
+def _half_resolution(logits: torch.Tensor, target: torch.Tensor) -> tuple[Any, ...]:
+    """The same with every second row and column of the logits."""
+    return _with_a_network(logits[..., ::2, ::2], target)
+
+
 EXAMPLES = (
     Example(
         "neuro_iou_loss",
@@ -321,5 +347,13 @@ EXAMPLES = (
         MEMBERSHIP_SUMS,
         module=NeuroIoULoss,
         arguments=_with_a_network,
+    ),
+    Example(
+        "neuro_iou_loss, upsampled",
+        neuro_iou_loss,
+        MEMBERSHIP_SUMS,
+        {"upsample": "bilinear"},
+        NeuroIoULoss,
+        _half_resolution,
     ),
 )
