@@ -1,0 +1,182 @@
+"""Pixel contrast: anchors are pulled to keys of their class and pushed from those of others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from kernels_reference.pixel_contrast import pixel_contrast_loss as pixel_contrast_reference
+
+from .._core import checks
+from .._core.backend import serves_triton
+from .._core.example import Example
+from .._core.operator import Operator
+from .._core.process_groups import check_process_group, name_of
+from .contrast_checks import check_embeddings, check_labels_of, check_options
+from .contrast_launch import Results, allocate, launch_backward, launch_forward
+from .tile_launch import Options, tile_dtype
+
+
+def _allocate_gradient(anchors: torch.Tensor, **_: Any) -> torch.Tensor:
+    return torch.empty(anchors.shape, dtype=anchors.dtype, device=anchors.device)
+
+
+PIXEL_CONTRAST = Operator(
+    "pixel_contrast",
+    forward=launch_forward,
+    backward=launch_backward,
+    allocate=allocate,
+    results=Results,
+    options=Options,
+    allocate_gradient=_allocate_gradient,
+)
+
+
+def pixel_contrast_loss(
+    anchors: torch.Tensor,
+    anchor_labels: torch.Tensor,
+    keys: torch.Tensor | None = None,
+    key_labels: torch.Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+    base_temperature: float = 0.07,
+    hardest: float | None = None,
+    precision: str = "tf32x3",
+    ignore_index: int | None = checks.IGNORE_INDEX,
+    process_group: ProcessGroup | None = None,
+) -> torch.Tensor:
+    """Contrast of anchors with keys: the mean over the anchors that have a positive.
+
+    An anchor's positives P are the keys of its class, its negatives N those of others. With scores
+    s = anchor . key / temperature its loss is
+
+        temperature / base_temperature * mean over p in P of softplus(ln - s_p),
+        ln = log of the sum over n in N of exp(s_n)
+
+    which is -log(exp(s_p) / (exp(s_p) + sum exp(s_n))), the positive against all negatives, and
+    finite for embeddings of any length and small temperatures. Scores are never in memory.
+
+    Args:
+        anchors: [A, D], float16, bfloat16 or float32 (or float64), any number of them; D from 1 to
+            512. :func:`tritonloss.sample_anchors` makes them of a map of embeddings.
+        anchor_labels: integers [A]: the class, from 0; a negative number says none, so that the
+            anchor is no anchor, whatever it holds. So does 2^31 - 1 and what is above.
+        keys: [M, D], floating-point; they get no gradient. Default None: the anchors are the keys,
+            with a gradient to both sides, and no anchor is its own positive. Keys in the order of
+            their classes, as in a :class:`tritonloss.MemoryBank`, are quicker than in any other:
+            most of them are looked at once.
+        key_labels: integers [M], as those of the anchors.
+        temperature: what scores are divided by, in [1e-4, 1e4]. Default 0.1.
+        base_temperature: the loss is multiplied by temperature over this. Default 0.07.
+        hardest: a share in (0, 1] of each anchor's negatives among the keys, and of its positives,
+            to which the loss is restricted: the most similar negatives and the least similar
+            positives, with all that are equal to the last one. Default None: all of them. It needs
+            keys, and takes 8 more passes over them.
+        precision: how float32 is multiplied, "tf32x3" (default) or "bf16". With bfloat16 the error
+            of a product is up to 2^-8 of its terms, and the loss of unit embeddings was off by
+            BF16_ERROR at a temperature of 0.1; it takes half the memory's bandwidth and a sixth of
+            the tensor cores' time. With three products in tf32 it is that of float32.
+        ignore_index: a label that says none as well. Default 255.
+        process_group: the ranks whose anchors are one batch with these; all of them have to call.
+            Without keys all have to have the same number of anchors (labels may say none), and the
+            keys are the anchors of all ranks. Keys have to be the same on all ranks, as those of a
+            bank are. Default None: no others. The value is that of the whole batch; the gradient
+            is, too, times the number of ranks: DistributedDataParallel takes the mean of the
+            ranks' gradients, which makes it that of the whole batch.
+
+    Returns:
+        The loss in float32 (float64 for float64 anchors or keys); 0 with zero gradient where no
+        anchor has a positive. The gradient has the dtype of the anchors.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes do not match, or an option is out of range.
+
+    Reference:
+        Wang et al., "Exploring Cross-Image Pixel Contrast for Semantic Segmentation", Eq. 3.
+
+    Example:
+        >>> import torch
+        >>> from tritonloss.functional import pixel_contrast_loss
+        >>> anchors = torch.nn.functional.normalize(torch.randn(64, 32)).requires_grad_()
+        >>> labels = torch.randint(0, 4, (64,))
+        >>> pixel_contrast_loss(anchors, labels).backward()
+        >>> anchors.grad.shape
+        torch.Size([64, 32])
+    """
+    check_embeddings("anchors", anchors)
+    check_labels_of("anchor_labels", anchor_labels, "anchors", anchors)
+    if (keys is None) != (key_labels is None):
+        missing, given = ("keys", "key_labels") if keys is None else ("key_labels", "keys")
+        raise ValueError(f"{missing} must be given with {given}; got None")
+    if keys is not None and key_labels is not None:
+        check_embeddings("keys", keys, anchors)
+        check_labels_of("key_labels", key_labels, "keys", keys)
+        keys = keys.detach()
+    elif hardest is not None:
+        raise ValueError(f"hardest must be None without keys; got {hardest!r}")
+    check_options(temperature, base_temperature, hardest, precision, ignore_index)
+    check_process_group(process_group)
+    if not serves_triton(anchors):
+        return pixel_contrast_reference(
+            anchors,
+            anchor_labels,
+            keys,
+            key_labels,
+            temperature=temperature,
+            base_temperature=base_temperature,
+            hardest=hardest,
+            precision=precision,
+            ignore_index=ignore_index,
+            process_group=process_group,
+        )
+    if keys is not None:
+        keys = keys.to(tile_dtype(anchors, keys, precision))
+    options = Options(
+        float(temperature),
+        float(base_temperature),
+        None if hardest is None else float(hardest),
+        precision,
+        checks.plain_label(ignore_index),
+        name_of(process_group),
+    )
+    (loss,) = PIXEL_CONTRAST(anchors, anchor_labels, keys, key_labels, options=options)
+    return loss
+
+
+def _anchors_of_pixels(
+    logits: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each pixel as an anchor, its logits as the embedding."""
+    return logits.movedim(1, -1).flatten(0, -2), target.flatten()
+
+
+def _with_keys(
+    logits: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same, and as keys a circle of embeddings of three classes."""
+    anchors, labels = _anchors_of_pixels(logits, target)
+    place = torch.arange(24 * logits.size(1), device=logits.device)
+    keys = (place.to(logits.dtype) * 0.7).sin().view(24, logits.size(1))
+    key_labels = torch.arange(24, device=logits.device) // 8
+    return anchors, labels, keys, key_labels
+
+
+EXAMPLES = (
+    Example(
+        "pixel_contrast_loss",
+        pixel_contrast_loss,
+        PIXEL_CONTRAST,
+        {"temperature": 2.0},
+        arguments=_anchors_of_pixels,
+    ),
+    Example(
+        "pixel_contrast_loss, with keys",
+        pixel_contrast_loss,
+        PIXEL_CONTRAST,
+        {"temperature": 2.0},
+        arguments=_with_keys,
+    ),
+)
