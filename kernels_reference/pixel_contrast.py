@@ -21,7 +21,7 @@ def pixel_contrast_loss(
     ignore_index: int | None = 255,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """The mean over the anchors that have a positive of
+    """The mean loss over the anchors that have a positive.
 
         temperature / base_temperature * mean over positives p of softplus(ln_i - s_ip)
 
@@ -29,18 +29,20 @@ def pixel_contrast_loss(
     negatives. Without keys they are the anchors, of which none is its own positive. What has no
     class is left out. ``precision`` is for the kernels alone.
     """
-    own = keys is None
-    dtype = working_dtype(anchors.dtype if own else torch.promote_types(anchors.dtype, keys.dtype))
+    own = keys is None or key_labels is None
     anchor_classes = classes_of(anchor_labels, ignore_index)
-    anchors = torch.where(anchor_classes[:, None] >= 0, anchors, 0).to(dtype)
-    if own:
-        keys = all_anchors(anchors, process_group)
-        key_classes = all_anchors(anchor_classes, process_group)
+    anchors = torch.where(anchor_classes[:, None] >= 0, anchors, 0)
+    anchors = anchors.to(working_dtype(anchors.dtype))
+    if keys is None or key_labels is None:
+        # On each rank the loss of all ranks' anchors.
+        keys = anchors = all_anchors(anchors, process_group)
+        key_classes = anchor_classes = all_anchors(anchor_classes, process_group)
+        process_group = None
     else:
         key_classes = classes_of(key_labels, ignore_index)
-        keys = torch.where(key_classes[:, None] >= 0, keys.detach(), 0).to(dtype)
-    if own and process_group is not None:  # the loss of all ranks' anchors, on each of them
-        anchors, anchor_classes, process_group = keys, key_classes, None
+        keys = torch.where(key_classes[:, None] >= 0, keys.detach(), 0)
+        dtype = torch.promote_types(anchors.dtype, keys.dtype)
+        anchors, keys = anchors.to(dtype), keys.to(dtype)
 
     s = anchors @ keys.T / temperature
     there = (anchor_classes >= 0)[:, None] & (key_classes >= 0)

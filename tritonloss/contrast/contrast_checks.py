@@ -61,10 +61,8 @@ def check_options(
     checks.check_ignore_index(ignore_index)
 
 
-def check_maps(
-    embeddings: torch.Tensor, target: torch.Tensor, prediction: torch.Tensor | None = None
-) -> None:
-    """A map of embeddings, labels of the same images, and logits or predicted labels of them."""
+def check_maps(embeddings: torch.Tensor, target: torch.Tensor) -> None:
+    """A map of embeddings must be floating-point, and the labels be those of as many images."""
     accepted = (
         "embeddings must be a float16, bfloat16, float32 or float64 tensor of shape (N, D, h, w) "
         f"with D of 1 to {MOST_DIMS}"
@@ -77,13 +75,16 @@ def check_maps(
     if embeddings.dim() != 4 or not 1 <= embeddings.size(1) <= MOST_DIMS:
         raise ValueError(f"{accepted}; got {checks.described(embeddings)}")
     _check_map_of_labels("target", target, "integer labels", embeddings)
-    if prediction is not None:
-        what = f"logits of shape ({len(embeddings)}, C, H, W), or integer labels"
-        if isinstance(prediction, torch.Tensor) and prediction.dtype in _FLOATING:
-            checks.check_dense(prediction, "prediction")
-            _check_shape("prediction", prediction, what, embeddings, 4)
-        else:
-            _check_map_of_labels("prediction", prediction, what, embeddings)
+
+
+def check_prediction(prediction: torch.Tensor, embeddings: torch.Tensor) -> None:
+    """``prediction`` must be logits of the embeddings' images, or predicted labels."""
+    what = f"logits of shape ({len(embeddings)}, C, H, W), or integer labels"
+    if isinstance(prediction, torch.Tensor) and prediction.dtype in _FLOATING:
+        checks.check_dense(prediction, "prediction")
+        _check_shape("prediction", prediction, what, embeddings, 4)
+    else:
+        _check_map_of_labels("prediction", prediction, what, embeddings)
 
 
 def _check_map_of_labels(

@@ -274,5 +274,7 @@ def _gradient_kernel(
         gradient += tl.load(pointer, mask=inside, other=0.0)
         pointer += elements
 
-    gradient = (gradient * scale).to(gradient_ptr.dtype.element_ty)
-    tl.store(gradient_ptr + index, gradient, mask=inside)
+    gradient *= scale
+    if gradient_ptr.dtype.element_ty != tl.float64:
+        gradient = gradient.to(tl.float32)
+    tl.store(gradient_ptr + index, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)

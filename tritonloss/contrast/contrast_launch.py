@@ -122,9 +122,7 @@ def _launch_classes(labels: torch.Tensor, classes: torch.Tensor, options: Option
     launch(labels_ptr=labels, classes_ptr=classes)
 
 
-def _launch_passes(
-    pair: Pair, results: Results, totals: torch.Tensor, options: Options
-) -> None:
+def _launch_passes(pair: Pair, results: Results, totals: torch.Tensor, options: Options) -> None:
     """Go over the negatives, and then over the positives."""
     of_negatives, of_positives = (over_tiles(w, pair, options) for w in ("negatives", "positives"))
     count, dtype = len(pair.anchors), results.statistics.dtype

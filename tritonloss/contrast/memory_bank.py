@@ -118,7 +118,7 @@ class MemoryBank(nn.Module):
     ) -> None:
         """Keep a batch's regions, and pixels of them drawn at random; nothing waits for the device.
 
-        An embedding that is not finite is not kept.
+        Pixels whose embeddings are not finite are left out.
 
         Args:
             embeddings: [N, dim, h, w], floating-point, on the device of the bank.
@@ -139,7 +139,7 @@ class MemoryBank(nn.Module):
         checks.check_same_device(self._rows, "the bank", embeddings, "embeddings")
         labels = resized(target, *embeddings.shape[2:]).to(torch.int64)
         there = has_class(labels, self.ignore_index) & (labels < self.classes)
-        labels = torch.where(there, labels, -1)
+        labels = torch.where(there & embeddings.isfinite().all(1), labels, -1)
         with torch.autocast(embeddings.device.type, enabled=False):
             regions = self._regions_of(embeddings, labels)
             pixels, drawn = self._pixels_of(embeddings, labels, generator)
@@ -178,7 +178,7 @@ class MemoryBank(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> MemoryBank:
         for name in _KEPT:
             setattr(self, name, fn(getattr(self, name)))
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _class_numbers(self) -> torch.Tensor:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed import ProcessGroup
 
+from kernels_reference.pixel_contrast import all_anchors
 from kernels_reference.pixel_contrast import pixel_contrast_loss as pixel_contrast_reference
 
 from .._core import checks
 from .._core.backend import serves_triton
+from .._core.configurations import Configuration, Launch, TuningCase
 from .._core.example import Example
 from .._core.operator import Operator
 from .._core.process_groups import check_process_group, name_of
 from .contrast_checks import check_embeddings, check_labels_of, check_options
 from .contrast_launch import Results, allocate, launch_backward, launch_forward
-from .tile_launch import Options, tile_dtype
+from .memory_bank import MemoryBank
+from .sampling import check_sampling, sample_anchors
+from .tile_launch import PASSES, Options, heuristic, tile_dtype
 
 
 def _allocate_gradient(anchors: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -134,6 +140,10 @@ def pixel_contrast_loss(
         )
     if keys is not None:
         keys = keys.to(tile_dtype(anchors, keys, precision))
+    elif process_group is not None:  # the loss of all ranks' anchors, on each of them
+        anchors = all_anchors(anchors, process_group)
+        anchor_labels = all_anchors(anchor_labels.to(torch.int64), process_group)
+        process_group = None
     options = Options(
         float(temperature),
         float(base_temperature),
@@ -146,18 +156,176 @@ def pixel_contrast_loss(
     return loss
 
 
+class PixelContrastLoss(nn.Module):
+    """Pixel contrast of maps of embeddings: anchors are sampled, and contrasted.
+
+    Args:
+        max_samples, max_views, strategy, groups: of :func:`tritonloss.sample_anchors`.
+        temperature, base_temperature, hardest, precision, process_group: of
+            :func:`tritonloss.functional.pixel_contrast_loss`.
+        ignore_index: of both.
+
+    Raises:
+        TypeError, ValueError: as these functions.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> criterion = tritonloss.PixelContrastLoss()
+        >>> embeddings = torch.nn.functional.normalize(torch.randn(2, 16, 32, 32))
+        >>> target = torch.randint(0, 4, (2, 128, 128))
+        >>> logits = torch.randn(2, 4, 32, 32)
+        >>> criterion(embeddings, target, logits).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        *,
+        max_samples: int = 1024,
+        max_views: int = 100,
+        strategy: str = "semi_hard",
+        groups: str = "image",
+        temperature: float = 0.1,
+        base_temperature: float = 0.07,
+        hardest: float | None = None,
+        precision: str = "tf32x3",
+        ignore_index: int | None = checks.IGNORE_INDEX,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        check_sampling(max_samples, max_views, strategy, groups)
+        check_options(temperature, base_temperature, hardest, precision, ignore_index)
+        check_process_group(process_group)
+        self.ignore_index = ignore_index
+        self.sampling = {
+            "max_samples": max_samples,
+            "max_views": max_views,
+            "strategy": strategy,
+            "groups": groups,
+        }
+        self.options = {
+            "temperature": temperature,
+            "base_temperature": base_temperature,
+            "hardest": hardest,
+            "precision": precision,
+        }
+        self.process_group = process_group
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        target: torch.Tensor,
+        prediction: torch.Tensor,
+        bank: MemoryBank | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """The loss, of which the gradient goes to the embeddings.
+
+        Args:
+            embeddings: [N, D, h, w], as the network's projection gives them, of length 1.
+            target: integer labels [N, H, W].
+            prediction: logits [N, C, ., .] or predicted labels [N, ., .].
+            bank: whose keys the anchors are contrasted with. Default None: with each other. It is
+                not updated: ``bank.update(embeddings, target)`` after the backward pass does that.
+            generator: of the random draws.
+        """
+        anchors, labels = sample_anchors(
+            embeddings,
+            target,
+            prediction,
+            ignore_index=self.ignore_index,
+            generator=generator,
+            **self.sampling,  # type: ignore[arg-type]
+        )
+        keys = () if bank is None else (bank.keys, bank.labels)
+        return pixel_contrast_loss(
+            anchors,
+            labels,
+            *keys,
+            ignore_index=self.ignore_index if bank is None else None,
+            process_group=self.process_group,
+            **self.options,  # type: ignore[arg-type]
+        )
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        options = {**self.sampling, **self.options, "ignore_index": self.ignore_index}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+# --- tuning and examples --------------------------------------------------------------------------
+
+
+def tuning_cases() -> list[TuningCase]:
+    """What the tuner measures: each pass over 190 000 keys, or over anchors as keys."""
+    return [
+        TuningCase(
+            operator=f"pixel_contrast_{which}",
+            classes=dims,
+            window=1,
+            dtype=dtype,
+            layout="own" if own else "keys",
+            run=functools.partial(_tuning_pass, which, dims, dtype, own),
+            candidates=_candidates(which, dims, dtype, own),
+        )
+        for dims in (256, 32)
+        for dtype in (torch.bfloat16, torch.float32)
+        for own in (False, True)
+        for which in PASSES
+        if not (own and which == "hardest")
+    ]
+
+
+def _candidates(which: str, dims: int, dtype: torch.dtype, own: bool) -> list[Configuration]:
+    """The heuristic and its neighbours, one setting changed at a time."""
+    first = heuristic(which, dims, dtype, own)
+    anchors, keys, warps = (int(first[name]) for name in ("ANCHORS", "KEYS", "num_warps"))
+    changes: list[Configuration] = [
+        {"ANCHORS": 2 * anchors},
+        {"KEYS": 2 * keys},
+        {"KEYS": max(keys // 2, 16)},
+        {"num_stages": 3},
+        {"ANCHORS": max(anchors // 2, 16), "num_warps": warps // 2},
+    ]
+    return [first, *({**first, **change} for change in changes)]
+
+
+def _tuning_pass(
+    which: str, dims: int, dtype: torch.dtype, own: bool, device: torch.device
+) -> Launch:
+    """A launch of both passes, over the hardest pairs if these are what is asked for."""
+    anchors, keys = (
+        nn.functional.normalize(torch.rand(rows, dims, device=device) - 0.5).to(dtype)
+        for rows in (1024, 190000)
+    )
+    labels, classes = (
+        torch.arange(len(rows), device=device) * 19 // len(rows) for rows in (anchors, keys)
+    )
+    options = Options(hardest=0.1 if which == "hardest" else None)
+    rest = (None, None) if own else (keys, classes)
+
+    def both_passes() -> tuple[torch.Tensor, ...]:
+        return PIXEL_CONTRAST.both_passes(anchors, labels, *rest, options=options)
+
+    return both_passes
+
+
 def _anchors_of_pixels(
     logits: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each pixel as an anchor, its logits as the embedding."""
-    return logits.movedim(1, -1).flatten(0, -2), target.flatten()
+    """Each pixel as an anchor, its logits as the embedding; each class in two, by turns."""
+    labels = target.flatten()
+    turn = torch.arange(len(labels), device=labels.device) % 2
+    labels = torch.where(labels < 100, 2 * labels + turn.to(labels.dtype), labels)
+    return logits.movedim(1, -1).flatten(0, -2), labels
 
 
 def _with_keys(
     logits: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same, and as keys a circle of embeddings of three classes."""
-    anchors, labels = _anchors_of_pixels(logits, target)
+    """Each pixel as an anchor, its logits as the embedding; keys of three classes."""
+    anchors, labels = logits.movedim(1, -1).flatten(0, -2), target.flatten()
     place = torch.arange(24 * logits.size(1), device=logits.device)
     keys = (place.to(logits.dtype) * 0.7).sin().view(24, logits.size(1))
     key_labels = torch.arange(24, device=logits.device) // 8
@@ -170,13 +338,20 @@ EXAMPLES = (
         pixel_contrast_loss,
         PIXEL_CONTRAST,
         {"temperature": 2.0},
-        arguments=_anchors_of_pixels,
+        arguments=_with_keys,
     ),
     Example(
-        "pixel_contrast_loss, with keys",
+        "pixel_contrast_loss, hardest keys",
+        pixel_contrast_loss,
+        PIXEL_CONTRAST,
+        {"temperature": 2.0, "hardest": 0.3},
+        arguments=_with_keys,
+    ),
+    Example(
+        "pixel_contrast_loss, anchors as keys",
         pixel_contrast_loss,
         PIXEL_CONTRAST,
         {"temperature": 2.0},
-        arguments=_with_keys,
+        arguments=_anchors_of_pixels,
     ),
 )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .._core import checks
-from .contrast_checks import check_maps
+from .contrast_checks import check_maps, check_prediction
 
 STRATEGIES = ("semi_hard", "hard", "random")
 GROUPS = ("image", "class")
@@ -93,7 +93,8 @@ def sample_anchors(
         >>> anchors.shape, labels.shape
         (torch.Size([1024, 16]), torch.Size([1024]))
     """
-    check_maps(embeddings, target, prediction)
+    check_maps(embeddings, target)
+    check_prediction(prediction, embeddings)
     check_sampling(max_samples, max_views, strategy, groups)
     checks.check_ignore_index(ignore_index)
     images, dims, height, width = embeddings.shape

@@ -134,6 +134,8 @@ def _narrow_kernel(
     above = everything[:, None] - tl.cumsum(counts, 1)
     enough = above >= rank[:, None]
     digit = tl.minimum(tl.sum(enough.to(tl.int32), 1), 15)
+    # The bound of no scores is 0.
+    digit = tl.where(everything == 0, tl.where(is_first, 8, 0), digit)
     passed = tl.sum(tl.where(bin == digit[:, None], above, 0), 1)
     place = place | (digit.to(place.dtype) << shift)
     tl.store(places_ptr + at, place, mask=inside)

@@ -72,11 +72,23 @@ def heuristic(which: str, dims: int, dtype: torch.dtype, own: bool) -> Configura
     if dtype == torch.float64:
         return _configuration(32, 32, 32, 32, 4, 1)
     if dtype == torch.float32:
-        return _configuration(64, 64 if which == "negatives" else 32, 32, 128, 4, 2)
+        return _configuration(64, 32, 32, 128, 8, 2)
     if dims > 256:
-        return _configuration(64, 32, 512, 512, 8, 2)
-    wide = which == "negatives" or (which == "slopes" and not own)
-    return _configuration(64, 64 if wide else 32, 256, 256, 4, 2)
+        if _multiplies_from_shared_memory() and not own:
+            return _configuration(64, 32, 512, 512, 8, 2)
+        return _configuration(64, 32, 64, 256, 8, 2)
+    if own or which in ("positives", "hardest"):
+        return _configuration(64, 32, 256, 256, 8, 2)
+    anchors = 128 if _multiplies_from_shared_memory() else 64
+    return _configuration(anchors, 64, 256, 256, 8, 2)
+
+
+def _multiplies_from_shared_memory() -> bool:
+    """Whether the GPU's matrix instructions read shared memory, which is larger there, too."""
+    if INTERPRETED:
+        return False
+    target = driver.active.get_current_target()
+    return bool(target.backend == "cuda" and 90 <= target.arch < 120)
 
 
 def _configuration(
@@ -146,7 +158,7 @@ def over_tiles(which: str, pair: Pair, options: Options) -> dict[str, Any]:
 
 
 def _precision_on_target() -> str:
-    """How float32 is multiplied: AMD's GPUs have matrix instructions for it, NVIDIA's three passes."""
+    """How float32 is multiplied: on AMD's GPUs as it is, on NVIDIA's in three products of tf32."""
     if INTERPRETED or driver.active.get_current_target().backend == "hip":
         return "ieee"
     return "tf32x3"
