@@ -75,7 +75,7 @@ def keys_of(anchors: Tensor, own: bool) -> tuple[Tensor, Tensor] | tuple[()]:
 
 def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
     """Anchors of length 1, as a map, and their classes in order."""
-    rows = case.shape.batch * case.shape.height * case.shape.width
+    rows = case.shape.pixels
     anchors = torch.empty(case.shape.size, dtype=case.torch_dtype, device=device)
     labels = torch.arange(rows, device=device) * CLASSES // rows
     if device.type == "meta":
@@ -111,12 +111,18 @@ def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     PIXEL_CONTRAST.both_passes(_rows(anchors), labels, *keys, options=Options(**given))
 
 
+def kept(case: Case) -> int:
+    """Bytes of the keys and of their classes."""
+    if case.options.get("own"):
+        return 0
+    keys = number_of_keys(case.shape.pixels)
+    return keys * (case.shape.classes * case.torch_dtype.itemsize + 8)
+
+
 def floor(case: Case) -> Floor:
     """Forward reads anchors, keys and classes; backward reads them and writes the gradient."""
-    rows = case.shape.batch * case.shape.height * case.shape.width
-    keys = 0 if case.options.get("own") else number_of_keys(rows)
     anchors = case.shape.elements * case.torch_dtype.itemsize
-    read = anchors + keys * case.shape.classes * case.torch_dtype.itemsize + 8 * (rows + keys)
+    read = anchors + 8 * case.shape.pixels + kept(case)
     return Floor(forward=read, backward=read + anchors)
 
 
@@ -220,5 +226,6 @@ OPERATIONS = (
         operators=tuple(f"pixel_contrast_{which}" for which in PASSES),
         goals=GOALS,
         small_launch=_SMALL,
+        kept=kept,
     ),
 )

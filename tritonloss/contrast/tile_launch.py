@@ -77,10 +77,16 @@ def heuristic(which: str, dims: int, dtype: torch.dtype, own: bool) -> Configura
         if _multiplies_from_shared_memory() and not own:
             return _configuration(64, 32, 512, 512, 8, 2)
         return _configuration(64, 32, 64, 256, 8, 2)
+    if dims > 128 and which in ("slopes", "hardest") and _is_amd():
+        return _configuration(64, 32, 64, 128, 8, 2)
     if own or which in ("positives", "hardest"):
         return _configuration(64, 32, 256, 256, 8, 2)
     anchors = 128 if _multiplies_from_shared_memory() else 64
     return _configuration(anchors, 64, 256, 256, 8, 2)
+
+
+def _is_amd() -> bool:
+    return not INTERPRETED and bool(driver.active.get_current_target().backend == "hip")
 
 
 def _multiplies_from_shared_memory() -> bool:
@@ -159,6 +165,4 @@ def over_tiles(which: str, pair: Pair, options: Options) -> dict[str, Any]:
 
 def _precision_on_target() -> str:
     """How float32 is multiplied: on AMD's GPUs as it is, on NVIDIA's in three products of tf32."""
-    if INTERPRETED or driver.active.get_current_target().backend == "hip":
-        return "ieee"
-    return "tf32x3"
+    return "ieee" if INTERPRETED or _is_amd() else "tf32x3"
