@@ -16,8 +16,10 @@ from .tiles import Tile
 
 # Of the last one all passes are where only the hardest pairs count.
 PASSES = ("negatives", "positives", "slopes", "hardest")
-# Programs that a large GPU has work for, two for each of its processors.
+# Programs that a large GPU has work for, two for each of its processors; of slopes one, each of
+# which leaves a sum of the size of its anchors.
 _PROGRAMS = 264
+_PROGRAMS_OF_SLOPES = 132
 # The fewest tiles of keys that a program goes through, unless there are no more.
 _TILES = 4
 
@@ -117,6 +119,7 @@ def over_tiles(which: str, pair: Pair, options: Options) -> dict[str, Any]:
     a score has the same bits.
     """
     anchors, keys = pair.anchors, pair.keys
+    programs = _PROGRAMS_OF_SLOPES if which == "slopes" else _PROGRAMS
     if options.hardest is not None:
         which = "hardest"
     count, dims = anchors.shape
@@ -145,7 +148,7 @@ def over_tiles(which: str, pair: Pair, options: Options) -> dict[str, Any]:
         hardest=options.hardest is not None,
     )
     tiles, across = triton.cdiv(count, tile.anchors), triton.cdiv(len(keys), tile.keys)
-    splits = max(min(_PROGRAMS // tiles, across // _TILES), 1)
+    splits = max(min(programs // tiles, across // _TILES), 1)
     chunk = triton.cdiv(across, splits) * tile.keys
     return {
         "anchors_stride": strides[0] // grain,
