@@ -13,6 +13,7 @@ from kernels_reference.overlap import (
     soft_iou_loss,
     tversky_loss,
 )
+from kernels_reference.pixel_contrast import pixel_contrast_loss
 from kernels_reference.pixelwise import binary_cross_entropy, cross_entropy, focal_loss
 from kernels_reference.region_mutual_information import rmi_loss
 from kernels_reference.ssim import ssim, ssim_loss
@@ -41,6 +42,7 @@ __all__ = [
     "margins",
     "membership_sums",
     "neuro_iou_loss",
+    "pixel_contrast_loss",
     "predict",
     "rmi_loss",
     "soft_iou_loss",

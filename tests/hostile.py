@@ -125,7 +125,8 @@ def loss_of(example: Example, classes: int, device: torch.device) -> Loss:
     """The example as a loss, with weights for every option that takes a table of the classes."""
     table = torch.linspace(0.5, 2.0, classes, device=device)
     options = inspect.signature(example.function).parameters.values()
-    tables = {p.name: table for p in options if p.default is None and "Tensor" in p.annotation}
+    named = [p for p in options if p.kind is not p.POSITIONAL_OR_KEYWORD]
+    tables = {p.name: table for p in named if p.default is None and "Tensor" in p.annotation}
     return lambda logits, target: as_a_number(example(logits, target, **tables))
 
 
@@ -270,7 +271,9 @@ def hidden_in(example: Example, target: Tensor) -> Tensor:
 
 
 def pools_images(example: Example) -> bool:
-    """Whether the loss is a function of sums over all images."""
+    """Whether the loss is a function of sums over all images, or of pairs of their pixels."""
+    if _slice_of(example) == "pixel_contrast":
+        return True
     option = inspect.signature(example.function).parameters.get("per_image")
     return option is not None and not example.options.get("per_image", option.default)
 

@@ -10,6 +10,9 @@ from . import functional, linalg, metrics
 from ._core.backend import use_backend
 from .affinity.adaptive import AdaptiveAffinityFieldLoss
 from .affinity.affinity_field import AffinityFieldLoss
+from .contrast.memory_bank import MemoryBank
+from .contrast.pixel_contrast import PixelContrastLoss
+from .contrast.sampling import sample_anchors
 from .metrics.confusion import confusion_matrix, predict
 from .metrics.label_statistics import MarginOffsets, count_labels, margin_offsets
 from .overlap.dice import DiceLoss
@@ -44,7 +47,9 @@ __all__ = [
     "IoUSurrogate",
     "MarginCalibratedLoss",
     "MarginOffsets",
+    "MemoryBank",
     "NeuroIoULoss",
+    "PixelContrastLoss",
     "RMILoss",
     "SSIMLoss",
     "SoftIoULoss",
@@ -62,5 +67,6 @@ __all__ = [
     "margin_offsets",
     "metrics",
     "predict",
+    "sample_anchors",
     "use_backend",
 ]

@@ -1,6 +1,7 @@
 """All losses as functions, the similarity ``ssim`` that one is made of, the confusion matrix."""
 
 from .affinity.affinity_field import affinity_field_loss
+from .contrast.pixel_contrast import pixel_contrast_loss
 from .metrics.confusion import confusion_matrix
 from .overlap.dice import dice_loss
 from .overlap.generalized_dice import generalized_dice_loss
@@ -30,6 +31,7 @@ __all__ = [
     "lovasz_softmax_loss",
     "margin_calibrated_loss",
     "neuro_iou_loss",
+    "pixel_contrast_loss",
     "rmi_loss",
     "soft_iou_loss",
     "ssim",

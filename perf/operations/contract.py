@@ -233,6 +233,7 @@ class Operation:
             that no kernel could agree with float64; None where there is no such thing.
         libraries: other people's implementations, name -> adapter in perf/operations/peers.py.
         differentiable: whether there is a backward pass.
+        kept: the bytes of what the function reads beside its inputs, such as a memory.
     """
 
     name: str
@@ -250,6 +251,7 @@ class Operation:
     excused: Callable[..., Tensor] | None = None
     libraries: Mapping[str, Callable[[], Callable[..., Outputs]]] = field(default_factory=dict)
     differentiable: bool = True
+    kept: Callable[[Case], int] = lambda case: 0
 
 
 def operations(names: Iterable[str] | None = None) -> list[Operation]:

@@ -44,7 +44,9 @@ def test_names_are_distinct_and_cover_the_public_functions() -> None:
     public |= {getattr(tritonloss.linalg, name) for name in tritonloss.linalg.__all__}
     assert shown == public | {tritonloss.gaussian_statistics, tritonloss.predict}
     modules = {name for name in tritonloss.__all__ if name.endswith("Loss")}
-    assert set(MODULES) == modules
+    # It takes embeddings beside the labels, and samples what its function is given:
+    # tests/losses/contrast/test_module.py.
+    assert set(MODULES) == modules - {"PixelContrastLoss"}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)

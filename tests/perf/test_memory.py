@@ -66,6 +66,9 @@ LIMITS: list[Limit] = [
     ("rmi_loss", {"pool_size": 2}, CITYSCAPES, "float32", 1 + 2 / 4 + 0.01),
     ("rmi_loss", {"pooling": None}, VOC, "float32", 1.05),
     ("rmi_loss", {"region_size": 5, "pooling": None}, (1, 2, 513, 513), "float32", 1.25),
+    # Of 1024 anchors beside 190 000 keys: 16 sums of the anchors' size in float32, 17.2 MiB.
+    ("pixel_contrast_loss", {}, (1024, 256, 1, 1), "bfloat16", 34.6),
+    ("pixel_contrast_loss", {"own": True}, (1024, 256, 1, 1), "float32", 9.1),
 ]
 
 

@@ -100,6 +100,11 @@ def ask_losses(dtype: torch.dtype, layout: str, device: torch.device) -> None:
         images = torch.sigmoid(logits), logits.detach().sigmoid().flip(-1).requires_grad_()
         similarity = functional.ssim(*images, window_size=window_size, reduction=reduction)
         losses.append(similarity.mean())
+    anchors, labels = logits.movedim(1, -1).flatten(0, -2), target.flatten()
+    losses += [
+        functional.pixel_contrast_loss(anchors, labels),
+        functional.pixel_contrast_loss(anchors, labels, anchors, labels, hardest=0.1),
+    ]
     for loss in losses:
         loss.backward()
 

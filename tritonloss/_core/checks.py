@@ -123,7 +123,7 @@ def check_target(
             raise ValueError(f"{_labels_accepted(logits)}; got {described(target)}{hint}")
     elif not _covers(shape, (images, height, width)):
         raise ValueError(f"{_labels_accepted(logits, upsample)}; got {described(target)}")
-    _check_device(logits, "logits", target, "target")
+    check_same_device(logits, "logits", target, "target")
 
 
 def _covers(shape: tuple[int, ...], smallest: tuple[int, int, int]) -> bool:
@@ -281,7 +281,7 @@ def check_images(x: torch.Tensor, y: torch.Tensor) -> None:
         raise TypeError(f"{accepted}; got {described(y)}")
     if y.shape != x.shape:
         raise ValueError(f"{accepted}; got {described(y)}")
-    _check_device(x, "x", y, "y")
+    check_same_device(x, "x", y, "y")
 
 
 def check_classes(logits: torch.Tensor, high: int | None = None, instead: str = "") -> None:
@@ -328,7 +328,7 @@ def check_class_weights(
         accepted = _weights_accepted(name, logits, optional, or_number)
         raise ValueError(f"{accepted}; got {described(weight)}")
     if logits is not None:
-        _check_device(logits, "logits", weight, name)
+        check_same_device(logits, "logits", weight, name)
 
 
 def check_class_choice(name: str, chosen: str | Sequence[int], classes: int | None) -> None:
@@ -457,9 +457,10 @@ def _holds_data(tensor: torch.Tensor) -> bool:
     return not type(tensor).__module__.startswith("torch._")  # PyTorch's own, without data
 
 
-def _check_device(
+def check_same_device(
     first: torch.Tensor, first_name: str, second: torch.Tensor, second_name: str
 ) -> None:
+    """``second`` must be on the device of ``first``."""
     if first.device != second.device:
         raise ValueError(
             f"{second_name} must be on the device of {first_name}, {first.device}; "

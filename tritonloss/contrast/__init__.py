@@ -1,0 +1,1 @@
+"""Losses between embeddings of pixels: contrast with those of other pixels, and what is kept."""
