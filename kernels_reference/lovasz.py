@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce
 
-from kernels_reference.base import at_labels, one_hot, sanitised, valid_pixels
-from kernels_reference.overlap import over_ranks
+from kernels_reference.base import at_labels, one_hot, over_ranks, sanitised, valid_pixels
 
 
 def lovasz_softmax_loss(

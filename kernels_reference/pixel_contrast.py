@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, all_gather
 
-from kernels_reference.base import working_dtype
-from kernels_reference.overlap import over_ranks
+from kernels_reference.base import over_ranks, working_dtype
 
 
 def pixel_contrast_loss(

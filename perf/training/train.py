@@ -22,10 +22,12 @@ from pathlib import Path
 
 import pandas
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from perf import text
+from perf.training.contrast import Contrast
+from perf.training.network import Network
 from perf.training.photographs import CLASSES, VOID, Photograph, photographs
 from tritonloss import (
     CrossEntropyLoss,
@@ -39,6 +41,7 @@ from tritonloss import (
 from tritonloss._core.example import Example
 from tritonloss._core.progress import Progress
 from tritonloss._tools.examples import examples
+from tritonloss.functional import affinity_field_loss
 from tritonloss.functional import cross_entropy as fused_cross_entropy
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -71,6 +74,14 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """The usual baseline: softmax and the logarithm, mean over valid pixels."""
     at_labels = _interpolated(logits, target.shape[1:])
     return functional.cross_entropy(at_labels, target.long(), ignore_index=VOID)
+
+
+def with_affinity_field(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy and affinity fields, weighted as where the paper on contrast compares them."""
+    field = affinity_field_loss(
+        logits, target, edge_weight=1 / 3, non_edge_weight=1 / 3, ignore_index=VOID
+    )
+    return cross_entropy(logits, target) + 0.01 * field
 
 
 def upsampled_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -143,6 +154,9 @@ _WITH_DICE = WeightedSum(
 BASELINE = "cross entropy"
 UPSAMPLED = "cross entropy, upsampled"
 SUMMED = "cross entropy and dice"  # in one read
+WITH_FIELD = "cross entropy and affinity field"
+# Of these the network has embeddings, too; whether they are contrasted with a bank.
+CONTRASTS = {"cross entropy and contrast": False, "cross entropy and contrast, bank": True}
 _AGAINST = f"against {BASELINE}"
 _HALF = f"""
 Under "{UPSAMPLED}" the network stops at half the resolution, without the last two convolutions,
@@ -158,6 +172,8 @@ LOSSES: Mapping[str, Loss] = {
     "binary cross entropy": binary_cross_entropy,
     UPSAMPLED: upsampled_cross_entropy,
     SUMMED: _WITH_DICE,
+    **dict.fromkeys(CONTRASTS, cross_entropy),
+    WITH_FIELD: with_affinity_field,
 }
 KEPT = Path(__file__).parents[1] / "results" / "training" / "train.csv"
 
@@ -169,54 +185,6 @@ def compared() -> list[str]:
     the other losses named, too.
     """
     return list(pandas.read_csv(KEPT)["loss"].unique())
-
-
-class Block(nn.Sequential):
-    """Two 3x3 convolutions, each normalized and rectified.
-
-    The rectifier leaks, so that a unit that is negative wherever a rare class is still learns.
-    """
-
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(
-            nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
-            nn.GroupNorm(4, channels_out),
-            nn.LeakyReLU(0.1, inplace=True),
-            nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
-            nn.GroupNorm(4, channels_out),
-            nn.LeakyReLU(0.1, inplace=True),
-        )
-
-
-class Network(nn.Module):
-    """A U-Net of three levels, or one that stops at half the resolution.
-
-    The head is drawn last, so that the body starts the same however many classes there are, and
-    what both networks have starts the same.
-    """
-
-    def __init__(self, channels: int, width: int, half: bool = False) -> None:
-        super().__init__()
-        self.down = nn.ModuleList(
-            [Block(1, width), Block(width, 2 * width), Block(2 * width, 4 * width)]
-        )
-        self.up = nn.ModuleList([Block(6 * width, 2 * width)])
-        if not half:
-            self.up.append(Block(3 * width, width))
-        self.head = nn.Conv2d(2 * width if half else width, channels, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        fine = self.down[0](image)
-        middle = self.down[1](functional.max_pool2d(fine, 2))
-        coarse = self.down[2](functional.max_pool2d(middle, 2))
-        middle = self.up[0](_join(coarse, middle))
-        if len(self.up) == 1:
-            return self.head(middle)
-        return self.head(self.up[1](_join(middle, fine)))
-
-
-def _join(coarse: Tensor, fine: Tensor) -> Tensor:
-    return torch.cat([functional.interpolate(coarse, size=fine.shape[-2:]), fine], dim=1)
 
 
 def batches(
@@ -246,7 +214,7 @@ def _crop(scene: Photograph, size: int, generator: torch.Generator) -> tuple[Ten
 
 def network_of(name: str, width: int) -> Network:
     """A new network for a loss: of half the resolution if the loss interpolates."""
-    return Network(len(CLASSES), width, half=name == UPSAMPLED)
+    return Network(len(CLASSES), width, half=name == UPSAMPLED, embeds=name in CONTRASTS)
 
 
 def train(
@@ -260,32 +228,49 @@ def train(
     network = network_of(name, settings.width)
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+    contrast = Contrast(seed, CONTRASTS[name]) if name in CONTRASTS else None
     seconds = []
     for step, (images, labels) in enumerate(batches(scenes, settings, seed)):
-        current = LOSSES[BASELINE if step < settings.warm_up else name]
-        seconds.append(step_of(network, optimizer, current, images, labels))
+        if step < settings.warm_up:
+            seconds.append(step_of(network, optimizer, LOSSES[BASELINE], images, labels))
+        else:
+            seconds.append(step_of(network, optimizer, LOSSES[name], images, labels, contrast))
         schedule.step()
     return network, pandas.DataFrame(seconds[settings.warm_up :], columns=["step", "loss"])
 
 
 def step_of(
-    network: Network, optimizer: torch.optim.Optimizer, loss: Loss, images: Tensor, labels: Tensor
+    network: Network,
+    optimizer: torch.optim.Optimizer,
+    loss: Loss,
+    images: Tensor,
+    labels: Tensor,
+    contrast: Contrast | None = None,
 ) -> tuple[float, float]:
     """(seconds of a step of training, seconds of the loss in it).
 
-    The graph is cut at the logits, so that the loss is timed apart from the network.
+    The graph is cut at the logits, and at the embeddings if they are contrasted, so that the loss
+    is timed apart from the network.
     """
     start = time.perf_counter()
-    logits = network(images)
-    leaf = logits.detach().requires_grad_()
+    features = network.features(images)
+    outputs = [network.head(features)]
+    if contrast is not None and network.embed is not None:
+        outputs.append(functional.normalize(network.embed(features)))
+    leaves = [output.detach().requires_grad_() for output in outputs]
 
     loss_start = time.perf_counter()
-    loss(leaf, labels).backward()
+    value = loss(leaves[0], labels)
+    if contrast is not None:
+        value = value + contrast(leaves[1], labels, leaves[0])
+    value.backward()
     loss_seconds = time.perf_counter() - loss_start
 
     optimizer.zero_grad()
-    logits.backward(leaf.grad)
+    torch.autograd.backward(outputs, [leaf.grad for leaf in leaves])
     optimizer.step()
+    if contrast is not None:
+        contrast.keep(leaves[1].detach(), labels)
     return time.perf_counter() - start, loss_seconds
 
 

@@ -93,7 +93,25 @@ def test_units_that_are_negative_everywhere_still_learn(name: str) -> None:
     with use_backend("reference"):
         loss(network(images), labels).backward()
     for parameter_name, parameter in network.named_parameters():
-        assert parameter.grad is not None and (parameter.grad != 0).any(), parameter_name
+        if not parameter_name.startswith("embed"):  # which a loss of logits knows nothing of
+            assert parameter.grad is not None and (parameter.grad != 0).any(), parameter_name
+
+
+@pytest.mark.parametrize("name", list(train.CONTRASTS))
+def test_contrast_trains_the_embeddings(name: str) -> None:
+    """With a bank from the second step on: before the first it holds nothing."""
+    torch.manual_seed(0)
+    network = train.network_of(name, width=4)
+    assert network.embed is not None
+    before = network.embed.weight.detach().clone()
+    contrast = train.Contrast(0, train.CONTRASTS[name])
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    steps = train.batches(photographs(), train.Settings(batch=2, crop=32, width=4), seed=0)
+    with use_backend("reference"):
+        for number in (1, 2):
+            train.step_of(network, optimizer, train.LOSSES[name], *next(steps), contrast)
+            has_keys = number == 2 or contrast.bank is None
+            assert torch.equal(network.embed.weight, before) != has_keys
 
 
 @pytest.mark.parametrize("name", list(train.LOSSES))
@@ -135,7 +153,9 @@ def test_every_loss_that_a_slice_declares_can_be_trained() -> None:
     declared = {example.function for example in OF_LABELS.values() if not example.binary}
     slices = {function.__module__.rpartition(".")[2].replace("_", " ") for function in declared}
     assert len(slices) == len(declared)
-    assert set(train.LOSSES) == {*slices, train.UPSAMPLED, train.SUMMED}
+    assert set(train.LOSSES) == {
+        *slices, train.UPSAMPLED, train.SUMMED, train.WITH_FIELD, *train.CONTRASTS
+    }  # fmt: skip
 
 
 def test_a_network_of_half_the_resolution_is_trained_with_interpolation() -> None:
