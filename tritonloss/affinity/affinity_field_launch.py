@@ -70,13 +70,16 @@ def allocated_gradients(
     return Gradients(*(like(x, w) for x, w in zip((logits, *tables), wants, strict=True)))
 
 
-def heuristic() -> Configuration:
-    """A configuration that is always valid: three rows of a column for every lane.
+# Rows of a lane. More of them share more of what is evaluated, and take more registers; so do the
+# weights of a table, beside which there are no more rows than that.
+_ROWS = {"forward": 4, "backward": 3}
+_ROWS_OF_TABLES = 2
 
-    More rows would share more of what is evaluated, and take more registers.
-    """
+
+def heuristic(direction: str) -> Configuration:
+    """A configuration that is always valid: a few rows of a column for every lane."""
     warps = 4
-    return {"LANES": warps * warp_size(), "ROWS": 3, "num_warps": warps}
+    return {"LANES": warps * warp_size(), "ROWS": _ROWS[direction], "num_warps": warps}
 
 
 def launch_forward(
@@ -247,9 +250,11 @@ def _over_stencils(
         classes=classes,
         window=1,
         layout="channels_last" if in_lanes else "contiguous" if side_by_side else "strided",
-        heuristic=heuristic(),
+        heuristic=heuristic(direction),
     )
     lanes, rows = int(configuration["LANES"]), int(configuration["ROWS"])
+    if any(table is not None for table in tables):
+        rows = min(rows, _ROWS_OF_TABLES)
     row_blocks, column_blocks = triton.cdiv(height, rows * size) * size, triton.cdiv(width, lanes)
     arguments: dict[str, Any] = {
         "logits_strides": logits.stride(),
