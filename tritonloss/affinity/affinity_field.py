@@ -121,7 +121,7 @@ def _candidates(direction: str) -> list[Configuration]:
     """The heuristic and its neighbours, one setting changed at a time."""
     first = heuristic(direction)
     lanes, rows, warps = int(first["LANES"]), int(first["ROWS"]), int(first["num_warps"])
-    changes: list[Configuration] = [{"ROWS": rows + step} for step in (-1, 1, 2)]
+    changes: list[Configuration] = [{"ROWS": rows + step} for step in (-1, 1)]
     changes += [{"LANES": lanes // 2, "num_warps": warps // 2}]
     changes += [{"LANES": lanes // 4, "num_warps": warps // 4}]
     changes += [{"LANES": lanes * 2, "num_warps": warps * 2}]
