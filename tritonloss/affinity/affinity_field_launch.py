@@ -73,14 +73,16 @@ def allocated_gradients(
 # Rows of a lane. More of them share more of what is evaluated, and take more registers; so do the
 # weights of a table, beside which there are no more rows than that. Four rows going forward, and
 # two beside tables going back, would take 3 to 8 % fewer instructions, but spill on some GPUs.
+# Going back beside tables there are twice the warps: of fewer the compiler for some GPUs spills a
+# register so that another program may run at the same time.
+_WARPS = 4
 _ROWS = {"forward": 2, "backward": 3}
 _ROWS_OF_TABLES = {"forward": 2, "backward": 1}
 
 
 def heuristic(direction: str) -> Configuration:
     """A configuration that is always valid: a few rows of a column for every lane."""
-    warps = 4
-    return {"LANES": warps * warp_size(), "ROWS": _ROWS[direction], "num_warps": warps}
+    return {"LANES": _WARPS * warp_size(), "ROWS": _ROWS[direction], "num_warps": _WARPS}
 
 
 def launch_forward(
@@ -254,8 +256,11 @@ def _over_stencils(
         heuristic=heuristic(direction),
     )
     lanes, rows = int(configuration["LANES"]), int(configuration["ROWS"])
+    warps = int(configuration["num_warps"])
     if any(table is not None for table in tables):
         rows = min(rows, _ROWS_OF_TABLES[direction])
+        if direction == "backward" and warps == _WARPS:
+            lanes, warps = 2 * lanes, 2 * warps
     row_blocks, column_blocks = triton.cdiv(height, rows * size) * size, triton.cdiv(width, lanes)
     arguments: dict[str, Any] = {
         "logits_strides": logits.stride(),
@@ -278,7 +283,7 @@ def _over_stencils(
             side_by_side=side_by_side,
             double=logits.dtype == torch.float64,
         ),
-        "num_warps": int(configuration["num_warps"]),
+        "num_warps": warps,
         "enable_fp_fusion": True,
     }
     names = ("edge_table_ptr", "other_table_ptr")
