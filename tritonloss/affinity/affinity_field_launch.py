@@ -177,10 +177,12 @@ def _launch_gradient(
         programs, arguments = _over_stencils(
             "backward", logits, target, tables, size, options, grad_logits
         )
+        # Beside tables that would take one register more than there are for two programs.
         wide = logits.dtype in (torch.float32, torch.float64)
+        has_tables = any(table is not None for table in tables)
         arguments |= {
             "grad_strides": (0, 0, 0, 0) if grad_logits is None else grad_logits.stride(),
-            "STORED": wide and position == 0,
+            "STORED": wide and not has_tables and position == 0,
             "ADDS": position > 0,
         }
         if grad_logits is None:
