@@ -12,6 +12,7 @@ from perf.operations.contract import (
     SHAPES,
     Case,
     CodeGoal,
+    Floor,
     Given,
     Goal,
     KernelNotes,
@@ -24,6 +25,8 @@ from perf.operations.pixel_cases import BASE, floor, inputs
 from tritonloss import functional
 from tritonloss.affinity.affinity_field import AFFINITY_FIELD
 from tritonloss.affinity.affinity_field_launch import Options
+
+_SIZES = (1, 2, 3)
 
 
 def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
@@ -38,10 +41,43 @@ def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     AFFINITY_FIELD.both_passes(*tensors, None, None, options=options._replace(**given))
 
 
+def _scores(classes: int, device: torch.device) -> Tensor:
+    """Weights of three sizes that nobody has trained: they take as long as any."""
+    return torch.full((classes, len(_SIZES)), 1 / len(_SIZES), device=device)
+
+
+def adaptive(logits: Tensor, target: Tensor) -> Tensor:
+    """The loss of three sizes with weights of the classes."""
+    edge, other = (_scores(logits.size(1), logits.device) for _ in range(2))
+    return functional.affinity_field_loss(
+        logits, target, size=_SIZES, edge_table=edge, non_edge_table=other
+    )
+
+
+def adaptive_reference(logits: Tensor, target: Tensor) -> Tensor:
+    """The reference with those weights."""
+    edge, other = (_scores(logits.size(1), logits.device) for _ in range(2))
+    return reference(logits, target, size=_SIZES, edge_table=edge, non_edge_table=other)
+
+
+def launch_adaptive(case: Case, tensors: tuple[Tensor, ...]) -> None:
+    """Both launchers; going back, the weights get a gradient, too."""
+    logits, target = tensors
+    edge, other = (_scores(logits.size(1), logits.device) for _ in range(2))
+    options = Options(sizes=",".join(map(str, _SIZES)), ignore_index=255)
+    AFFINITY_FIELD.both_passes(logits, target, edge, other, options=options)
+
+
 def _outputs(given: Given) -> float:
     """A thread's share of a program's pixels and classes."""
     pixels = given["STENCIL.lanes"] * given["STENCIL.rows"]
     return float(pixels * given["STENCIL.classes"] / given["THREADS"])
+
+
+def adaptive_floor(case: Case) -> Floor:
+    """Of each size forward reads logits and labels, and backward both, and writes the gradient."""
+    one = floor(case)
+    return Floor(len(_SIZES) * one.forward, len(_SIZES) * one.backward)
 
 
 def _classes(given: Given) -> float:
@@ -78,6 +114,12 @@ RARE = rarely(
     *({"labels": labels} for labels in ("int16", "int32")),
 )
 
+ADAPTIVE = tuple(case for case in CASES[:3] if not case.options)
+ADAPTIVE_SHIPPED = (
+    *SHIPPED[:3],
+    *rarely(SHIPPED[0], {"labels": "int64"}, {"dtype": "float64"}),
+)
+
 _STATISTICS = LoopNotes("statistics", "statistics_of", _classes)
 KERNELS = {
     "_affinity_forward_kernel": KernelNotes(
@@ -90,6 +132,7 @@ KERNELS = {
             _STATISTICS,
             LoopNotes("gather", "_gather.channel", _classes),
             LoopNotes("write", "_write.channel", _classes),
+            LoopNotes("tables", "_store_entries.channel", _classes),
         ),
     ),
 }
@@ -106,6 +149,7 @@ GOALS = (
     ),
 )  # fmt: skip
 
+_SMALL = {"LANES": 32, "ROWS": 2, "num_warps": 1}
 OPERATIONS = (
     Operation(
         name="affinity_field_loss",
@@ -119,6 +163,19 @@ OPERATIONS = (
         kernels=KERNELS,
         operators=("affinity_field_forward", "affinity_field_backward"),
         goals=GOALS,
-        small_launch={"LANES": 32, "ROWS": 2, "num_warps": 1},
+        small_launch=_SMALL,
+    ),
+    Operation(
+        name="adaptive_affinity_field_loss",
+        function=adaptive,
+        reference=adaptive_reference,
+        inputs=inputs,
+        launch=launch_adaptive,
+        floor=adaptive_floor,
+        cases=ADAPTIVE,
+        shipped=ADAPTIVE_SHIPPED,
+        kernels=KERNELS,
+        operators=("affinity_field_forward", "affinity_field_backward"),
+        small_launch=_SMALL,
     ),
 )

@@ -109,7 +109,7 @@ def tuning_cases() -> list[TuningCase]:
             dtype,
             layout,
             functools.partial(_tuning_pass, dtype, layout),
-            _candidates(),
+            _candidates(direction),
         )
         for layout in ("contiguous", "channels_last", "strided")
         for dtype in (torch.float32, torch.bfloat16)
@@ -117,11 +117,11 @@ def tuning_cases() -> list[TuningCase]:
     ]
 
 
-def _candidates() -> list[Configuration]:
+def _candidates(direction: str) -> list[Configuration]:
     """The heuristic and its neighbours, one setting changed at a time."""
-    first = heuristic()
+    first = heuristic(direction)
     lanes, rows, warps = int(first["LANES"]), int(first["ROWS"]), int(first["num_warps"])
-    changes: list[Configuration] = [{"ROWS": rows + step} for step in (-1, 1, 2)]
+    changes: list[Configuration] = [{"ROWS": rows + step} for step in (-1, 1)]
     changes += [{"LANES": lanes // 2, "num_warps": warps // 2}]
     changes += [{"LANES": lanes // 4, "num_warps": warps // 4}]
     changes += [{"LANES": lanes * 2, "num_warps": warps * 2}]
