@@ -50,6 +50,11 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
     return random_map(low_resolution(case), device), random_labels(case, device)
 
 
+def mask_inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
+    """Logits [N, 1, h, w] and labels 0 and 1 [N, H, W], for any number of classes."""
+    return inputs(replace(case, shape=replace(case.shape, classes=1)), device)
+
+
 def torch_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -446,6 +451,7 @@ OPERATIONS = (
             lovasz.eager_hinge,
             lovasz.lovasz_hinge.LOVASZ_HINGE,
             None,
+            inputs=mask_inputs,
             launch=lovasz.launch(lovasz.lovasz_hinge.LOVASZ_HINGE, lovasz.lovasz_hinge.BINS, "all"),
             kernels=LOVASZ_HINGE_KERNELS,
             cases=_BINARY,

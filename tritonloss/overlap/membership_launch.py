@@ -41,7 +41,7 @@ MOST_CLASSES = 1024  # whose sums a program has at once
 # of them, going back.
 _UNROLL = 6
 _MOST_PIXELS = 4
-_MOST_COLUMNS = 4
+_MOST_COLUMNS = 2
 
 _RECORD = Record(
     members_start, members_add, members_add, members_factors, members_slope, members_lookups
