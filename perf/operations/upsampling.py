@@ -452,6 +452,7 @@ OPERATIONS = (
             lovasz.lovasz_hinge.LOVASZ_HINGE,
             None,
             inputs=mask_inputs,
+            floor=lambda case: floor(replace(case, shape=replace(case.shape, classes=1))),
             launch=lovasz.launch(lovasz.lovasz_hinge.LOVASZ_HINGE, lovasz.lovasz_hinge.BINS, "all"),
             kernels=LOVASZ_HINGE_KERNELS,
             cases=_BINARY,
