@@ -144,8 +144,9 @@ _LOVASZ: tuple[dict[str, Any], ...] = (
     {"options": {"per_image": True}},
     {"options": {"exact": True}},
 )
-_DTYPES: tuple[dict[str, Any], ...] = tuple(
-    {"dtype": dtype} for dtype in ("bfloat16", "float16", "float64")
+_OTHERS: tuple[dict[str, Any], ...] = (
+    *({"dtype": dtype} for dtype in ("bfloat16", "float16", "float64")),
+    *({"labels": labels} for labels in ("int16", "int32", "int64")),
 )
 _BINARY = variations(
     replace(BASE, shape=SHAPES["binary"]), {"shape": replace(_STREETS, classes=1)}, {"ratio": 8}
@@ -458,7 +459,7 @@ OPERATIONS = (
             cases=_BINARY,
             shipped=(
                 replace(_BINARY[0], everywhere=True),
-                *rarely(_BINARY[0], {"ratio": 8}, *_LOVASZ, *_DTYPES),
+                *rarely(_BINARY[0], {"ratio": 8}, *_LOVASZ, *_OTHERS),
             ),
             goals=memory_goals("Lovász hinge of upsampled logits", 0, _BINARY, 24 * 4096),
         ),

@@ -39,7 +39,7 @@ from .membership_cells import (
 MOST_CLASSES = 1024  # whose sums a program has at once
 # Of interpolated logits: classes in one block; pixels of a lane at once, going forward, and columns
 # of them, going back.
-_UNROLL = 6
+_UNROLL = 4
 _MOST_PIXELS = 4
 _MOST_COLUMNS = 2
 
