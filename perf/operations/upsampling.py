@@ -50,6 +50,11 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
     return random_map(low_resolution(case), device), random_labels(case, device)
 
 
+def mask_inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
+    """Logits [N, 1, h, w] and labels 0 and 1 [N, H, W], for any number of classes."""
+    return inputs(replace(case, shape=replace(case.shape, classes=1)), device)
+
+
 def torch_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -142,8 +147,9 @@ _LOVASZ: tuple[dict[str, Any], ...] = (
     {"options": {"per_image": True}},
     {"options": {"exact": True}},
 )
-_DTYPES: tuple[dict[str, Any], ...] = tuple(
-    {"dtype": dtype} for dtype in ("bfloat16", "float16", "float64")
+_OTHERS: tuple[dict[str, Any], ...] = (
+    *({"dtype": dtype} for dtype in ("bfloat16", "float16", "float64")),
+    *({"labels": labels} for labels in ("int16", "int32", "int64")),
 )
 _BINARY = variations(
     replace(BASE, shape=SHAPES["binary"]), {"shape": replace(_STREETS, classes=1)}, {"ratio": 8}
@@ -449,12 +455,14 @@ OPERATIONS = (
             lovasz.eager_hinge,
             lovasz.lovasz_hinge.LOVASZ_HINGE,
             None,
+            inputs=mask_inputs,
+            floor=lambda case: floor(replace(case, shape=replace(case.shape, classes=1))),
             launch=lovasz.launch(lovasz.lovasz_hinge.LOVASZ_HINGE, lovasz.lovasz_hinge.BINS, "all"),
             kernels=LOVASZ_HINGE_KERNELS,
             cases=_BINARY,
             shipped=(
                 replace(_BINARY[0], everywhere=True),
-                *rarely(_BINARY[0], {"ratio": 8}, *_LOVASZ, *_DTYPES),
+                *rarely(_BINARY[0], {"ratio": 8}, *_LOVASZ, *_OTHERS),
             ),
             goals=memory_goals("Lovász hinge of upsampled logits", 0, _BINARY, 24 * 4096),
         ),

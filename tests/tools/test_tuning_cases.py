@@ -116,6 +116,8 @@ def ask_upsampled(dtype: torch.dtype, device: torch.device) -> None:
         target = tuning_inputs.random_labels((1, 19, 4 * ratio, 6 * ratio), device)
         for way in one_of_each(way for way in OF_MAPS.values() if is_upsampled(way)).values():
             given = logits.requires_grad_(), target, *way.arguments(logits, target)[2:]
+            if way.binary:
+                given = logits[:, :1], target.clamp(max=1)
             way.function(*given, upsample="bilinear").backward()
 
 

@@ -132,9 +132,11 @@ def _prepare_statistics(
 
 
 def histogram_heuristic(loss: Loss, most: int) -> Configuration:
-    """As many pixels of a lane at once as at the labels' resolution."""
+    """As many pixels of a lane at once as at the labels' resolution, or a few less."""
     pixels = 8
-    if not IS_QUICK and warp_size() == 32:
+    if warp_size() == 64:
+        pixels = 4 if loss.binary else 8
+    elif not IS_QUICK:
         pixels = 2 if loss.binary else 4
     return {**_at_once(pixels, most), "UNROLL": 1 if loss.binary else 2, "num_warps": 8}
 

@@ -37,11 +37,10 @@ from .membership_cells import (
 )
 
 MOST_CLASSES = 1024  # whose sums a program has at once
-# Of interpolated logits: classes in one block; pixels of a lane at once, going forward, and columns
-# of them, going back.
-_UNROLL = 6
-_MOST_PIXELS = 4
-_MOST_COLUMNS = 4
+# Of interpolated logits: pixels of a lane at once and classes in one block, going forward; columns
+# of pixels and classes, going back.
+_MOST_PIXELS, _UNROLL = 4, 3
+_MOST_COLUMNS, _UNROLL_BACK = 2, 4
 
 _RECORD = Record(
     members_start, members_add, members_add, members_factors, members_slope, members_lookups
@@ -305,7 +304,7 @@ def _prepare_backward_of_cells(
         loss = PROBABILITY._replace(record=_CELL_RECORD)
         terms = terms_of((Term(loss, terms.options[0]),), logits, walk, True)
         terms = terms._replace(maps=(3,))  # with the projections
-    heuristic = {**cell_heuristic([loss], "backward", axes[1].most), "UNROLL": _UNROLL}
+    heuristic = {**cell_heuristic([loss], "backward", axes[1].most), "UNROLL": _UNROLL_BACK}
     heuristic["PIXEL_COLUMNS"] = min(int(heuristic["PIXEL_COLUMNS"]), _MOST_COLUMNS)
     programs, arguments = over_strips([loss], logits, target, walk, axes, heuristic)
     constants = {
