@@ -141,30 +141,26 @@ def _slices(given: Given) -> float:
     return _tiles(given) * float(-(-given["TILE.dims"] // given["TILE.depth"]))
 
 
-def _tile_loops(kernel: str) -> tuple[LoopNotes, ...]:
-    return (
-        LoopNotes("slices", "scores_of", _slices),
-        LoopNotes("chunks", "_log_sum", lambda given: float(given["chunks"])),
-        LoopNotes("tiles", kernel, _tiles),
-    )
+def _over_tiles(kernel: str, *more: LoopNotes) -> KernelNotes:
+    slices = LoopNotes("slices", "scores_of", _slices)
+    return KernelNotes(_pairs, (slices, *more, LoopNotes("tiles", kernel, _tiles)))
 
 
-def _over_splits(kernel: str) -> KernelNotes:
+def _over_chunks(kernel: str) -> KernelNotes:
     return KernelNotes(
         share_of_the_map, (LoopNotes("chunks", kernel, lambda given: float(given["splits"])),)
     )
 
 
+_CHUNKS = LoopNotes("chunks", "_log_sum", lambda given: float(given["chunks"]))
 KERNELS = {
     "_classes_kernel": KernelNotes(share_of_the_map),
-    **{
-        kernel: KernelNotes(_pairs, _tile_loops(kernel))
-        for kernel in (
-            "_negatives_kernel", "_positives_kernel", "_slopes_kernel", "_digits_kernel",
-        )
-    },
-    **{k: _over_splits(k) for k in ("_statistics_kernel", "_gradient_kernel", "_narrow_kernel")},
-}  # fmt: skip
+    "_negatives_kernel": _over_tiles("_negatives_kernel"),
+    "_positives_kernel": _over_tiles("_positives_kernel", _CHUNKS),
+    "_slopes_kernel": _over_tiles("_slopes_kernel"),
+    "_digits_kernel": _over_tiles("_digits_kernel"),
+    **{k: _over_chunks(k) for k in ("_statistics_kernel", "_gradient_kernel", "_narrow_kernel")},
+}
 
 _BASE = Case(_anchors(256), dtype="bfloat16")
 CASES = variations(

@@ -75,12 +75,12 @@ def heuristic(which: str, dims: int, dtype: torch.dtype, own: bool) -> Configura
         return _configuration(32, 32, 32, 32, 4, 1)
     if dtype == torch.float32:
         return _configuration(64, 32, 32, 128, 8, 2)
+    if dims > 128 and which in ("slopes", "hardest") and _is_amd():
+        return _configuration(64, 32, 64, 128, 8, 2)
     if dims > 256:
         if _multiplies_from_shared_memory() and not own:
             return _configuration(64, 32, 512, 512, 8, 2)
         return _configuration(64, 32, 64, 256, 8, 2)
-    if dims > 128 and which in ("slopes", "hardest") and _is_amd():
-        return _configuration(64, 32, 64, 128, 8, 2)
     if own or which in ("positives", "hardest"):
         return _configuration(64, 32, 256, 256, 8, 2)
     anchors = 128 if _multiplies_from_shared_memory() else 64
