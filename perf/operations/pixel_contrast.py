@@ -129,11 +129,11 @@ def floor(case: Case) -> Floor:
 
 def _pairs(given: Given) -> float:
     """The pairs that a thread of a pass goes through."""
-    return float(given["TILE.anchors"] * given["chunk"] / given["THREADS"])
+    return float(given["TILE.anchors"] * given["keys"] / given["splits"] / given["THREADS"])
 
 
 def _tiles(given: Given) -> float:
-    return float(given["chunk"] / given["TILE.keys"])
+    return float(given["keys"] / given["splits"] / given["TILE.keys"])
 
 
 def _slices(given: Given) -> float:
@@ -146,20 +146,20 @@ def _over_tiles(kernel: str, *more: LoopNotes) -> KernelNotes:
     return KernelNotes(_pairs, (slices, *more, LoopNotes("tiles", kernel, _tiles)))
 
 
-def _over_chunks(kernel: str) -> KernelNotes:
+def _over_parts(kernel: str) -> KernelNotes:
     return KernelNotes(
-        share_of_the_map, (LoopNotes("chunks", kernel, lambda given: float(given["splits"])),)
+        share_of_the_map, (LoopNotes("parts", kernel, lambda given: float(given["splits"])),)
     )
 
 
-_CHUNKS = LoopNotes("chunks", "_log_sum", lambda given: float(given["chunks"]))
+_PARTS = LoopNotes("parts", "_log_sum", lambda given: float(given["parts"]))
 KERNELS = {
     "_classes_kernel": KernelNotes(share_of_the_map),
     "_negatives_kernel": _over_tiles("_negatives_kernel"),
-    "_positives_kernel": _over_tiles("_positives_kernel", _CHUNKS),
+    "_positives_kernel": _over_tiles("_positives_kernel", _PARTS),
     "_slopes_kernel": _over_tiles("_slopes_kernel"),
     "_digits_kernel": _over_tiles("_digits_kernel"),
-    **{k: _over_chunks(k) for k in ("_statistics_kernel", "_gradient_kernel", "_narrow_kernel")},
+    **{k: _over_parts(k) for k in ("_statistics_kernel", "_gradient_kernel", "_narrow_kernel")},
 }
 
 _BASE = Case(_anchors(256), dtype="bfloat16")

@@ -16,10 +16,10 @@ from .tiles import Tile
 
 # Of the last one all passes are where only the hardest pairs count.
 PASSES = ("negatives", "positives", "slopes", "hardest")
-# Programs that a large GPU has work for, two for each of its processors; of slopes one, each of
-# which leaves a sum of the size of its anchors.
-_PROGRAMS = 264
-_PROGRAMS_OF_SLOPES = 132
+# Programs that a large GPU has work for: two for each of its processors. Of positives more, since
+# most of what a program does is to wait for the classes of tiles that hold none. Of slopes one,
+# each of which leaves a sum of the size of its anchors.
+_PROGRAMS = {"negatives": 264, "positives": 1056, "slopes": 132, "hardest": 1056}
 # The fewest tiles of keys that a program goes through, unless there are no more.
 _TILES = 4
 
@@ -122,7 +122,7 @@ def over_tiles(which: str, pair: Pair, options: Options) -> dict[str, Any]:
     a score has the same bits.
     """
     anchors, keys = pair.anchors, pair.keys
-    programs = _PROGRAMS_OF_SLOPES if which == "slopes" else _PROGRAMS
+    programs = _PROGRAMS[which]
     if options.hardest is not None:
         which = "hardest"
     count, dims = anchors.shape
@@ -151,16 +151,13 @@ def over_tiles(which: str, pair: Pair, options: Options) -> dict[str, Any]:
         hardest=options.hardest is not None,
     )
     tiles, across = triton.cdiv(count, tile.anchors), triton.cdiv(len(keys), tile.keys)
-    splits = max(min(programs // tiles, across // _TILES), 1)
-    chunk = triton.cdiv(across, splits) * tile.keys
     return {
         "anchors_stride": strides[0] // grain,
         "keys_stride": strides[1] // grain,
         "anchors": count,
         "keys": len(keys),
         "tiles": tiles,
-        "splits": triton.cdiv(len(keys), chunk),
-        "chunk": chunk,
+        "splits": max(min(programs // tiles, across // _TILES), 1),
         "scale": 1.0 / (math.log(2.0) * options.temperature),
         "TILE": tile,
         "num_warps": int(configuration["num_warps"]),
