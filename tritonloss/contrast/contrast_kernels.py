@@ -44,13 +44,14 @@ def _classes_kernel(
 @triton.jit
 def _negatives_kernel(
     anchors_ptr, anchor_classes_ptr, keys_ptr, key_classes_ptr, bounds_ptr, partial_ptr,
-    anchors_stride, keys_stride, anchors, keys, tiles, splits, chunk, scale,
+    anchors_stride, keys_stride, anchors, keys, tiles, splits, scale,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write of every anchor and chunk of keys the largest score of negatives, and the sum.
+    """Write of every anchor and part of the keys the largest score of negatives, and the sum.
 
-    The sum is of 2^(score - largest). Programs of one chunk run side by side, so that its keys are
-    read from memory once.
+    The sum is of 2^(score - largest). A part is every so many-th tile of keys: those of one class,
+    which lie side by side, are in all parts. Programs of one part run side by side, so that its
+    keys are read from memory once.
     """
     program = tl.program_id(0)
     split = program // tiles
@@ -63,9 +64,8 @@ def _negatives_kernel(
     dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
     largest = tl.full((TILE.anchors,), LOWEST, dtype)
     powers = tl.full((TILE.anchors,), 0.0, dtype)
-    end = tl.minimum((split + 1) * chunk, keys)
-    for first in tl.range(split * chunk, end, TILE.keys):
-        columns = keys_of(key_classes_ptr, first, end, TILE)
+    for first in tl.range(split * TILE.keys, keys, splits * TILE.keys):
+        columns = keys_of(key_classes_ptr, first, keys, TILE)
         scores = scores_of(anchor_matrix, rows, held, key_matrix, columns, scale, TILE)
         negative = are_others(rows, columns)
         if TILE.hardest:
@@ -83,15 +83,15 @@ def _negatives_kernel(
 
 
 @triton.jit
-def _log_sum(partial_ptr, rows, anchors, chunks, TILE: tl.constexpr):
-    """The base-2 logarithm of each anchor's sum over the negatives of all chunks; -inf of none."""
+def _log_sum(partial_ptr, rows, anchors, parts, TILE: tl.constexpr):
+    """The base-2 logarithm of each anchor's sum over the negatives of all parts; -inf of none."""
     dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
     largest = tl.full((TILE.anchors,), LOWEST, dtype)
     powers = tl.full((TILE.anchors,), 0.0, dtype)
     pointer = partial_ptr + rows.index
-    for _ in tl.range(0, chunks):
+    for _ in tl.range(0, parts):
         other = tl.load(pointer, mask=rows.there, other=LOWEST)
-        part = tl.load(pointer + chunks * anchors, mask=rows.there, other=0.0)
+        part = tl.load(pointer + parts * anchors, mask=rows.there, other=0.0)
         pointer += anchors
         before = largest
         largest = tl.maximum(largest, other)
@@ -104,12 +104,12 @@ def _log_sum(partial_ptr, rows, anchors, chunks, TILE: tl.constexpr):
 def _positives_kernel(
     anchors_ptr, anchor_classes_ptr, keys_ptr, key_classes_ptr, bounds_ptr,
     negatives_ptr, log_sum_ptr, partial_ptr,
-    anchors_stride, keys_stride, anchors, keys, tiles, splits, chunk, chunks, scale,
+    anchors_stride, keys_stride, anchors, keys, tiles, splits, parts, scale,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write of every anchor and chunk of keys the sums over positives: losses, sigmoids, count.
+    """Write of every anchor and part of the keys the sums over positives: losses, sigmoids, count.
 
-    Tiles that hold no positive are passed by: nothing but their classes is read. ``chunks`` are
+    Tiles that hold no positive are passed by: nothing but their classes is read. ``parts`` are
     those that the sums over negatives were divided into.
     """
     program = tl.program_id(0)
@@ -119,7 +119,7 @@ def _positives_kernel(
     rows = anchors_of(anchor_matrix, anchor_classes_ptr, program % tiles * TILE.anchors, TILE)
     held = slice_of(anchor_matrix, rows, 0, TILE.depth, TILE)
     _, highest = bounds_of(bounds_ptr, rows, anchors, TILE)
-    log_sum = _log_sum(negatives_ptr, rows, anchors, chunks, TILE)
+    log_sum = _log_sum(negatives_ptr, rows, anchors, parts, TILE)
     if split == 0:
         tl.store(log_sum_ptr + rows.index, log_sum, mask=rows.there)
     first_class = tl.min(tl.where(rows.classes < 0, 2147483647, rows.classes), 0)
@@ -128,9 +128,8 @@ def _positives_kernel(
     losses = tl.zeros_like(log_sum)
     sigmoids = tl.zeros_like(log_sum)
     counts = tl.zeros_like(log_sum)
-    end = tl.minimum((split + 1) * chunk, keys)
-    for first in tl.range(split * chunk, end, TILE.keys):
-        columns = keys_of(key_classes_ptr, first, end, TILE)
+    for first in tl.range(split * TILE.keys, keys, splits * TILE.keys):
+        columns = keys_of(key_classes_ptr, first, keys, TILE)
         near = (columns.classes >= first_class) & (columns.classes <= last_class)
         if tl.max(near.to(tl.int32), 0) > 0:
             scores = scores_of(anchor_matrix, rows, held, key_matrix, columns, scale, TILE)
@@ -191,10 +190,10 @@ def _statistics_kernel(
 def _slopes_kernel(
     anchors_ptr, anchor_classes_ptr, keys_ptr, key_classes_ptr, bounds_ptr,
     statistics_ptr, partial_ptr,
-    anchors_stride, keys_stride, anchors, keys, tiles, splits, chunk, scale,
+    anchors_stride, keys_stride, anchors, keys, tiles, splits, scale,
     TILE: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Write of every anchor and chunk of keys the sum over keys of slope times key.
+    """Write of every anchor and part of the keys the sum over keys of slope times key.
 
     Where the keys are the anchors, a pair's slope is that of both of its losses. Slopes are at most
     2 and are scaled: 16 bits hold the small ones.
@@ -212,9 +211,8 @@ def _slopes_kernel(
     side = _as_column(side_of(statistics_ptr, bounds_ptr, rows, anchors, TILE), SCALE)
 
     sums = nothing(TILE.width, TILE)
-    end = tl.minimum((split + 1) * chunk, keys)
-    for first in tl.range(split * chunk, end, TILE.keys):
-        columns = keys_of(key_classes_ptr, first, end, TILE)
+    for first in tl.range(split * TILE.keys, keys, splits * TILE.keys):
+        columns = keys_of(key_classes_ptr, first, keys, TILE)
         scores = scores_of(anchor_matrix, rows, held, key_matrix, columns, scale, TILE)
         same = are_same(rows, columns, TILE)
         slopes = slopes_of(scores, same, side, TILE)
@@ -263,7 +261,7 @@ def _gradient_kernel(
     partial_ptr, upstream_ptr, share_ptr, gradient_ptr, elements, splits, factor,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the anchors' gradient: the sum over all chunks, times what the mean makes of it."""
+    """Write the anchors' gradient: the sum over all parts, times what the mean makes of it."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < elements
     scale = tl.load(upstream_ptr).to(share_ptr.dtype.element_ty) * tl.load(share_ptr) * factor

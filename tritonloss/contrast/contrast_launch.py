@@ -126,8 +126,8 @@ def _launch_passes(pair: Pair, results: Results, totals: torch.Tensor, options: 
     """Go over the negatives, and then over the positives."""
     of_negatives, of_positives = (over_tiles(w, pair, options) for w in ("negatives", "positives"))
     count, dtype = len(pair.anchors), results.statistics.dtype
-    chunks, splits = of_negatives["splits"], of_positives["splits"]
-    negatives = pair.anchors.new_empty((2, chunks, count), dtype=dtype)
+    parts, splits = of_negatives["splits"], of_positives["splits"]
+    negatives = pair.anchors.new_empty((2, parts, count), dtype=dtype)
     positives = pair.anchors.new_empty((3, splits, count), dtype=dtype)
     log_sum = pair.anchors.new_empty(count, dtype=dtype)
     tensors = _pointers(pair, results)
@@ -136,12 +136,12 @@ def _launch_passes(pair: Pair, results: Results, totals: torch.Tensor, options: 
     key = kind(pair.anchors), kind(pair.keys), pair.own, options
 
     def prepare_negatives() -> PreparedLaunch:
-        programs = (of_negatives["tiles"] * chunks,)
+        programs = (of_negatives["tiles"] * parts,)
         return PreparedLaunch(_negatives_kernel, programs, of_negatives)
 
     def prepare_positives() -> PreparedLaunch:
         programs = (of_positives["tiles"] * splits,)
-        return PreparedLaunch(_positives_kernel, programs, {**of_positives, "chunks": chunks})
+        return PreparedLaunch(_positives_kernel, programs, {**of_positives, "parts": parts})
 
     prepared(("contrast_negatives", *key), prepare_negatives)(**tensors, partial_ptr=negatives)
     prepared(("contrast_positives", *key), prepare_positives)(

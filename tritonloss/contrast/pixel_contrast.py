@@ -244,7 +244,7 @@ class PixelContrastLoss(nn.Module):
             anchors,
             labels,
             *keys,
-            ignore_index=self.ignore_index if bank is None else None,
+            ignore_index=None,  # what is ignored is neither sampled nor kept
             process_group=self.process_group,
             **self.options,  # type: ignore[arg-type]
         )

@@ -52,7 +52,7 @@ def _number_of(place, DOUBLE: tl.constexpr):
 @triton.jit
 def _digits_kernel(
     anchors_ptr, anchor_classes_ptr, keys_ptr, key_classes_ptr, places_ptr, counts_ptr,
-    anchors_stride, keys_stride, anchors, keys, tiles, splits, chunk, scale, shift, first_shift,
+    anchors_stride, keys_stride, anchors, keys, tiles, splits, scale, shift, first_shift,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Write how many scores of each anchor have which digit, of negatives and of positives.
@@ -77,9 +77,8 @@ def _digits_kernel(
 
     bin = tl.arange(0, 16)[None, :]
     counts = tl.full((TILE.anchors, 16), 0, tl.int32)
-    end = tl.minimum((split + 1) * chunk, keys)
-    for first in tl.range(split * chunk, end, TILE.keys):
-        columns = keys_of(key_classes_ptr, first, end, TILE)
+    for first in tl.range(split * TILE.keys, keys, splits * TILE.keys):
+        columns = keys_of(key_classes_ptr, first, keys, TILE)
         near = (columns.classes >= first_class) & (columns.classes <= last_class)
         if (positives == 0) | (tl.max(near.to(tl.int32), 0) > 0):
             scores = scores_of(anchor_matrix, rows, held, key_matrix, columns, scale, TILE)

@@ -16,10 +16,10 @@ from .tiles import Tile
 
 # Of the last one all passes are where only the hardest pairs count.
 PASSES = ("negatives", "positives", "slopes", "hardest")
-# Programs that a large GPU has work for, two for each of its processors; of slopes one, each of
-# which leaves a sum of the size of its anchors.
-_PROGRAMS = 264
-_PROGRAMS_OF_SLOPES = 132
+# Programs that a large GPU has work for: two for each of its processors. Of positives more, since
+# most of what a program does is to wait for the classes of tiles that hold none. Of slopes one,
+# each of which leaves a sum of the size of its anchors.
+_PROGRAMS = {"negatives": 264, "positives": 1056, "slopes": 132, "hardest": 1056}
 # The fewest tiles of keys that a program goes through, unless there are no more.
 _TILES = 4
 
@@ -75,28 +75,31 @@ def heuristic(which: str, dims: int, dtype: torch.dtype, own: bool) -> Configura
         return _configuration(32, 32, 32, 32, 4, 1)
     if dtype == torch.float32:
         return _configuration(64, 32, 32, 128, 8, 2)
-    if dims > 256:
-        if _multiplies_from_shared_memory() and not own:
-            return _configuration(64, 32, 512, 512, 8, 2)
-        return _configuration(64, 32, 64, 256, 8, 2)
     if dims > 128 and which in ("slopes", "hardest") and _is_amd():
         return _configuration(64, 32, 64, 128, 8, 2)
-    if own or which in ("positives", "hardest"):
+    architecture = _architecture()
+    if dims > 256:
+        if 90 <= architecture < 120 and not own:
+            return _configuration(64, 32, 512, 512, 8, 2)
+        return _configuration(64, 32, 64, 256, 8, 2)
+    # From sm_100 to sm_110 narrow tiles take more registers than wide ones, on Triton 3.6.
+    narrow = which in ("positives", "hardest") and not 100 <= architecture < 120
+    if own or narrow:
         return _configuration(64, 32, 256, 256, 8, 2)
-    anchors = 128 if _multiplies_from_shared_memory() else 64
-    return _configuration(anchors, 64, 256, 256, 8, 2)
+    # Keys are read once for all anchors of a tile, which is what Hopper would wait for.
+    return _configuration(128 if architecture == 90 else 64, 64, 256, 256, 8, 2)
+
+
+def _architecture() -> int:
+    """The compute capability of NVIDIA's GPU, 90 for 9.0; 0 of others, and in the interpreter."""
+    if INTERPRETED:
+        return 0
+    target = driver.active.get_current_target()
+    return int(target.arch) if target.backend == "cuda" else 0
 
 
 def _is_amd() -> bool:
     return not INTERPRETED and bool(driver.active.get_current_target().backend == "hip")
-
-
-def _multiplies_from_shared_memory() -> bool:
-    """Whether the GPU's matrix instructions read shared memory, which is larger there, too."""
-    if INTERPRETED:
-        return False
-    target = driver.active.get_current_target()
-    return bool(target.backend == "cuda" and 90 <= target.arch < 120)
 
 
 def _configuration(
@@ -119,7 +122,7 @@ def over_tiles(which: str, pair: Pair, options: Options) -> dict[str, Any]:
     a score has the same bits.
     """
     anchors, keys = pair.anchors, pair.keys
-    programs = _PROGRAMS_OF_SLOPES if which == "slopes" else _PROGRAMS
+    programs = _PROGRAMS[which]
     if options.hardest is not None:
         which = "hardest"
     count, dims = anchors.shape
@@ -148,16 +151,13 @@ def over_tiles(which: str, pair: Pair, options: Options) -> dict[str, Any]:
         hardest=options.hardest is not None,
     )
     tiles, across = triton.cdiv(count, tile.anchors), triton.cdiv(len(keys), tile.keys)
-    splits = max(min(programs // tiles, across // _TILES), 1)
-    chunk = triton.cdiv(across, splits) * tile.keys
     return {
         "anchors_stride": strides[0] // grain,
         "keys_stride": strides[1] // grain,
         "anchors": count,
         "keys": len(keys),
         "tiles": tiles,
-        "splits": triton.cdiv(len(keys), chunk),
-        "chunk": chunk,
+        "splits": max(min(programs // tiles, across // _TILES), 1),
         "scale": 1.0 / (math.log(2.0) * options.temperature),
         "TILE": tile,
         "num_warps": int(configuration["num_warps"]),

@@ -82,7 +82,7 @@ def slice_of(matrix, rows, first, WIDTH: tl.constexpr, TILE: tl.constexpr):
     inside = rows.there[:, None]
     if TILE.dims % WIDTH != 0:
         inside = inside & (column < TILE.dims)[None, :]
-    row = rows.index.to(tl.int64) * (matrix.stride * TILE.grain)
+    row = rows.index.to(tl.int64) * matrix.stride * TILE.grain
     return tl.load(matrix.pointer + row[:, None] + column[None, :], mask=inside, other=0.0)
 
 

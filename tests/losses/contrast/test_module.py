@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
 
 import tritonloss
 from tests.oracle import LAYOUTS, as_layout
@@ -41,6 +45,55 @@ def step(criterion: PixelContrastLoss, bank: MemoryBank | None, *given: Tensor) 
     with tritonloss.use_backend("triton"):
         value = criterion(leaf, *given[1:], bank, generator=generator)
     return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+class Waiting(TorchDispatchMode):
+    """Refuses what on a GPU would wait for it: looking at a value, shapes that depend on values."""
+
+    refused = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(name in func.name() for name in self.refused), func.name()
+        if func.name() in ("aten::index.Tensor", "aten::index_put_"):
+            assert not any(x is not None and x.dtype == torch.bool for x in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device(device: torch.device) -> None:
+    """Sampling, the loss (as one operator) and the update."""
+    embeddings, target, logits = maps(device)
+    bank, leaf = bank_for(device), embeddings.requires_grad_()
+    for keys, hardest in ((None, None), (bank, None), (bank, 0.3)):
+        criterion = PixelContrastLoss(max_samples=30, max_views=4, hardest=hardest)
+        with tritonloss.use_backend("triton"), launches_left_out(), Waiting():
+            criterion(leaf, target, logits, keys).backward()
+            bank.update(leaf, target)
+
+
+@contextmanager
+def launches_left_out() -> Iterator[None]:
+    """In the interpreter, which looks at values, no kernel runs."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__call__", lambda *_, **__: None)
+        yield
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_a_gpu(device: torch.device) -> None:
+    embeddings, target, logits = maps(device)
+    bank, leaf = bank_for(device), embeddings.requires_grad_()
+    criterion = PixelContrastLoss(max_samples=30, max_views=4)
+    for checked in (False, True):
+        torch.cuda.set_sync_debug_mode("error" if checked else "default")
+        try:
+            criterion(leaf, target, logits, bank).backward()
+            criterion(leaf, target, logits).backward()
+            bank.update(leaf, target)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("with_bank", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tritonloss
+from tests.engine.test_offsets import far_apart
 from tests.oracle import check_three_way
 from tritonloss.functional import pixel_contrast_loss
 
@@ -358,6 +360,44 @@ def test_the_order_of_keys_does_not_matter_and_the_bits_are_the_same(
     order = key_labels.argsort()
     other = value_and_gradient(anchors, labels, keys[order], key_labels[order])
     torch.testing.assert_close(other, first, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_rows_that_lie_far_apart(rows: int, tmp_path: Path) -> None:
+    """Their distance takes more than 32 bits, or that of the first and the last one does."""
+    anchors, labels = embeddings(rows, 8).float(), torch.arange(rows) % 2
+    keys, key_labels = embeddings(24, 8, 2).float(), labels_of(24, 2, 3)
+    far = far_apart(anchors, 0, tmp_path)
+    expected = value_and_gradient(anchors, labels, keys, key_labels)
+    leaf = far.detach().requires_grad_()
+    with tritonloss.use_backend("triton"):
+        value = pixel_contrast_loss(leaf, labels, keys, key_labels)
+        of_keys = pixel_contrast_loss(keys, key_labels, far, labels)
+        near = pixel_contrast_loss(keys, key_labels, anchors, labels)
+    assert torch.equal(value.detach(), expected[0]) and torch.equal(of_keys, near)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has an order of its own")
+@pytest.mark.parametrize("hardest", [None, 0.3])
+def test_the_same_bits_whatever_the_order_of_programs(
+    hardest: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime import interpreter
+
+    anchors, labels = embeddings(40, 6), labels_of(40, 3)
+    rest = labels, embeddings(150, 6, 2), labels_of(150, 3, 3).sort().values
+    first = value_and_gradient(anchors, *rest, hardest=hardest)
+    builder = interpreter.interpreter_builder
+    set_index, seen = builder.set_grid_idx, []
+
+    def set_reversed(x: int, y: int, z: int) -> None:
+        seen.append(x)
+        set_index(builder.grid_dim[0] - 1 - x, y, z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", set_reversed)
+    second = value_and_gradient(anchors, *rest, hardest=hardest)
+    assert max(seen) > 2
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
 def test_precision_of_float32_and_mixed_dtypes(device: torch.device) -> None:
