@@ -34,7 +34,7 @@ from .pixel_terms import (
 )
 from .pixel_walk import Terms
 from .planes import compute_dtype
-from .sums import sums_over, tickets
+from .sums import tickets
 
 
 class JointResults(NamedTuple):
@@ -76,19 +76,19 @@ def launch_joint(
     results = allocated(joint, logits, target, save)
     images, classes = logits.shape[:2]
     shape = (3, images, classes + 1)
-    means = logits.new_empty((max(len(joint.terms), 1), 2), dtype=torch.float64)
     sums = logits.new_empty(shape, dtype=torch.float64)
     if target.numel() == 0:
-        return _of_ranks(joint, logits, sums.zero_(), means.zero_(), results)
+        values = sums.new_zeros((len(joint.terms), 2, 1))
+        return _of_ranks(joint, logits, sums.zero_(), values, results)
     launch, programs = prepared(
         ("joint", *_kind_of(joint, logits, target), save),
         lambda: _prepare_sums(joint, logits, target, save),
     )
     parts = logits.new_empty((*shape, programs), dtype=compute_dtype(logits.dtype))
+    values = parts.new_empty((len(joint.terms), 2, programs * images))
     own, other = tables_of(_all_terms(joint), logits)
     in_groups = any(loss.group is not None for loss in joint.classes)
     with device_guard(logits):
-        room = sums_over(programs * images, 2 * len(joint.terms) + 1, logits.device)
         launch(
             logits_ptr=logits,
             target_ptr=target,
@@ -96,9 +96,7 @@ def launch_joint(
             other_ptrs=other,
             map_ptrs=results.maps,
             parts_ptr=parts,
-            means_ptr=means,
-            scratch_ptr=room["scratch_ptr"],
-            tickets_ptr=room["tickets_ptr"],
+            values_ptr=values,
         )
         if in_groups:
             add_up = prepared(
@@ -106,7 +104,7 @@ def launch_joint(
                 lambda: prepare_join(images, classes, programs),
             )
             add_up(parts_ptr=parts, sums_ptr=sums)
-            return _of_ranks(joint, logits, sums, means, results)
+            return _of_ranks(joint, logits, sums, values, results)
         finish = prepared(
             ("joint_head", *_kind_of_heads(joint, logits), programs),
             lambda: _prepare_heads(joint, logits, programs),
@@ -119,7 +117,8 @@ def launch_joint(
                 [logits if w is None else w.contiguous() for w in joint.class_weights]
             ),
             tables_ptr=logits.new_empty(tables, dtype=torch.float64),
-            means_ptr=means,
+            values_ptr=values,
+            totals_ptr=sums.new_empty((len(joint.terms), 2)),
             weights_ptr=joint.weights,
             loss_ptr=results.loss,
             terms_ptr=results.terms,
@@ -134,7 +133,7 @@ def _of_ranks(
     joint: Joint,
     logits: torch.Tensor,
     sums: torch.Tensor,
-    means: torch.Tensor,
+    values: torch.Tensor,
     results: JointResults,
 ) -> JointResults:
     """The results from this rank's class sums [3, N, C + 1], some of them added up over ranks.
@@ -144,11 +143,17 @@ def _of_ranks(
     count, classes = len(joint.terms), logits.size(1)
     weights = [joint.weights[place] for place in joint.places]
     loss = sums.new_zeros(())
+    valid = sums[2, :, -1].sum()
     for k in range(count):
-        value, inverse = means[k].unbind()
-        results.terms[joint.order[k]] = value
-        results.scale[k] = weights[k] * inverse
-        loss = loss + weights[k] * value
+        value, divisor = values[k].double().sum(-1).unbind()
+        if joint.walk.reduction == "mean":
+            divisor = torch.where(valid > 0, divisor, 1.0)
+            divisor = torch.where(divisor == 0, torch.nan, divisor)
+        else:
+            divisor = torch.ones_like(divisor)
+        results.terms[joint.order[k]] = value / divisor
+        results.scale[k] = weights[k] / divisor
+        loss = loss + weights[k] * value / divisor
     table = results.table.new_zeros(results.table.shape, dtype=torch.float64)
     for k, head in enumerate(joint.classes, count):
         groups = logits.size(0) if head.counting.per_image else 1
@@ -227,7 +232,8 @@ def _kind_of_heads(joint: Joint, logits: torch.Tensor) -> tuple[Any, ...]:
         (loss.head, loss.options, loss.counting, loss.numbers, weight is None or weight.dtype)
         for loss, weight in zip(joint.classes, joint.class_weights, strict=True)
     ])  # fmt: skip
-    return heads, joint.places, joint.order, logits.shape[:2], logits.dtype, logits.device
+    like = logits.shape[:2], logits.dtype, logits.device
+    return heads, joint.places, joint.order, joint.walk.reduction, *like
 
 
 # --- launches -------------------------------------------------------------------------------------
@@ -256,7 +262,6 @@ def _prepare_sums(
         "images": images,
         "TERMS": terms_of(terms, logits, joint.walk, save),
         "PROBABILITIES": joint.classes[0].probabilities,
-        "REDUCTION": joint.walk.reduction,
         "BINS": bins_of(classes),
     }
     grid = (images * programs,)
@@ -278,11 +283,13 @@ def _prepare_heads(joint: Joint, logits: torch.Tensor, programs: int) -> Prepare
             tuple(loss.counting for loss in heads),
             tuple(loss.counting.per_image for loss in heads),
         ),
+        "REDUCTION": joint.walk.reduction,
         "CLASSES": classes,
         "num_warps": 4,
         "enable_fp_fusion": True,
     }
-    return PreparedLaunch(_joint_head_kernel, (images * (classes + 1),), constants, False)
+    programs = images * (classes + 1) + 2 * len(joint.terms)
+    return PreparedLaunch(_joint_head_kernel, (programs,), constants, False)
 
 
 def _prepare_backward(
