@@ -223,11 +223,15 @@ def _joint_forward_kernel(
         all_pixels = all_pixels + (_nothing(TILE),)
     counts = tl.zeros((BINS,), tl.int32)
     totals = _no_values(TERMS, TILE)
+    valid = tl.full((), 0, tl.int32)
     for i in tl.range(0, rounds):
         run = run_at(image, program * rounds + i, pixels, width, TILE)
         pixel = load_pixels(target_ptr, target_strides, run, IGNORED, BINARY, TILE)
         view = view_of(logits_ptr, logits_strides, run, TILE)
         counts = count_labels(counts, pixel, BINS)
+        if not HELD:  # this tile is the only one
+            store_counts(plane, counts, BINARY, BINS, TILE.classes)
+            valid = tl.sum(counts)
 
         # the states of all losses, and with the own logits their values and maps
         if HELD:
@@ -247,13 +251,13 @@ def _joint_forward_kernel(
             own, all_pixels = add_to_sums(
                 (own, all_pixels), shared, block, pixel, PROBABILITIES, TILE
             )
-        else:  # this tile is the only one
+        else:
             _sum_blocks(plane, shared, view, pixel, full, PROBABILITIES, TILE)
 
     if HELD:
         store_sums(plane, (own, all_pixels), 0, TILE)
-    store_counts(plane, counts, BINARY, BINS, TILE.classes)
-    valid = tl.sum(counts)
+        store_counts(plane, counts, BINARY, BINS, TILE.classes)
+        valid = tl.sum(counts)
     _store_values(values_ptr, totals, valid, programs * images, OTHERS, TERMS)
 
 

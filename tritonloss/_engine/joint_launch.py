@@ -8,6 +8,7 @@ import torch
 import triton
 
 from .._core.backend import device_guard
+from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .class_launch import ClassLoss, ClassResults, bins_of, from_sums, prepare_join
 from .joint_kernels import (
@@ -18,7 +19,7 @@ from .joint_kernels import (
     _joint_head_kernel,
 )
 from .joint_terms import Joint, is_taken
-from .pixel_grid import in_grains, over_pixels, rounds_of
+from .pixel_grid import in_grains, over_pixels, pixel_heuristic, rounds_of
 from .pixel_launch import launch_backward, launch_forward
 from .pixel_terms import (
     Kept,
@@ -35,6 +36,8 @@ from .pixel_terms import (
 from .pixel_walk import Terms
 from .planes import compute_dtype
 from .sums import tickets
+
+_IN_BLOCKS = 4  # classes; of 8, Triton 3.6 spills 32 bytes on sm_80
 
 
 class JointResults(NamedTuple):
@@ -245,7 +248,8 @@ def _prepare_sums(
     """(the launch, its programs of an image)."""
     terms, losses = _all_terms(joint), _losses(joint)
     images, classes = logits.shape[:2]
-    _, arguments = over_pixels(losses, "forward", logits, target, name="joint")
+    heuristic = _forward_heuristic(losses, logits)
+    _, arguments = over_pixels(losses, "forward", logits, target, name="joint", heuristic=heuristic)
     tile, tiles = arguments["TILE"], arguments.pop("tiles")
     rounds = 1
     if triton.cdiv(classes, tile.lanes) <= tile.unroll:
@@ -266,6 +270,13 @@ def _prepare_sums(
     }
     grid = (images * programs,)
     return PreparedLaunch(_joint_forward_kernel, grid, constants, tile.grain > 1), programs
+
+
+def _forward_heuristic(losses: list[Loss], logits: torch.Tensor) -> Configuration:
+    """Where the classes of a lane are in blocks these are small: every loss has a state."""
+    found = pixel_heuristic(losses, "forward", logits)
+    is_in_blocks = int(found["CLASS_LANES"]) == 1 and int(found["UNROLL"]) < logits.size(1)
+    return {**found, "UNROLL": _IN_BLOCKS} if is_in_blocks else found
 
 
 def _prepare_heads(joint: Joint, logits: torch.Tensor, programs: int) -> PreparedLaunch:
