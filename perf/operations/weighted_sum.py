@@ -102,6 +102,10 @@ RARE = rarely(
 )
 
 
+def _values(given: Given) -> float:
+    return float(-(-given["programs"] * given["images"] // 256))
+
+
 def _groups(given: Given) -> float:
     """Of the program that comes last."""
     return float(given["groups"] / given["PROGRAMS"])
@@ -122,6 +126,8 @@ KERNELS = {
             LoopNotes("parts", "add_parts", overlap.parts),
             LoopNotes("groups", "sum_losses", _groups),
             LoopNotes("images", "_classes_of", overlap.images),
+            LoopNotes("values", "_add_values", _values),
+            LoopNotes("valid", "_valid_pixels", overlap.images),
             LoopNotes("tables", "_joint_head_kernel.group", _groups),
         ),
     ),

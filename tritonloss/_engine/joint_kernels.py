@@ -2,9 +2,10 @@
 
 Going forward, a program goes through tiles of pixels as for class sums alone (``class_sums.py``).
 The first of the walk's losses is that of the class sums, the others are pixelwise ones: a lane adds
-up their values, too, and the program that comes last makes their means. Then the heads of all
-losses of class sums make their losses of the same sums, and of all their gradients one table, so
-that several of them cost a pixel no more than one.
+up their values, too. A second kernel adds up what all programs have left. The last of its programs
+makes the means of the pixelwise losses, has the heads of all losses of class sums make their losses
+of the same sums, and makes one table of all their gradients, so that several of them cost a pixel
+no more than one.
 
 Going back, each pixel has the slopes of the class sums and those of the pixelwise losses. Those of
 the same probabilities are taken in: a slope p_k (G_k - projection) + A p_k - B y_k needs p_k once.
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .class_heads import add_parts, sum_losses
+from .class_heads import _PARTS, add_parts, sum_losses
 from .class_sums import (
     Plane,
     _in_lane,
@@ -56,7 +57,7 @@ from .pixel_walk import (
     write_gradients,
 )
 from .pixels import Given, nothing_yet
-from .sums import Sums, _takes_last, comes_last, leave, total
+from .sums import _takes_last
 
 
 class Heads(NamedTuple):
@@ -114,22 +115,50 @@ def _finish_tile(states, own, maps, pixel, given, totals, TERMS: tl.constexpr, T
 
 
 @triton.jit
-def _store_means(means_ptr, sums, TERMS: tl.constexpr, REDUCTION: tl.constexpr):
-    """Store the mean, or sum, of each pixelwise loss, and 1 by what it is divided by."""
-    COUNT: tl.constexpr = len(TERMS.start) - 1
-    valid = total(sums, 2 * COUNT)
+def _store_values(values_ptr, totals, valid, programs, COUNT: tl.constexpr, TERMS: tl.constexpr):
+    """Store a program's sums of values and of weights: those may be the number of valid pixels."""
     for k in tl.static_range(COUNT):
-        value = total(sums, 2 * k)
-        if REDUCTION == "mean":
-            # No valid pixel: the mean is 0. Weights that sum to 0: NaN, as torch has it.
-            weight = total(sums, 2 * k + 1) if TERMS.weighs[k + 1] else valid
-            divisor = tl.where(valid > 0, weight, 1.0)
-            divisor = tl.where(divisor == 0, float("nan"), divisor)
-            tl.store(means_ptr + 2 * k, value / divisor)
-            tl.store(means_ptr + 2 * k + 1, 1.0 / divisor)
-        else:
-            tl.store(means_ptr + 2 * k, value)
-            tl.store(means_ptr + 2 * k + 1, 1.0)
+        pointer = values_ptr + 2 * k * programs + tl.program_id(0)
+        tl.store(pointer, tl.sum(totals[2 * k]))
+        if TERMS.weighs[k + 1]:
+            tl.store(pointer + programs, tl.sum(totals[2 * k + 1]))
+        else:  # below 2^24, so that it is exact in float32
+            tl.store(pointer + programs, valid.to(tl.float32))
+
+
+@triton.jit
+def _add_values(values_ptr, totals_ptr, row, programs):
+    """Store the sum of a row over all programs, in float64."""
+    lane = tl.arange(0, _PARTS)
+    total = tl.zeros((_PARTS,), tl.float64)
+    for first in tl.range(0, programs, _PARTS):
+        pointers = values_ptr + row * programs + first + lane
+        total += tl.load(pointers, mask=first + lane < programs, other=0.0).to(tl.float64)
+    tl.store(totals_ptr + row, tl.sum(total))
+
+
+@triton.jit
+def _valid_pixels(sums_ptr, images, CLASSES: tl.constexpr):
+    """How many pixels of all images are valid, float64."""
+    pointer = sums_ptr + 2 * images * (CLASSES + 1) + CLASSES
+    valid = tl.zeros((), tl.float64)
+    for image in tl.range(0, images):
+        valid += tl.load(pointer + image * (CLASSES + 1))
+    return valid
+
+
+@triton.jit
+def _mean_of_values(totals_ptr, valid, K: tl.constexpr, REDUCTION: tl.constexpr):
+    """(mean, or sum, of a pixelwise loss, 1 by what it is divided by)."""
+    value = tl.load(totals_ptr + 2 * K)
+    inverse = tl.full((), 1.0, tl.float64)
+    if REDUCTION == "mean":
+        # No valid pixel: the mean is 0. Weights that sum to 0: NaN, as torch has it.
+        divisor = tl.where(valid > 0, tl.load(totals_ptr + 2 * K + 1), 1.0)
+        divisor = tl.where(divisor == 0, float("nan"), divisor)
+        value = value / divisor
+        inverse = inverse / divisor
+    return value, inverse
 
 
 @triton.jit
@@ -156,9 +185,7 @@ def _joint_forward_kernel(
     other_ptrs,  # of every loss likewise
     map_ptrs,  # [N, H, W] each: what the losses leave to the backward pass
     parts_ptr,  # [3, N, C + 1, programs of an image]: own, all, counts
-    means_ptr,  # float64, of every pixelwise loss: mean, and 1 by its divisor
-    scratch_ptr,  # see sums.py
-    tickets_ptr,
+    values_ptr,  # [pixelwise losses, 2, programs]: sums of values, and of weights
     numbers,  # of every loss, a tuple
     logits_strides,
     target_strides,
@@ -170,7 +197,6 @@ def _joint_forward_kernel(
     images,
     TERMS: tl.constexpr,
     PROBABILITIES: tl.constexpr,
-    REDUCTION: tl.constexpr,
     IGNORED: tl.constexpr,
     BINARY: tl.constexpr,
     BINS: tl.constexpr,
@@ -197,11 +223,15 @@ def _joint_forward_kernel(
         all_pixels = all_pixels + (_nothing(TILE),)
     counts = tl.zeros((BINS,), tl.int32)
     totals = _no_values(TERMS, TILE)
+    valid = tl.full((), 0, tl.int32)
     for i in tl.range(0, rounds):
         run = run_at(image, program * rounds + i, pixels, width, TILE)
         pixel = load_pixels(target_ptr, target_strides, run, IGNORED, BINARY, TILE)
         view = view_of(logits_ptr, logits_strides, run, TILE)
         counts = count_labels(counts, pixel, BINS)
+        if not HELD:  # this tile is the only one
+            store_counts(plane, counts, BINARY, BINS, TILE.classes)
+            valid = tl.sum(counts)
 
         # the states of all losses, and with the own logits their values and maps
         if HELD:
@@ -221,23 +251,14 @@ def _joint_forward_kernel(
             own, all_pixels = add_to_sums(
                 (own, all_pixels), shared, block, pixel, PROBABILITIES, TILE
             )
-        else:  # this tile is the only one
+        else:
             _sum_blocks(plane, shared, view, pixel, full, PROBABILITIES, TILE)
 
     if HELD:
         store_sums(plane, (own, all_pixels), 0, TILE)
-    store_counts(plane, counts, BINARY, BINS, TILE.classes)
-    all_programs = programs * images
-    sums = Sums(
-        scratch=scratch_ptr, tickets=tickets_ptr, programs=all_programs, rows=2 * OTHERS + 1
-    )
-    for k in tl.static_range(OTHERS):
-        leave(sums, 2 * k, tl.sum(totals[2 * k]))
-        if TERMS.weighs[k + 1]:
-            leave(sums, 2 * k + 1, tl.sum(totals[2 * k + 1]))
-    leave(sums, 2 * OTHERS, tl.sum(counts))
-    if comes_last(sums):
-        _store_means(means_ptr, sums, TERMS, REDUCTION)
+        store_counts(plane, counts, BINARY, BINS, TILE.classes)
+        valid = tl.sum(counts)
+    _store_values(values_ptr, totals, valid, programs * images, OTHERS, TERMS)
 
 
 @triton.jit
@@ -246,7 +267,8 @@ def _joint_head_kernel(
     sums_ptr,  # float64 [3, N, C + 1]: own, all, counts
     class_weight_ptrs,  # of every head [C], if it is weighted
     tables_ptr,  # float64 [heads, 2, N, C]: of every head's gradient, [2, 1, C] unless per image
-    means_ptr,  # float64, of every pixelwise loss: mean, and 1 by its divisor
+    values_ptr,  # [pixelwise losses, 2, programs]: sums of values, and of weights
+    totals_ptr,  # float64 [pixelwise losses, 2]
     weights_ptr,  # float64
     loss_ptr,  # []
     terms_ptr,  # [losses]
@@ -259,6 +281,7 @@ def _joint_head_kernel(
     images,
     groups,  # images, or 1
     HEADS: tl.constexpr,
+    REDUCTION: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
     """Adds up what the programs have left; the last of its own programs computes the losses."""
@@ -266,16 +289,21 @@ def _joint_head_kernel(
     OTHERS: tl.constexpr = len(places.terms) - COUNT
     LANES: tl.constexpr = triton.next_power_of_2(CLASSES)
     rows = images * (CLASSES + 1)
-    add_parts(parts_ptr, sums_ptr, rows, programs, CLASSES)
-    if _takes_last(tickets_ptr, rows):
+    row = tl.program_id(0)
+    if row < rows:
+        add_parts(parts_ptr, sums_ptr, rows, programs, CLASSES)
+    else:
+        _add_values(values_ptr, totals_ptr, row - rows, programs * images)
+    if _takes_last(tickets_ptr, rows + 2 * OTHERS):
         tl.debug_barrier()
         # the pixelwise losses
         loss = tl.zeros((), tl.float64)
+        valid = _valid_pixels(sums_ptr, images, CLASSES)
         for k in tl.static_range(OTHERS):
             weight = tl.load(weights_ptr + places.weights[k])
-            term = tl.load(means_ptr + 2 * k)
+            term, inverse = _mean_of_values(totals_ptr, valid, k, REDUCTION)
             tl.store(terms_ptr + places.terms[k], term)
-            tl.store(scale_ptr + k, weight * tl.load(means_ptr + 2 * k + 1))
+            tl.store(scale_ptr + k, weight * inverse)
             loss += weight * term
 
         # those of the heads

@@ -8,6 +8,7 @@ import torch
 import triton
 
 from .._core.backend import device_guard
+from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .class_launch import ClassLoss, ClassResults, bins_of, from_sums, prepare_join
 from .joint_kernels import (
@@ -18,8 +19,8 @@ from .joint_kernels import (
     _joint_head_kernel,
 )
 from .joint_terms import Joint, is_taken
-from .pixel_grid import in_grains, over_pixels, rounds_of
-from .pixel_launch import launch_backward, launch_forward, means_over_ranks
+from .pixel_grid import in_grains, over_pixels, pixel_heuristic, rounds_of
+from .pixel_launch import launch_backward, launch_forward, means_of_ranks
 from .pixel_terms import (
     Kept,
     Loss,
@@ -34,7 +35,9 @@ from .pixel_terms import (
 )
 from .pixel_walk import Terms
 from .planes import compute_dtype
-from .sums import sums_over, tickets
+from .sums import tickets
+
+_IN_BLOCKS = 4  # classes; of 8, Triton 3.6 spills 32 bytes on sm_80
 
 
 class JointResults(NamedTuple):
@@ -76,23 +79,19 @@ def launch_joint(
     results = allocated(joint, logits, target, save)
     images, classes = logits.shape[:2]
     shape = (3, images, classes + 1)
-    means = logits.new_empty((max(len(joint.terms), 1), 2), dtype=torch.float64)
     sums = logits.new_empty(shape, dtype=torch.float64)
     in_groups = joint.walk.group is not None
     if target.numel() == 0:
-        means.zero_()
-        if in_groups and joint.terms:
-            totals = sums.new_zeros(2 * len(joint.terms) + 1)
-            means = torch.stack(means_over_ranks(totals, joint.walk), 1)
-        return _of_ranks(joint, logits, sums.zero_(), means, results)
+        values = sums.new_zeros((len(joint.terms), 2, 1))
+        return _of_ranks(joint, logits, sums.zero_(), values, results)
     launch, programs = prepared(
         ("joint", *_kind_of(joint, logits, target), save),
         lambda: _prepare_sums(joint, logits, target, save),
     )
     parts = logits.new_empty((*shape, programs), dtype=compute_dtype(logits.dtype))
+    values = parts.new_empty((len(joint.terms), 2, programs * images))
     own, other = tables_of(_all_terms(joint), logits)
     with device_guard(logits):
-        room = sums_over(programs * images, 2 * len(joint.terms) + 1, logits.device)
         launch(
             logits_ptr=logits,
             target_ptr=target,
@@ -100,9 +99,7 @@ def launch_joint(
             other_ptrs=other,
             map_ptrs=results.maps,
             parts_ptr=parts,
-            means_ptr=means,
-            scratch_ptr=room["scratch_ptr"],
-            tickets_ptr=room["tickets_ptr"],
+            values_ptr=values,
         )
         if in_groups:
             add_up = prepared(
@@ -110,10 +107,7 @@ def launch_joint(
                 lambda: prepare_join(images, classes, programs),
             )
             add_up(parts_ptr=parts, sums_ptr=sums)
-            if joint.terms:
-                totals = room["scratch_ptr"][: 2 * len(joint.terms) + 1].clone()
-                means = torch.stack(means_over_ranks(totals, joint.walk), 1)
-            return _of_ranks(joint, logits, sums, means, results)
+            return _of_ranks(joint, logits, sums, values, results)
         finish = prepared(
             ("joint_head", *_kind_of_heads(joint, logits), programs),
             lambda: _prepare_heads(joint, logits, programs),
@@ -126,7 +120,8 @@ def launch_joint(
                 [logits if w is None else w.contiguous() for w in joint.class_weights]
             ),
             tables_ptr=logits.new_empty(tables, dtype=torch.float64),
-            means_ptr=means,
+            values_ptr=values,
+            totals_ptr=sums.new_empty((len(joint.terms), 2)),
             weights_ptr=joint.weights,
             loss_ptr=results.loss,
             terms_ptr=results.terms,
@@ -141,7 +136,7 @@ def _of_ranks(
     joint: Joint,
     logits: torch.Tensor,
     sums: torch.Tensor,
-    means: torch.Tensor,
+    values: torch.Tensor,
     results: JointResults,
 ) -> JointResults:
     """The results from this rank's class sums [3, N, C + 1], some of them added up over ranks.
@@ -151,11 +146,14 @@ def _of_ranks(
     count, classes = len(joint.terms), logits.size(1)
     weights = [joint.weights[place] for place in joint.places]
     loss = sums.new_zeros(())
-    for k in range(count):
-        value, inverse = means[k].unbind()
-        results.terms[joint.order[k]] = value
-        results.scale[k] = weights[k] * inverse
-        loss = loss + weights[k] * value
+    if count > 0:
+        valid = sums[2, :, -1].sum()
+        totals = torch.cat((values.double().sum(-1).flatten(), valid.view(1)))
+        found, factors = means_of_ranks(totals, joint.walk)
+        for k in range(count):
+            results.terms[joint.order[k]] = found[k]
+            results.scale[k] = weights[k] * factors[k]
+            loss = loss + weights[k] * found[k]
     table = results.table.new_zeros(results.table.shape, dtype=torch.float64)
     for k, head in enumerate(joint.classes, count):
         groups = logits.size(0) if head.counting.per_image else 1
@@ -234,7 +232,8 @@ def _kind_of_heads(joint: Joint, logits: torch.Tensor) -> tuple[Any, ...]:
         (loss.head, loss.options, loss.counting, loss.numbers, weight is None or weight.dtype)
         for loss, weight in zip(joint.classes, joint.class_weights, strict=True)
     ])  # fmt: skip
-    return heads, joint.places, joint.order, logits.shape[:2], logits.dtype, logits.device
+    like = logits.shape[:2], logits.dtype, logits.device
+    return heads, joint.places, joint.order, joint.walk.reduction, *like
 
 
 # --- launches -------------------------------------------------------------------------------------
@@ -246,7 +245,8 @@ def _prepare_sums(
     """(the launch, its programs of an image)."""
     terms, losses = _all_terms(joint), _losses(joint)
     images, classes = logits.shape[:2]
-    _, arguments = over_pixels(losses, "forward", logits, target, name="joint")
+    heuristic = _forward_heuristic(losses, logits)
+    _, arguments = over_pixels(losses, "forward", logits, target, name="joint", heuristic=heuristic)
     tile, tiles = arguments["TILE"], arguments.pop("tiles")
     rounds = 1
     if triton.cdiv(classes, tile.lanes) <= tile.unroll:
@@ -263,11 +263,17 @@ def _prepare_sums(
         "images": images,
         "TERMS": terms_of(terms, logits, joint.walk, save),
         "PROBABILITIES": joint.classes[0].probabilities,
-        "REDUCTION": joint.walk.reduction,
         "BINS": bins_of(classes),
     }
     grid = (images * programs,)
     return PreparedLaunch(_joint_forward_kernel, grid, constants, tile.grain > 1), programs
+
+
+def _forward_heuristic(losses: list[Loss], logits: torch.Tensor) -> Configuration:
+    """Where the classes of a lane are in blocks these are small: every loss has a state."""
+    found = pixel_heuristic(losses, "forward", logits)
+    is_in_blocks = int(found["CLASS_LANES"]) == 1 and int(found["UNROLL"]) < logits.size(1)
+    return {**found, "UNROLL": _IN_BLOCKS} if is_in_blocks else found
 
 
 def _prepare_heads(joint: Joint, logits: torch.Tensor, programs: int) -> PreparedLaunch:
@@ -285,11 +291,13 @@ def _prepare_heads(joint: Joint, logits: torch.Tensor, programs: int) -> Prepare
             tuple(loss.counting for loss in heads),
             tuple(loss.counting.per_image for loss in heads),
         ),
+        "REDUCTION": joint.walk.reduction,
         "CLASSES": classes,
         "num_warps": 4,
         "enable_fp_fusion": True,
     }
-    return PreparedLaunch(_joint_head_kernel, (images * (classes + 1),), constants, False)
+    programs = images * (classes + 1) + 2 * len(joint.terms)
+    return PreparedLaunch(_joint_head_kernel, (programs,), constants, False)
 
 
 def _prepare_backward(

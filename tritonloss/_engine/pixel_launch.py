@@ -101,7 +101,7 @@ def _add_other_ranks(
 ) -> None:
     """Make the results those of all ranks' pixels: the loss, the scales, perhaps each value."""
     loss, scale, values = results
-    found, factors = means_over_ranks(totals, walk)
+    found, factors = means_of_ranks(totals, walk)
     if weights is not None:
         of_losses = torch.stack([weights.numbers[place] for place in weights.places])
         loss.copy_((of_losses * found).sum())
@@ -113,15 +113,14 @@ def _add_other_ranks(
         values.copy_(found)
 
 
-def means_over_ranks(totals: torch.Tensor, walk: Walk) -> tuple[torch.Tensor, torch.Tensor]:
+def means_of_ranks(totals: torch.Tensor, walk: Walk) -> tuple[torch.Tensor, torch.Tensor]:
     """Of every loss its value over all ranks' pixels, and the factor of its pixels' gradients.
 
     ``totals`` are this rank's sums as ``store_loss`` has them, float64: of every loss its values
-    and what they are divided by, then the valid pixels. They become those of all ranks. The
-    gradient is that of the loss times the number of ranks: DistributedDataParallel divides by it.
+    and what they are divided by, then the valid pixels. In a group they become those of all ranks,
+    and the gradient is that of the loss times their number: DistributedDataParallel divides by it.
     """
-    assert walk.group is not None
-    ranks = add_over_ranks(totals, walk.group)
+    ranks = 1 if walk.group is None else add_over_ranks(totals, walk.group)
     values, divisors = totals[:-1].view(-1, 2).unbind(1)
     if walk.reduction == "mean":
         divisors = torch.where(totals[-1] > 0, divisors, 1.0)

@@ -46,6 +46,20 @@ class WeightedSum(nn.Module):
     the losses were in the latest call, without their weights, is in ``criterion.terms``, [losses]
     and detached, for logging.
 
+    One read of the logits going forward, and one read and write going back, are shared by
+
+    - pixelwise losses (cross entropy, binary cross entropy, focal loss, margin calibration) of one
+      ``reduction``, up to four of them, or three beside losses of overlap;
+    - losses of overlap (dice, generalised dice, Tversky, soft IoU) of one ``activation``, any
+      number of them, of images, sequences or volumes, each with a process group or without.
+
+    They have to ignore the same label, and more than one loss of margin calibration takes a read of
+    its own. With ``upsample`` the pixelwise losses share a read, and each loss of overlap has its
+    own. Every other loss has its own, too: a Lovasz loss reads the logits twice going forward, and
+    once going back. There the gradient of the first of those alone is what the others are added to;
+    each further one of them takes a gradient of its own for a moment. Under torch.compile it is
+    Inductor that adds gradients up.
+
     Args:
         members: pairs of a weight, a finite number or a tensor without dimensions, and a loss of
             this package as a module. A ``reduction`` has to be "mean" or "sum". Weights get no
@@ -53,7 +67,8 @@ class WeightedSum(nn.Module):
 
     Attributes:
         losses: the losses, in their order.
-        weights: [losses], float64; a buffer. It can be set to as many numbers or tensors.
+        weights: [losses], float64; a buffer, which goes to the device of the logits, and keeps its
+            dtype under ``.half()``. It can be set to as many numbers or tensors.
         terms: [losses], the losses of the latest call, or None before the first. Neither
             torch.export nor a transform of torch.func sets it.
 
@@ -108,18 +123,27 @@ class WeightedSum(nn.Module):
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The sum for logits [N, C, H, W] and labels [N, H, W]: a scalar."""
+        if not isinstance(logits, torch.Tensor):
+            raise TypeError(f"logits must be a tensor; got {type(logits).__name__}")
         for place, loss in enumerate(self.losses):
             _check_reduction(place, loss)
         if self._weights.device != logits.device:
             self._weights = self._weights.to(logits.device)
         if serves_triton(logits):
-            total, values = self._shared(logits, target)
+            total, terms = self._shared(logits, target)
         else:
-            values = [loss(logits, target) for loss in self.losses]
-            total = self._sum_of(dict(enumerate(values)))
+            values = {i: loss(logits, target) for i, loss in enumerate(self.losses)}
+            total, terms = self._sum_of(values), _stacked(values)
         if not (is_transformed() or torch.compiler.is_exporting()):
-            self.terms = torch.stack([value.detach() for value in values])
+            self.terms = terms
         return total
+
+    def _apply(self, fn: Any, recurse: bool = True) -> WeightedSum:
+        """Weights go to another device, but keep their digits where others change their dtype."""
+        weights = self._weights
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._weights = weights.to(self._weights.device)
+        return self
 
     def _sum_of(self, values: dict[int, torch.Tensor]) -> torch.Tensor:
         """The weighted sum of some of the losses, by their numbers."""
@@ -132,7 +156,7 @@ class WeightedSum(nn.Module):
 
     def _shared(
         self, logits: torch.Tensor, target: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(the sum, all losses), of losses that share a read where they can."""
         members: list[Any] = list(self.losses)
         parts = [loss.part(logits, target) for loss in members]
@@ -159,18 +183,24 @@ class WeightedSum(nn.Module):
             result, terms, passed = weighted_sum(chosen, image, self._weights, group, chained)
             logits = logits if passed is None else passed
             total = result if total is None else total + result
+            if group == list(range(len(parts))):
+                return total, terms.detach()
             values |= dict(zip(group, terms.unbind(), strict=True))
         others = {i: self.losses[i](logits, target) for i in alone}
         if others:
             rest = self._sum_of(others)
             total = rest if total is None else total + rest
         assert total is not None
-        values |= others
-        return total, [values[i] for i in range(len(parts))]
+        return total, _stacked(values | others)
 
     def extra_repr(self) -> str:
         """The weights, for printing."""
         return f"weights={self._weights.tolist()}"
+
+
+def _stacked(values: dict[int, torch.Tensor]) -> torch.Tensor:
+    """The losses in the order of their numbers, detached."""
+    return torch.stack([values[place].detach() for place in range(len(values))])
 
 
 def _checked_members(members: Any) -> tuple[list[Weight], list[LossModule]]:
