@@ -230,7 +230,8 @@ def neuro_iou_loss(
 
     It reads the logits once going forward, and once going back. Extra memory is the gradient and 5
     bytes per pixel of the labels, 6 of more than 256 classes; going back, interpolated logits take
-    4 more. Results are the same at every call. Images, not batches, have sums: those of other ranks are in none of them.
+    4 more. Results are the same at every call. Images, not batches, have sums: those of other ranks
+    are in none of them.
 
     Args:
         logits: [N, C, H, W], float16, bfloat16, float32 or float64, any strides, C up to 1024. One
