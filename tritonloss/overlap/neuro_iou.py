@@ -229,8 +229,9 @@ def neuro_iou_loss(
     network. The paper trains with cross entropy first, and then with this alone.
 
     It reads the logits once going forward, and once going back. Extra memory is the gradient and 5
-    bytes per pixel of the labels, 6 of more than 256 classes. Results are the same at every call.
-    Images, not batches, have sums: those of other ranks are in none of them.
+    bytes per pixel of the labels, 6 of more than 256 classes; going back, interpolated logits take
+    4 more. Results are the same at every call. Images, not batches, have sums: those of other ranks
+    are in none of them.
 
     Args:
         logits: [N, C, H, W], float16, bfloat16, float32 or float64, any strides, C up to 1024. One
