@@ -79,6 +79,7 @@ def allocated_gradients(
 _WARPS = 4
 _ROWS = {"forward": 2, "backward": 3}
 _ROWS_OF_TABLES = {"forward": 2, "backward": 1}
+_ROWS_APART = 2  # the addresses of columns that lie apart take registers, too
 
 
 def heuristic(direction: str) -> Configuration:
@@ -263,6 +264,8 @@ def _over_stencils(
     has_tables = any(table is not None for table in tables)
     if has_tables:
         rows = min(rows, _ROWS_OF_TABLES[direction])
+    elif not side_by_side:
+        rows = min(rows, _ROWS_APART)
     takes_more = not side_by_side if direction == "forward" else has_tables
     if takes_more and warps == _WARPS:
         lanes, warps = 2 * lanes, 2 * warps
