@@ -12,7 +12,6 @@ from perf.operations.contract import (
     SHAPES,
     Case,
     CodeGoal,
-    Floor,
     Given,
     Goal,
     KernelNotes,
@@ -72,12 +71,6 @@ def _outputs(given: Given) -> float:
     """A thread's share of a program's pixels and classes."""
     pixels = given["STENCIL.lanes"] * given["STENCIL.rows"]
     return float(pixels * given["STENCIL.classes"] / given["THREADS"])
-
-
-def adaptive_floor(case: Case) -> Floor:
-    """Of each size forward reads logits and labels, and backward both, and writes the gradient."""
-    one = floor(case)
-    return Floor(len(_SIZES) * one.forward, len(_SIZES) * one.backward)
 
 
 def _classes(given: Given) -> float:
@@ -171,7 +164,7 @@ OPERATIONS = (
         reference=adaptive_reference,
         inputs=inputs,
         launch=launch_adaptive,
-        floor=adaptive_floor,
+        floor=floor,
         cases=ADAPTIVE,
         shipped=ADAPTIVE_SHIPPED,
         kernels=KERNELS,

@@ -73,11 +73,13 @@ def allocated_gradients(
 # Rows of a lane. More of them share more of what is evaluated, and take more registers; so do the
 # weights of a table, beside which there are no more rows than that. Four rows going forward, and
 # two beside tables going back, would take 3 to 8 % fewer instructions, but spill on some GPUs.
-# Going back beside tables there are twice the warps: of fewer the compiler for some GPUs spills a
-# register so that another program may run at the same time.
+# Going back beside tables, and over maps whose columns lie apart, there are twice the warps: of
+# fewer the compiler for some GPUs spills a register so that another program may run at the same
+# time.
 _WARPS = 4
 _ROWS = {"forward": 2, "backward": 3}
 _ROWS_OF_TABLES = {"forward": 2, "backward": 1}
+_ROWS_APART = 2  # the addresses of columns that lie apart take registers, too
 
 
 def heuristic(direction: str) -> Configuration:
@@ -259,10 +261,14 @@ def _over_stencils(
     )
     lanes, rows = int(configuration["LANES"]), int(configuration["ROWS"])
     warps = int(configuration["num_warps"])
-    if any(table is not None for table in tables):
+    has_tables = any(table is not None for table in tables)
+    if has_tables:
         rows = min(rows, _ROWS_OF_TABLES[direction])
-        if direction == "backward" and warps == _WARPS:
-            lanes, warps = 2 * lanes, 2 * warps
+    elif not side_by_side:
+        rows = min(rows, _ROWS_APART)
+    takes_more = not side_by_side or (has_tables and direction == "backward")
+    if takes_more and warps == _WARPS:
+        lanes, warps = 2 * lanes, 2 * warps
     row_blocks, column_blocks = triton.cdiv(height, rows * size) * size, triton.cdiv(width, lanes)
     arguments: dict[str, Any] = {
         "logits_strides": logits.stride(),
