@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from kernels_reference.base import one_hot, sanitised, valid_pixels
+from kernels_reference.base import one_hot, over_ranks, sanitised, valid_pixels
 
 # The least that a probability, or the rest to 1, counts as.
 LEAST = 1e-4
@@ -25,6 +26,7 @@ def affinity_field_loss(
     decay: float = 1.0,
     void: str = "triple",
     ignore_index: int | None = 255,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Decay times the sum over sizes of both weighted means: of edges, and of other entries."""
     classes = logits.size(1)
@@ -42,7 +44,8 @@ def affinity_field_loss(
             (non_edge_weight, non_edge_table, others),
         ):
             weight = _of_centres(table, position, own, entries)
-            total = total + factor * (weight * entries).sum() / count.clamp(min=1)
+            entries = over_ranks((weight * entries).sum(), process_group)
+            total = total + factor * entries / over_ranks(count, process_group).clamp(min=1)
     return decay * total
 
 

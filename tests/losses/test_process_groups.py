@@ -42,6 +42,7 @@ WAYS: tuple[tuple[Loss, dict[str, Any]], ...] = (
     (functional.structural_similarity_loss, {"bce_weight": 0.3}),
     (functional.structural_similarity_loss, {"window_size": 7, "padding": "reflect"}),
     (functional.ssim_loss, {"window_size": 3}),
+    (functional.affinity_field_loss, {"size": (1, 2), "edge_table": WEIGHT, "edge_weight": 0.5}),
     (functional.rmi_loss, {"region_size": 2, "pool_size": 2, "epsilon": 0.25}),
     (functional.rmi_loss, {"region_size": 2, "pooling": None, "bce_smooth": 1.0, "epsilon": 0.25}),
 )

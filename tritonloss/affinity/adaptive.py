@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from .._core import checks
 from .affinity_field import affinity_field_loss, check_options, check_sizes
@@ -28,6 +29,9 @@ class AdaptiveAffinityFieldLoss(nn.Module):
             10 ** (-step / steps) at every step to train as in the paper. Default 1.
         void: "triple" (default) or "pair", as in the function.
         ignore_index: label of pixels that are void, as in the function. Default 255.
+        process_group: the ranks whose images are one batch with these, as in the function. The
+            scores' gradients are, as the logits', those of the whole batch once
+            DistributedDataParallel has taken their mean over the ranks. Default None.
 
     Attributes:
         edge_scores: the parameter [C, sizes] whose softmax weights the edges; 0 at first.
@@ -56,6 +60,7 @@ class AdaptiveAffinityFieldLoss(nn.Module):
         decay: float = 1.0,
         void: str = "triple",
         ignore_index: int | None = checks.IGNORE_INDEX,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         checks.check_integer("classes", classes, 2, 2**31 - 1)
@@ -70,12 +75,14 @@ class AdaptiveAffinityFieldLoss(nn.Module):
             decay=decay,
             void=void,
             ignore_index=ignore_index,
+            process_group=process_group,
         )
         checks.check_ignore_index(ignore_index, classes)
         self.sizes = sizes if isinstance(sizes, tuple) else (sizes,)
         self.margin, self.decay = margin, decay
         self.edge_weight, self.non_edge_weight = edge_weight, non_edge_weight
         self.void, self.ignore_index = void, ignore_index
+        self.process_group = process_group
         self.edge_scores = nn.Parameter(torch.zeros(classes, len(self.sizes)))
         self.non_edge_scores = nn.Parameter(torch.zeros(classes, len(self.sizes)))
 
@@ -93,6 +100,7 @@ class AdaptiveAffinityFieldLoss(nn.Module):
             decay=self.decay,
             void=self.void,
             ignore_index=self.ignore_index,
+            process_group=self.process_group,
         )
 
     def extra_repr(self) -> str:

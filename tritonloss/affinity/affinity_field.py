@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch.distributed import ProcessGroup
 
 from kernels_reference.affinity_field import affinity_field_loss as affinity_field_reference
 
@@ -14,6 +15,7 @@ from .._core.configurations import Configuration, Launch, TuningCase
 from .._core.example import Example
 from .._core.loss_module import LossModule
 from .._core.operator import Operator
+from .._core.process_groups import check_process_group, name_of, ranks_agree
 from .._core.tuning_inputs import random_labels, random_map
 from .affinity_field_launch import (
     Gradients,
@@ -156,6 +158,7 @@ def affinity_field_loss(
     decay: float = 1.0,
     void: str = "triple",
     ignore_index: int | None = checks.IGNORE_INDEX,
+    process_group: ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Affinity field loss: what neighbours' probabilities say of whether their labels agree.
 
@@ -195,6 +198,10 @@ def affinity_field_loss(
             be given where there are more than 255 classes and it is one of them. Other labels out
             of range raise on the CPU; on a GPU, where looking would synchronise, they count as void
             unless TRITONLOSS_CHECK_LABELS=1 is set.
+        process_group: the ranks whose images are one batch with these; all of them have to call,
+            with any number of images. Default None: no others. The value is that of the whole
+            batch. The gradient is, too, times the number of ranks: DistributedDataParallel takes
+            the mean of the ranks' gradients, which makes it that of the whole batch.
 
     Returns:
         The loss in float32 (float64 for float64 logits), 0 with zero gradient where no pair counts.
@@ -217,23 +224,24 @@ def affinity_field_loss(
         >>> logits.grad.shape
         torch.Size([2, 19, 32, 64])
     """
-    checks.check_logits(logits)
-    checks.check_target(logits, target)
-    classes = logits.size(1)
-    check_options(
-        size=size,
-        margin=margin,
-        edge_weight=edge_weight,
-        non_edge_weight=non_edge_weight,
-        edge_table=edge_table,
-        non_edge_table=non_edge_table,
-        decay=decay,
-        void=void,
-        ignore_index=ignore_index,
-        logits=logits,
-    )
-    checks.check_classes(logits)
-    checks.check_labels_in_range(target, classes, ignore_index)
+    with ranks_agree(process_group, logits):
+        checks.check_logits(logits)
+        checks.check_target(logits, target)
+        check_options(
+            size=size,
+            margin=margin,
+            edge_weight=edge_weight,
+            non_edge_weight=non_edge_weight,
+            edge_table=edge_table,
+            non_edge_table=non_edge_table,
+            decay=decay,
+            void=void,
+            ignore_index=ignore_index,
+            process_group=process_group,
+            logits=logits,
+        )
+        checks.check_classes(logits)
+        checks.check_labels_in_range(target, logits.size(1), ignore_index)
     if not serves_triton(logits):
         return affinity_field_reference(
             logits,
@@ -247,6 +255,7 @@ def affinity_field_loss(
             decay=decay,
             void=void,
             ignore_index=ignore_index,
+            process_group=process_group,
         )
     options = Options(
         ",".join(_TEXTS[one] for one in _sizes(size)),
@@ -255,6 +264,7 @@ def affinity_field_loss(
         float(non_edge_weight),
         void == "triple",
         checks.plain_label(ignore_index),
+        name_of(process_group),
     )
     (loss,) = AFFINITY_FIELD(logits, target, edge_table, non_edge_table, options=options)
     return loss if decay == 1 else loss * decay
@@ -275,6 +285,7 @@ def check_options(
     decay: float,
     void: str,
     ignore_index: int | None,
+    process_group: ProcessGroup | None,
     logits: torch.Tensor | None = None,
 ) -> None:
     """Check all options; without ``logits``, for any number of classes."""
@@ -290,6 +301,7 @@ def check_options(
     checks.check_range("decay", decay, 0, 1e6)
     checks.check_option("void", void, ("triple", "pair"))
     checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
+    check_process_group(process_group)
 
 
 def check_sizes(size: int | tuple[int, ...], name: str = "size") -> None:

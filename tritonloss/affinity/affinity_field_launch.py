@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from .._core import checks
 from .._core.backend import device_guard, warp_size
 from .._core.configurations import Configuration, launch_configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
+from .._core.process_groups import add_over_ranks
 from .._engine.planes import compute_dtype, ignored_class
 from .._engine.sums import sums_over
 from .affinity_field_kernels import _affinity_backward_kernel, _affinity_forward_kernel
@@ -26,6 +28,7 @@ class Options(NamedTuple):
     non_edge_weight: float = 1.0
     triple: bool = True
     ignore_index: int | None = checks.IGNORE_INDEX
+    group: str | None = None  # the name of a process group
 
 
 class Results(NamedTuple):
@@ -96,8 +99,14 @@ def launch_forward(
 ) -> Results:
     """The loss, and what one entry adds to it."""
     results = allocated(logits, options)
+    if options.group is not None:
+        totals = logits.new_zeros((len(results.scale), 4), dtype=torch.float64)
     if target.numel() == 0:
-        return Results(results.loss.zero_(), results.scale.zero_())
+        results.loss.zero_()
+        results.scale.zero_()
+        if options.group is not None:
+            _add_other_ranks(totals, logits.size(1), options, results)
+        return results
     for position, size in enumerate(sizes_of(options)):
         tables = _columns(edge_table, position), _columns(non_edge_table, position)
 
@@ -129,7 +138,32 @@ def launch_forward(
                 scratch_ptr=sums["scratch_ptr"],
                 tickets_ptr=sums["tickets_ptr"],
             )
+            if options.group is not None:
+                totals[position] = sums["scratch_ptr"][:4]
+    if options.group is not None:
+        _add_other_ranks(totals, logits.size(1), options, results)
     return results
+
+
+def _add_other_ranks(
+    totals: torch.Tensor, classes: int, options: Options, results: Results
+) -> None:
+    """Make the results those of all ranks' pixels.
+
+    ``totals`` are this rank's sums of every size, as the kernel leaves them: of edges and of other
+    entries, in base 2; the pairs of pixels, and those with different labels. The gradient is that
+    of the loss times the number of ranks: DistributedDataParallel divides by it.
+    """
+    assert options.group is not None
+    ranks = add_over_ranks(totals, options.group)
+    entries, pairs, apart = totals[:, :2], totals[:, 2], totals[:, 3]
+    edges = 2 * apart
+    counts = torch.stack((edges, classes * pairs - edges), 1)
+    weights = torch.empty_like(counts)
+    weights[:, 0], weights[:, 1] = options.edge_weight, options.non_edge_weight
+    scale = torch.where(counts > 0, weights / counts.clamp(min=1.0), 0.0)
+    results.loss.copy_((scale * entries).sum() * math.log(2.0))
+    results.scale.copy_(ranks * scale)
 
 
 def launch_backward(
