@@ -83,8 +83,8 @@ def pixel_contrast_loss(
         precision: how float32 is multiplied: "tf32x3" (default), in three products of tf32 (on
             AMD's GPUs in float32), or "bf16". Rounded as in the first, unit embeddings of 256
             dimensions had a loss off by 3e-9 of itself at a temperature of 0.1, and a gradient off
-            by 2e-7 of its largest element; as in the second, by 8e-5 and 3e-3, for a sixth of the
-            tensor cores' time and half the bytes.
+            by 2e-7 of its largest element; as in the second, by 8e-5 and 3e-3 (all of this emulated
+            in float64), for a sixth of the tensor cores' time and half the bytes.
         ignore_index: a label that says none as well. Default 255.
         process_group: the ranks whose anchors are one batch with these; all of them have to call.
             Without keys all have to have the same number of anchors (labels may say none), and the
