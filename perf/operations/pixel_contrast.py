@@ -143,7 +143,10 @@ def _slices(given: Given) -> float:
 
 def _over_tiles(kernel: str, *more: LoopNotes) -> KernelNotes:
     slices = LoopNotes("slices", "scores_of", _slices)
-    return KernelNotes(_pairs, (slices, *more, LoopNotes("tiles", kernel, _tiles)))
+    # For sm_100 only the waiting in these loops has a place in the source. They may be those over
+    # tiles or over slices: as many rounds as there are slices is what they make at the most.
+    nowhere = LoopNotes("loops without a place", ".", _slices)
+    return KernelNotes(_pairs, (slices, *more, LoopNotes("tiles", kernel, _tiles), nowhere))
 
 
 def _over_parts(kernel: str) -> KernelNotes:

@@ -210,6 +210,7 @@ def launch_backward_over_cells(
     launch(
         upstream_ptr=grad_loss,
         scale_ptr=results.scale,
+        weights_ptr=results.scale,
         logits_ptr=logits,
         target_ptr=target,
         own_ptrs=(results.table,),
@@ -275,7 +276,8 @@ def _of_nodes(
         **arguments,
         "TERMS": terms,
         "numbers": ((),),
-        "shares": (1.0,),
+        "weight_places": (0,),
+        "WEIGHTED": False,
         "upstream_strides": (0, 0, 0),
         "logits_strides": logits.stride(),
         "target_strides": target.stride(),
@@ -320,6 +322,7 @@ def into_nodes(
     launch(
         upstream_ptr=one,
         scale_ptr=one,
+        weights_ptr=one,
         logits_ptr=nodes,
         target_ptr=labels,
         own_ptrs=(one,),
