@@ -110,7 +110,13 @@ RARE = rarely(
 ADAPTIVE = tuple(case for case in CASES[:3] if not case.options)
 ADAPTIVE_SHIPPED = (
     *SHIPPED[:3],
-    *rarely(SHIPPED[0], {"labels": "int64"}, {"dtype": "float64"}),
+    *rarely(
+        SHIPPED[0],
+        {"labels": "int64"},
+        {"labels": "int32"},
+        {"labels": "int16"},
+        {"dtype": "float64"},
+    ),
 )
 
 _STATISTICS = LoopNotes("statistics", "statistics_of", _classes)

@@ -44,9 +44,9 @@ def test_names_are_distinct_and_cover_the_public_functions() -> None:
     public |= {getattr(tritonloss.linalg, name) for name in tritonloss.linalg.__all__}
     assert shown == public | {tritonloss.gaussian_statistics, tritonloss.predict}
     modules = {name for name in tritonloss.__all__ if name.endswith("Loss")}
-    # It takes embeddings beside the labels, and samples what its function is given:
-    # tests/losses/contrast/test_module.py.
-    assert set(MODULES) == modules - {"PixelContrastLoss"}
+    # They have tests of their own: one samples what its function is given, and the other has
+    # parameters, and asks for the number of classes.
+    assert set(MODULES) == modules - {"PixelContrastLoss", "AdaptiveAffinityFieldLoss"}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)

@@ -274,10 +274,10 @@ def tuning_cases() -> list[TuningCase]:
             functools.partial(_tuning_pass, words, dtype, layout),
             pixel_candidates(first[1], direction, dtype, 19, layout, second[1]),
         )
-        for name, first, second in (("joint", dice, entropy), ("weighted_sum", focal, entropy))
-        for words in (tuple(described(word, options) for word, _, options in (first, second)),)
         for layout in ("contiguous", "channels_last", "strided")
         for dtype in (torch.float32, torch.bfloat16)
+        for name, first, second in (("joint", dice, entropy), ("weighted_sum", focal, entropy))
+        for words in (tuple(described(word, options) for word, _, options in (first, second)),)
         for direction in ("forward", "backward")
     ]
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._engine.planes import ignored_class
+from .._engine.strip_launch import ignored_class
 from .._engine.strips import Strip
 from .ssim_moments import Similarity
 from .ssim_sums import SumWindow, sum_window_of
