@@ -94,6 +94,8 @@ RARE = rarely(
     {"dtype": "float64"},
     {"layout": "strided"},
     {"labels": "int64"},
+    {"labels": "int32"},
+    {"labels": "int16"},
     {"shape": overlap.HELD},
     {"shape": overlap.HELD, "labels": "int64"},
     {"shape": SHAPES["ade20k"], "layout": "channels_last"},
