@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -143,10 +143,8 @@ RARE = rarely(
 )
 
 # Of the Lovász losses.
-_LOVASZ: tuple[dict[str, Any], ...] = (
-    {"options": {"per_image": True}},
-    {"options": {"exact": True}},
-)
+_LOVASZ: tuple[dict[str, Any], ...] = ({"options": {"per_image": True}},)
+_BY_A_SORT = variations(SHIPPED[0], {"options": {"exact": True}, **_ONCE})[1:]
 _OTHERS: tuple[dict[str, Any], ...] = (
     *({"dtype": dtype} for dtype in ("bfloat16", "float16", "float64")),
     *({"labels": labels} for labels in ("int16", "int32", "int64")),
@@ -220,9 +218,14 @@ def _tiles(given: Given) -> float:
     return float(given["rounds"])
 
 
+def _of_a_sort(kernels: Mapping[str, KernelNotes]) -> dict[str, KernelNotes]:
+    """Those of the losses by a sort, which interpolates in memory: all but the histograms'."""
+    return {name: notes for name, notes in kernels.items() if "histogram" not in name}
+
+
 # Lovász: a histogram's program has several tiles.
 LOVASZ_KERNELS = {
-    **lovasz.KERNELS,  # of a sort
+    **_of_a_sort(lovasz.KERNELS),
     "_cell_statistics_kernel": KernelNotes(
         share_of_the_map, (class_loop("classes"), lovasz.ATOMICS)
     ),
@@ -235,7 +238,7 @@ LOVASZ_KERNELS = {
     "_upsampled_backward_kernel": _BACKWARD,
 }
 LOVASZ_HINGE_KERNELS = {
-    **lovasz.HINGE_KERNELS,
+    **_of_a_sort(lovasz.HINGE_KERNELS),
     "_cell_hinge_histogram_kernel": KernelNotes(
         share_of_the_map,
         (LoopNotes("tiles", "_cell_hinge_histogram_kernel.i", _tiles), lovasz.ATOMICS),
@@ -443,7 +446,12 @@ OPERATIONS = (
             launch=lovasz.launch(lovasz.lovasz.LOVASZ_SOFTMAX, lovasz.lovasz.BINS, "present"),
             kernels=LOVASZ_KERNELS,
             cases=CASES[:3],
-            shipped=(SHIPPED[0], *rarely(BASE, {"ratio": 8}, {"shape": _ROOMS}, *_LOVASZ), *RARE),
+            shipped=(
+                SHIPPED[0],
+                *_BY_A_SORT,
+                *rarely(BASE, {"ratio": 8}, {"shape": _ROOMS}, *_LOVASZ),
+                *RARE,
+            ),
             goals=memory_goals("Lovász softmax of upsampled logits", 8, per_class=48 * 1024),
         ),
         operators=(),
@@ -462,6 +470,7 @@ OPERATIONS = (
             cases=_BINARY,
             shipped=(
                 replace(_BINARY[0], everywhere=True),
+                *variations(_BINARY[0], {"options": {"exact": True}, **_ONCE})[1:],
                 *rarely(_BINARY[0], {"ratio": 8}, *_LOVASZ, *_OTHERS),
             ),
             goals=memory_goals("Lovász hinge of upsampled logits", 0, _BINARY, 24 * 4096),
