@@ -182,6 +182,7 @@ def test_tables_and_their_gradients(columns: int, dtype: torch.dtype, device: to
     torch.testing.assert_close(gradient, whole, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("way", WAYS)
 def test_gradcheck(way: str, device: torch.device) -> None:
     """Away from the places where an entry or a probability reaches its limit."""

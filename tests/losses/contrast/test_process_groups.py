@@ -149,7 +149,7 @@ def alone(anchors: Tensor, labels: Tensor, *keys: Tensor, **options: Any) -> tup
     return value.detach(), torch.autograd.grad(value, leaf)[0]
 
 
-@pytest.mark.parametrize("ranks", WORLDS)
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.thorough)])
 def test_ranks_share_one_batch(ranks: int, tmp_path: Path) -> None:
     """Batches are uneven where there are keys, one rank is void and one of three is empty."""
     torch.multiprocessing.spawn(run_on_one_rank, (ranks, str(tmp_path)), nprocs=ranks)
