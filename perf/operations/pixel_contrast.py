@@ -166,9 +166,10 @@ KERNELS = {
 }
 
 _BASE = Case(_anchors(256), dtype="bfloat16")
+# float32 through tiles of bfloat16 is not among them: it is wrong by what the docstring says, and a
+# test holds it to that; here a case has to be as precise as its dtype.
 CASES = variations(
     _BASE,
-    {"dtype": "float32", "options": {"precision": "bf16"}},
     {"dtype": "float32"},
     {"options": {"hardest": 0.1}},
     {"options": {"own": True}},
