@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -31,7 +32,13 @@ OF_OVERLAP: tuple[dict[str, Any], ...] = (
     {"per_image": True, "classes": "all"},
     {"per_image": True, "classes": "present", "activation": "sigmoid"},
 )
-# One way or more of every loss that takes a process group.
+OF_LOVASZ: tuple[dict[str, Any], ...] = (
+    {"classes": "all", "per_image": True},
+    {"classes": (2, 1)},
+    {"upsample": "bilinear"},
+    {"upsample": "bilinear", "per_image": True},
+)
+# One way or more of every loss of labels that takes a process group.
 WAYS: tuple[tuple[Loss, dict[str, Any]], ...] = (
     *((loss, {"weight": WEIGHT, **options}) for loss in OVERLAP for options in OF_OVERLAP),
     (functional.cross_entropy, {"weight": WEIGHT, "label_smoothing": 0.125}),
@@ -42,6 +49,10 @@ WAYS: tuple[tuple[Loss, dict[str, Any]], ...] = (
     (functional.structural_similarity_loss, {"bce_weight": 0.3}),
     (functional.structural_similarity_loss, {"window_size": 7, "padding": "reflect"}),
     (functional.ssim_loss, {"window_size": 3}),
+    *((functional.lovasz_softmax_loss, {"bins": 64, **options}) for options in OF_LOVASZ),
+    (functional.lovasz_softmax_loss, {"exact": True, "per_image": True}),
+    (functional.lovasz_hinge_loss, {"bins": 1024}),
+    (functional.lovasz_hinge_loss, {"bins": 1024, "per_image": True, "upsample": "bilinear"}),
     (functional.affinity_field_loss, {"size": (1, 2), "edge_table": WEIGHT, "edge_weight": 0.5}),
     (functional.rmi_loss, {"region_size": 2, "pool_size": 2, "epsilon": 0.25}),
     (functional.rmi_loss, {"region_size": 2, "pooling": None, "bce_smooth": 1.0, "epsilon": 0.25}),
@@ -54,11 +65,17 @@ def cases() -> Iterator[tuple[str, Loss, dict[str, Any]]]:
             yield backend, loss, options
 
 
-def batch_of(ranks: int) -> tuple[Tensor, Tensor]:
-    """(logits, labels); the last rank's images are void, and no image has class 3."""
+def batch_of(
+    ranks: int, loss: Loss | None = None, options: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Tensor, Tensor]:
+    """(logits, labels) for a loss; the last rank's images are void, and no image has class 3."""
     images = sum(WORLDS[ranks])
     logits, target = segmentation_case((images, 4, 7, 8), dtype=torch.float64)
     target[target == 3] = 0
+    if loss is functional.lovasz_hinge_loss:
+        logits, target = logits[:, :1], torch.where(target == 2, 0, target)
+    if "upsample" in options:
+        logits = logits[..., ::2, ::2]
     target[images - WORLDS[ranks][-1] :] = 255
     return logits, target
 
@@ -74,14 +91,15 @@ def run_on_one_rank(rank: int, ranks: int, directory: str) -> None:
     store = torch.distributed.FileStore(os.path.join(directory, "store"), ranks)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     group = torch.distributed.group.WORLD
-    logits, target = batch_of(ranks)
     own = part_of(ranks, rank)
     found = []
     for backend, loss, options in cases():
+        logits, target = batch_of(ranks, loss, options)
         leaf = logits[own].clone().requires_grad_()
         with tritonloss.use_backend(backend):
             value = loss(leaf, target[own], process_group=group, **options)
         found.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    logits, target = batch_of(ranks)
     if ranks == 2:
         for sharded in (False, True):
             found.append(parallel_gradient(logits[own], target[own], group, sharded))
@@ -121,9 +139,9 @@ def test_ranks_share_one_batch(ranks: int, tmp_path: Path) -> None:
     """Batches are uneven, one rank is void and one of three has no image."""
     torch.multiprocessing.spawn(run_on_one_rank, (ranks, str(tmp_path)), nprocs=ranks)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
-    logits, target = batch_of(ranks)
     close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
     for number, (_, loss, options) in enumerate(cases()):
+        logits, target = batch_of(ranks, loss, options)
         expected, gradient = reference_gradient(loss, logits, target, **options)
         for rank in range(ranks):
             value, own_gradient = found[rank][number]
@@ -131,6 +149,7 @@ def test_ranks_share_one_batch(ranks: int, tmp_path: Path) -> None:
             close(own_gradient, ranks * gradient[part_of(ranks, rank)])
     if ranks == 2:
         model = layer()
+        logits, target = batch_of(ranks)
         with tritonloss.use_backend("reference"):
             expected = criterion()(model(logits), target)
         expected.backward()
@@ -141,21 +160,27 @@ def test_ranks_share_one_batch(ranks: int, tmp_path: Path) -> None:
 
 
 def test_what_is_no_process_group() -> None:
-    logits, target = segmentation_case((1, 4, 8, 8))
     for loss, options in WAYS:
+        logits, target = batch_of(2, loss, options)
         with pytest.raises(TypeError, match="^process_group must be .*; got 'gloo' of type str"):
             loss(logits, target, process_group="gloo", **options)
+
+
+def contrast(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """Pixel contrast, each pixel an anchor."""
+    anchors = logits.movedim(1, -1).flatten(0, -2)
+    return functional.pixel_contrast_loss(anchors, target.flatten(), **options)
 
 
 def fail_on_one_rank(rank: int, directory: str) -> None:
     """Rank 1 gives an argument that is wrong; both raise, and go on."""
     store = torch.distributed.FileStore(os.path.join(directory, "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    logits, target = segmentation_case((1, 4, 7, 8))
     group = torch.distributed.group.WORLD
-    for loss, options in WAYS:
+    for loss, options in (*WAYS, (contrast, {})):
+        logits, target = batch_of(2, loss, options)
         given = logits if rank == 0 else logits.long()
-        error, words = ((RuntimeError, "rank"), (TypeError, "logits"))[rank]
+        error, words = ((RuntimeError, "rank"), (TypeError, "logits|anchors"))[rank]
         with pytest.raises(error, match=words):
             loss(given, target, process_group=group, **options)
     torch.distributed.destroy_process_group()
@@ -165,28 +190,45 @@ def test_a_failure_reaches_the_other_ranks(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(fail_on_one_rank, (str(tmp_path),), nprocs=2)
 
 
-@pytest.mark.parametrize("loss", [functional.cross_entropy, functional.dice_loss], ids=named)
-def test_a_group_in_a_compiled_step(loss: Loss, tmp_path: Path) -> None:
-    """The graph has no breaks, and the collective is in it."""
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Any]:
+    """A group of this process alone."""
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        group = torch.distributed.group.WORLD
-        logits, target = segmentation_case((2, 4, 7, 8))
-        expected, gradient = reference_gradient(loss, logits, target)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
 
-        def step(x: Tensor) -> Tensor:
-            return loss(2 * x, target, process_group=group)
 
-        leaf = (logits / 2).requires_grad_()
-        with tritonloss.use_backend("triton"):
-            compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-            value = compiled(leaf)
-            value.backward()
-        torch.testing.assert_close(value.detach(), expected)
-        torch.testing.assert_close(leaf.grad, 2 * gradient)
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.parametrize("loss", [functional.cross_entropy, functional.dice_loss], ids=named)
+def test_a_group_in_a_compiled_step(loss: Loss, alone: Any) -> None:
+    """The graph has no breaks, and the collective is in it."""
+    logits, target = segmentation_case((2, 4, 7, 8))
+    expected, gradient = reference_gradient(loss, logits, target)
+
+    def step(x: Tensor) -> Tensor:
+        return loss(2 * x, target, process_group=alone)
+
+    leaf = (logits / 2).requires_grad_()
+    with tritonloss.use_backend("triton"):
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        value = compiled(leaf)
+        value.backward()
+    torch.testing.assert_close(value.detach(), expected)
+    torch.testing.assert_close(leaf.grad, 2 * gradient)
+
+
+def test_ranks_have_no_sort_in_common(alone: Any) -> None:
+    logits, target = segmentation_case((2, 4, 7, 8))
+    with pytest.raises(ValueError, match="^process_group must be None with exact=True, unless"):
+        functional.lovasz_softmax_loss(logits, target, exact=True, process_group=alone)
+
+
+def test_what_is_no_number_reaches_the_loss_through_counts(alone: Any) -> None:
+    logits, target = segmentation_case((2, 4, 7, 8))
+    logits[0, 0, 0, 0], target[0, 0, 0] = torch.nan, 1
+    with tritonloss.use_backend("triton"):
+        loss = functional.lovasz_softmax_loss(logits, target, bins=64, process_group=alone)
+    assert loss.isnan()
 
 
 def test_a_batch_in_parts() -> None:

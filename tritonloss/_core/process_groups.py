@@ -28,14 +28,14 @@ def check_process_group(process_group: ProcessGroup | None, reduction: str = "me
 
 
 def ranks_agree(
-    process_group: ProcessGroup | None, logits: torch.Tensor
+    process_group: ProcessGroup | None, values: torch.Tensor
 ) -> AbstractContextManager[Any]:
     """Where arguments are checked: what raises on one rank raises on all, which would wait for it.
 
     That is so for tensors on the CPU. On a GPU a rank would have to wait for the others at every
     call: there it is up to the launcher of the processes to stop them when one fails.
     """
-    on_gpu = isinstance(logits, torch.Tensor) and logits.device.type != "cpu"
+    on_gpu = isinstance(values, torch.Tensor) and values.device.type != "cpu"
     if not isinstance(process_group, ProcessGroup) or on_gpu or torch.compiler.is_compiling():
         return nullcontext()
     return _Agreement(process_group)
@@ -62,7 +62,11 @@ def name_of(process_group: ProcessGroup | None) -> str | None:
 
 
 def add_over_ranks(sums: torch.Tensor, group: str) -> int:
-    """The number of ranks, all of which must call; in place, ``sums`` become those of all ranks."""
+    """The number of ranks, all of which must call; in place, ``sums`` become those of all ranks.
+
+    By that number every loss multiplies the gradient of its own pixels: DistributedDataParallel,
+    which takes the mean over the ranks, divides by it.
+    """
     resolve: Callable[[str], ProcessGroup] = distributed_c10d._resolve_process_group  # type: ignore
     process_group = resolve(group)
     all_reduce(sums, group=process_group)

@@ -160,8 +160,7 @@ def from_sums(
 ) -> ClassResults:
     """The loss from this rank's sums [3, N, C + 1]: of all ranks' pixels, if there is a group.
 
-    Of pooled images the sums are added over ranks, of others both parts of the mean. The gradient
-    is that of the loss times the number of ranks: DistributedDataParallel divides by it.
+    Of pooled images the sums are added over ranks, of others both parts of the mean.
     """
     ranks = 1
     if not loss.counting.per_image:

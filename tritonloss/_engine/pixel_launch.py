@@ -117,8 +117,7 @@ def means_of_ranks(totals: torch.Tensor, walk: Walk) -> tuple[torch.Tensor, torc
     """Of every loss its value over all ranks' pixels, and the factor of its pixels' gradients.
 
     ``totals`` are this rank's sums as ``store_loss`` has them, float64: of every loss its values
-    and what they are divided by, then the valid pixels. In a group they become those of all ranks,
-    and the gradient is that of the loss times their number: DistributedDataParallel divides by it.
+    and what they are divided by, then the valid pixels. In a group they become those of all ranks.
     """
     ranks = 1 if walk.group is None else add_over_ranks(totals, walk.group)
     values, divisors = totals[:-1].view(-1, 2).unbind(1)

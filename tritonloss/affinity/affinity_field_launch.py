@@ -151,8 +151,7 @@ def _add_other_ranks(
     """Make the results those of all ranks' pixels.
 
     ``totals`` are this rank's sums of every size, as the kernel leaves them: of edges and of other
-    entries, in base 2; the pairs of pixels, and those with different labels. The gradient is that
-    of the loss times the number of ranks: DistributedDataParallel divides by it.
+    entries, in base 2; the pairs of pixels, and those with different labels.
     """
     assert options.group is not None
     ranks = add_over_ranks(totals, options.group)

@@ -17,7 +17,7 @@ from .._core.backend import serves_triton
 from .._core.configurations import Configuration, Launch, TuningCase
 from .._core.example import Example
 from .._core.operator import Operator
-from .._core.process_groups import check_process_group, name_of
+from .._core.process_groups import check_process_group, name_of, ranks_agree
 from .contrast_checks import check_embeddings, check_labels_of, check_options
 from .contrast_launch import Results, allocate, launch_backward, launch_forward
 from .memory_bank import MemoryBank
@@ -113,19 +113,20 @@ def pixel_contrast_loss(
         >>> anchors.grad.shape
         torch.Size([64, 32])
     """
-    check_embeddings("anchors", anchors)
-    check_labels_of("anchor_labels", anchor_labels, "anchors", anchors)
-    if (keys is None) != (key_labels is None):
-        missing, given = ("keys", "key_labels") if keys is None else ("key_labels", "keys")
-        raise ValueError(f"{missing} must be given with {given}; got None")
-    if keys is not None and key_labels is not None:
-        check_embeddings("keys", keys, anchors)
-        check_labels_of("key_labels", key_labels, "keys", keys)
-        keys = keys.detach()
-    elif hardest is not None:
-        raise ValueError(f"hardest must be None without keys; got {hardest!r}")
-    check_options(temperature, base_temperature, hardest, precision, ignore_index)
-    check_process_group(process_group)
+    with ranks_agree(process_group, anchors):
+        check_embeddings("anchors", anchors)
+        check_labels_of("anchor_labels", anchor_labels, "anchors", anchors)
+        if (keys is None) != (key_labels is None):
+            missing, given = ("keys", "key_labels") if keys is None else ("key_labels", "keys")
+            raise ValueError(f"{missing} must be given with {given}; got None")
+        if keys is not None and key_labels is not None:
+            check_embeddings("keys", keys, anchors)
+            check_labels_of("key_labels", key_labels, "keys", keys)
+            keys = keys.detach()
+        elif hardest is not None:
+            raise ValueError(f"hardest must be None without keys; got {hardest!r}")
+        check_options(temperature, base_temperature, hardest, precision, ignore_index)
+        check_process_group(process_group)
     if not serves_triton(anchors):
         return pixel_contrast_reference(
             anchors,

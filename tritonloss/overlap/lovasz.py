@@ -25,6 +25,7 @@ from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule
+from .._core.process_groups import ranks_agree
 from .lovasz_operator import (
     Around,
     check_around,
@@ -145,10 +146,11 @@ def lovasz_softmax_loss(
         torch.Size([2, 19, 32, 64])
     """
     around = Around(per_image, ignore_index, exact, upsample, align_corners, process_group)
-    logits, target = checked_maps(logits, target, upsample, align_corners)
-    _check(around, classes, bins, logits)
-    checks.check_classes(logits)
-    checks.check_labels_in_range(target, logits.size(1), ignore_index)
+    with ranks_agree(process_group, logits):
+        logits, target = checked_maps(logits, target, upsample, align_corners)
+        _check(around, classes, bins, logits)
+        checks.check_classes(logits)
+        checks.check_labels_in_range(target, logits.size(1), ignore_index)
     bins = number_of_bins(bins, BINS)
     if not serves_triton(logits):
         return lovasz_softmax_reference(

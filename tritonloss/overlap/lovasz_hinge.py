@@ -20,6 +20,7 @@ from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example
 from .._core.loss_module import LossModule
+from .._core.process_groups import ranks_agree
 from .lovasz_operator import (
     Around,
     check_around,
@@ -122,15 +123,16 @@ def lovasz_hinge_loss(
         torch.Size([2, 1, 32, 64])
     """
     around = Around(per_image, ignore_index, exact, upsample, align_corners, process_group)
-    logits, target = checked_maps(logits, target, upsample, align_corners)
-    check_around(around)
-    check_bins(bins, *_RANGE)
-    if logits.size(1) != 1:
-        raise ValueError(
-            "logits must have one channel, of a binary mask with labels 0 and 1 (for several "
-            f"classes use lovasz_softmax_loss); got {checks.described(logits)}"
-        )
-    checks.check_labels_in_range(target, 2, ignore_index)
+    with ranks_agree(process_group, logits):
+        logits, target = checked_maps(logits, target, upsample, align_corners)
+        check_around(around)
+        check_bins(bins, *_RANGE)
+        if logits.size(1) != 1:
+            raise ValueError(
+                "logits must have one channel, of a binary mask with labels 0 and 1 (for several "
+                f"classes use lovasz_softmax_loss); got {checks.described(logits)}"
+            )
+        checks.check_labels_in_range(target, 2, ignore_index)
     bins = number_of_bins(bins, BINS)
     if not serves_triton(logits):
         return lovasz_hinge_reference(logits, target, bins=bins, **around._asdict())

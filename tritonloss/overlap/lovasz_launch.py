@@ -121,11 +121,7 @@ def _launch_exact(
 
 
 def _over_ranks(results: Results, options: Options) -> None:
-    """Make the mean over images one over those of all ranks of a group.
-
-    The gradient is that of the mean times the number of ranks: DistributedDataParallel divides by
-    it.
-    """
+    """Make the mean over images one over those of all ranks of a group."""
     if options.group is None:
         return
     images = results.scale.numel()

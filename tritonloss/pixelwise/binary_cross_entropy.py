@@ -22,7 +22,7 @@ from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule, Part
-from .._core.process_groups import check_process_group, name_of, ranks_agree
+from .._core.process_groups import ranks_agree
 from .._engine.joint_terms import Member
 from .._engine.math import (
     LN_2,
@@ -33,7 +33,7 @@ from .._engine.math import (
     softplus_base2,
 )
 from .._engine.pixel_operator import pixelwise_operator
-from .._engine.pixel_terms import REDUCTIONS, Loss, Term
+from .._engine.pixel_terms import Loss, Term
 from .._engine.pixel_tuning import pixel_cases
 from .._engine.pixels import (
     Record,
@@ -45,6 +45,7 @@ from .._engine.pixels import (
     nothing_yet,
     sum_of_lanes,
 )
+from .arguments import check_common, check_maps, options_of
 from .softmax import own_weight
 
 # Classes of a lane of which the product of all 1 + t, below 2^96, is a float32. Of more classes it
@@ -260,71 +261,38 @@ def binary_cross_entropy(
         >>> binary_cross_entropy(logits, target, reduction="none").shape
         torch.Size([2, 32, 64])
     """
-    part = _part(
-        logits,
-        target,
-        pos_weight=pos_weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        upsample=upsample,
-        align_corners=align_corners,
-        process_group=process_group,
-    )
+    common: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "upsample": upsample,
+        "align_corners": align_corners,
+        "process_group": process_group,
+    }
+    part = _part(logits, target, pos_weight=pos_weight, **common)
     if not serves_triton(logits):
-        return binary_cross_entropy_reference(
-            logits,
-            target,
-            pos_weight=pos_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            upsample=upsample,
-            align_corners=align_corners,
-            process_group=process_group,
-        )
+        return binary_cross_entropy_reference(logits, target, pos_weight=pos_weight, **common)
     return BINARY_CROSS_ENTROPY(logits, target, *part.tables, options=part.options)[0]
 
 
 def _part(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    pos_weight: torch.Tensor | None,
-    ignore_index: int | None,
-    reduction: str,
-    upsample: str | None,
-    align_corners: bool,
-    process_group: ProcessGroup | None,
+    logits: torch.Tensor, target: torch.Tensor, *, pos_weight: torch.Tensor | None, **common: Any
 ) -> Part:
-    """A call of the loss, checked."""
-    with ranks_agree(process_group, logits):
-        checks.check_logits(logits)
-        checks.check_upsample(upsample, align_corners)
-        checks.check_target(logits, target, upsample, can_upsample=True)
-        _check_options(
-            pos_weight, ignore_index, reduction, upsample, align_corners, process_group, logits
-        )
-        checks.check_labels_in_range(target, checks.labels_of(logits), ignore_index)
-    ignored, group = checks.plain_label(ignore_index), name_of(process_group)
-    options = Options(ignored, reduction, upsample, align_corners, group)
+    """A call of the loss, checked; ``common`` is what all pixelwise losses have."""
+    with ranks_agree(common["process_group"], logits):
+        check_maps(logits, target, common)
+        _check_options(pos_weight, logits, **common)
+        checks.check_labels_in_range(target, checks.labels_of(logits), common["ignore_index"])
     pos_weight = None if pos_weight is None else checks.without_gradient(pos_weight)
+    options = Options(**options_of(common))
     return Part(logits, target, "pixelwise.binary_cross_entropy", options, (pos_weight, None))
 
 
 def _check_options(
-    pos_weight: torch.Tensor | None,
-    ignore_index: int | None,
-    reduction: str,
-    upsample: str | None,
-    align_corners: bool,
-    process_group: ProcessGroup | None,
-    logits: torch.Tensor | None = None,
+    pos_weight: torch.Tensor | None, logits: torch.Tensor | None = None, **common: Any
 ) -> None:
     """Check all options; without ``logits``, for any number of classes."""
     checks.check_class_weights("pos_weight", pos_weight, logits)
-    checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
-    checks.check_option("reduction", reduction, REDUCTIONS)
-    checks.check_upsample(upsample, align_corners)
-    check_process_group(process_group, reduction)
+    check_common(common, None if logits is None else logits.size(1))
 
 
 class BinaryCrossEntropyLoss(

@@ -22,13 +22,14 @@ from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule, Part
-from .._core.process_groups import check_process_group, name_of, ranks_agree
+from .._core.process_groups import ranks_agree
 from .._engine.joint_terms import Member
 from .._engine.math import LN_2
 from .._engine.pixel_operator import pixelwise_operator
-from .._engine.pixel_terms import REDUCTIONS, Loss, Term
+from .._engine.pixel_terms import Loss, Term
 from .._engine.pixel_tuning import pixel_cases
 from .._engine.pixels import Record, for_classes, no_lookups, nothing_yet, sum_of_lanes
+from .arguments import check_common, check_maps, options_of
 from .softmax import (
     SoftmaxState,
     class_weight,
@@ -263,28 +264,17 @@ def cross_entropy(
         >>> logits.grad.shape
         torch.Size([2, 19, 32, 64])
     """
-    part = _part(
-        logits,
-        target,
-        weight=weight,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        upsample=upsample,
-        align_corners=align_corners,
-        process_group=process_group,
-    )
+    common: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "upsample": upsample,
+        "align_corners": align_corners,
+        "process_group": process_group,
+    }
+    part = _part(logits, target, weight=weight, label_smoothing=label_smoothing, **common)
     if not serves_triton(logits):
         return cross_entropy_reference(
-            logits,
-            target,
-            weight=weight,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            upsample=upsample,
-            align_corners=align_corners,
-            process_group=process_group,
+            logits, target, weight=weight, label_smoothing=label_smoothing, **common
         )
     return CROSS_ENTROPY(logits, target, *part.tables, options=part.options)[0]
 
@@ -295,32 +285,15 @@ def _part(
     *,
     weight: torch.Tensor | None,
     label_smoothing: float,
-    ignore_index: int | None,
-    reduction: str,
-    upsample: str | None,
-    align_corners: bool,
-    process_group: ProcessGroup | None,
+    **common: Any,
 ) -> Part:
-    """A call of the loss, checked."""
-    with ranks_agree(process_group, logits):
-        checks.check_logits(logits)
-        checks.check_upsample(upsample, align_corners)
-        checks.check_target(logits, target, upsample, can_upsample=True)
+    """A call of the loss, checked; ``common`` is what all pixelwise losses have."""
+    with ranks_agree(common["process_group"], logits):
+        check_maps(logits, target, common)
         checks.check_classes(logits)
-        _check_options(
-            weight,
-            label_smoothing,
-            ignore_index,
-            reduction,
-            upsample,
-            align_corners,
-            process_group,
-            logits,
-        )
-        checks.check_labels_in_range(target, logits.size(1), ignore_index)
-    ignored, group = checks.plain_label(ignore_index), name_of(process_group)
-    smoothing = float(label_smoothing)
-    options = Options(smoothing, ignored, reduction, upsample, align_corners, group)
+        _check_options(weight, label_smoothing, logits, **common)
+        checks.check_labels_in_range(target, logits.size(1), common["ignore_index"])
+    options = Options(label_smoothing=float(label_smoothing), **options_of(common))
     weight = None if weight is None else checks.without_gradient(weight)
     return Part(logits, target, "pixelwise.cross_entropy", options, (weight, None))
 
@@ -328,20 +301,13 @@ def _part(
 def _check_options(
     weight: torch.Tensor | None,
     label_smoothing: float,
-    ignore_index: int | None,
-    reduction: str,
-    upsample: str | None,
-    align_corners: bool,
-    process_group: ProcessGroup | None,
     logits: torch.Tensor | None = None,
+    **common: Any,
 ) -> None:
     """Check all options; without ``logits``, for any number of classes."""
     checks.check_class_weights("weight", weight, logits)
     checks.check_range("label_smoothing", label_smoothing, 0.0, 1.0)
-    checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
-    checks.check_option("reduction", reduction, REDUCTIONS)
-    checks.check_upsample(upsample, align_corners)
-    check_process_group(process_group, reduction)
+    check_common(common, None if logits is None else logits.size(1))
 
 
 class CrossEntropyLoss(LossModule, function=cross_entropy, check=_check_options, part=_part):

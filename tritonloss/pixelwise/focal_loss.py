@@ -6,7 +6,7 @@ A pass moves as many bytes as one of the cross entropy, and saves the same stati
 from __future__ import annotations
 
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,14 +20,15 @@ from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule, Part
-from .._core.process_groups import check_process_group, name_of, ranks_agree
+from .._core.process_groups import ranks_agree
 from .._engine.joint_terms import Member
 from .._engine.math import LOG2_E
 from .._engine.pixel_operator import pixelwise_operator
-from .._engine.pixel_terms import REDUCTIONS, Loss, Term
+from .._engine.pixel_terms import Loss, Term
 from .._engine.pixel_tuning import pixel_cases
 from .._engine.pixels import Record, never, own_class
 from .._engine.planes import compute_dtype
+from .arguments import check_common, check_maps, options_of
 from .softmax import (
     own_weight,
     softmax_add,
@@ -244,31 +245,17 @@ def focal_loss(
         >>> focal_loss(logits, torch.randint(0, 19, (2, 32, 64)), gamma=1.5).shape
         torch.Size([])
     """
-    part = _part(
-        logits,
-        target,
-        gamma=gamma,
-        alpha=alpha,
-        detach_weight=detach_weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        upsample=upsample,
-        align_corners=align_corners,
-        process_group=process_group,
-    )
+    common: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "upsample": upsample,
+        "align_corners": align_corners,
+        "process_group": process_group,
+    }
+    part = _part(logits, target, gamma=gamma, alpha=alpha, detach_weight=detach_weight, **common)
     if not serves_triton(logits):
-        return focal_loss_reference(
-            logits,
-            target,
-            gamma=float(gamma),
-            alpha=part.tables[0],
-            detach_weight=detach_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            upsample=upsample,
-            align_corners=align_corners,
-            process_group=process_group,
-        )
+        own = {"gamma": float(gamma), "alpha": part.tables[0], "detach_weight": detach_weight}
+        return focal_loss_reference(logits, target, **own, **common)
     return FOCAL(logits, target, *part.tables, options=part.options)[0]
 
 
@@ -279,38 +266,19 @@ def _part(
     gamma: float,
     alpha: float | torch.Tensor | None,
     detach_weight: bool,
-    ignore_index: int | None,
-    reduction: str,
-    upsample: str | None,
-    align_corners: bool,
-    process_group: ProcessGroup | None,
+    **common: Any,
 ) -> Part:
-    """A call of the loss, checked."""
-    with ranks_agree(process_group, logits):
-        checks.check_logits(logits)
-        checks.check_upsample(upsample, align_corners)
-        checks.check_target(logits, target, upsample, can_upsample=True)
+    """A call of the loss, checked; ``common`` is what all pixelwise losses have."""
+    with ranks_agree(common["process_group"], logits):
+        check_maps(logits, target, common)
         checks.check_classes(logits)
-        _check_options(
-            gamma,
-            alpha,
-            detach_weight,
-            ignore_index,
-            reduction,
-            upsample,
-            align_corners,
-            process_group,
-            logits,
-        )
-        checks.check_labels_in_range(target, logits.size(1), ignore_index)
+        _check_options(gamma, alpha, detach_weight, logits, **common)
+        checks.check_labels_in_range(target, logits.size(1), common["ignore_index"])
     if alpha is not None and not isinstance(alpha, torch.Tensor):
         dtype = compute_dtype(logits.dtype)
         alpha = torch.full((logits.size(1),), float(alpha), dtype=dtype, device=logits.device)
-    ignored, group = checks.plain_label(ignore_index), name_of(process_group)
-    options = Options(
-        float(gamma), bool(detach_weight), ignored, reduction, upsample, align_corners, group
-    )
     alpha = None if alpha is None else checks.without_gradient(alpha)
+    options = Options(float(gamma), bool(detach_weight), **options_of(common))
     return Part(logits, target, "pixelwise.focal_loss", options, (alpha, None))
 
 
@@ -318,12 +286,8 @@ def _check_options(
     gamma: float,
     alpha: float | torch.Tensor | None,
     detach_weight: bool,
-    ignore_index: int | None,
-    reduction: str,
-    upsample: str | None,
-    align_corners: bool,
-    process_group: ProcessGroup | None,
     logits: torch.Tensor | None = None,
+    **common: Any,
 ) -> None:
     """Check all options; without ``logits``, for any number of classes."""
     checks.check_range("gamma", gamma, 0.0, 100.0)
@@ -332,10 +296,7 @@ def _check_options(
         checks.check_range("alpha", alpha, 0.0, 1e6)
     else:
         checks.check_class_weights("alpha", alpha, logits, or_number="a number in [0, 1e6], ")
-    checks.check_ignore_index(ignore_index, None if logits is None else logits.size(1))
-    checks.check_option("reduction", reduction, REDUCTIONS)
-    checks.check_upsample(upsample, align_corners)
-    check_process_group(process_group, reduction)
+    check_common(common, None if logits is None else logits.size(1))
 
 
 class FocalLoss(LossModule, function=focal_loss, check=_check_options, part=_part):

@@ -33,13 +33,14 @@ from .._core.backend import serves_triton
 from .._core.configurations import TuningCase
 from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule, Part
-from .._core.process_groups import check_process_group, name_of, ranks_agree
+from .._core.process_groups import ranks_agree
 from .._engine.joint_terms import Member
 from .._engine.pixel_operator import pixelwise_operator
-from .._engine.pixel_terms import REDUCTIONS, Loss, Term
+from .._engine.pixel_terms import Loss, Term
 from .._engine.pixel_tuning import pixel_cases
 from .._engine.planes import compute_dtype
 from ..metrics.label_statistics import MarginOffsets
+from .arguments import check_common, check_maps, options_of
 from .margins import MARGINS, Compiled
 
 VARIANTS = ("paper", "released", "margin")
@@ -205,28 +206,17 @@ def margin_calibrated_loss(
         >>> margin_calibrated_loss(torch.randn(2, 19, 32, 64), target, offsets).shape
         torch.Size([])
     """
-    part = _part(
-        logits,
-        target,
-        offsets=offsets,
-        variant=variant,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        upsample=upsample,
-        align_corners=align_corners,
-        process_group=process_group,
-    )
+    common: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "upsample": upsample,
+        "align_corners": align_corners,
+        "process_group": process_group,
+    }
+    part = _part(logits, target, offsets=offsets, variant=variant, **common)
     if not serves_triton(logits):
         return margin_calibrated_loss_reference(
-            logits,
-            target,
-            part.tables,
-            variant=variant,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            upsample=upsample,
-            align_corners=align_corners,
-            process_group=process_group,
+            logits, target, part.tables, variant=variant, **common
         )
     return MARGIN_CALIBRATED(logits, target, *part.tables, options=part.options)[0]
 
@@ -237,44 +227,24 @@ def _part(
     *,
     offsets: tuple[torch.Tensor, torch.Tensor],
     variant: str,
-    ignore_index: int | None,
-    reduction: str,
-    upsample: str | None,
-    align_corners: bool,
-    process_group: ProcessGroup | None,
+    **common: Any,
 ) -> Part:
-    """A call of the loss, checked."""
-    with ranks_agree(process_group, logits):
-        checks.check_logits(logits)
-        checks.check_upsample(upsample, align_corners)
-        checks.check_target(logits, target, upsample, can_upsample=True)
+    """A call of the loss, checked; ``common`` is what all pixelwise losses have."""
+    with ranks_agree(common["process_group"], logits):
+        check_maps(logits, target, common)
         checks.check_classes(logits, 1 << 16)
-        own, other = _check_options(
-            offsets,
-            variant,
-            ignore_index,
-            reduction,
-            upsample,
-            align_corners,
-            process_group,
-            logits,
-        )
-        checks.check_labels_in_range(target, logits.size(1), ignore_index)
-    ignored, group = checks.plain_label(ignore_index), name_of(process_group)
-    options = Options(variant, ignored, reduction, upsample, align_corners, group)
+        own, other = _check_options(offsets, variant, logits, **common)
+        checks.check_labels_in_range(target, logits.size(1), common["ignore_index"])
     tables = (checks.without_gradient(own), checks.without_gradient(other))
+    options = Options(variant, **options_of(common))
     return Part(logits, target, "pixelwise.margin_calibration", options, tables)
 
 
 def _check_options(
     offsets: tuple[torch.Tensor, torch.Tensor],
     variant: str,
-    ignore_index: int | None,
-    reduction: str,
-    upsample: str | None,
-    align_corners: bool,
-    process_group: ProcessGroup | None,
     logits: torch.Tensor | None = None,
+    **common: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The offsets, once all options are checked; without ``logits``, for any number of classes."""
     own, other = checks.check_pair("offsets", offsets)
@@ -287,10 +257,7 @@ def _check_options(
     checks.check_offsets(own, "offsets.own")
     checks.check_offsets(other, "offsets.other")
     checks.check_option("variant", variant, VARIANTS)
-    checks.check_option("reduction", reduction, REDUCTIONS)
-    checks.check_upsample(upsample, align_corners)
-    check_process_group(process_group, reduction)
-    checks.check_ignore_index(ignore_index, own.shape[0])
+    check_common(common, own.shape[0])
     return own, other
 
 

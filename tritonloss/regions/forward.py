@@ -379,8 +379,7 @@ def add_other_ranks(
     """An image's share in the gradient of RMI; the loss and statistics become those of all ranks.
 
     ``totals`` are this rank's sums of the cross entropy, its valid pixels, the information of its
-    images, and their number; float64. The gradient is that of the loss times the number of ranks:
-    DistributedDataParallel divides by it.
+    images, and their number; float64.
     """
     assert options.group is not None
     ranks = add_over_ranks(totals, options.group)

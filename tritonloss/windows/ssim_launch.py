@@ -101,11 +101,7 @@ def ssim_forward(x: torch.Tensor, y: torch.Tensor, options: Options) -> Results:
 
 
 def _add_other_ranks(totals: torch.Tensor, group: str, results: Results) -> None:
-    """Make a mean, and its scale, those of all ranks' samples; ``totals`` are this rank's sums.
-
-    The gradient is that of the mean times the number of ranks: DistributedDataParallel divides by
-    it.
-    """
+    """Make a mean, and its scale, those of all ranks' samples; ``totals`` are this rank's sums."""
     ranks = add_over_ranks(totals, group)
     dissimilarity, samples = totals.unbind()
     scale = 1.0 / samples.clamp(min=1.0)

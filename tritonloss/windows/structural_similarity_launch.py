@@ -196,8 +196,7 @@ def forward_pass(logits: torch.Tensor, target: torch.Tensor, options: Options) -
 def _add_other_ranks(totals: torch.Tensor, options: Options, results: Results) -> None:
     """Make the loss and the statistics those of all ranks' pixels.
 
-    ``totals`` are this rank's sums of bce, of e f bce and of f, and its valid pixels. The gradient
-    is that of the loss times the number of ranks: DistributedDataParallel divides by it.
+    ``totals`` are this rank's sums of bce, of e f bce and of f, and its valid pixels.
     """
     assert options.group is not None
     ranks = add_over_ranks(totals, options.group)
