@@ -188,15 +188,18 @@ def check_labels_in_range(
     if not _holds_data(target):
         return
     target = _without_transforms(target.as_subclass(torch.Tensor))
-    if target.device.type != "cpu" and os.environ.get("TRITONLOSS_CHECK_LABELS") != "1":
-        return
-    if target.numel() == 0:
+    if not may_wait_for(target.device) or target.numel() == 0:
         return
     # Modes that trace the call must not see this look at the labels.
     with _disable_current_modes():
         found = _labels_outside(target, classes, ignore_index)
     if found:
         raise ValueError(labels_outside(name, classes, ignore_index, found))
+
+
+def may_wait_for(device: torch.device) -> bool:
+    """Whether checks may look at what is on a device, for which a GPU has to be waited for."""
+    return device.type == "cpu" or os.environ.get("TRITONLOSS_CHECK_LABELS") == "1"
 
 
 def _labels_outside(

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup, all_reduce, distributed_c10d
 
+from .checks import may_wait_for
+
 
 def check_process_group(process_group: ProcessGroup | None, reduction: str = "mean") -> None:
     """``process_group`` must be one, or None, which it is where there is nothing to add up."""
@@ -32,23 +34,29 @@ def ranks_agree(
 ) -> AbstractContextManager[Any]:
     """Where arguments are checked: what raises on one rank raises on all, which would wait for it.
 
-    That is so for tensors on the CPU. On a GPU a rank would have to wait for the others at every
-    call: there it is up to the launcher of the processes to stop them when one fails.
+    On a GPU a rank would have to wait for the others at every call, so there it takes
+    ``TRITONLOSS_CHECK_LABELS=1``. Without, it is up to the launcher of the processes to stop them
+    when one fails.
     """
-    on_gpu = isinstance(values, torch.Tensor) and values.device.type != "cpu"
-    if not isinstance(process_group, ProcessGroup) or on_gpu or torch.compiler.is_compiling():
-        return nullcontext()
-    return _Agreement(process_group)
+    if process_group is None:  # first, since it is so nearly always, and costs next to nothing
+        return _ALONE
+    if not isinstance(process_group, ProcessGroup) or torch.compiler.is_compiling():
+        return _ALONE
+    device = values.device if isinstance(values, torch.Tensor) else torch.device("cpu")
+    return _Agreement(process_group, device) if may_wait_for(device) else _ALONE
+
+
+_ALONE = nullcontext()
 
 
 class _Agreement(AbstractContextManager[None]):
     """A block of which all ranks learn whether it raises on one of them."""
 
-    def __init__(self, process_group: ProcessGroup) -> None:
-        self.process_group = process_group
+    def __init__(self, process_group: ProcessGroup, device: torch.device) -> None:
+        self.process_group, self.device = process_group, device
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        failed = torch.tensor(int(error is not None))
+        failed = torch.tensor(int(error is not None), device=self.device)
         all_reduce(failed, group=self.process_group)
         if error is None and failed.item() > 0:
             raise RuntimeError(

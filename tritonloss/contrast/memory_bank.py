@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup, all_gather
 from torch.nn import functional as F
 
 from .._core import checks
-from .._core.process_groups import check_process_group
+from .._core.process_groups import check_process_group, ranks_agree
 from .contrast_checks import MOST_DIMS, check_maps
 from .sampling import has_class, resized, shuffled_runs
 
@@ -41,8 +41,8 @@ class MemoryBank(nn.Module):
         dtype: of the keys. Default float32; bfloat16 takes half the memory and a fraction of the
             loss's time.
         process_group: the ranks whose images are kept, in their order; all of them have to call
-            ``update``, with the same number of images (whose labels may be ignored). Then all
-            banks hold the same. Default None: this rank alone.
+            ``update``, with the same number of images, or of ``images``. Then all banks hold the
+            same. Default None: this rank alone.
         device: of the keys. Default None: PyTorch's.
 
     Raises:
@@ -114,6 +114,7 @@ class MemoryBank(nn.Module):
         embeddings: torch.Tensor,
         target: torch.Tensor,
         *,
+        images: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         """Keep a batch's regions, and pixels of them drawn at random; nothing waits for the device.
@@ -124,19 +125,16 @@ class MemoryBank(nn.Module):
             embeddings: [N, dim, h, w], floating-point, on the device of the bank.
             target: integer labels [N, H, W], at any resolution: of each pixel of the embeddings
                 the nearest one counts.
+            images: the most images that a rank of the process group has, the same on all of them:
+                a rank with fewer sends as many more without a label. Default None: all have N.
             generator: of the random draws, on the device of the bank. Default None: PyTorch's.
 
         Raises:
             TypeError: an argument has the wrong type or dtype.
-            ValueError: shapes or devices do not match.
+            ValueError: shapes or devices do not match, or there are more than ``images``.
         """
-        check_maps(embeddings, target)
-        if embeddings.size(1) != self.dim:
-            raise ValueError(
-                f"embeddings must have D of {self.dim}, as the bank; "
-                f"got {checks.described(embeddings)}"
-            )
-        checks.check_same_device(self._rows, "the bank", embeddings, "embeddings")
+        with ranks_agree(self.process_group, embeddings):
+            self._check_batch(embeddings, target, images)
         labels = resized(target, *embeddings.shape[2:]).to(torch.int64)
         there = has_class(labels, self.ignore_index) & (labels < self.classes)
         labels = torch.where(there & embeddings.isfinite().all(1), labels, -1)
@@ -147,7 +145,7 @@ class MemoryBank(nn.Module):
         rows = torch.cat((regions[:, :, None], pixels), 2)
         rows = F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1)
         kept = torch.cat((counts[:, :, None], drawn), 2) & rows.isfinite().all(-1)
-        rows, kept = self._of_all_ranks(rows.to(self._rows.dtype)), self._of_all_ranks(kept)
+        rows, kept = (self._of_all_ranks(own, images) for own in (rows.to(self._rows.dtype), kept))
         self._insert(_REGIONS, rows[:, :, 0], kept[:, :, 0])
         self._insert(_PIXELS, *(x[:, :, 1:].transpose(1, 2).flatten(0, 1) for x in (rows, kept)))
         self._rows[-1] = 0
@@ -180,6 +178,19 @@ class MemoryBank(nn.Module):
             setattr(self, name, fn(getattr(self, name)))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _check_batch(
+        self, embeddings: torch.Tensor, target: torch.Tensor, images: int | None
+    ) -> None:
+        check_maps(embeddings, target)
+        if embeddings.size(1) != self.dim:
+            raise ValueError(
+                f"embeddings must have D of {self.dim}, as the bank; "
+                f"got {checks.described(embeddings)}"
+            )
+        checks.check_same_device(self._rows, "the bank", embeddings, "embeddings")
+        if images is not None:
+            checks.check_integer("images", images, embeddings.size(0), 2**31 - 1)
 
     def _class_numbers(self) -> torch.Tensor:
         return torch.arange(self.classes, device=self._rows.device)
@@ -214,10 +225,12 @@ class MemoryBank(nn.Module):
         image = pixel // max(height * width, 1)
         return embeddings[image, :, row // max(width, 1), row % max(width, 1)], slots >= 0
 
-    def _of_all_ranks(self, own: torch.Tensor) -> torch.Tensor:
-        """What all ranks have, in their order."""
+    def _of_all_ranks(self, own: torch.Tensor, images: int | None) -> torch.Tensor:
+        """What all ranks have, in their order; those with less than so many images have zeros."""
         if self.process_group is None:
             return own
+        if images is not None:
+            own = torch.cat((own, own.new_zeros(images - own.size(0), *own.shape[1:])))
         own = own.contiguous()
         parts = [torch.empty_like(own) for _ in range(self.process_group.size())]
         all_gather(parts, own, group=self.process_group)

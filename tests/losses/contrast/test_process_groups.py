@@ -29,6 +29,7 @@ pytestmark = [
 # many on every rank: 8.
 WORLDS: dict[int, tuple[int, ...]] = {2: (5, 9), 3: (7, 0, 4)}
 BACKENDS = ("triton", "reference")
+STEPS = 5
 BANK: dict[str, Any] = {"classes": 3, "size": 5, "dim": 4, "pixel_size": 4, "pixels": 2}
 
 
@@ -90,13 +91,22 @@ def run_on_one_rank(rank: int, ranks: int, directory: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def images_of(step: int, rank: int) -> slice:
+    """The images that a rank puts into its bank: the first one has fewer for a while."""
+    fewer = (0, 1, 2, 0, 0)[step] if rank == 0 else 0
+    return slice(2 * rank, 2 * rank + 2 - fewer)
+
+
 def bank_of_ranks(rank: int, ranks: int, group: Any) -> tuple[Tensor, Tensor]:
     bank = MemoryBank(**BANK, process_group=group)
-    for step in range(3):
+    for step in range(STEPS):
         embeddings, target, _ = maps(ranks)
-        own = slice(2 * rank, 2 * rank + 2)
+        own = images_of(step, rank)
         generator = torch.Generator().manual_seed(10 * step + rank)
-        bank.update(embeddings[own] + step, target[own], generator=generator)
+        images = None if step == 0 else 2
+        bank.update(embeddings[own] + step, target[own], images=images, generator=generator)
+    with pytest.raises(ValueError if rank == 0 else RuntimeError, match="images|wrong"):
+        bank.update(embeddings, target, images=1 if rank == 0 else 2 * ranks)
     return bank.keys, bank.labels
 
 
@@ -175,8 +185,10 @@ def test_ranks_share_one_batch(ranks: int, tmp_path: Path) -> None:
 def check_banks(ranks: int, found: list[Any]) -> None:
     """All ranks hold the same; of regions what one process with all images holds, in order."""
     bank = MemoryBank(**BANK)
-    for step in range(3):
+    for step in range(STEPS):
         embeddings, target, _ = maps(ranks)
+        shares = [images_of(step, rank) for rank in range(ranks)]
+        embeddings, target = (torch.cat([x[own] for own in shares]) for x in (embeddings, target))
         bank.update(embeddings + step, target)
     keys, labels = found[0]["bank"]
     for rank in range(1, ranks):
