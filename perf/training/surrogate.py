@@ -2,7 +2,10 @@
 
 As the paper has it, a network is trained with cross entropy, and what it gets right and wrong on
 the training images makes the examples. There are two images here, so that examples are taken from
-crops, and all through the training, for losses of all sizes.
+crops, and all through the training, for losses of all sizes. Each crop makes more examples, with a
+number added to all logits of a class. Else the surrogate would never have seen a map that is all
+background, or has none, and what it makes of those by chance is what a network that is trained with
+it would find.
 
 `python -m perf surrogate` fits it anew, and writes the network, its held-out examples and their
 picture.
@@ -16,6 +19,7 @@ from pathlib import Path
 
 import pandas
 import torch
+from torch import Tensor, nn
 
 from perf.training import train
 from perf.training.photographs import VOID, photographs
@@ -25,6 +29,22 @@ from tritonloss import IoUPairs, SurrogateFit, collect_iou_pairs, fit_iou_surrog
 _EVERY = 2
 _STEPS = 120  # of a training, after which most of what there is has been learnt
 _SEEDS = (100, 101)  # none that losses are trained with
+# Standard deviations of what is added to logits, which are within -10 and 10 for the most part.
+_SHIFTS = (3.0, 6.0)
+
+
+class Shifted(nn.Module):
+    """A network, to whose logits one random number for each class of each image is added."""
+
+    def __init__(self, network: nn.Module, size: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.network, self.size, self.generator = network, size, generator
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits [N, C, H, W]."""
+        logits: Tensor = self.network(images)
+        shifts = torch.randn(*logits.shape[:2], 1, 1, generator=self.generator)
+        return logits + self.size * shifts
 
 
 def fit(settings: train.Settings, progress: bool = True) -> SurrogateFit:
@@ -44,10 +64,13 @@ def _examples(settings: train.Settings, seed: int) -> IoUPairs:
     scenes = photographs()
     network = train.network_of(train.BASELINE, settings.width)
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate)
+    generator = torch.Generator().manual_seed(seed)
+    sources = [network, *(Shifted(network, size, generator) for size in _SHIFTS)]
     found = []
     for step, batch in enumerate(train.batches(scenes, settings, seed)):
         if step % _EVERY == 0:
-            found.append(collect_iou_pairs(network, [batch], ignore_index=VOID))
+            for source in sources:
+                found.append(collect_iou_pairs(source, [batch], ignore_index=VOID))
         train.step_of(network, optimizer, train.LOSSES[train.BASELINE], *batch)
     return IoUPairs(
         torch.cat([part.sums for part in found]),

@@ -171,8 +171,10 @@ Under "{UPSAMPLED}" the network stops at half the resolution, without the last t
 and its logits are interpolated within the loss: it is another network, with another result."""
 _TUNED = f"""
 Under "{FINE_TUNES}" cross entropy has all but the last fifth of the steps: the loss is to tune
-networks that are trained, at small steps. In the one run where it took over after the first fifth,
-it ended at 4 %."""
+networks that are trained, at small steps. Where it took over after the first fifth, it ended below
+25 % in every run. What its surrogate has learnt from matters: with examples of cross entropy's own
+predictions alone it ended at 91.8 % (85.3 / 94.3 / 95.9); now some of them are shifted, so that
+the surrogate has seen maps without a class. With shifts of ten alone it ended at 80.8 %."""
 _TIMING = """
 Seconds are medians over the steps after the first fifth, on this machine's CPU: they time the
 reference and not the kernels. The loss's share counts its forward and backward pass."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from tests.slices import OF_LABELS
-from tritonloss import use_backend
+from tritonloss import IoUSurrogate, collect_iou_pairs, use_backend
 
 pytest.importorskip("skimage", reason="the photographs are inside scikit-image's wheel")
 pandas = pytest.importorskip("pandas")
@@ -148,6 +149,20 @@ def test_the_kept_table_is_what_the_tool_writes() -> None:
     assert len(frame) == len(train.compared()) * len(train.Settings().seeds)
     kept = train.KEPT.with_suffix(".md").read_text(encoding="utf-8")
     assert kept == train.markdown(frame)
+
+
+@pytest.mark.parametrize("size", [1.0, 8.0])
+def test_the_kept_surrogate_knows_maps_of_one_class(size: float) -> None:
+    """A surrogate that has never seen any may rate "all background" well."""
+    surrogate = IoUSurrogate.load(train.SURROGATE)
+    for scene, chosen in itertools.product(photographs(), range(len(CLASSES))):
+        target = scene.held_out.label[None, :96, :96]
+        logits = torch.zeros(1, len(CLASSES), 96, 96)
+        logits[:, chosen] = size
+        pairs = collect_iou_pairs([(logits, target)], ignore_index=VOID)
+        features = surrogate.features(pairs.sums, pairs.counts, pairs.pixels.unsqueeze(1))
+        predicted = surrogate.of_features(features)
+        torch.testing.assert_close(predicted, pairs.iou_loss(), rtol=0, atol=0.1)
 
 
 def test_every_loss_that_a_slice_declares_can_be_trained() -> None:

@@ -132,6 +132,10 @@ def collect_iou_pairs(
     The paper takes them from a network that has been trained with cross entropy, on its training
     images (section 3.1). A module is put into evaluation mode meanwhile; nothing has a gradient.
 
+    What the surrogate has never seen, it may rate well, and a network that is trained with it finds
+    that. Take pairs of worse predictions, too: of logits to which a random number was added for
+    each image and class, with a standard deviation of about their own.
+
     Args:
         source: a network, images -> logits [N, C, H, W], or of volumes [N, C, D, H, W]; or,
             without ``batches``, an iterable of (logits, target).
