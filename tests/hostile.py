@@ -1,15 +1,20 @@
 """Hostile inputs for a slice, in a process that may die of them: `python -m tests.hostile SLICE`.
 
-`tests/losses/test_hostile.py` starts a process for each slice and reads its exit status. Where the
+`tests/losses/test_hostile.py` has a process for each slice and reads its exit status. Where the
 kernels run in Triton's interpreter, every load and store must lie in a tensor that the kernel was
-given.
+given, and the processes are children of one that has imported everything: without arguments it
+takes the slices' names line by line.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
+import json
+import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -342,5 +347,27 @@ def main(name: str) -> None:
         check(name, device)
 
 
+def serve() -> None:
+    """Answer every name with what a child says of that slice: its exit status, and its output."""
+    for line in sys.stdin:
+        with tempfile.TemporaryFile("w+") as said:
+            child = os.fork()
+            if child == 0:
+                for stream in (sys.stdout, sys.stderr):
+                    os.dup2(said.fileno(), stream.fileno())
+                status = 1
+                try:
+                    main(line.strip())
+                    status = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stdout.flush()
+                    os._exit(status)
+            _, status = os.waitpid(child, 0)
+            said.seek(0)
+            print(json.dumps([os.waitstatus_to_exitcode(status), said.read()]), flush=True)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1]) if sys.argv[1:] else serve()

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from perf.compiling.compile_only import compilers
 from perf.measuring import launches, stand_in
 from perf.measuring.calls import Call
 from perf.operations.contract import Case, Operation, operations
@@ -34,29 +33,17 @@ Range = tuple[int, int]
 Distinct = dict[str, int]  # "forward kernel" or "backward kernel" -> of how many kinds
 
 
-def collect(
-    layout: str,
-    sizes: Range = PHOTOGRAPHS,
-    names: Sequence[str] | None = None,
-    changes: Mapping[str, Any] | None = None,
-) -> dict[str, Distinct]:
-    """The distinct kernels of all operations or of those named, in a process of its own.
-
-    They are those of an operation's first case, with ``changes`` of its dtype or its options.
-    """
-    with compilers(workers=1) as pool:
-        return pool.submit(count, layout, sizes, names, changes).result()
-
-
 def count(
     layout: str,
     sizes: Range = PHOTOGRAPHS,
     names: Sequence[str] | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> dict[str, Distinct]:
-    """The same, in this process, whose losses take CPU tensors for a GPU's from now on.
+    """The distinct kernels of all operations or of those named.
 
-    "crops" are contiguous maps, and parts of larger ones that begin anywhere, at random.
+    They are those of an operation's first case, with ``changes`` of its dtype or its options. In
+    this process losses take CPU tensors for a GPU's from now on. "crops" are contiguous maps, and
+    parts of larger ones that begin anywhere, at random.
     """
     torch.set_num_threads(1)
     stand_in.adopt(guard=lambda device: nullcontext())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -143,24 +144,23 @@ def moves(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[Mov
     if device.type != "cpu":
         pytest.skip("addresses are seen in the interpreter")
     seen: Moves = []
-    builder = interpreter.InterpreterBuilder
-    load, store = builder.create_masked_load, builder.create_masked_store
+    real = interpreter._interpreter
 
-    def note(kind: str, pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle) -> None:
-        size = pointers.get_element_ty().primitive_bitwidth // 8
-        if len(pointers.data) >= CONFIGURATION["LANES"]:
-            seen.append((kind, size, pointers.data.astype("int64"), mask.data.copy()))
+    def note(kind: str, pointers: numpy.ndarray, mask: numpy.ndarray, size: int) -> None:
+        if len(pointers) >= CONFIGURATION["LANES"]:
+            seen.append((kind, size, pointers.astype("int64"), mask.copy()))
 
-    def noted_load(self, pointers, mask, *rest):  # type: ignore[no-untyped-def]
-        note("load", pointers, mask)
-        return load(self, pointers, mask, *rest)
+    def load(pointers, mask, other, dtype):  # type: ignore[no-untyped-def]
+        note("load", pointers, mask, numpy.dtype(dtype).itemsize)
+        return real.load(pointers, mask, other, dtype)
 
-    def noted_store(self, pointers, value, mask, *rest):  # type: ignore[no-untyped-def]
-        note("store", pointers, mask)
-        return store(self, pointers, value, mask, *rest)
+    def store(pointers, value, mask):  # type: ignore[no-untyped-def]
+        note("store", pointers, mask, value.dtype.itemsize)
+        return real.store(pointers, value, mask)
 
-    monkeypatch.setattr(builder, "create_masked_load", noted_load)
-    monkeypatch.setattr(builder, "create_masked_store", noted_store)
+    names = {name: getattr(real, name) for name in dir(real) if not name.startswith("_")}
+    noting = SimpleNamespace(**{**names, "load": load, "store": store})
+    monkeypatch.setattr(interpreter, "_interpreter", noting)
     yield seen
 
 

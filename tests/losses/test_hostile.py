@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -56,16 +57,37 @@ def small_programs() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", hostile.SLICES)
-def test_hostile_values_end_no_process(name: str) -> None:
-    """Logits, labels and saved maps full of NaN, infinities and extreme integers, every layout."""
-    ended = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.hostile", name],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
+COMMAND = (sys.executable, "-W", "ignore", "-m", "tests.hostile")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def children() -> Iterator[subprocess.Popen[str] | None]:
+    """A process that has imported everything, and has a child for each slice; None on a GPU.
+
+    Who has seen a GPU can have no children.
+    """
+    if torch.cuda.is_available():
+        yield None
+        return
+    process = subprocess.Popen(
+        COMMAND, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert ended.returncode == 0, f"status {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
+    with process:
+        yield process
+
+
+@pytest.mark.parametrize("name", hostile.SLICES)
+def test_hostile_values_end_no_process(name: str, children: subprocess.Popen[str] | None) -> None:
+    """Logits, labels and saved maps full of NaN, infinities and extreme integers, every layout."""
+    if children is None:
+        ended = subprocess.run([*COMMAND, name], cwd=ROOT, capture_output=True, text=True)
+        status, said = ended.returncode, f"{ended.stdout}\n{ended.stderr}"
+    else:
+        assert children.stdin is not None and children.stdout is not None
+        print(name, file=children.stdin, flush=True)
+        status, said = json.loads(children.stdout.readline())
+    assert status == 0, f"status {status}\n{said}"
 
 
 def case_with(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from perf.compiling.compile_only import compilers
 from perf.measuring import kernels, launches
 from perf.operations.contract import operations
 
@@ -26,21 +28,37 @@ WAYS = [
 ]
 
 
-@pytest.fixture(scope="module", params=WAYS)
-def counted(request: pytest.FixtureRequest) -> dict[str, kernels.Distinct]:
-    layout, sizes, dtype = request.param
-    return kernels.collect(layout, sizes, changes={"dtype": dtype})
+Count = Callable[..., kernels.Distinct]
+
+
+@pytest.fixture(scope="module")
+def count() -> Iterator[Count]:
+    """Counts an operation's distinct kernels, in one process for all tests, each way once."""
+    found: dict[str, kernels.Distinct] = {}
+
+    def counted(name: str, layout: str, sizes: kernels.Range, **changes: Any) -> kernels.Distinct:
+        key = str((name, layout, sizes, changes))
+        if key not in found:
+            work = pool.submit(kernels.count, layout, sizes, [name], changes)
+            found[key] = work.result()[name]
+        return found[key]
+
+    with compilers(workers=1) as pool:
+        yield counted
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("name", [op.name for op in operations() if launches.has_images(op)])
+@pytest.mark.parametrize("way", WAYS)
 def test_images_of_any_size_share_their_kernels(
-    name: str, direction: str, counted: dict[str, kernels.Distinct]
+    way: tuple[str, kernels.Range, str], name: str, direction: str, count: Count
 ) -> None:
+    layout, sizes, dtype = way
+    counted = count(name, layout, sizes, dtype=dtype)
     if direction == "backward" and not operations([name])[0].differentiable:
-        assert kernels.of_pass(counted[name], direction) == 0
+        assert kernels.of_pass(counted, direction) == 0
         return
-    assert 1 <= kernels.of_pass(counted[name], direction) <= MOST, counted[name]
+    assert 1 <= kernels.of_pass(counted, direction) <= MOST, counted
 
 
 @pytest.mark.parametrize("layout", ["crops", "channels_last"])
@@ -56,8 +74,10 @@ def test_images_of_any_size_share_their_kernels(
     ],
     ids=str,
 )
-def test_small_and_large_images_share_kernels_of_rmi(options: dict[str, Any], layout: str) -> None:
+def test_small_and_large_images_share_kernels_of_rmi(
+    options: dict[str, Any], layout: str, count: Count
+) -> None:
     """Small images have other kernels than large ones, all but the last of the forward pass."""
-    counted = kernels.collect(layout, kernels.ANY_SIZE, ["rmi_loss"], {"options": options})
+    counted = count("rmi_loss", layout, kernels.ANY_SIZE, options=options)
     for direction in ("forward", "backward"):
-        assert 1 <= kernels.of_pass(counted["rmi_loss"], direction) <= MOST, counted
+        assert 1 <= kernels.of_pass(counted, direction) <= MOST, counted
