@@ -5,13 +5,15 @@ instructions with `perf/baseline/triton-<major.minor>.json`, kernel by kernel, c
 target by target. Compilers are part of Triton, so the numbers are the same on every machine. The
 kernels that each loss launches are counted, too, and held against `perf/baseline/launches.json`.
 
-`python -m perf check [--targets sm_90 ...] [--ops ...] [--short] [--changed] [--update]`
+`python -m perf check [--targets ...] [--ops ...] [--short] [--changed | --drawn N] [--update]`
 `python -m perf check --launches [--update]`
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import math
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ from perf.operations.contract import operations
 from tritonloss._core.progress import Progress
 
 ALLOWED = 0.05
+_ROOT = Path(__file__).parents[2]
+_FILES = (_ROOT / "tritonloss", _ROOT / "perf")
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,8 @@ def _check_code(options: argparse.Namespace) -> int:
         print(f"there is no baseline for triton {triton.__version__}; --update writes {path}")
         return 1
     before = baseline.read(path) if path.exists() else Baseline()
-    facts = facts_of(work, before if options.changed else Baseline())
+    looked_up = options.changed or options.drawn
+    facts = facts_of(work, before if looked_up else Baseline(), options.drawn)
     faults = dict.fromkeys(f"{_fault(fact)}" for fact in facts if fact.fault)
     print("".join(f"{fault}\n" for fault in faults), end="", file=sys.stderr)
     mine = of_the_work(before.kernels, work)
@@ -189,19 +194,41 @@ def _check_code(options: argparse.Namespace) -> int:
     return 1 if faults or not comparison.passed else 0
 
 
-def facts_of(work: Sequence[Job], known: Baseline) -> list[KernelFacts]:
-    """What every case launches: from the baseline where that knows it, else compiled."""
+def facts_of(work: Sequence[Job], known: Baseline, every: int | None = None) -> list[KernelFacts]:
+    """What every case launches: from the baseline where that knows it, else compiled.
+
+    So is one of `every` so many cases, whatever is known of it.
+    """
     results: dict[Job, list[KernelFacts]] = {}
+    drawn = draw(work, every, contents()) if every else set()
     with compilers() as pool:
-        for _, found in recognised(pool, work, known):
+        for _, found in recognised(pool, [job for job in work if job not in drawn], known):
             results |= found
         rest = [job for job in work if job not in results]
+        if every:
+            print(f"{len(rest)} of {len(work)} cases are compiled, of which {len(drawn)} are drawn")
         bar = Progress(len(rest))
         for job, facts in compiled(pool, rest):
             results[job] = facts
             bar.step(f"{job[0]} for {job[2]}")
         bar.close()
     return in_order(results)
+
+
+def draw(work: Sequence[Job], every: int, contents: str) -> set[Job]:
+    """One of so many cases, other ones for other contents of the files."""
+
+    def lot(job: Job) -> str:
+        return hashlib.sha256(f"{contents} {job}".encode()).hexdigest()
+
+    return set(sorted(work, key=lot)[: math.ceil(len(work) / every)])
+
+
+def contents() -> str:
+    """A hash of all files of the package, of what measures it, and of the baselines."""
+    files = [path for folder in _FILES for path in sorted(folder.rglob("*")) if path.is_file()]
+    read = [path.read_bytes() for path in files if path.suffix in (".py", ".json")]
+    return hashlib.sha256(b"\n".join(read)).hexdigest()
 
 
 def _check_launches(options: argparse.Namespace) -> int:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from perf.compiling import baseline, check
 from perf.compiling.baseline import Baseline, Kept
-from perf.compiling.compile_only import jobs
+from perf.compiling.compile_only import Job, jobs
 from perf.compiling.counting import Counts, LoopFacts
 from perf.compiling.facts import KernelFacts
 from perf.compiling.targets import TARGETS
@@ -173,6 +176,36 @@ def test_a_case_that_is_made_of_the_same_is_not_compiled_again() -> None:
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
+
+
+def test_known_cases_are_compiled_when_they_are_drawn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which ones depends on the contents of the files; sooner or later it is each of them."""
+    work = jobs(short=True)
+    drawn = [check.draw(work, 4, str(number)) for number in range(60)]
+    assert {len(each) for each in drawn} == {(len(work) + 3) // 4}
+    assert drawn[0] != drawn[1] and set().union(*drawn) == set(work)
+    assert drawn[0] == check.draw(work, 4, "0") and len(check.contents()) == 64
+
+    new, done = work[0], []
+
+    def recognised(pool: object, asked: list[Job], known: Baseline) -> Iterator[Any]:
+        assert known is baseline and not drawn[1] & set(asked)
+        yield "all", {job: [fact()] for job in asked if job != new}
+
+    def compiled(pool: object, asked: list[Job]) -> Iterator[Any]:
+        done.extend(asked)
+        yield from ((job, [fact()]) for job in asked)
+
+    baseline = of(fact())
+    monkeypatch.setattr(check, "contents", lambda: "1")
+    monkeypatch.setattr(check, "compilers", nullcontext)
+    monkeypatch.setattr(check, "recognised", recognised)
+    monkeypatch.setattr(check, "compiled", compiled)
+    assert len(check.facts_of(work, baseline, every=4)) == len(work)
+    assert set(done) == drawn[1] | {new}
+    assert f"of {len(work)} cases are compiled" in capsys.readouterr().out
 
 
 def test_a_triton_without_a_baseline_is_named(

@@ -35,6 +35,11 @@ def test_source_hash_follows_device_code_only(
         assert before != hashed(kernel.replace("y = x", "y = x + 1"))
         assert before != hashed(f"LARGE = tl.constexpr(1e30)\n{kernel}")
         assert before == hashed(f"LARGE = 1e30\n{kernel}")
+        state = 'class State(NamedTuple):\n    """Text."""\n\n    first: int\n    last: int = 0\n'
+        of_state = hashed(f"{state}{kernel}")
+        assert before != of_state == hashed(f"{state.replace('Text', 'Other')}{kernel}")
+        assert of_state != hashed(f"{state.replace('= 0', '= 1')}{kernel}")
+        assert before == hashed(f"{state.replace('NamedTuple', 'Plan')}{kernel}")
         assert before != hashed(kernel, "@triton.jit\ndef helper():\n    return 1\n")
         assert source_hash("no_such_slice") is None and source_hash("../loss") is None
     finally:

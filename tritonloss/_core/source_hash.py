@@ -16,7 +16,8 @@ _ROOT = "tritonloss."
 def source_hash(slice_name: str) -> str | None:
     """A hash of the device code in a slice's module and in what that imports; None without one.
 
-    The constants of device code count; launchers, comments and docstrings do not.
+    The constants of device code count, and its named tuples; launchers, comments and docstrings do
+    not.
     """
     code = {}
     for name in source_modules(slice_name):
@@ -80,10 +81,12 @@ def _imported_by(name: str) -> list[str]:
 
 
 def _device_code(tree: ast.Module, source: str) -> str:
-    """The lines of what Triton compiles: functions and constants, without comments, docstrings."""
+    """The lines of what Triton compiles: functions, constants and named tuples, without texts."""
     lines = source.splitlines()
     kept: list[str] = []
     for node in tree.body:
+        if isinstance(node, ast.ClassDef) and "NamedTuple" in map(ast.unparse, node.bases):
+            kept += [node.name, *(ast.unparse(part) for part in node.body if not _is_text(part))]
         if isinstance(node, ast.Assign) and "constexpr(" in ast.unparse(node):
             kept.append(ast.unparse(node))
         if not isinstance(node, ast.FunctionDef):
@@ -91,10 +94,15 @@ def _device_code(tree: ast.Module, source: str) -> str:
         if not any("jit" in ast.unparse(decorator) for decorator in node.decorator_list):
             continue
         first = node.body[0]
-        documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-        docstring = range(first.lineno, (first.end_lineno or 0) + 1) if documented else range(0)
+        docstring = (
+            range(first.lineno, (first.end_lineno or 0) + 1) if _is_text(first) else range(0)
+        )
         for number in range(node.lineno, (node.end_lineno or node.lineno) + 1):
             line = re.sub(r"\s*#.*", "", lines[number - 1]).rstrip()
             if line and number not in docstring:
                 kept.append(line)
     return "\n".join(kept)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
