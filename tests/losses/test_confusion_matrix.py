@@ -15,7 +15,7 @@ import tritonloss
 from perf.measuring.memory import allocated_peak
 from tests.hostile import bounds_checked, filled
 from tests.oracle import LAYOUTS, as_layout, segmentation_case
-from tests.ranks import of_two_ranks
+from tests.ranks import of_ranks
 from tritonloss import confusion_matrix, metrics, predict
 from tritonloss._core import checks
 from tritonloss._core.backend import INTERPRETED
@@ -328,7 +328,7 @@ def count_on_one_rank(rank: int) -> tuple[Tensor, Tensor]:
 
 
 def test_process_groups(tmp_path: Path) -> None:
-    for everywhere, again in of_two_ranks(count_on_one_rank, tmp_path):
+    for everywhere, again in of_ranks(2, count_on_one_rank, tmp_path):
         assert everywhere.tolist() == [[0, 0, 0], [0, 0, 0], [4, 4, 0]]
         assert torch.equal(again, 2 * everywhere)
 

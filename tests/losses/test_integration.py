@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonloss
 from tests.oracle import as_layout, segmentation_case
-from tests.ranks import of_two_ranks
+from tests.ranks import of_ranks
 from tests.slices import OF_MAPS, as_a_number, is_pixelwise, is_upsampled
 from tritonloss._core import backend, configurations
 from tritonloss._core.example import Example, logits_and_target
@@ -187,7 +187,7 @@ def gradients_on_one_rank(rank: int, device: str) -> dict[str, list[list[Tensor]
 
 def test_two_processes(device: torch.device, tmp_path: Path) -> None:
     """DistributedDataParallel averages what each process has computed for itself."""
-    ranks = of_two_ranks(gradients_on_one_rank, tmp_path, device.type)
+    ranks = of_ranks(2, gradients_on_one_rank, tmp_path, device.type)
     for name in ranks[0]:
         for position in range(2):
             shared = [rank[name][0][position] for rank in ranks]

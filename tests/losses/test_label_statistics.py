@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 import kernels_reference
 import tritonloss
 from tests.oracle import LAYOUTS, as_layout
-from tests.ranks import of_two_ranks
+from tests.ranks import of_ranks
 from tritonloss import MarginOffsets, count_labels, margin_offsets
 from tritonloss.metrics import label_statistics
 
@@ -210,7 +210,7 @@ def count_on_one_rank(rank: int) -> tuple[Tensor, list[str], Tensor]:
 
 def test_process_group(tmp_path: Path) -> None:
     """The counts of all ranks; whatever goes wrong on one of them is an error on all."""
-    ranks = of_two_ranks(count_on_one_rank, tmp_path)
+    ranks = of_ranks(2, count_on_one_rank, tmp_path)
     for counts, messages, again in ranks:
         assert counts.tolist() == [3, 3, 0] and again.tolist() == [2, 0, 0]
         assert len(messages) == 2

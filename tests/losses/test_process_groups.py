@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ import tritonloss
 from tests.losses.overlap.cases import LOSSES as OVERLAP
 from tests.losses.overlap.cases import Loss, named, reference_gradient
 from tests.oracle import segmentation_case
+from tests.ranks import of_ranks
 from tritonloss import functional
 from tritonloss._tools.interpreter import hasten_interpreter
 
@@ -85,11 +85,8 @@ def part_of(ranks: int, rank: int) -> slice:
     return slice(before, before + WORLDS[ranks][rank])
 
 
-def run_on_one_rank(rank: int, ranks: int, directory: str) -> None:
-    torch.set_num_threads(1)
+def run_on_one_rank(rank: int, ranks: int) -> list[tuple[Tensor, Tensor]]:
     hasten_interpreter()
-    store = torch.distributed.FileStore(os.path.join(directory, "store"), ranks)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     group = torch.distributed.group.WORLD
     own = part_of(ranks, rank)
     found = []
@@ -103,8 +100,7 @@ def run_on_one_rank(rank: int, ranks: int, directory: str) -> None:
     if ranks == 2:
         for sharded in (False, True):
             found.append(parallel_gradient(logits[own], target[own], group, sharded))
-    torch.save(found, os.path.join(directory, f"{rank}.pt"))
-    torch.distributed.destroy_process_group()
+    return found
 
 
 def layer() -> torch.nn.Module:
@@ -137,8 +133,7 @@ def parallel_gradient(
 @pytest.mark.parametrize("ranks", WORLDS)
 def test_ranks_share_one_batch(ranks: int, tmp_path: Path) -> None:
     """Batches are uneven, one rank is void and one of three has no image."""
-    torch.multiprocessing.spawn(run_on_one_rank, (ranks, str(tmp_path)), nprocs=ranks)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    found = of_ranks(ranks, run_on_one_rank, tmp_path, ranks)
     close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
     for number, (_, loss, options) in enumerate(cases()):
         logits, target = batch_of(ranks, loss, options)
@@ -172,10 +167,8 @@ def contrast(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
     return functional.pixel_contrast_loss(anchors, target.flatten(), **options)
 
 
-def fail_on_one_rank(rank: int, directory: str) -> None:
+def fail_on_one_rank(rank: int) -> None:
     """Rank 1 gives an argument that is wrong; both raise, and go on."""
-    store = torch.distributed.FileStore(os.path.join(directory, "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     group = torch.distributed.group.WORLD
     for loss, options in (*WAYS, (contrast, {})):
         logits, target = batch_of(2, loss, options)
@@ -183,11 +176,10 @@ def fail_on_one_rank(rank: int, directory: str) -> None:
         error, words = ((RuntimeError, "rank"), (TypeError, "logits|anchors"))[rank]
         with pytest.raises(error, match=words):
             loss(given, target, process_group=group, **options)
-    torch.distributed.destroy_process_group()
 
 
 def test_a_failure_reaches_the_other_ranks(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(fail_on_one_rank, (str(tmp_path),), nprocs=2)
+    of_ranks(2, fail_on_one_rank, tmp_path)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tritonloss
 from tests.losses.contrast.conftest import SMALL
+from tests.ranks import of_ranks
 from tritonloss import MemoryBank, PixelContrastLoss
 from tritonloss._core.configurations import forced
 from tritonloss._tools.interpreter import hasten_interpreter
@@ -60,11 +60,8 @@ def part_of(ranks: int, rank: int) -> slice:
     return slice(before, before + WORLDS[ranks][rank])
 
 
-def run_on_one_rank(rank: int, ranks: int, directory: str) -> None:
-    torch.set_num_threads(1)
+def run_on_one_rank(rank: int, ranks: int) -> dict[str, Any]:
     hasten_interpreter()
-    store = torch.distributed.FileStore(os.path.join(directory, "store"), ranks)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     group: Any = torch.distributed.group.WORLD
     found: dict[str, Any] = {}
     for which in PASSES:
@@ -87,8 +84,7 @@ def run_on_one_rank(rank: int, ranks: int, directory: str) -> None:
                 found[f"keys {hardest} {backend}"] = value.detach(), gradient
     found["bank"] = bank_of_ranks(rank, ranks, group)
     found["parallel"] = parallel_step(rank, ranks, group)
-    torch.save(found, os.path.join(directory, f"{rank}.pt"))
-    torch.distributed.destroy_process_group()
+    return found
 
 
 def images_of(step: int, rank: int) -> slice:
@@ -162,8 +158,7 @@ def alone(anchors: Tensor, labels: Tensor, *keys: Tensor, **options: Any) -> tup
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.thorough)])
 def test_ranks_share_one_batch(ranks: int, tmp_path: Path) -> None:
     """Batches are uneven where there are keys, one rank is void and one of three is empty."""
-    torch.multiprocessing.spawn(run_on_one_rank, (ranks, str(tmp_path)), nprocs=ranks)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    found = of_ranks(ranks, run_on_one_rank, tmp_path, ranks)
     close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
     expected, gradient = alone(*own_anchors(ranks))
     with_keys = {h: alone(*rows(sum(WORLDS[ranks]), 4), *rows(30, 5), hardest=h)
