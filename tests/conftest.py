@@ -134,6 +134,12 @@ def small_runs(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def the_same_random_numbers() -> None:
+    """Whichever tests have run in the process before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Memory that the package allocates holds NaN (or -77) until a kernel writes it."""
     for owner, name in (
