@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -93,6 +95,18 @@ def covering(items: list[pytest.Item]) -> set[pytest.Item]:
             if cases[candidate] & missing:
                 best = candidate
     return kept
+
+
+@pytest.fixture(scope="session")
+def compiler() -> Iterator[Executor]:
+    """A process without the interpreter, in which all tests that ask compile."""
+    from tritonloss._tools.sieve import compiling_environment, leave_interrupts
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, leave_interrupts) as pool:
+        with compiling_environment():
+            pool.submit(os.getpid).result()
+        yield pool
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from types import SimpleNamespace
 
 import numpy
@@ -16,7 +17,6 @@ from torch.nn import functional as F
 from triton.runtime import interpreter
 
 import tritonloss
-from perf.compiling.compile_only import compilers
 from perf.compiling.targets import TARGETS
 from perf.operations.contract import operations
 from tests.oracle import segmentation_case, unaligned
@@ -258,17 +258,18 @@ def memory_instructions(name: str, case: int) -> dict[str, set[str]]:
 
 @pytest.mark.compile_only
 @pytest.mark.parametrize("of_case", ["voc", "strided"])
-def test_rows_that_begin_anywhere_are_loaded_in_wide_instructions(of_case: str) -> None:
+def test_rows_that_begin_anywhere_are_loaded_in_wide_instructions(
+    of_case: str, compiler: Executor
+) -> None:
     """Four floats or four labels each; what is stored has been dealt to neighbouring threads."""
     words = {"ld.global.b32", "ld.global.b64"}  # of labels; of what is added up, float64
     others = {"gaussian_statistics": set(), "structural_similarity_loss": words}
-    with compilers(workers=1) as pool:
-        for name, allowed in others.items():
-            shipped = operations([name])[0].shipped
-            case = next(i for i, c in enumerate(shipped) if of_case in (c.shape.name, c.layout))
-            found = pool.submit(memory_instructions, name, case).result()
-            for direction in ("forward", "backward"):
-                kinds = next(kinds for kernel, kinds in found.items() if direction in kernel)
-                loads = {kind for kind in kinds if kind.startswith("ld")}
-                assert loads - allowed == {"ld.global.v4.b32"}
-                assert kinds - loads <= {"st.global.b32", "st.global.b64"}
+    for name, allowed in others.items():
+        shipped = operations([name])[0].shipped
+        case = next(i for i, c in enumerate(shipped) if of_case in (c.shape.name, c.layout))
+        found = compiler.submit(memory_instructions, name, case).result()
+        for direction in ("forward", "backward"):
+            kinds = next(kinds for kernel, kinds in found.items() if direction in kernel)
+            loads = {kind for kind in kinds if kind.startswith("ld")}
+            assert loads - allowed == {"ld.global.v4.b32"}
+            assert kinds - loads <= {"st.global.b32", "st.global.b64"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import Executor
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_every_shipped_kernel_compiles_without_spills() -> None:
 
 
 @pytest.mark.compile_only
-def test_instructions_are_counted_per_output() -> None:
+def test_instructions_are_counted_per_output(compiler: Executor) -> None:
     name = "gaussian_statistics"
     windows = {
         case.options["window_size"]: index
@@ -57,7 +58,8 @@ def test_instructions_are_counted_per_output() -> None:
         if case.text.startswith("cityscapes float32 contiguous") and "padding" not in case.options
     }
     work = [(name, windows[window], "sm_90") for window in (3, 11)]
-    facts = once_per_target(compile_only.compile_cases(work, workers=1))
+    compiled = [compiler.submit(compile_only.compile_case, *job) for job in work]
+    facts = once_per_target(fact for each in compiled for fact in each.result())
     forward = [fact for fact in facts if "forward" in fact.kernel]
     small, large = (fact.counts.numbers for fact in forward)
     assert set(small) == set(large) == {"total", "once", "rows"}
@@ -67,10 +69,10 @@ def test_instructions_are_counted_per_output() -> None:
 
 
 @pytest.mark.compile_only
-def test_every_loop_of_a_kernel_is_counted() -> None:
+def test_every_loop_of_a_kernel_is_counted(compiler: Executor) -> None:
     """So are the look's and those of both kinds of strips; the totals have every part."""
     name = "structural_similarity_loss"
-    look, *facts = compile_only.compile_cases([(name, 0, "sm_90")], workers=1)
+    look, *facts = compiler.submit(compile_only.compile_case, name, 0, "sm_90").result()
     assert look.kernel == "_label_look_kernel" and look.counts.numbers["rows"] > 0
     for fact in facts:
         numbers = fact.counts.numbers
