@@ -157,8 +157,8 @@ def check_three_way(
     *inputs: Tensor,
     tolerance: float | None = None,
     gradient_tolerance: float | None = None,
-) -> None:
-    """Hold the kernels' values and gradients to the oracle.
+) -> Outputs:
+    """Hold the kernels' values and gradients to the oracle; the gradients.
 
     Tolerances are relative to the largest magnitude of the tensor they are for. By default they
     are its dtype's in `ROUNDING`.
@@ -178,6 +178,7 @@ def check_three_way(
             )
     for tensor, gradient in zip(inputs, kernel[1], strict=True):
         assert gradient.shape == tensor.shape and gradient.dtype == tensor.dtype
+    return kernel[1]
 
 
 def assert_no_worse(

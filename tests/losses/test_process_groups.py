@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import tritonloss
@@ -118,6 +116,10 @@ def parallel_gradient(
     image: Tensor, target: Tensor, group: Any, sharded: bool
 ) -> tuple[Tensor, Tensor]:
     """Value, and gradient of a layer in DistributedDataParallel, or in fully_shard."""
+    # Their imports take as long as that of PyTorch: only the ranks need them.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     model = layer()
     if sharded:
         parallel = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
