@@ -165,6 +165,13 @@ def _parser() -> argparse.ArgumentParser:
         "--changed", action="store_true", help="compile only what the baseline does not know"
     )
     parser.add_argument(
+        "--drawn",
+        type=int,
+        metavar="N",
+        help="the same, and one of N cases whatever is known of it: which ones follows from the "
+        "contents of all files, so that a wrong baseline is found",
+    )
+    parser.add_argument(
         "--launches", action="store_true", help="launches per pass only; nothing is compiled"
     )
     parser.add_argument("--update", action="store_true", help="make this the baseline")
