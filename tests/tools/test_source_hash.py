@@ -28,8 +28,10 @@ def test_source_hash_follows_device_code_only(
         source_hash.cache_clear()
         return source_hash("loss")
 
+    (tmp_path / "words.py").write_text('WORDS = ("mean", "sum")\n')
     try:
         before = hashed(kernel)
+        assert before == hashed(kernel.replace("import helpers", "import helpers, words"))
         assert before == hashed(kernel.replace("Text", "Other text").replace("why", "so"))
         assert before == hashed(kernel.replace("pass", "return 1"))
         assert before != hashed(kernel.replace("y = x", "y = x + 1"))

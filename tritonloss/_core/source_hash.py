@@ -16,8 +16,8 @@ _ROOT = "tritonloss."
 def source_hash(slice_name: str) -> str | None:
     """A hash of the device code in a slice's module and in what that imports; None without one.
 
-    The constants of device code count, and its named tuples; launchers, comments and docstrings do
-    not.
+    The constants of device code count, and its named tuples; launchers, comments, docstrings and
+    modules without device code do not.
     """
     code = {}
     for name in source_modules(slice_name):
@@ -25,7 +25,7 @@ def source_hash(slice_name: str) -> str | None:
         code[name] = _device_code(ast.parse(source), source)
     if not code:
         return None
-    text = "\n".join(code[name] for name in sorted(code))
+    text = "\n".join(code[name] for name in sorted(code) if code[name])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
