@@ -10,7 +10,7 @@ import triton.language as tl
 from .cell_walk import load_corners, of_pixels
 from .cells import Nodes, along_row, factors_between, wide
 from .math import LOG2_E
-from .pixel_walk import of_each, slope
+from .pixel_walk import all_factors, of_each, slope
 from .pixels import Block, Pixel, no_class_yet, nothing_yet
 
 # Classes whose pixels' bits are looked at together: the machine reads so many at once.
@@ -331,7 +331,7 @@ def _weighed(
 ):
     """The pixel in a column of a row, for ``of_pixels``."""
     walk, nodes, row, span = arguments
-    COUNT: tl.constexpr = len(TERMS.slope)
+    COUNT: tl.constexpr = len(TERMS.start)
     dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
     pixel, offset = _load_pixel(walk, row, span, K, TILE, CELLS)
     valid = pixel.label >= 0
@@ -348,7 +348,10 @@ def _weighed(
     if COUNT > 1:
         scales = ()
         for k in tl.static_range(COUNT):
-            scales = scales + (tl.where(valid, value * upstream.scales[k], 0.0),)
+            scale = one * (value * upstream.scales[k])
+            if not CELLS.reduced or not TERMS.silent[k]:
+                scale = tl.where(valid, scale, 0.0)
+            scales = scales + (scale,)
     maps = ()
     for i in tl.static_range(len(walk.map_ptrs)):
         maps = maps + (tl.load(walk.map_ptrs[i] + row.place + offset),)
@@ -364,6 +367,9 @@ def _weighed(
         if not CELLS.reduced or not TERMS.silent[0]:
             to_right = tl.where(valid, to_right, 0.0)
             to_both = tl.where(valid, to_both, 0.0)
+    factors = of_each(factors_between, arguments, TERMS, TILE)
+    if len(TERMS.slope) < COUNT:
+        factors = of_each(all_factors, (_taken_in(factors, TERMS, TILE), factors), TERMS, TILE)
     # A bit of no class for all classes that are not in the block.
     place = tl.minimum((pixel.own - row.first).to(tl.uint32, bitcast=True), 31)
     return Weighed(
@@ -371,8 +377,17 @@ def _weighed(
         to_both=to_both,
         to_right=to_right,
         own=tl.where(valid, 1, 0) << place.to(tl.int32),
-        factors=of_each(factors_between, arguments, TERMS, TILE),
+        factors=factors,
     )
+
+
+@triton.jit
+def _taken_in(factors, TERMS: tl.constexpr, TILE: tl.constexpr):
+    """The first loss's factors with those of the last ones, which have no slope of their own."""
+    first = factors[0]
+    for k in tl.static_range(len(TERMS.slope), len(TERMS.start)):
+        first = TERMS.take_in(first, factors[k], TILE)
+    return first
 
 
 @triton.jit

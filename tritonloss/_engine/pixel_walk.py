@@ -445,3 +445,14 @@ def slope(
 ):  # fmt: skip
     OPTIONS: tl.constexpr = TERMS.options[K]
     return TERMS.slope[K](factors[K], block, SLOT, given[K], OPTIONS, TILE)
+
+
+@triton.jit
+def all_factors(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+    """The factors of the first loss, then those of the others."""
+    first, others = arguments
+    if K == 0:
+        factors = first
+    else:
+        factors = others[K]
+    return factors
