@@ -19,7 +19,7 @@ from torch import nn
 
 from .._core.backend import serves_triton
 from .._core.configurations import Launch, TuningCase
-from .._core.example import Example
+from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule
 from .._core.operator import can_reuse, is_transformed
 from .._core.tuning_inputs import random_labels, random_map
@@ -297,12 +297,10 @@ def _tuning_pass(
     return both_passes
 
 
-def _entropy_and_dice(is_softmax: bool, per_image: bool) -> WeightedSum:
-    entropy = CrossEntropyLoss() if is_softmax else BinaryCrossEntropyLoss()
-    activation = "softmax" if is_softmax else "sigmoid"
-    return WeightedSum(
-        [(1.0, entropy), (1.0, DiceLoss(activation=activation, per_image=per_image))]
-    )
+def _entropy_and_dice(activation: str, per_image: bool, **between: Any) -> WeightedSum:
+    entropy = CrossEntropyLoss if activation == "softmax" else BinaryCrossEntropyLoss
+    dice = DiceLoss(activation=activation, per_image=per_image, **between)
+    return WeightedSum([(1.0, entropy(**between)), (1.0, dice)])
 
 
 def _focal_and_lovasz(per_image: bool) -> WeightedSum:
@@ -312,9 +310,12 @@ def _focal_and_lovasz(per_image: bool) -> WeightedSum:
 
 _FLAGS = (False, True)
 _ENTROPY_AND_DICE = {
-    (softmax, per_image): _entropy_and_dice(softmax, per_image)
-    for softmax in _FLAGS
+    (activation, per_image, upsample, align_corners): _entropy_and_dice(
+        activation, per_image, upsample=upsample, align_corners=align_corners
+    )
+    for activation in ("softmax", "sigmoid")
     for per_image in _FLAGS
+    for upsample, align_corners in ((None, False), ("bilinear", False), ("bilinear", True))
 }
 _FOCAL_AND_LOVASZ = {per_image: _focal_and_lovasz(per_image) for per_image in _FLAGS}
 
@@ -325,9 +326,12 @@ def cross_entropy_and_dice(
     *,
     activation: str = "softmax",
     per_image: bool = False,
+    upsample: str | None = None,
+    align_corners: bool = False,
 ) -> torch.Tensor:
     """The sum of both losses: of a softmax, or of sigmoids."""
-    result: torch.Tensor = _ENTROPY_AND_DICE[activation == "softmax", per_image](logits, target)
+    criterion = _ENTROPY_AND_DICE[activation, per_image, upsample, align_corners]
+    result: torch.Tensor = criterion(logits, target)
     return result
 
 
@@ -352,6 +356,13 @@ EXAMPLES = (
         cross_entropy_and_dice,
         WEIGHTED_SUM,
         {"per_image": True},
+    ),
+    Example(
+        "cross_entropy_and_dice, upsampled",
+        cross_entropy_and_dice,
+        WEIGHTED_SUM,
+        {"upsample": "bilinear"},
+        arguments=half_resolution_and_target,
     ),
     Example("focal_and_lovasz", focal_and_lovasz, WEIGHTED_SUM),
 )
