@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch
 from .cell_grid import axes_of, axes_of_walk, cell_heuristic, over_cells, over_strips
 from .cell_kernels import _upsampled_backward_kernel
@@ -19,11 +18,9 @@ from .class_sums import Probabilities
 from .pixel_terms import Loss, Term, Walk, numbers_of, terms_of
 from .pixel_walk import Terms
 
-# Pixels of a lane at once, and classes in one block. With more, what the pixels have takes too many
-# registers.
-_MOST_PIXELS = 8
+# Classes in one block: with more, what the pixels have takes too many registers.
 _MOST_UNROLL = 4
-_PROJECTED = 2  # classes at once for the projection: of 4, ptxas spills 8 bytes on sm_100
+_WARPS = 1  # going forward: to add up over them would take as long as over all pixels of a lane
 
 # ``Terms`` whose last losses have no slope: the first one's factors take in theirs.
 _named: Any = namedtuple
@@ -67,7 +64,7 @@ def prepare_sums(
     """(the launch of the forward pass, its programs of an image)."""
     images, classes = logits.shape[:2]
     losses = [term.loss for term in terms]
-    all_programs, arguments = _over_cells(losses, logits, target, walk, _MOST_UNROLL)
+    all_programs, arguments = _over_cells(losses, logits, target, walk, _WARPS)
     constants = {
         **arguments,
         "numbers": numbers_of(terms, None)["numbers"],
@@ -102,7 +99,7 @@ def prepare_gradients(
     strides = {"logits_strides": logits.stride(), "target_strides": target.stride()}
     project = None
     if probabilities.compared:
-        programs, arguments = _over_cells(losses[:1], logits, target, walk, _PROJECTED)
+        programs, arguments = _over_cells(losses[:1], logits, target, walk)
         constants = {
             **arguments,
             **strides,
@@ -177,18 +174,17 @@ def launch_gradients(
 
 
 def _over_cells(
-    losses: list[Loss], logits: torch.Tensor, target: torch.Tensor, walk: Walk, unroll: int
+    losses: list[Loss],
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    walk: Walk,
+    warps: int | None = None,
 ) -> tuple[int, dict[str, Any]]:
-    """(programs, arguments) of a kernel that goes forward over cells, so many classes at once."""
+    """(programs, arguments) of a kernel that goes forward over cells."""
     axes = axes_of(logits, target, walk.align_corners)
-    heuristic = cell_heuristic(losses, "forward", axes[1].most)
-    columns = min(int(heuristic["PIXEL_COLUMNS"]), _MOST_PIXELS)
-    configuration: Configuration = {
-        **heuristic,
-        "PIXEL_COLUMNS": columns,
-        "PIXEL_ROWS": min(int(heuristic["PIXEL_ROWS"]), _MOST_PIXELS // columns),
-        "UNROLL": min(int(heuristic["UNROLL"]), unroll),
-    }
+    configuration = dict(cell_heuristic(losses, "forward", axes[1].most))
+    configuration["UNROLL"] = min(int(configuration["UNROLL"]), _MOST_UNROLL)
+    configuration["num_warps"] = warps or configuration["num_warps"]
     return over_cells(losses, logits, target, walk, axes, configuration)
 
 

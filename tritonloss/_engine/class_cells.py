@@ -36,7 +36,7 @@ from .cells import (
     shares_of_rows,
     together,
 )
-from .class_sums import Plane, _store_slot, count_labels, store_counts, store_values
+from .class_sums import Plane, count_labels, store_counts, store_values
 from .pixel_walk import given_to, of_each
 from .pixels import Block, Given, Pixel, nothing_yet
 
@@ -97,14 +97,28 @@ def _share(
 
 
 @triton.jit
+def _of_two(first, second, BIT: tl.constexpr, TILE: tl.constexpr):
+    """In half of the lanes a sum over two lanes of the first vector, in the others of the second.
+
+    Lanes whose number has the BIT have the second. So many sums over a warp take a third of what
+    they take one by one.
+    """
+    lane = tl.arange(0, TILE.pixels)
+    is_second = (lane & BIT) != 0
+    kept = tl.where(is_second, second, first)
+    given = tl.where(is_second, first, second)
+    return kept + tl.gather(given, lane ^ BIT, 0)
+
+
+@triton.jit
 def _store_block(
     plane, shared, walk, first, COUNT: tl.constexpr, PROBABILITIES: tl.constexpr,
     TILE: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
-    """Store the sums of COUNT classes over all pixels of the program."""
+    """Store the sums of COUNT classes, at most four, over all pixels of the program: a warp's."""
     PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
     lines = lines_of_rows(walk, first, COUNT, TILE, CELLS)
-    of_all_plane = Plane(pointer=plane.pointer + plane.kind, stride=plane.stride, kind=plane.kind)
+    sums = ()  # of every class, in lanes of an even number of the label's pixels, else of all
     for j in tl.static_range(COUNT):
         own = nothing_yet(0.0, TILE)
         all_pixels = nothing_yet(0.0, TILE)
@@ -117,8 +131,23 @@ def _store_block(
             own = tl.where(pixel.own == block.start, tl.fma(power, factor, own), own)
             more = tl.fma(power, factor, all_pixels)
             all_pixels = tl.where(pixel.label >= 0, more, all_pixels)
-        _store_slot(plane, own, first, j, TILE)
-        _store_slot(of_all_plane, all_pixels, first, j, TILE)
+        sums = sums + (_of_two(own, all_pixels, 1, TILE),)
+
+    # a class for every second lane, then the sums over the lanes of a class
+    nothing = nothing_yet(0.0, TILE)
+    early = _of_two(sums[0], sums[1] if COUNT > 1 else nothing, 2, TILE)
+    late = nothing
+    if COUNT > 2:
+        late = _of_two(sums[2], sums[3] if COUNT > 3 else nothing, 2, TILE)
+    total = _of_two(early, late, 4, TILE)
+    lane = tl.arange(0, TILE.pixels)
+    total += tl.gather(total, lane ^ 8, 0)
+    total += tl.gather(total, lane ^ 16, 0)
+    if TILE.pixels > 32:
+        total += tl.gather(total, lane ^ 32, 0)
+    slot = lane >> 1
+    pointers = plane.pointer + (first + slot) * plane.stride
+    tl.store(tl.where((lane & 1) != 0, pointers + plane.kind, pointers), total, mask=slot < COUNT)
 
 
 @triton.jit
