@@ -456,3 +456,17 @@ def all_factors(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.conste
     else:
         factors = others[K]
     return factors
+
+
+@triton.jit
+def taken_in(factors, TERMS: tl.constexpr, TILE: tl.constexpr):
+    """The factors; those of the last losses, if they have no slope, are taken in by the first's."""
+    COUNT: tl.constexpr = len(TERMS.slope)
+    if COUNT == len(TERMS.start):
+        results = factors
+    else:
+        first = factors[0]
+        for k in tl.static_range(COUNT, len(TERMS.start)):
+            first = TERMS.take_in(first, factors[k], TILE)
+        results = of_each(all_factors, (first, factors), TERMS, TILE)
+    return results

@@ -1,9 +1,10 @@
 """A weighted sum of losses as one module, with as few reads of the logits as there can be.
 
 Pixelwise losses and losses of overlap share one read going forward, and one read and write going
-back (``joint_kernels.py``); bytes and memory are those of one of them. Others, such as the Lovász
-loss, RMI and SSL, are calls of their own. Their gradients are there first, and what shares a read
-is added to them in place, so that one of them takes no second gradient.
+back (``joint_kernels.py``), of interpolated logits as well (``class_cells.py``); bytes and memory
+are those of one of them. Others, such as the Lovász loss, RMI and SSL, are calls of their own.
+Their gradients are there first, and what shares a read is added to them in place, so that one of
+them takes no second gradient.
 """
 
 from __future__ import annotations
@@ -53,12 +54,14 @@ class WeightedSum(nn.Module):
     - losses of overlap (dice, generalised dice, Tversky, soft IoU) of one ``activation``, any
       number of them, of images, sequences or volumes, each with a process group or without.
 
-    They have to ignore the same label, and more than one loss of margin calibration takes a read of
-    its own. With ``upsample`` the pixelwise losses share a read, and each loss of overlap has its
-    own. Every other loss has its own, too: a Lovasz loss reads the logits twice going forward, and
-    once going back. There the gradient of the first of those alone is what the others are added to;
-    each further one of them takes a gradient of its own for a moment. Under torch.compile it is
-    Inductor that adds gradients up.
+    They have to ignore the same label, to have the same ``align_corners`` if logits are
+    interpolated, and more than one loss of margin calibration takes a read of its own. With
+    ``upsample`` a loss of overlap of a softmax goes through the logits once more before the
+    gradient, and takes 4 bytes per pixel of the labels for the time of the backward pass. Every
+    other loss has a read of its own: a Lovasz loss reads the logits twice going forward, and once
+    going back. There the gradient of the first of those alone is what the others are added to; each
+    further one of them takes a gradient of its own for a moment. Under torch.compile it is Inductor
+    that adds gradients up.
 
     Args:
         members: pairs of a weight, a finite number or a tensor without dimensions, and a loss of
