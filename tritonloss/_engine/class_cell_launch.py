@@ -20,6 +20,7 @@ from .pixel_walk import Terms
 
 # Classes in one block: with more, what the pixels have takes too many registers.
 _MOST_UNROLL = 4
+_MOST_OF_SEVERAL = 7  # going back, if several losses have slopes: of ten, 136 bytes are spilled
 _WARPS = 1  # going forward: to add up over them would take as long as over all pixels of a lane
 
 # ``Terms`` whose last losses have no slope: the first one's factors take in theirs.
@@ -113,7 +114,9 @@ def prepare_gradients(
     if taken:
         slopes = with_slopes(known, probabilities, taken)
         known = TakingTerms(*slopes, probabilities.take_in)
-    heuristic = cell_heuristic(losses, "backward", axes[1].most)
+    heuristic = dict(cell_heuristic(losses, "backward", axes[1].most))
+    if len(terms) - taken > 1:
+        heuristic["UNROLL"] = min(int(heuristic["UNROLL"]), _MOST_OF_SEVERAL)
     programs, arguments = over_strips(losses, logits, target, walk, axes, heuristic)
     constants = {
         **arguments,
