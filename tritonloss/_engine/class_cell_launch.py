@@ -23,7 +23,8 @@ _MOST_UNROLL = 4
 _MOST_OF_SEVERAL = 7  # going back, if several losses have slopes: of ten, 136 bytes are spilled
 _WARPS = 1  # going forward: to add up over them would take as long as over all pixels of a lane
 
-# ``Terms`` whose last losses have no slope: the first one's factors take in theirs.
+# ``Terms`` whose last losses have no slope: the first one's factors take in theirs. A type of its
+# own, since every kernel is compiled for its terms, and most take in nothing.
 _named: Any = namedtuple
 TakingTerms = _named("TakingTerms", (*Terms._fields, "take_in"))
 

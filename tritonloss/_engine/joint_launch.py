@@ -55,8 +55,7 @@ class JointResults(NamedTuple):
 
     loss: torch.Tensor  # []: the weighted sum
     terms: torch.Tensor  # [losses]: what it is the sum of, without the weights
-    scale: Any  # of the class sums, which is 1, and of every pixelwise loss: the factor of the
-    # gradient of its values
+    scale: Any  # what gradients are multiplied by: of class sums 1, then of every pixelwise loss
     table: Any  # [2, N or 1, C]: what own pixels get on top, what all get; or None
     maps: tuple[torch.Tensor, ...]  # for the backward pass, [N, H, W] each
 
