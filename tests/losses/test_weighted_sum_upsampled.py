@@ -115,6 +115,14 @@ def test_one_channel(device: torch.device) -> None:
     check(between([(1.0, BinaryCrossEntropyLoss()), (1.0, sigmoids(DiceLoss))]), logits, target)
 
 
+@pytest.mark.parametrize("name", ["cross entropy, dice", "sigmoids"])
+def test_sixty_four_lanes(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as a warp of AMD's data centre GPUs has."""
+    monkeypatch.setattr(class_cell_launch, "_WARPS", 2)
+    logits, target = upsampled_case((3, 40), (4, 43), classes=6, device=device)
+    check(between(SUMS[name](6, device)), logits, target)
+
+
 def test_nothing_to_interpolate(device: torch.device) -> None:
     logits, target = segmentation_case((2, 4, 5, 6), device=device)
     check(between(SUMS["cross entropy, dice"](4, device)), logits, target)

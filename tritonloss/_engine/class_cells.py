@@ -117,6 +117,7 @@ def _store_block(
 ):  # fmt: skip
     """Store the sums of COUNT classes, at most four, over all pixels of the program: a warp's."""
     PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
+    tl.static_assert(COUNT <= 4 and TILE.pixels <= 64)
     lines = lines_of_rows(walk, first, COUNT, TILE, CELLS)
     sums = ()  # of every class, in lanes of an even number of the label's pixels, else of all
     for j in tl.static_range(COUNT):
