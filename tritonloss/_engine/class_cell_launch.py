@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._core.backend import all_registers
 from .._core.prepared_launch import PreparedLaunch
 from .cell_grid import axes_of, axes_of_walk, cell_heuristic, over_cells, over_strips
 from .cell_kernels import _upsampled_backward_kernel
@@ -189,7 +190,8 @@ def _over_cells(
     configuration = dict(cell_heuristic(losses, "forward", axes[1].most))
     configuration["UNROLL"] = min(int(configuration["UNROLL"]), _MOST_UNROLL)
     configuration["num_warps"] = warps or configuration["num_warps"]
-    return over_cells(losses, logits, target, walk, axes, configuration)
+    programs, arguments = over_cells(losses, logits, target, walk, axes, configuration)
+    return programs, {**arguments, **all_registers()}
 
 
 def bins_of(classes: int) -> int:
