@@ -19,6 +19,7 @@ from .._engine.pixels import (
     Record,
     always,
     for_classes,
+    in_base2,
     is_own,
     largest_of_lanes,
     less_where,
@@ -315,7 +316,7 @@ def _sigmoid_factors(
 def _sigmoid_slope(
     factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE: tl.constexpr
 ):
-    p, rest = sigmoids_base2(block.logits[SLOT] * LOG2_E)
+    p, rest = sigmoids_base2(in_base2(block, SLOT))
     return p * rest * _gain(factors, block, SLOT, given, TILE)
 
 
