@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._core.backend import all_registers
+from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch
 from .cell_grid import axes_of, axes_of_walk, cell_heuristic, over_cells, over_strips
 from .cell_kernels import _upsampled_backward_kernel
@@ -19,9 +20,14 @@ from .class_sums import Probabilities
 from .pixel_terms import Loss, Term, Walk, numbers_of, terms_of
 from .pixel_walk import Terms
 
-# Classes in one block: with more, what the pixels have takes too many registers.
+# Pixels of a lane at once, and classes in one block: with more, what the pixels have takes too many
+# registers.
+_PIXELS = 16
 _MOST_UNROLL = 4
-_MOST_OF_SEVERAL = 7  # going back, if several losses have slopes: of ten, 136 bytes are spilled
+# Where several losses have slopes of their own, the pixels of a lane at once going forward, and the
+# classes of a block going back: of 16 and of ten, ptxas of Triton 3.6 spills up to 136 bytes.
+_PIXELS_OF_SEVERAL = 8
+_UNROLL_OF_SEVERAL = 7
 _WARPS = 1  # going forward: to add up over them would take as long as over all pixels of a lane
 
 # ``Terms`` whose last losses have no slope: the first one's factors take in theirs. A type of its
@@ -63,11 +69,13 @@ def prepare_sums(
     target: torch.Tensor,
     walk: Walk,
     save: bool,
+    taken: int = 0,
 ) -> tuple[PreparedLaunch, int]:
     """(the launch of the forward pass, its programs of an image)."""
     images, classes = logits.shape[:2]
     losses = [term.loss for term in terms]
-    all_programs, arguments = _over_cells(losses, logits, target, walk, _WARPS)
+    pixels = _PIXELS if len(terms) - taken == 1 else _PIXELS_OF_SEVERAL
+    all_programs, arguments = _over_cells(losses, logits, target, walk, pixels, num_warps=_WARPS)
     constants = {
         **arguments,
         "numbers": numbers_of(terms, None)["numbers"],
@@ -102,7 +110,7 @@ def prepare_gradients(
     strides = {"logits_strides": logits.stride(), "target_strides": target.stride()}
     project = None
     if probabilities.compared:
-        programs, arguments = _over_cells(losses[:1], logits, target, walk)
+        programs, arguments = _over_cells(losses[:1], logits, target, walk, _PIXELS)
         constants = {
             **arguments,
             **strides,
@@ -118,7 +126,7 @@ def prepare_gradients(
         known = TakingTerms(*slopes, probabilities.take_in)
     heuristic = dict(cell_heuristic(losses, "backward", axes[1].most))
     if len(terms) - taken > 1:
-        heuristic["UNROLL"] = min(int(heuristic["UNROLL"]), _MOST_OF_SEVERAL)
+        heuristic["UNROLL"] = min(int(heuristic["UNROLL"]), _UNROLL_OF_SEVERAL)
     programs, arguments = over_strips(losses, logits, target, walk, axes, heuristic)
     constants = {
         **arguments,
@@ -183,13 +191,20 @@ def _over_cells(
     logits: torch.Tensor,
     target: torch.Tensor,
     walk: Walk,
-    warps: int | None = None,
+    pixels: int,
+    **more: int,
 ) -> tuple[int, dict[str, Any]]:
-    """(programs, arguments) of a kernel that goes forward over cells."""
+    """(programs, arguments) of a kernel that goes forward over cells, so many pixels at once."""
     axes = axes_of(logits, target, walk.align_corners)
-    configuration = dict(cell_heuristic(losses, "forward", axes[1].most))
-    configuration["UNROLL"] = min(int(configuration["UNROLL"]), _MOST_UNROLL)
-    configuration["num_warps"] = warps or configuration["num_warps"]
+    heuristic = cell_heuristic(losses, "forward", axes[1].most)
+    columns = min(int(heuristic["PIXEL_COLUMNS"]), pixels)
+    configuration: Configuration = {
+        **heuristic,
+        "PIXEL_COLUMNS": columns,
+        "PIXEL_ROWS": min(int(heuristic["PIXEL_ROWS"]), pixels // columns),
+        "UNROLL": min(int(heuristic["UNROLL"]), _MOST_UNROLL),
+        **more,
+    }
     programs, arguments = over_cells(losses, logits, target, walk, axes, configuration)
     return programs, {**arguments, **all_registers()}
 

@@ -264,7 +264,7 @@ def _prepare_sums(
     terms, losses = _all_terms(joint), _losses(joint)
     probabilities = joint.classes[0].probabilities
     if joint.walk.upsample is not None:
-        return prepare_sums(terms, probabilities, logits, target, joint.walk, save)
+        return prepare_sums(terms, probabilities, logits, target, joint.walk, save, _taken(joint))
     images, classes = logits.shape[:2]
     heuristic = _forward_heuristic(losses, logits)
     _, arguments = over_pixels(losses, "forward", logits, target, name="joint", heuristic=heuristic)
