@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import kernels_reference
-from perf.operations import overlap, pixel_cases
+from perf.operations import overlap, pixel_cases, upsampling
 from perf.operations.contract import (
     SHAPES,
     Case,
@@ -43,31 +43,34 @@ _ENTROPIES = {
 def launch(case: Case, tensors: tuple[Tensor, ...]) -> None:
     """Run the launchers of both passes."""
     logits, target = tensors
+    between = {key: value for key, value in case.options.items() if key != "activation"}
     activation = case.options.get("activation", "softmax")
+    entropy, options_of_entropy = _ENTROPIES[activation]
     losses = (
-        described(*_ENTROPIES[activation]),
-        described("overlap.scores", DICE._replace(activation=activation)),
+        described(entropy, options_of_entropy._replace(**between)),
+        described("overlap.scores", DICE._replace(activation=activation, **between)),
     )
     options = Options("\n".join(losses), [0, 1], [-1] * 4)
     weights = torch.ones(2, dtype=torch.float64, device=logits.device)
     WEIGHTED_SUM.both_passes(logits, target, weights, None, options=options)
 
 
-def eager(logits: Tensor, target: Tensor, activation: str = "softmax") -> Tensor:
-    """The sum of the references of both."""
+def eager(logits: Tensor, target: Tensor, activation: str = "softmax", **between: Any) -> Tensor:
+    """The sum of the references of both; ``between`` says how logits are interpolated."""
     is_softmax = activation == "softmax"
     entropy = (
         kernels_reference.cross_entropy if is_softmax else kernels_reference.binary_cross_entropy
     )
-    dice = kernels_reference.dice_loss(logits, target, activation=activation)
-    return entropy(logits, target) + dice
+    dice = kernels_reference.dice_loss(logits, target, activation=activation, **between)
+    return entropy(logits, target, **between) + dice
 
 
-def apart(logits: Tensor, target: Tensor, activation: str = "softmax") -> Tensor:
+def apart(logits: Tensor, target: Tensor, activation: str = "softmax", **between: Any) -> Tensor:
     """Both as two losses, each with a read and a gradient of its own, which PyTorch adds up."""
     is_softmax = activation == "softmax"
     entropy = functional.cross_entropy if is_softmax else functional.binary_cross_entropy
-    return entropy(logits, target) + functional.dice_loss(logits, target, activation=activation)
+    dice = functional.dice_loss(logits, target, activation=activation, **between)
+    return entropy(logits, target, **between) + dice
 
 
 _SIGMOID: dict[str, Any] = {"options": {"activation": "sigmoid"}}
@@ -154,6 +157,27 @@ _CODE = tuple(
     for direction, limit in zip(("forward", "backward"), _LIMITS[case.shape.name], strict=True)
 )
 _EXTRA = (CASES[0].shape.elements * 4 + 4 * CASES[0].shape.pixels + 2**16) / 2**20
+
+# --- interpolated logits --------------------------------------------------------------------------
+
+_UPSAMPLED = upsampling.BASE.options
+UPSAMPLED_SHIPPED = variations(
+    replace(upsampling.BASE, everywhere=True),
+    {"shape": upsampling.MANY_STREETS, "ratio": 8, **_ONCE},
+)
+UPSAMPLED_RARE = rarely(
+    upsampling.BASE,
+    {"dtype": "bfloat16"},
+    {"ratio": 3.3},
+    {"shape": SHAPES["coco-stuff"]},
+    {"options": {**_UPSAMPLED, "activation": "sigmoid"}},
+    {"shape": SHAPES["coco-stuff"], "options": {**_UPSAMPLED, "activation": "sigmoid"}},
+)
+UPSAMPLED_KERNELS = {
+    **upsampling.OVERLAP_KERNELS,
+    "_joint_head_kernel": KERNELS["_joint_head_kernel"],
+}
+
 OPERATIONS = (
     Operation(
         name="cross_entropy_and_dice",
@@ -184,6 +208,21 @@ OPERATIONS = (
             ),
             *_CODE,
         ),
+        libraries={"two losses": lambda: apart},
+    ),
+    Operation(
+        name="cross_entropy_and_dice_upsampled",
+        function=cross_entropy_and_dice,
+        reference=eager,
+        inputs=upsampling.inputs,
+        launch=launch,
+        floor=upsampling.floor,
+        cases=upsampling.CASES[:3],
+        shipped=(*UPSAMPLED_SHIPPED, *UPSAMPLED_RARE, *upsampling.RARE),
+        kernels=UPSAMPLED_KERNELS,
+        operators=(),  # its configurations are heuristics
+        goals=upsampling.memory_goals("Cross entropy and dice of upsampled logits", 8),
+        small_launch={"ROWS": 1, "num_warps": 1},
         libraries={"two losses": lambda: apart},
     ),
 )

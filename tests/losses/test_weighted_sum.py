@@ -411,23 +411,7 @@ def test_wrong_members_are_named() -> None:
         criterion.weights = [1.0, float("inf")]
 
 
-# --- interpolated logits, ranks -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("align_corners", [False, True])
-def test_interpolated_logits(align_corners: bool, device: torch.device) -> None:
-    logits, _ = segmentation_case((2, 5, 3, 4), device=device)
-    _, target = segmentation_case((2, 5, 7, 9), device=device)
-    options: dict[str, Any] = {"upsample": "bilinear", "align_corners": align_corners}
-    members: Members = [
-        (1.0, CrossEntropyLoss(**options)),
-        (0.5, DiceLoss(**options)),
-        (0.25, FocalLoss(**options)),
-        (0.25, TverskyLoss(**options)),
-    ]
-    check(members, logits, target)
-    with tritonloss.use_backend("triton"):
-        check(members, *segmentation_case((2, 5, 7, 9), device=device))  # nothing to interpolate
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 def loss_on_one_rank(rank: int, device: str) -> dict[str, tuple[Tensor, ...]]:

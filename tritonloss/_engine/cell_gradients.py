@@ -10,11 +10,12 @@ import triton.language as tl
 from .cell_walk import load_corners, of_pixels
 from .cells import Nodes, along_row, factors_between, wide
 from .math import LOG2_E
-from .pixel_walk import of_each, slope
+from .pixel_walk import of_each, slope, taken_in
 from .pixels import Block, Pixel, no_class_yet, nothing_yet
 
 # Classes whose pixels' bits are looked at together: the machine reads so many at once.
 _GROUP = tl.constexpr(7)
+_GROUP_TAKING = tl.constexpr(5)  # where a loss takes in others: of 7, ptxas spills 8 bytes on sm_80
 
 
 class Backward(NamedTuple):
@@ -233,7 +234,8 @@ def _add_span(
     both = ()
     right = ()
     # All classes at once where many pixels have weights of their own: they would wait too long.
-    GROUP: tl.constexpr = _GROUP if TERMS.silent[0] or COLUMNS <= 4 else UNROLL
+    USUAL: tl.constexpr = _GROUP if TERMS.silent[0] or COLUMNS <= 4 else UNROLL
+    GROUP: tl.constexpr = _GROUP_TAKING if len(TERMS.slope) < len(TERMS.start) else USUAL
     for start in tl.static_range(0, UNROLL, GROUP):
         sums = (both_sums, right_sums)
         to_both, to_right = _add_group(sums, pixels, row, walk, start, TERMS, TILE, CELLS)
@@ -250,7 +252,8 @@ def _add_group(
     CELLS: tl.constexpr,
 ):  # fmt: skip
     """The sums of some classes of a block, from START on, with those of some columns."""
-    GROUP: tl.constexpr = _GROUP if TERMS.silent[0] or CELLS.columns <= 4 else TILE.unroll
+    USUAL: tl.constexpr = _GROUP if TERMS.silent[0] or CELLS.columns <= 4 else TILE.unroll
+    GROUP: tl.constexpr = _GROUP_TAKING if len(TERMS.slope) < len(TERMS.start) else USUAL
     COUNT: tl.constexpr = GROUP if START + GROUP <= TILE.unroll else TILE.unroll - START
     both_sums, right_sums = sums
     logits = ()
@@ -331,7 +334,7 @@ def _weighed(
 ):
     """The pixel in a column of a row, for ``of_pixels``."""
     walk, nodes, row, span = arguments
-    COUNT: tl.constexpr = len(TERMS.slope)
+    COUNT: tl.constexpr = len(TERMS.start)
     dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
     pixel, offset = _load_pixel(walk, row, span, K, TILE, CELLS)
     valid = pixel.label >= 0
@@ -348,7 +351,10 @@ def _weighed(
     if COUNT > 1:
         scales = ()
         for k in tl.static_range(COUNT):
-            scales = scales + (tl.where(valid, value * upstream.scales[k], 0.0),)
+            scale = one * (value * upstream.scales[k])
+            if not CELLS.reduced or not TERMS.silent[k]:
+                scale = tl.where(valid, scale, 0.0)
+            scales = scales + (scale,)
     maps = ()
     for i in tl.static_range(len(walk.map_ptrs)):
         maps = maps + (tl.load(walk.map_ptrs[i] + row.place + offset),)
@@ -364,6 +370,7 @@ def _weighed(
         if not CELLS.reduced or not TERMS.silent[0]:
             to_right = tl.where(valid, to_right, 0.0)
             to_both = tl.where(valid, to_both, 0.0)
+    factors = of_each(factors_between, arguments, TERMS, TILE)
     # A bit of no class for all classes that are not in the block.
     place = tl.minimum((pixel.own - row.first).to(tl.uint32, bitcast=True), 31)
     return Weighed(
@@ -371,7 +378,7 @@ def _weighed(
         to_both=to_both,
         to_right=to_right,
         own=tl.where(valid, 1, 0) << place.to(tl.int32),
-        factors=of_each(factors_between, arguments, TERMS, TILE),
+        factors=taken_in(factors, TERMS, TILE),
     )
 
 

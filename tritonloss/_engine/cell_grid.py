@@ -125,6 +125,13 @@ def pointers_of(axes: Axes) -> dict[str, torch.Tensor]:
     }
 
 
+def axes_of_walk(logits: torch.Tensor, target: torch.Tensor, walk: Walk) -> dict[str, torch.Tensor]:
+    """The arguments that say where pixels lie between logits; none where they lie on them."""
+    if walk.upsample is None:
+        return {}
+    return pointers_of(axes_of(logits, target, walk.align_corners))
+
+
 def forward_over_cells(
     losses: Sequence[Loss], logits: torch.Tensor, target: torch.Tensor, walk: Walk
 ) -> Way:
@@ -147,7 +154,7 @@ def backward_over_cells(
     axes = axes_of(logits, target, walk.align_corners)
     programs, arguments = over_strips(losses, logits, target, walk, axes)
     arguments |= {
-        "table_stride": 0,
+        "table_strides": (0,) * len(losses),
         "upstream_strides": (0, 0, 0) if walk.reduction != "none" else upstream.stride(),
         "logits_strides": logits.stride(),
         "target_strides": target.stride(),

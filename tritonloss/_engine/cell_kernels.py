@@ -144,7 +144,7 @@ def _upsampled_backward_kernel(
     logits_strides,
     target_strides,
     grad_strides,
-    table_stride,  # of the tables, from image to image; 0 where these have the same one
+    table_strides,  # of every loss's tables, from image to image; 0 where these have the same one
     sizes,
     TERMS: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -180,8 +180,8 @@ def _upsampled_backward_kernel(
     owns = ()
     others = ()
     for k in tl.static_range(COUNT):
-        owns = owns + (own_ptrs[k] + image * table_stride,)
-        others = others + (other_ptrs[k] + image * table_stride,)
+        owns = owns + (own_ptrs[k] + image * table_strides[k],)
+        others = others + (other_ptrs[k] + image * table_strides[k],)
         scales = scales + (_scale(scale_ptr, weights, k, WEIGHTED, TILE, CELLS),)
     walk = Backward(
         given=of_each(given_to, (owns, others, numbers), TERMS, TILE),

@@ -5,6 +5,9 @@ then for their probabilities, which it adds up over all of them. Going back, pro
 of classes each. The projection of a pixel is over all of them: a kernel of its own leaves it in a
 map, 4 bytes per pixel. The gradient is then that of any other loss (``cell_kernels.py``).
 
+Pixelwise losses can share the walk: the first of its losses is that of the class sums. Going
+forward they have the first time through the classes with it, and the last kernel going back.
+
 A softmax's statistics and projections together take 8 bytes per pixel of the labels.
 """
 
@@ -33,7 +36,8 @@ from .cells import (
     shares_of_rows,
     together,
 )
-from .class_sums import Plane, _store_slot, _two_values, count_labels, store_counts
+from .class_sums import Plane, count_labels, store_counts, store_values
+from .pixel_walk import given_to, of_each
 from .pixels import Block, Given, Pixel, nothing_yet
 
 # --- device functions -----------------------------------------------------------------------------
@@ -89,8 +93,21 @@ def _share(
 ):
     """What the probabilities of a lane's pixel share."""
     (states,) = arguments
-    (state,) = states[K]
-    return PROBABILITIES.share(state, TILE)
+    return PROBABILITIES.share(states[K][0], TILE)
+
+
+@triton.jit
+def _of_two(first, second, BIT: tl.constexpr, TILE: tl.constexpr):
+    """In half of the lanes a sum over two lanes of the first vector, in the others of the second.
+
+    Lanes whose number has the BIT have the second. So many sums over a warp take a third of what
+    they take one by one.
+    """
+    lane = tl.arange(0, TILE.pixels)
+    is_second = (lane & BIT) != 0
+    kept = tl.where(is_second, second, first)
+    given = tl.where(is_second, first, second)
+    return kept + tl.gather(given, lane ^ BIT, 0)
 
 
 @triton.jit
@@ -98,20 +115,40 @@ def _store_block(
     plane, shared, walk, first, COUNT: tl.constexpr, PROBABILITIES: tl.constexpr,
     TILE: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
-    """Store the sums of COUNT classes over all pixels of the program."""
+    """Store the sums of COUNT classes, at most four, over all pixels of the program: a warp's."""
     PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
+    tl.static_assert(COUNT <= 4 and TILE.pixels <= 64)
     lines = lines_of_rows(walk, first, COUNT, TILE, CELLS)
-    of_all_plane = Plane(pointer=plane.pointer + plane.kind, stride=plane.stride, kind=plane.kind)
+    sums = ()  # of every class, in lanes of an even number of the label's pixels, else of all
     for j in tl.static_range(COUNT):
         own = nothing_yet(0.0, TILE)
         all_pixels = nothing_yet(0.0, TILE)
         for k in tl.static_range(PIXELS):
+            pixel = walk.pixels[k]
             block = _slot_of(lines, walk, first, k, j, CELLS)
-            of_label, of_all = _two_values(shared[k], block, 0, walk.pixels[k], PROBABILITIES, TILE)
-            own += of_label
-            all_pixels += of_all
-        _store_slot(plane, own, first, j, TILE)
-        _store_slot(of_all_plane, all_pixels, first, j, TILE)
+            power = PROBABILITIES.power(shared[k], block, 0, TILE)
+            factor = PROBABILITIES.factor(shared[k], block, TILE)
+            # Carried out under its condition, as in ``add_to_sums``.
+            own = tl.where(pixel.own == block.start, tl.fma(power, factor, own), own)
+            more = tl.fma(power, factor, all_pixels)
+            all_pixels = tl.where(pixel.label >= 0, more, all_pixels)
+        sums = sums + (_of_two(own, all_pixels, 1, TILE),)
+
+    # a class for every second lane, then the sums over the lanes of a class
+    nothing = nothing_yet(0.0, TILE)
+    early = _of_two(sums[0], sums[1] if COUNT > 1 else nothing, 2, TILE)
+    late = nothing
+    if COUNT > 2:
+        late = _of_two(sums[2], sums[3] if COUNT > 3 else nothing, 2, TILE)
+    total = _of_two(early, late, 4, TILE)
+    lane = tl.arange(0, TILE.pixels)
+    total += tl.gather(total, lane ^ 8, 0)
+    total += tl.gather(total, lane ^ 16, 0)
+    if TILE.pixels > 32:
+        total += tl.gather(total, lane ^ 32, 0)
+    slot = lane >> 1
+    pointers = plane.pointer + (first + slot) * plane.stride
+    tl.store(tl.where((lane & 1) != 0, pointers + plane.kind, pointers), total, mask=slot < COUNT)
 
 
 @triton.jit
@@ -150,12 +187,16 @@ def _add_terms(
 def _class_cells_forward_kernel(
     logits_ptr,  # [N, C, h, w]
     target_ptr,  # [N, H, W]
-    map_ptrs,  # [N, H, W] each: what the loss leaves to the backward pass
+    own_ptrs,  # of every loss [C]: a table for a pixel's own class, if the loss has one
+    other_ptrs,  # of every loss [C]: a table for the other classes, if the loss has one
+    map_ptrs,  # [N, H, W] each: what the losses leave to the backward pass
     parts_ptr,  # [3, N, C + 1, programs of an image]: own, all, counts
+    values_ptr,  # [pixelwise losses, 2, programs]: sums of values, and of weights
     row_starts_ptr,  # [h + 2]: of every row of cells the first row of pixels
     row_shares_ptr,  # [H]: the share of the nodes below
     column_starts_ptr,  # [w + 2]
     column_shares_ptr,  # [W]
+    numbers,  # of every loss, a tuple
     logits_strides,
     target_strides,
     sizes,
@@ -172,18 +213,20 @@ def _class_cells_forward_kernel(
     STEP: tl.constexpr = TILE.unroll
     FULL: tl.constexpr = (TILE.classes - 1) // STEP * STEP
     PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
+    OTHERS: tl.constexpr = len(TERMS.start) - 1
     rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
     columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
+    given = of_each(given_to, (own_ptrs, other_ptrs, numbers), TERMS, TILE)
     walk, cells = _walk_of(
-        (logits_ptr, logits_strides), (target_ptr, target_strides), (rows, columns), ((),), sizes,
+        (logits_ptr, logits_strides), (target_ptr, target_strides), (rows, columns), given, sizes,
         TERMS, TILE, CELLS,
     )  # fmt: skip
     image = (tl.program_id(0) // programs).to(tl.int64)
-    numbers: tl.constexpr = TILE.classes + 1
+    ROWS: tl.constexpr = TILE.classes + 1
     plane = Plane(
-        pointer=parts_ptr + image * numbers * programs + tl.program_id(0) % programs,
+        pointer=parts_ptr + image * ROWS * programs + tl.program_id(0) % programs,
         stride=programs.to(tl.int64),
-        kind=images.to(tl.int64) * numbers * programs,
+        kind=images.to(tl.int64) * ROWS * programs,
     )
 
     # the counts, first, when there is nothing else in registers
@@ -196,11 +239,16 @@ def _class_cells_forward_kernel(
     )
     store_counts(plane, counts, CELLS.binary, BINS, TILE.classes)
 
-    # the statistics, which are saved
+    # the states of all losses, their values and maps
     states = of_pixels(_start, (), TERMS, TILE, CELLS)
-    if PROBABILITIES.compared:
+    if PROBABILITIES.compared or OTHERS > 0:
         states = fold_cells(walk, full, TERMS, TILE, CELLS)
-        finish_pixels(states, walk, _places_of(cells, sizes, CELLS), map_ptrs, TERMS, TILE, CELLS)
+        places = _places_of(cells, sizes, CELLS)
+        _, totals = finish_pixels(states, walk, places, map_ptrs, TERMS, TILE, CELLS)
+        of_others = ()
+        for i in tl.static_range(2 * OTHERS):
+            of_others = of_others + (totals[2 + i],)
+        store_values(values_ptr, of_others, tl.sum(counts), programs * images, OTHERS, TERMS)
 
     # the sums
     shared = of_pixels(_share, (states,), PROBABILITIES, TILE, CELLS)

@@ -11,9 +11,15 @@ import triton
 from .._core.backend import device_guard
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._core.process_groups import add_over_ranks
-from .cell_grid import axes_of, cell_heuristic, over_cells, over_strips, pointers_of
-from .cell_kernels import _upsampled_backward_kernel
-from .class_cells import _class_cells_forward_kernel, _class_cells_project_kernel
+from .cell_grid import axes_of_walk
+from .class_cell_launch import (
+    Left,
+    Walked,
+    bins_of,
+    launch_gradients,
+    prepare_gradients,
+    prepare_sums,
+)
 from .class_heads import (
     Counting,
     _class_head_kernel,
@@ -26,15 +32,9 @@ from .class_sums import (
     _class_sums_forward_kernel,
 )
 from .pixel_grid import in_grains, over_pixels, rounds_of
-from .pixel_terms import Loss, Term, Walk, labels_of, numbers_of, terms_of
+from .pixel_terms import Loss, Term, Walk, labels_of, terms_of
 from .planes import compute_dtype
 from .sums import tickets
-
-# Of interpolated logits: pixels of a lane at once, and classes in one block. With more, what the
-# pixels have takes too many registers.
-_MOST_PIXELS = 8
-_MOST_UNROLL = 4
-_PROJECTED = 2  # classes at once for the projection: of 4, ptxas spills 8 bytes on sm_100
 
 
 class ClassLoss(NamedTuple):
@@ -113,10 +113,14 @@ def launch_class_sums(
             return from_sums(loss, sums, logits, weight, results)
         return results._replace(loss=results.loss.zero_(), scale=results.scale.zero_())
     walk = _walk_of(loss, logits, target)
-    prepare = _prepare_sums if walk.upsample is None else _prepare_sums_of_cells
+    terms = (Term(loss.loss, ()),)
     launch, programs = prepared(
         ("class_sums", id(loss.loss.record), kind(logits), kind(target), walk, save),
-        lambda: prepare(loss, logits, target, walk, save),
+        lambda: (
+            _prepare_sums(loss, logits, target, walk, save)
+            if walk.upsample is None
+            else prepare_sums(terms, loss.probabilities, logits, target, walk, save)
+        ),
     )
     parts = logits.new_empty((*shape, programs), dtype=compute_dtype(logits.dtype))
     sums = logits.new_empty(shape, dtype=torch.float64)
@@ -126,7 +130,7 @@ def launch_class_sums(
             target_ptr=target,
             map_ptrs=_maps(loss, logits, walk, results) if save else (),
             parts_ptr=parts,
-            **_axes(logits, target, walk),
+            **_of_cells(logits, target, walk),
         )
         if loss.group is not None:
             join = prepared(
@@ -213,14 +217,21 @@ def launch_class_sums_backward(
     if target.numel() == 0:
         return grad_logits.zero_()
     walk = _walk_of(loss, logits, target)
+    strides = table_strides(loss.counting.per_image, logits)
+    key = ("class_sums_backward", id(loss.loss.record), kind(logits), kind(target), walk, strides)
     if walk.upsample is not None:
-        _launch_cells_backward(loss, upstream, kept, (logits, target, grad_logits), walk)
+        tensors = Walked(logits, target, grad_logits)
+        launches = prepared(
+            key,
+            lambda: prepare_gradients(
+                (Term(loss.loss, ()),), loss.probabilities, tensors, walk, strides
+            ),
+        )
+        left = Left(kept.scale, kept.table, (kept.first, kept.second))
+        with device_guard(logits):
+            launch_gradients(launches, upstream, left, tensors, walk)
         return grad_logits
-    launch = prepared(
-        ("class_sums_backward", id(loss.loss.record), kind(logits), kind(target), walk,
-         loss.counting.per_image),
-        lambda: _prepare_backward(loss, logits, target, grad_logits, walk),
-    )  # fmt: skip
+    launch = prepared(key, lambda: _prepare_backward(loss, logits, target, grad_logits, walk))
     with device_guard(logits):
         launch(
             upstream_ptr=upstream,
@@ -232,48 +243,6 @@ def launch_class_sums_backward(
             grad_ptr=grad_logits,
         )
     return grad_logits
-
-
-def _launch_cells_backward(
-    loss: ClassLoss,
-    upstream: torch.Tensor,
-    kept: ClassResults,
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    walk: Walk,
-) -> None:
-    """The gradient of interpolated logits; ``tensors`` are logits, labels and gradient."""
-    logits, target, grad_logits = tensors
-    maps = _maps(loss, logits, walk, kept)
-    project, launch = prepared(
-        ("class_cells_backward", id(loss.loss.record), kind(logits), kind(target), walk,
-         loss.counting.per_image),
-        lambda: _prepare_backward_of_cells(loss, logits, target, grad_logits, walk),
-    )  # fmt: skip
-    axes = _axes(logits, target, walk)
-    with device_guard(logits):
-        if project is not None:
-            projection = torch.empty_like(maps[0])
-            project(
-                logits_ptr=logits,
-                target_ptr=target,
-                map_ptr=maps[0],
-                table_ptr=kept.table,
-                projection_ptr=projection,
-                **axes,
-            )
-            maps = (*maps, projection)
-        launch(
-            upstream_ptr=upstream,
-            scale_ptr=kept.scale,
-            logits_ptr=logits,
-            target_ptr=target,
-            own_ptrs=(kept.table[0],),
-            other_ptrs=(kept.table[1],),
-            map_ptrs=maps,
-            grad_ptr=grad_logits,
-            weights_ptr=kept.scale,
-            **axes,
-        )
 
 
 def _walk_of(loss: ClassLoss, logits: torch.Tensor, target: torch.Tensor) -> Walk:
@@ -291,11 +260,12 @@ def _maps(
     return (results.first, results.second)[:count]
 
 
-def _axes(logits: torch.Tensor, target: torch.Tensor, walk: Walk) -> dict[str, torch.Tensor]:
-    """The arguments that say where pixels lie between logits; none where they lie on them."""
+def _of_cells(logits: torch.Tensor, target: torch.Tensor, walk: Walk) -> dict[str, Any]:
+    """What the walk over cells is given besides; its tables are those of pixelwise losses."""
     if walk.upsample is None:
         return {}
-    return pointers_of(axes_of(logits, target, walk.align_corners))
+    axes = axes_of_walk(logits, target, walk)
+    return {"own_ptrs": (logits,), "other_ptrs": (logits,), "values_ptr": logits, **axes}
 
 
 # --- launches -------------------------------------------------------------------------------------
@@ -371,83 +341,9 @@ def _prepare_backward(
         "logits_strides": in_grains(logits, tile),
         "target_strides": in_grains(target, tile),
         "grad_strides": in_grains(grad_logits, tile),
-        "table_strides": _table_strides(loss, logits),
+        "table_strides": table_strides(loss.counting.per_image, logits),
     }
     return PreparedLaunch(_class_sums_backward_kernel, (programs,), constants, tile.grain > 1)
-
-
-def _prepare_sums_of_cells(
-    loss: ClassLoss, logits: torch.Tensor, target: torch.Tensor, walk: Walk, save: bool
-) -> tuple[PreparedLaunch, int]:
-    """(the launch over interpolated logits, its programs of an image)."""
-    images, classes = logits.shape[:2]
-    all_programs, arguments = _over_cells(loss, logits, target, walk, _MOST_UNROLL)
-    constants = {
-        **arguments,
-        **_around(loss, logits, walk, save),
-        "logits_strides": logits.stride(),
-        "target_strides": target.stride(),
-        "programs": all_programs // images,
-        "images": images,
-        "BINS": bins_of(classes),
-    }
-    launch = PreparedLaunch(_class_cells_forward_kernel, (all_programs,), constants, False)
-    return launch, all_programs // images
-
-
-def _prepare_backward_of_cells(
-    loss: ClassLoss,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    grad_logits: torch.Tensor,
-    walk: Walk,
-) -> tuple[PreparedLaunch | None, PreparedLaunch]:
-    """(the launch that projects, if there is something to project, that of the gradient)."""
-    axes = axes_of(logits, target, walk.align_corners)
-    strides = _table_strides(loss, logits)
-    around = _around(loss, logits, walk, True)
-    project = None
-    if loss.probabilities.compared:
-        programs, arguments = _over_cells(loss, logits, target, walk, _PROJECTED)
-        constants = {
-            **arguments,
-            **around,
-            "logits_strides": logits.stride(),
-            "target_strides": target.stride(),
-            "table_strides": strides,
-            "programs": programs // logits.size(0),
-        }
-        project = PreparedLaunch(_class_cells_project_kernel, (programs,), constants, False)
-        around["TERMS"] = around["TERMS"]._replace(maps=(2,))  # with the projections
-    heuristic = cell_heuristic([loss.loss], "backward", axes[1].most)
-    programs, arguments = over_strips([loss.loss], logits, target, walk, axes, heuristic)
-    constants = {
-        **arguments,
-        "TERMS": around["TERMS"],
-        **numbers_of((Term(loss.loss, ()),), None),
-        "upstream_strides": (0, 0, 0),
-        "logits_strides": logits.stride(),
-        "target_strides": target.stride(),
-        "grad_strides": grad_logits.stride(),
-        "table_stride": strides[1],
-    }
-    return project, PreparedLaunch(_upsampled_backward_kernel, (programs,), constants, False)
-
-
-def _over_cells(
-    loss: ClassLoss, logits: torch.Tensor, target: torch.Tensor, walk: Walk, unroll: int
-) -> tuple[int, dict[str, Any]]:
-    """(programs, arguments) of a kernel that goes forward over cells, so many classes at once."""
-    axes = axes_of(logits, target, walk.align_corners)
-    heuristic = cell_heuristic([loss.loss], "forward", axes[1].most)
-    columns = min(int(heuristic["PIXEL_COLUMNS"]), _MOST_PIXELS)
-    heuristic = {
-        **heuristic,
-        "PIXEL_COLUMNS": columns,
-        "PIXEL_ROWS": min(int(heuristic["PIXEL_ROWS"]), _MOST_PIXELS // columns),
-        "UNROLL": min(int(heuristic["UNROLL"]), unroll),
-    }
-    return over_cells([loss.loss], logits, target, walk, axes, heuristic)
 
 
 def _around(loss: ClassLoss, logits: torch.Tensor, walk: Walk, save: bool) -> dict[str, Any]:
@@ -458,12 +354,7 @@ def _around(loss: ClassLoss, logits: torch.Tensor, walk: Walk, save: bool) -> di
     }
 
 
-def _table_strides(loss: ClassLoss, logits: torch.Tensor) -> tuple[int, int]:
+def table_strides(per_image: bool, logits: torch.Tensor) -> tuple[int, int]:
     """From the first table to the second, and from image to image."""
     images, classes = logits.shape[:2]
-    return (images * classes, classes) if loss.counting.per_image else (classes, 0)
-
-
-def bins_of(classes: int) -> int:
-    """A histogram's size for all labels; not fewer than a warp has lanes."""
-    return max(1 << (max(classes, 2) - 1).bit_length(), 64)
+    return (images * classes, classes) if per_image else (classes, 0)

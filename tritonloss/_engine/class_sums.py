@@ -265,6 +265,18 @@ def store_counts(plane, counts, BINARY: tl.constexpr, BINS: tl.constexpr, CLASSE
     tl.store(pointer + CLASSES * plane.stride, tl.sum(counts).to(tl.float32))
 
 
+@triton.jit
+def store_values(values_ptr, totals, valid, programs, COUNT: tl.constexpr, TERMS: tl.constexpr):
+    """Store a program's sums of values and of weights: those may be the number of valid pixels."""
+    for k in tl.static_range(COUNT):
+        pointer = values_ptr + 2 * k * programs + tl.program_id(0)
+        tl.store(pointer, tl.sum(totals[2 * k]))
+        if TERMS.weighs[k + 1]:
+            tl.store(pointer + programs, tl.sum(totals[2 * k + 1]))
+        else:  # below 2^24, so that it is exact in float32
+            tl.store(pointer + programs, valid.to(tl.float32))
+
+
 # --- device functions: the projection -------------------------------------------------------------
 
 

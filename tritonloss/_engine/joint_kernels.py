@@ -35,12 +35,14 @@ from .class_sums import (
     run_at,
     store_counts,
     store_sums,
+    store_values,
 )
 from .pixel_walk import (
     _load_block,
     _write_block,
     add,
     add_again,
+    all_factors,
     factors_of,
     finish,
     fold,
@@ -112,18 +114,6 @@ def _finish_tile(states, own, maps, pixel, given, totals, TERMS: tl.constexpr, T
         else:  # all weights are the number of valid pixels
             more = more + (totals[2 * k - 1],)
     return more
-
-
-@triton.jit
-def _store_values(values_ptr, totals, valid, programs, COUNT: tl.constexpr, TERMS: tl.constexpr):
-    """Store a program's sums of values and of weights: those may be the number of valid pixels."""
-    for k in tl.static_range(COUNT):
-        pointer = values_ptr + 2 * k * programs + tl.program_id(0)
-        tl.store(pointer, tl.sum(totals[2 * k]))
-        if TERMS.weighs[k + 1]:
-            tl.store(pointer + programs, tl.sum(totals[2 * k + 1]))
-        else:  # below 2^24, so that it is exact in float32
-            tl.store(pointer + programs, valid.to(tl.float32))
 
 
 @triton.jit
@@ -258,7 +248,7 @@ def _joint_forward_kernel(
         store_sums(plane, (own, all_pixels), 0, TILE)
         store_counts(plane, counts, BINARY, BINS, TILE.classes)
         valid = tl.sum(counts)
-    _store_values(values_ptr, totals, valid, programs * images, OTHERS, TERMS)
+    store_values(values_ptr, totals, valid, programs * images, OTHERS, TERMS)
 
 
 @triton.jit
@@ -272,7 +262,7 @@ def _joint_head_kernel(
     weights_ptr,  # float64
     loss_ptr,  # []
     terms_ptr,  # [losses]
-    scale_ptr,  # of every pixelwise loss
+    scale_ptr,  # of the class sums, which is 1, and of every pixelwise loss
     table_ptr,  # [2, GROUPS, C]: what own pixels get on top, what all get, of all heads
     tickets_ptr,
     numbers,  # of every head, a tuple
@@ -297,13 +287,14 @@ def _joint_head_kernel(
     if _takes_last(tickets_ptr, rows + 2 * OTHERS):
         tl.debug_barrier()
         # the pixelwise losses
+        tl.store(scale_ptr, 1.0)
         loss = tl.zeros((), tl.float64)
         valid = _valid_pixels(sums_ptr, images, CLASSES)
         for k in tl.static_range(OTHERS):
             weight = tl.load(weights_ptr + places.weights[k])
             term, inverse = _mean_of_values(totals_ptr, valid, k, REDUCTION)
             tl.store(terms_ptr + places.terms[k], term)
-            tl.store(scale_ptr + k, weight * inverse)
+            tl.store(scale_ptr + 1 + k, weight * inverse)
             loss += weight * term
 
         # those of the heads
@@ -362,24 +353,13 @@ def _other_factors(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.con
     return factors
 
 
-@triton.jit
-def _all_factors(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
-    """The factors of the class sums, then those of the others."""
-    of_sums, others = arguments
-    if K == 0:
-        factors = of_sums
-    else:
-        factors = others[K]
-    return factors
-
-
 # --- kernels: backward ----------------------------------------------------------------------------
 
 
 @triton.jit
 def _joint_backward_kernel(
     upstream_ptr,  # []
-    scale_ptr,  # of every pixelwise loss
+    scale_ptr,  # of the class sums, and of every pixelwise loss
     logits_ptr,  # [N, C, H, W]
     target_ptr,  # [N, H, W]
     own_ptrs,  # of every pixelwise loss [C]
@@ -422,7 +402,7 @@ def _joint_backward_kernel(
     scale_of_sums = tl.where(pixel.label >= 0, upstream, 0.0)
     scales = (scale_of_sums,)
     for k in tl.static_range(1, LOSSES):
-        scale = upstream * tl.load(scale_ptr + k - 1).to(dtype)
+        scale = upstream * tl.load(scale_ptr + k).to(dtype)
         scales = scales + (tl.where(pixel.label >= 0, scale, 0.0),)
     position = image * pixels * TILE.grain + run.first + run.local
     maps = ()
@@ -443,7 +423,7 @@ def _joint_backward_kernel(
         of_sums = project(of_sums, sum_of_terms, view, pixel, PROBABILITIES, TILE)
     for k in tl.static_range(len(TERMS.slope), LOSSES):
         of_sums = PROBABILITIES.take_in(of_sums, factors[k], TILE)
-    factors = of_each(_all_factors, (of_sums, factors), TERMS, TILE)
+    factors = of_each(all_factors, (of_sums, factors), TERMS, TILE)
     if COUNT <= TILE.unroll:
         _write_block(factors, block, grad_view, pixel, given, TERMS, TILE)
     else:

@@ -10,7 +10,18 @@ import triton
 from .._core.backend import device_guard
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
-from .class_launch import ClassLoss, ClassResults, bins_of, from_sums, prepare_join
+from .cell_grid import axes_of_walk
+from .class_cell_launch import (
+    Gradients,
+    Left,
+    Walked,
+    bins_of,
+    launch_gradients,
+    prepare_gradients,
+    prepare_sums,
+    with_slopes,
+)
+from .class_launch import ClassResults, from_sums, prepare_join, table_strides
 from .joint_kernels import (
     Heads,
     Places,
@@ -33,7 +44,6 @@ from .pixel_terms import (
     tables_of,
     terms_of,
 )
-from .pixel_walk import Terms
 from .planes import compute_dtype
 from .sums import tickets
 
@@ -45,7 +55,7 @@ class JointResults(NamedTuple):
 
     loss: torch.Tensor  # []: the weighted sum
     terms: torch.Tensor  # [losses]: what it is the sum of, without the weights
-    scale: Any  # of every pixelwise loss: the factor of the gradient of its values, or None
+    scale: Any  # what gradients are multiplied by: of class sums 1, then of every pixelwise loss
     table: Any  # [2, N or 1, C]: what own pixels get on top, what all get; or None
     maps: tuple[torch.Tensor, ...]  # for the backward pass, [N, H, W] each
 
@@ -54,12 +64,12 @@ def allocated(joint: Joint, logits: torch.Tensor, target: torch.Tensor, save: bo
     """The results, of which nothing is computed yet; maps are there if ``save``."""
     dtype = compute_dtype(logits.dtype)
     saved = maps_of(_losses(joint), logits, joint.walk.upsample is not None) if save else []
-    groups = logits.size(0) if any(loss.counting.per_image for loss in joint.classes) else 1
+    groups = logits.size(0) if _is_per_image(joint) else 1
     shape = (2, groups, logits.size(1))
     return JointResults(
         logits.new_empty((), dtype=dtype),
         logits.new_empty((len(joint.order),), dtype=dtype),
-        logits.new_empty((len(joint.terms),), dtype=dtype) if joint.terms else None,
+        logits.new_empty((len(_all_terms(joint)),), dtype=dtype),
         logits.new_empty(shape, dtype=dtype) if joint.classes else None,
         tuple([logits.new_empty(target.shape, dtype=d) for its in saved for d in its.stored]),
     )
@@ -100,6 +110,7 @@ def launch_joint(
             map_ptrs=results.maps,
             parts_ptr=parts,
             values_ptr=values,
+            **axes_of_walk(logits, target, joint.walk),
         )
         if in_groups:
             add_up = prepared(
@@ -125,7 +136,7 @@ def launch_joint(
             weights_ptr=joint.weights,
             loss_ptr=results.loss,
             terms_ptr=results.terms,
-            scale_ptr=results.loss if results.scale is None else results.scale,
+            scale_ptr=results.scale,
             table_ptr=results.table,
             tickets_ptr=tickets(1, logits.device),
         )
@@ -146,13 +157,14 @@ def _of_ranks(
     count, classes = len(joint.terms), logits.size(1)
     weights = [joint.weights[place] for place in joint.places]
     loss = sums.new_zeros(())
+    results.scale[0].fill_(1.0)
     if count > 0:
         valid = sums[2, :, -1].sum()
         totals = torch.cat((values.double().sum(-1).flatten(), valid.view(1)))
         found, factors = means_of_ranks(totals, joint.walk)
         for k in range(count):
             results.terms[joint.order[k]] = found[k]
-            results.scale[k] = weights[k] * factors[k]
+            results.scale[1 + k] = weights[k] * factors[k]
             loss = loss + weights[k] * found[k]
     table = results.table.new_zeros(results.table.shape, dtype=torch.float64)
     for k, head in enumerate(joint.classes, count):
@@ -190,16 +202,23 @@ def launch_joint_backward(
     if target.numel() == 0:
         return torch.zeros_like(logits) if before is None else before
     grad_logits = torch.empty_like(logits) if before is None else before
-    adds = None if before is None else kind(before)
-    launch, maps = prepared(
-        ("joint_backward", *_kind_of(joint, logits, target), adds),
-        lambda: _prepare_backward(joint, logits, target, grad_logits, before is not None),
-    )
     own, other = tables_of(joint.terms, logits)
+    adds = None if before is None else kind(before)
+    key = ("joint_backward", *_kind_of(joint, logits, target), adds)
+    if joint.walk.upsample is not None:
+        tensors = Walked(logits, target, grad_logits)
+        launches = prepared(key, lambda: _prepare_cells_backward(joint, tensors, adds is not None))
+        left = Left(kept.scale, kept.table, kept.maps, own, other)
+        with device_guard(logits):
+            launch_gradients(launches, upstream, left, tensors, joint.walk)
+        return grad_logits
+    launch, maps = prepared(
+        key, lambda: _prepare_backward(joint, logits, target, grad_logits, adds is not None)
+    )
     with device_guard(logits):
         launch(
             upstream_ptr=upstream,
-            scale_ptr=kept.table if kept.scale is None else kept.scale,
+            scale_ptr=kept.scale,
             logits_ptr=logits,
             target_ptr=target,
             own_ptrs=own,
@@ -222,8 +241,7 @@ def _all_terms(joint: Joint) -> tuple[Term, ...]:
 
 def _kind_of(joint: Joint, logits: torch.Tensor, target: torch.Tensor) -> tuple[Any, ...]:
     """All that a launch over pixels depends on."""
-    per_image = any(loss.counting.per_image for loss in joint.classes)
-    return key_of(_all_terms(joint)), kind(logits), kind(target), joint.walk, per_image
+    return key_of(_all_terms(joint)), kind(logits), kind(target), joint.walk, _is_per_image(joint)
 
 
 def _kind_of_heads(joint: Joint, logits: torch.Tensor) -> tuple[Any, ...]:
@@ -244,6 +262,9 @@ def _prepare_sums(
 ) -> tuple[PreparedLaunch, int]:
     """(the launch, its programs of an image)."""
     terms, losses = _all_terms(joint), _losses(joint)
+    probabilities = joint.classes[0].probabilities
+    if joint.walk.upsample is not None:
+        return prepare_sums(terms, probabilities, logits, target, joint.walk, save, _taken(joint))
     images, classes = logits.shape[:2]
     heuristic = _forward_heuristic(losses, logits)
     _, arguments = over_pixels(losses, "forward", logits, target, name="joint", heuristic=heuristic)
@@ -262,7 +283,7 @@ def _prepare_sums(
         "programs": programs,
         "images": images,
         "TERMS": terms_of(terms, logits, joint.walk, save),
-        "PROBABILITIES": joint.classes[0].probabilities,
+        "PROBABILITIES": probabilities,
         "BINS": bins_of(classes),
     }
     grid = (images * programs,)
@@ -284,7 +305,7 @@ def _prepare_heads(joint: Joint, logits: torch.Tensor, programs: int) -> Prepare
         "places": Places(joint.places, joint.order),
         "programs": programs,
         "images": images,
-        "groups": images if any(loss.counting.per_image for loss in heads) else 1,
+        "groups": images if _is_per_image(joint) else 1,
         "HEADS": Heads(
             tuple(loss.head for loss in heads),
             tuple(loss.options for loss in heads),
@@ -306,9 +327,9 @@ def _prepare_backward(
     """(the launch, how many maps it reads)."""
     terms, losses = _all_terms(joint), _losses(joint)
     programs, arguments = over_pixels(losses, "backward", logits, target, grad_logits, name="joint")
-    tile, classes = arguments["TILE"], logits.size(1)
+    tile = arguments["TILE"]
     known = terms_of(terms, logits, joint.walk, True, adds)
-    per_image = any(loss.counting.per_image for loss in joint.classes)
+    probabilities = joint.classes[0].probabilities
     constants = {
         **arguments,
         **labels_of(losses, logits, target, joint.walk.ignore_index),
@@ -316,18 +337,32 @@ def _prepare_backward(
         "logits_strides": in_grains(logits, tile),
         "target_strides": in_grains(target, tile),
         "grad_strides": in_grains(grad_logits, tile),
-        "table_strides": (logits.size(0) * classes, classes) if per_image else (classes, 0),
-        "TERMS": _with_slopes(known, joint.classes[0], joint.terms),
-        "PROBABILITIES": joint.classes[0].probabilities,
+        "table_strides": table_strides(_is_per_image(joint), logits),
+        "TERMS": with_slopes(known, probabilities, _taken(joint)),
+        "PROBABILITIES": probabilities,
     }
     launch = PreparedLaunch(_joint_backward_kernel, (programs,), constants, tile.grain > 1)
     return launch, sum(known.stored)
 
 
-def _with_slopes(known: Terms, classes: ClassLoss, terms: tuple[Term, ...]) -> Terms:
-    """The terms with the slopes of those that are not taken in: these come last, and have none."""
-    taken = sum(is_taken(term, classes.probabilities.takes) for term in terms)
-    if not taken:
-        return known
-    own = known.slope[1 : len(known.slope) - taken]
-    return known._replace(slope=(classes.probabilities.slope, *own))
+def _prepare_cells_backward(joint: Joint, tensors: Walked, adds: bool) -> Gradients:
+    """The launches over interpolated logits."""
+    return prepare_gradients(
+        _all_terms(joint),
+        joint.classes[0].probabilities,
+        tensors,
+        joint.walk,
+        table_strides(_is_per_image(joint), tensors.logits),
+        taken=_taken(joint),
+        adds=adds,
+    )
+
+
+def _taken(joint: Joint) -> int:
+    """How many of the losses are taken in by the class sums: the last ones."""
+    takes = joint.classes[0].probabilities.takes
+    return sum(is_taken(term, takes) for term in joint.terms)
+
+
+def _is_per_image(joint: Joint) -> bool:
+    return any(loss.counting.per_image for loss in joint.classes)

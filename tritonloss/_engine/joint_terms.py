@@ -184,8 +184,6 @@ def _can_share(losses: Sequence[str], logits: torch.Tensor, interpolated: bool) 
     activations = {options.activation for _, options in of_sums}
     if max(len(walks), len(reductions), len(activations)) > 1:
         return False
-    if of_sums and interpolated:
-        return False
     terms = [m.term(logits, None, None, o, True) for m, o in pixelwise if m.term is not None]
     found = [m.classes(o, logits, None).loss for m, o in of_sums[:1] if m.classes is not None]
     found += [term.loss for term in terms]

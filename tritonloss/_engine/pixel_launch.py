@@ -7,7 +7,7 @@ import torch
 from .._core.backend import device_guard
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._core.process_groups import add_over_ranks
-from .cell_grid import axes_of, backward_over_cells, forward_over_cells, pointers_of
+from .cell_grid import axes_of_walk, backward_over_cells, forward_over_cells
 from .pixel_grid import backward_over_pixels, forward_over_pixels
 from .pixel_terms import (
     Kept,
@@ -85,7 +85,7 @@ def launch_forward(
             weights_ptr=loss if weights is None else weights.numbers,
             scratch_ptr=sums["scratch_ptr"],
             tickets_ptr=sums["tickets_ptr"],
-            **_axes(logits, target, walk),
+            **axes_of_walk(logits, target, walk),
         )
         if walk.group is not None:
             totals = sums["scratch_ptr"][:rows].clone()
@@ -177,13 +177,6 @@ def launch_backward(
             map_ptrs=kept.maps[:maps],
             grad_ptr=grad_logits,
             weights_ptr=kept.scale if weights is None else weights.numbers,
-            **_axes(logits, target, walk),
+            **axes_of_walk(logits, target, walk),
         )
     return grad_logits
-
-
-def _axes(logits: torch.Tensor, target: torch.Tensor, walk: Walk) -> dict[str, torch.Tensor]:
-    """The arguments that say where pixels lie between logits; none where they lie on them."""
-    if walk.upsample is None:
-        return {}
-    return pointers_of(axes_of(logits, target, walk.align_corners))

@@ -445,3 +445,28 @@ def slope(
 ):  # fmt: skip
     OPTIONS: tl.constexpr = TERMS.options[K]
     return TERMS.slope[K](factors[K], block, SLOT, given[K], OPTIONS, TILE)
+
+
+@triton.jit
+def all_factors(arguments, TERMS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+    """The factors of the first loss, then those of the others."""
+    first, others = arguments
+    if K == 0:
+        factors = first
+    else:
+        factors = others[K]
+    return factors
+
+
+@triton.jit
+def taken_in(factors, TERMS: tl.constexpr, TILE: tl.constexpr):
+    """The factors; those of the last losses, if they have no slope, are taken in by the first's."""
+    COUNT: tl.constexpr = len(TERMS.slope)
+    if COUNT == len(TERMS.start):
+        results = factors
+    else:
+        first = factors[0]
+        for k in tl.static_range(COUNT, len(TERMS.start)):
+            first = TERMS.take_in(first, factors[k], TILE)
+        results = of_each(all_factors, (first, factors), TERMS, TILE)
+    return results

@@ -282,7 +282,7 @@ def _of_nodes(
         "logits_strides": logits.stride(),
         "target_strides": target.stride(),
         "grad_strides": grad_logits.stride(),
-        "table_stride": table_stride,
+        "table_strides": (table_stride,),
     }
     return PreparedLaunch(_upsampled_backward_kernel, (programs,), constants, False)
 

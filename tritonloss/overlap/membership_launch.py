@@ -317,7 +317,7 @@ def _prepare_backward_of_cells(
         "WEIGHTED": False,
         "upstream_strides": (0, 0, 0),
         "grad_strides": grad_logits.stride(),
-        "table_stride": 3 * logits.size(1),
+        "table_strides": (3 * logits.size(1),),
     }
     return project, PreparedLaunch(_upsampled_backward_kernel, (programs,), constants, False)
 

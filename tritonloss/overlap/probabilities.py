@@ -17,8 +17,10 @@ from .._engine.math import LOG2_E, inverse, sigmoid_base2, sigmoids_base2
 from .._engine.pixel_terms import Loss
 from .._engine.pixels import (
     Record,
-    class_of,
+    always,
     for_classes,
+    in_base2,
+    is_own,
     largest_of_lanes,
     less_where,
     load_entry,
@@ -179,8 +181,8 @@ def _softmax_factors(
 @triton.jit
 def _gain(factors, block, SLOT: tl.constexpr, given, TILE: tl.constexpr):
     """What a slot's probabilities, or powers, are multiplied by."""
-    is_own = class_of(block, SLOT, TILE) == factors.own
-    added = tl.where(is_own, factors.own_gain, factors.other_gain)
+    here = is_own(factors.own, block, SLOT, TILE)
+    added = tl.where(here, factors.own_gain, factors.other_gain)
     return load_table(given.other_table, block, SLOT, TILE) * factors.gain + added
 
 
@@ -211,8 +213,7 @@ def _softmax_joint_slope(
     factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE: tl.constexpr
 ):
     gradient = _softmax_slope(factors, block, SLOT, given, OPTIONS, TILE)
-    is_own = class_of(block, SLOT, TILE) == factors.own
-    return less_where(is_own, gradient, factors.taken)
+    return less_where(is_own(factors.own, block, SLOT, TILE), gradient, factors.taken)
 
 
 SOFTMAX = Probabilities(
@@ -315,7 +316,7 @@ def _sigmoid_factors(
 def _sigmoid_slope(
     factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE: tl.constexpr
 ):
-    p, rest = sigmoids_base2(block.logits[SLOT] * LOG2_E)
+    p, rest = sigmoids_base2(in_base2(block, SLOT))
     return p * rest * _gain(factors, block, SLOT, given, TILE)
 
 
@@ -349,6 +350,7 @@ LOSSES = {
             _softmax_slope,
             no_lookups,
             softmax_bundles,
+            silent=always,  # the probabilities of a pixel that is not valid are 0
         ),
         saved=softmax_saves,
         of_logits=True,

@@ -1,9 +1,10 @@
 """A weighted sum of losses as one module, with as few reads of the logits as there can be.
 
 Pixelwise losses and losses of overlap share one read going forward, and one read and write going
-back (``joint_kernels.py``); bytes and memory are those of one of them. Others, such as the Lovász
-loss, RMI and SSL, are calls of their own. Their gradients are there first, and what shares a read
-is added to them in place, so that one of them takes no second gradient.
+back (``joint_kernels.py``), of interpolated logits as well (``class_cells.py``); bytes and memory
+are those of one of them. Others, such as the Lovász loss, RMI and SSL, are calls of their own.
+Their gradients are there first, and what shares a read is added to them in place, so that one of
+them takes no second gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 
 from .._core.backend import serves_triton
 from .._core.configurations import Launch, TuningCase
-from .._core.example import Example
+from .._core.example import Example, half_resolution_and_target
 from .._core.loss_module import LossModule
 from .._core.operator import can_reuse, is_transformed
 from .._core.tuning_inputs import random_labels, random_map
@@ -53,12 +54,14 @@ class WeightedSum(nn.Module):
     - losses of overlap (dice, generalised dice, Tversky, soft IoU) of one ``activation``, any
       number of them, of images, sequences or volumes, each with a process group or without.
 
-    They have to ignore the same label, and more than one loss of margin calibration takes a read of
-    its own. With ``upsample`` the pixelwise losses share a read, and each loss of overlap has its
-    own. Every other loss has its own, too: a Lovasz loss reads the logits twice going forward, and
-    once going back. There the gradient of the first of those alone is what the others are added to;
-    each further one of them takes a gradient of its own for a moment. Under torch.compile it is
-    Inductor that adds gradients up.
+    They have to ignore the same label, to have the same ``align_corners`` if logits are
+    interpolated, and more than one loss of margin calibration takes a read of its own. With
+    ``upsample`` a loss of overlap of a softmax goes through the logits once more before the
+    gradient, and takes 4 bytes per pixel of the labels for the time of the backward pass. Every
+    other loss has a read of its own: a Lovasz loss reads the logits twice going forward, and once
+    going back. There the gradient of the first of those alone is what the others are added to; each
+    further one of them takes a gradient of its own for a moment. Under torch.compile it is Inductor
+    that adds gradients up.
 
     Args:
         members: pairs of a weight, a finite number or a tensor without dimensions, and a loss of
@@ -297,12 +300,10 @@ def _tuning_pass(
     return both_passes
 
 
-def _entropy_and_dice(is_softmax: bool, per_image: bool) -> WeightedSum:
-    entropy = CrossEntropyLoss() if is_softmax else BinaryCrossEntropyLoss()
-    activation = "softmax" if is_softmax else "sigmoid"
-    return WeightedSum(
-        [(1.0, entropy), (1.0, DiceLoss(activation=activation, per_image=per_image))]
-    )
+def _entropy_and_dice(activation: str, per_image: bool, **between: Any) -> WeightedSum:
+    entropy = CrossEntropyLoss if activation == "softmax" else BinaryCrossEntropyLoss
+    dice = DiceLoss(activation=activation, per_image=per_image, **between)
+    return WeightedSum([(1.0, entropy(**between)), (1.0, dice)])
 
 
 def _focal_and_lovasz(per_image: bool) -> WeightedSum:
@@ -312,9 +313,12 @@ def _focal_and_lovasz(per_image: bool) -> WeightedSum:
 
 _FLAGS = (False, True)
 _ENTROPY_AND_DICE = {
-    (softmax, per_image): _entropy_and_dice(softmax, per_image)
-    for softmax in _FLAGS
+    (activation, per_image, upsample, align_corners): _entropy_and_dice(
+        activation, per_image, upsample=upsample, align_corners=align_corners
+    )
+    for activation in ("softmax", "sigmoid")
     for per_image in _FLAGS
+    for upsample, align_corners in ((None, False), ("bilinear", False), ("bilinear", True))
 }
 _FOCAL_AND_LOVASZ = {per_image: _focal_and_lovasz(per_image) for per_image in _FLAGS}
 
@@ -325,9 +329,12 @@ def cross_entropy_and_dice(
     *,
     activation: str = "softmax",
     per_image: bool = False,
+    upsample: str | None = None,
+    align_corners: bool = False,
 ) -> torch.Tensor:
     """The sum of both losses: of a softmax, or of sigmoids."""
-    result: torch.Tensor = _ENTROPY_AND_DICE[activation == "softmax", per_image](logits, target)
+    criterion = _ENTROPY_AND_DICE[activation, per_image, upsample, align_corners]
+    result: torch.Tensor = criterion(logits, target)
     return result
 
 
@@ -352,6 +359,13 @@ EXAMPLES = (
         cross_entropy_and_dice,
         WEIGHTED_SUM,
         {"per_image": True},
+    ),
+    Example(
+        "cross_entropy_and_dice, upsampled",
+        cross_entropy_and_dice,
+        WEIGHTED_SUM,
+        {"upsample": "bilinear"},
+        arguments=half_resolution_and_target,
     ),
     Example("focal_and_lovasz", focal_and_lovasz, WEIGHTED_SUM),
 )

@@ -12,7 +12,7 @@ import tritonloss
 from tests.losses.overlap.cases import ACTIVATIONS, Loss, check, kernel_gradient
 from tests.losses.pixelwise.upsampled import Size, upsampled_case
 from tests.oracle import LAYOUTS, as_layout
-from tritonloss._engine import cell_grid, class_launch
+from tritonloss._engine import cell_grid, class_cell_launch
 from tritonloss.functional import dice_loss, soft_iou_loss, tversky_loss
 
 pytestmark = pytest.mark.parity
@@ -37,7 +37,7 @@ def small_cells(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """
     size = {"PIXEL_COLUMNS": 2, "PIXEL_ROWS": 2, "NODE_ROWS": 2, "UNROLL": 4, "num_warps": 1}
     if not request.node.get_closest_marker("shipped_sizes"):
-        monkeypatch.setattr(class_launch, "cell_heuristic", lambda *_: size)
+        monkeypatch.setattr(class_cell_launch, "cell_heuristic", lambda *_: size)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -141,4 +141,4 @@ def test_it_is_the_loss_of_interpolated_logits(device: torch.device) -> None:
     with tritonloss.use_backend("triton"):
         found, expected = dice_loss(logits, target, **BILINEAR), dice_loss(at_labels, target)
     torch.testing.assert_close(found, expected)
-    assert cell_grid.cell_heuristic is not class_launch.cell_heuristic
+    assert cell_grid.cell_heuristic is not class_cell_launch.cell_heuristic

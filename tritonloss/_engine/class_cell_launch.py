@@ -1,0 +1,214 @@
+"""Launches of class sums over interpolated logits, alone or with pixelwise losses.
+
+The terms of such a walk begin with that of the class sums. Configurations are heuristics.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any, NamedTuple
+
+import torch
+
+from .._core.backend import all_registers
+from .._core.configurations import Configuration
+from .._core.prepared_launch import PreparedLaunch
+from .cell_grid import axes_of, axes_of_walk, cell_heuristic, over_cells, over_strips
+from .cell_kernels import _upsampled_backward_kernel
+from .class_cells import _class_cells_forward_kernel, _class_cells_project_kernel
+from .class_sums import Probabilities
+from .pixel_terms import Loss, Term, Walk, numbers_of, terms_of
+from .pixel_walk import Terms
+
+# Pixels of a lane at once, and classes in one block: with more, what the pixels have takes too many
+# registers.
+_PIXELS = 16
+_MOST_UNROLL = 4
+# Where several losses have slopes of their own, the pixels of a lane at once going forward, and the
+# classes of a block going back: of 16 and of ten, ptxas of Triton 3.6 spills up to 136 bytes.
+_PIXELS_OF_SEVERAL = 8
+_UNROLL_OF_SEVERAL = 7
+_WARPS = 1  # going forward: to add up over them would take as long as over all pixels of a lane
+
+# ``Terms`` whose last losses have no slope: the first one's factors take in theirs. A type of its
+# own, since every kernel is compiled for its terms, and most take in nothing.
+_named: Any = namedtuple
+TakingTerms = _named("TakingTerms", (*Terms._fields, "take_in"))
+
+
+class Gradients(NamedTuple):
+    """The launches of a backward pass."""
+
+    project: PreparedLaunch | None  # writes the projections, if there are any
+    back: PreparedLaunch
+    maps: int  # that the losses have saved
+
+
+class Walked(NamedTuple):
+    """What a backward pass goes over."""
+
+    logits: torch.Tensor
+    target: torch.Tensor
+    gradient: torch.Tensor
+
+
+class Left(NamedTuple):
+    """What the forward pass has left to it."""
+
+    scale: torch.Tensor  # of the class sums and of every pixelwise loss
+    table: torch.Tensor  # [2, images or 1, C]: what own pixels get on top, what all get
+    maps: tuple[Any, ...]  # [N, H, W] each
+    own: tuple[torch.Tensor, ...] = ()  # of every pixelwise loss [C]
+    other: tuple[torch.Tensor, ...] = ()
+
+
+def prepare_sums(
+    terms: tuple[Term, ...],
+    probabilities: Probabilities,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    walk: Walk,
+    save: bool,
+    taken: int = 0,
+) -> tuple[PreparedLaunch, int]:
+    """(the launch of the forward pass, its programs of an image)."""
+    images, classes = logits.shape[:2]
+    losses = [term.loss for term in terms]
+    pixels = _PIXELS if len(terms) - taken == 1 else _PIXELS_OF_SEVERAL
+    all_programs, arguments = _over_cells(losses, logits, target, walk, pixels, num_warps=_WARPS)
+    constants = {
+        **arguments,
+        "numbers": numbers_of(terms, None)["numbers"],
+        "logits_strides": logits.stride(),
+        "target_strides": target.stride(),
+        "programs": all_programs // images,
+        "images": images,
+        "TERMS": terms_of(terms, logits, walk, save),
+        "PROBABILITIES": probabilities,
+        "BINS": bins_of(classes),
+    }
+    launch = PreparedLaunch(_class_cells_forward_kernel, (all_programs,), constants, False)
+    return launch, all_programs // images
+
+
+def prepare_gradients(
+    terms: tuple[Term, ...],
+    probabilities: Probabilities,
+    tensors: Walked,
+    walk: Walk,
+    table_strides: tuple[int, int],
+    *,
+    taken: int = 0,
+    adds: bool = False,
+) -> Gradients:
+    """The launches of the backward pass; so many of the last terms are taken in by the first."""
+    logits, target, grad_logits = tensors
+    losses = [term.loss for term in terms]
+    axes = axes_of(logits, target, walk.align_corners)
+    known = terms_of(terms, logits, walk, True, adds)
+    saved = sum(known.stored)
+    strides = {"logits_strides": logits.stride(), "target_strides": target.stride()}
+    project = None
+    if probabilities.compared:
+        programs, arguments = _over_cells(losses[:1], logits, target, walk, _PIXELS)
+        constants = {
+            **arguments,
+            **strides,
+            "table_strides": table_strides,
+            "programs": programs // logits.size(0),
+            "TERMS": terms_of(terms[:1], logits, walk, True),
+            "PROBABILITIES": probabilities,
+        }
+        project = PreparedLaunch(_class_cells_project_kernel, (programs,), constants, False)
+        known = _with_projections(known)
+    if taken:
+        slopes = with_slopes(known, probabilities, taken)
+        known = TakingTerms(*slopes, probabilities.take_in)
+    heuristic = dict(cell_heuristic(losses, "backward", axes[1].most))
+    if len(terms) - taken > 1:
+        heuristic["UNROLL"] = min(int(heuristic["UNROLL"]), _UNROLL_OF_SEVERAL)
+    programs, arguments = over_strips(losses, logits, target, walk, axes, heuristic)
+    constants = {
+        **arguments,
+        **strides,
+        **numbers_of(terms, None),
+        "TERMS": known,
+        "upstream_strides": (0, 0, 0),
+        "grad_strides": grad_logits.stride(),
+        "table_strides": (table_strides[1], *(0,) * (len(terms) - 1)),
+    }
+    back = PreparedLaunch(_upsampled_backward_kernel, (programs,), constants, False)
+    return Gradients(project, back, saved)
+
+
+def _with_projections(known: Terms) -> Terms:
+    """The terms where the projections are saved after the statistics, which are the first map."""
+    first_map = tuple(place + (place > 0) for place in known.first_map)
+    return known._replace(maps=(2, *known.maps[1:]), first_map=first_map)
+
+
+def with_slopes(known: Terms, probabilities: Probabilities, taken: int) -> Terms:
+    """The terms with the slopes of all but the last ones, so many, which are taken in."""
+    if not taken:
+        return known
+    own = known.slope[1 : len(known.slope) - taken]
+    return known._replace(slope=(probabilities.slope, *own))
+
+
+def launch_gradients(
+    launches: Gradients, upstream: torch.Tensor, left: Left, tensors: Walked, walk: Walk
+) -> None:
+    """Write the gradient of interpolated logits."""
+    axes = axes_of_walk(tensors.logits, tensors.target, walk)
+    maps = left.maps[: launches.maps]
+    if launches.project is not None:
+        projection = torch.empty_like(maps[0])
+        launches.project(
+            logits_ptr=tensors.logits,
+            target_ptr=tensors.target,
+            map_ptr=maps[0],
+            table_ptr=left.table,
+            projection_ptr=projection,
+            **axes,
+        )
+        maps = (maps[0], projection, *maps[1:])
+    launches.back(
+        upstream_ptr=upstream,
+        scale_ptr=left.scale,
+        logits_ptr=tensors.logits,
+        target_ptr=tensors.target,
+        own_ptrs=(left.table[0], *left.own),
+        other_ptrs=(left.table[1], *left.other),
+        map_ptrs=maps,
+        grad_ptr=tensors.gradient,
+        weights_ptr=left.scale,
+        **axes,
+    )
+
+
+def _over_cells(
+    losses: list[Loss],
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    walk: Walk,
+    pixels: int,
+    **more: int,
+) -> tuple[int, dict[str, Any]]:
+    """(programs, arguments) of a kernel that goes forward over cells, so many pixels at once."""
+    axes = axes_of(logits, target, walk.align_corners)
+    heuristic = cell_heuristic(losses, "forward", axes[1].most)
+    columns = min(int(heuristic["PIXEL_COLUMNS"]), pixels)
+    configuration: Configuration = {
+        **heuristic,
+        "PIXEL_COLUMNS": columns,
+        "PIXEL_ROWS": min(int(heuristic["PIXEL_ROWS"]), pixels // columns),
+        "UNROLL": min(int(heuristic["UNROLL"]), _MOST_UNROLL),
+        **more,
+    }
+    programs, arguments = over_cells(losses, logits, target, walk, axes, configuration)
+    return programs, {**arguments, **all_registers()}
+
+
+def bins_of(classes: int) -> int:
+    """A histogram's size for all labels; not fewer than a warp has lanes."""
+    return max(1 << (max(classes, 2) - 1).bit_length(), 64)
