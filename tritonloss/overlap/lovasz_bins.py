@@ -32,8 +32,8 @@ _FAR_BITS = tl.constexpr((127 + 18) << 23)
 _ONE_BITS = tl.constexpr(127 << 23)
 _MANTISSA = tl.constexpr((1 << 23) - 1)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
-# Counters of each class for its own pixels in the last bin. There may be very many of them, and sums
-# at one address wait for each other.
+# Counters of each class for its own pixels in the last bin. There may be very many of them, and
+# sums at one address wait for each other.
 SPREAD = tl.constexpr(64)
 _ONLY_LINE = tl.constexpr(1.0 / 32)
 # 1, but for the last digit of a float32 number: p and it less p are never both 1/2, which would be

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 
-from .._core.backend import warp_size
+from .._core.backend import all_registers, warp_size
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._engine.cell_grid import axes_of, cell_heuristic, over_cells, over_strips, pointers_of
@@ -33,13 +33,24 @@ from .lovasz_cell_kernels import (
     softmax_is_silent,
     softmax_slope,
 )
-from .lovasz_terms import HINGE, SOFTMAX, Counts, Options, Results, bins_of, is_quick
+from .lovasz_terms import (
+    FEW_BINS,
+    HINGE,
+    SOFTMAX,
+    Counts,
+    Options,
+    Results,
+    bins_of,
+    is_quick,
+)
 
 # Programs of a histogram that a large GPU has work for, and the most tiles that one goes through.
 _PROGRAMS = 1056
 _MOST_ROUNDS = 16
 # Of a pass for statistics: pixels of a lane at once, and classes in one block.
 _SUMMED = (8, 4)
+# As many as that needs. With fewer ptxas spills, and with all of them fewer programs fit.
+_REGISTERS = 80
 # Of a look-up for every pixel and class: pixels of a lane at once, and classes in one block.
 _PROJECTED = (4, 2)
 _LOOKED_UP = (4, 3)
@@ -121,8 +132,10 @@ def _prepare_statistics(
     }
     programs, arguments = over_cells([SOFTMAX], logits, target, walk, axes, heuristic)
     arguments["TILE"] = arguments["TILE"]._replace(scaled=False)
+    registers = dict.fromkeys(all_registers(), _REGISTERS)
     constants = {
         **arguments,
+        **({} if arguments["TILE"].double else registers),
         "logits_strides": logits.stride(),
         "target_strides": target.stride(),
         "programs": programs // logits.size(0),
@@ -133,15 +146,17 @@ def _prepare_statistics(
     return PreparedLaunch(_cell_statistics_kernel, (programs,), constants, False)
 
 
-def histogram_heuristic(loss: Loss, most: int) -> Configuration:
+def histogram_heuristic(loss: Loss, most: int, bins: int) -> Configuration:
     """Pixels of a lane at once: a hinge, which has two histograms, has fewer.
 
     Where a histogram takes registers for its bins there is one class. Of cells with few pixels
     there are more, so that as many pixels as elsewhere share what a histogram takes once.
     """
-    pixels, classes = 16, 4 if is_quick() else 1
+    pixels, classes = 16, 4
     if loss.binary:
         classes, pixels = 1, 8 if is_quick() else 4 if warp_size() == 64 else 2
+    elif not is_quick():
+        classes, pixels = 1, 16 if bins <= FEW_BINS else 4
     at_once = _at_once(pixels, most)
     few = 4 * int(at_once["PIXEL_ROWS"]) * int(at_once["PIXEL_COLUMNS"]) <= pixels
     return {**at_once, "UNROLL": classes, "num_warps": 16 if few and is_quick() else 8}
@@ -158,7 +173,8 @@ def _prepare_histogram(
     loss: Loss, logits: torch.Tensor, target: torch.Tensor, options: Options
 ) -> PreparedLaunch:
     axes = axes_of(logits, target, options.align_corners)
-    heuristic = histogram_heuristic(loss, axes[1].most)
+    bins = bins_of(loss, options)
+    heuristic = histogram_heuristic(loss, axes[1].most, bins.count)
     all_tiles, arguments = over_cells([loss], logits, target, walk_of(options), axes, heuristic)
     del arguments["full"]
     images = logits.size(0)
@@ -174,7 +190,7 @@ def _prepare_histogram(
         "chunks": chunks,
         "rounds": rounds,
         "PER_IMAGE": options.per_image,
-        "BINS": bins_of(loss, options),
+        "BINS": bins,
     }
     kernel: Any = _cell_histogram_kernel
     if loss.binary:

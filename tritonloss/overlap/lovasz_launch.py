@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import triton
 
-from .._core.backend import device_guard, warp_size
+from .._core.backend import all_registers, device_guard, warp_size
 from .._core.configurations import Configuration, launch_configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._core.process_groups import add_over_ranks
@@ -34,6 +34,7 @@ from .lovasz_kernels import (
     _softmax_statistics_kernel,
 )
 from .lovasz_terms import (
+    FEW_BINS,
     SOFTMAX,
     Counts,
     Options,
@@ -162,6 +163,7 @@ def _launch_statistics(
             "PER_IMAGE": options.per_image,
             "BINS": None if options.exact else bins_of(SOFTMAX, options),
             **arguments,
+            **all_registers(),
         }
         return PreparedLaunch(_softmax_statistics_kernel, (programs,), constants, tile.grain > 1)
 
@@ -194,7 +196,7 @@ def histogram_heuristic(loss: Loss) -> Configuration:
 
 
 def _over_tiles(
-    loss: Loss, logits: torch.Tensor, target: torch.Tensor
+    loss: Loss, logits: torch.Tensor, target: torch.Tensor, bins: int
 ) -> tuple[int, dict[str, Any]]:
     """(programs, arguments) of a histogram, whose programs go through several tiles each."""
     images, classes = logits.shape[:2]
@@ -220,8 +222,10 @@ def _over_tiles(
     grain = grain if grain == 4 else 1
     apart = even and not side_by_side
     at_once = _even(classes, 1 if apart else int(configuration["CLASSES"]))
-    if grain == 1 and (loss.binary or not is_quick()):  # a hinge has two histograms
-        pixels //= 2
+    fewer = 2 if grain == 1 and (loss.binary or not is_quick()) else 1  # a hinge has two histograms
+    if not (loss.binary or is_quick()) and bins > FEW_BINS:
+        fewer *= 4
+    pixels = max(pixels // fewer, warps * warp_size())
     size = logits.size(2) * logits.size(3)
     tiles, class_groups = triton.cdiv(size, pixels), triton.cdiv(classes, at_once)
     rounds = min(max(images * tiles * class_groups // _PROGRAMS, 1), _MOST_ROUNDS, tiles)
@@ -261,8 +265,9 @@ def _launch_histogram(
     """Count the errors in every bin of every class."""
 
     def prepare() -> PreparedLaunch:
-        programs, arguments = _over_tiles(loss, logits, target)
-        arguments |= {"PER_IMAGE": options.per_image, "BINS": bins_of(loss, options)}
+        bins = bins_of(loss, options)
+        programs, arguments = _over_tiles(loss, logits, target, bins.count)
+        arguments |= {"PER_IMAGE": options.per_image, "BINS": bins}
         if loss.binary:
             kernel: Any = _hinge_histogram_kernel
             arguments["target_strides"] = in_grains(target, arguments["TILE"])

@@ -26,6 +26,9 @@ HINGE = SOFTMAX._replace(name="lovasz_hinge", binary=True)
 
 # Whether a histogram takes Triton as long with many bins as with few, on NVIDIA's GPUs.
 IS_QUICK = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) >= (3, 9)
+# Bins of a class that take so few registers, where a histogram takes some for each, that a lane has
+# many pixels.
+FEW_BINS = 1024
 # Pixels from which on 32 bits do not hold their count.
 _MANY = 2**31
 
