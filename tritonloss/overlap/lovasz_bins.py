@@ -62,10 +62,11 @@ class Place(NamedTuple):
 def softmax_place(p, BINS: tl.constexpr):
     """The place of the smaller of p and 1 - p. The larger one lies in the mirrored bin.
 
-    On a GPU what is no number lies in bin 0.
+    What is no number lies in bin 0.
     """
     HALF: tl.constexpr = BINS.count // 2
-    nearest = tl.maximum(tl.minimum(p, _ALMOST_ONE - p).to(tl.float32), _SMALLEST)
+    nearest = tl.minimum(p, _ALMOST_ONE - p).to(tl.float32)
+    nearest = tl.where(nearest > _SMALLEST, nearest, _SMALLEST)
     bits = nearest.to(tl.int32, bitcast=True)
     power, power_fraction = _powers(bits, _SMALLEST_BITS, BINS.digits)
     steps = nearest * HALF
