@@ -214,7 +214,8 @@ def _softmax_bins(p: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
     From 0 to 1/2 there are ``bins`` bins: above 1/32 of the width 1 / bins, below it bins / 32 for
     each of 17 powers of two.
     """
-    nearest = torch.minimum(p, 1 - p).float().nan_to_num(0).clamp(2.0**-22, 0.5)
+    # 1 but for the last digit of a float32 number: 1/2 itself is within the last bin.
+    nearest = torch.minimum(p, 1 - 2.0**-24 - p).float().nan_to_num(0).clamp(2.0**-22, 0.5)
     power, fraction = _powers(nearest, bins // 32)
     linear = nearest * bins
     place = torch.where(nearest < 1 / 32, power + 22 * (bins // 32), linear.long() + bins // 2)

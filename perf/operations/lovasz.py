@@ -32,7 +32,7 @@ from tritonloss._core.backend import INTERPRETED
 from tritonloss._core.operator import Operator
 from tritonloss.overlap import lovasz, lovasz_hinge
 from tritonloss.overlap.lovasz_operator import number_of_bins
-from tritonloss.overlap.lovasz_terms import Options
+from tritonloss.overlap.lovasz_terms import IS_QUICK, Options
 
 
 def launch(
@@ -182,12 +182,21 @@ HINGE_KERNELS = {
     "_rank_increments_kernel": KERNELS["_rank_increments_kernel"],
 }
 _EXTRA = (CASES[0].shape.elements * 4 * 1.05 + 8 * CASES[0].shape.pixels) / 2**20
+# Instructions per pixel and class. Before Triton 3.9 lanes vote on every bin.
+COUNTED = 40.0 if IS_QUICK else 243.0
 GOALS: tuple[Goal | CodeGoal, ...] = (
     Goal("Lovász softmax, H200: speed against eager", CASES[0], "speedup_vs_eager", at_least=10.0),
     Goal("Lovász softmax: extra MiB, 1.05 times the logits and 8 bytes per pixel", CASES[0],
          "peak_delta_MiB", at_most=_EXTRA),
-    CodeGoal("Lovász softmax, histograms: instructions per pixel and class", SHIPPED[0],
-             "_softmax_histogram_kernel", "tiles", at_most=40.0),
+    *(
+        CodeGoal(f"Lovász softmax, histograms{words}: instructions per pixel and class", case,
+                 "_softmax_histogram_kernel", "tiles", at_most=COUNTED)
+        for words, case in {
+            "": SHIPPED[0],
+            ", 21 classes of an odd size": replace(SHIPPED[0], shape=SHAPES["voc"], **_ONCE),
+            ", strided": replace(SHIPPED[0], layout="strided", **_ONCE),
+        }.items()
+    ),
 )  # fmt: skip
 _SMALL = {"PIXELS": 64, "CLASSES": 1, "num_warps": 1}
 

@@ -452,7 +452,17 @@ OPERATIONS = (
                 *rarely(BASE, {"ratio": 8}, {"shape": _ROOMS}, *_LOVASZ),
                 *RARE,
             ),
-            goals=memory_goals("Lovász softmax of upsampled logits", 8, per_class=48 * 1024),
+            goals=(
+                *memory_goals("Lovász softmax of upsampled logits", 8, per_class=48 * 1024),
+                CodeGoal(
+                    "Lovász softmax of upsampled logits, histograms: instructions per pixel and "
+                    "class",
+                    SHIPPED[0],
+                    "_cell_histogram_kernel",
+                    "tiles",
+                    at_most=lovasz.COUNTED,
+                ),
+            ),
         ),
         operators=(),
     ),

@@ -17,9 +17,10 @@ from kernels_reference.lovasz import jaccard_increments
 from tests.conftest import HAS_GPU
 from tests.oracle import LAYOUTS, as_layout, check_three_way, segmentation_case, value_and_gradients
 from tests.slices import operators_with
+from tritonloss._core import prepared_launch
 from tritonloss._core.configurations import forced
 from tritonloss.functional import lovasz_hinge_loss, lovasz_softmax_loss
-from tritonloss.overlap import lovasz_terms
+from tritonloss.overlap import lovasz_launch, lovasz_terms
 
 Loss = Callable[..., Tensor]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -306,6 +307,48 @@ def test_extreme_logits(way: str, scale: float, device: torch.device) -> None:
     if scale == 0 and options.get("exact"):
         pytest.skip("all errors are equal: their order is free")
     check_three_way(loss_of(name, target, **options), logits * scale, tolerance=4e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bins", [64, 1024])
+def test_probabilities_of_one_half(bins: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Both classes' errors lie at the edge in the middle of the bins, or a digit beside it."""
+    _, target = segmentation_case((1, 2, 4, 6), device=device)
+    logits = torch.zeros(1, 2, 4, 6, dtype=dtype, device=device)
+    check_three_way(loss_of("softmax", target, bins=bins), logits, tolerance=4e-6)
+    logits[0, 0, :, ::2] = 1e-7
+    check_three_way(loss_of("softmax", target, bins=bins), logits, tolerance=1e-5)
+    (value,), _ = value_and_gradients(loss_of("softmax", target, bins=bins), [logits], "triton")
+    exact = loss_of("softmax", target, exact=True)(logits)
+    assert (value - exact).abs() <= 1 / (2 * bins) + 1e-6
+
+
+@pytest.mark.parametrize("name", ["softmax", "hinge"])
+def test_rows_that_lie_far_apart(
+    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without the 64 bits that they take, a tile's pixels are the same."""
+    wide, target = case(name, (2, 3, 9, 17), device=device)
+    options = SMALL[name]
+    given = wide[..., 1:14], target[..., 1:14]
+    loss = loss_of(name, given[1], **options)
+    near = value_and_gradients(loss, given[:1], "triton")
+    check_three_way(loss, given[0], tolerance=4e-6)
+    monkeypatch.setattr(lovasz_launch, "_is_far", lambda *_: True)
+    prepared_launch._prepared.clear()
+    far = value_and_gradients(loss, given[:1], "triton")
+    prepared_launch._prepared.clear()
+    assert torch.equal(near[0][0], far[0][0]) and torch.equal(near[1][0], far[1][0])
+
+
+def test_own_pixels_that_are_sure(device: torch.device) -> None:
+    """Their probabilities are 1, of many pixels of many programs."""
+    target = torch.arange(64, device=device).view(1, 8, 8).remainder(3).to(torch.uint8)
+    logits = 60.0 * torch.nn.functional.one_hot(target.long(), 3).movedim(3, 1).float()
+    logits[0, :, 0, :3] = torch.tensor([0.0, 1.0, 2.0], device=device)
+    target[0, 1] = 255
+    with forced("lovasz_softmax_forward", {"PIXELS": 32, "num_warps": 1}):
+        check_three_way(loss_of("softmax", target, bins=64), logits, tolerance=4e-6)
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -2,7 +2,8 @@
 
 Bytes per pass, with L of logits and T of labels: forward 2 L + T, and backward 2 L + T with the
 gradient. The softmax's two statistics are kept for the backward pass, in 8 bytes per pixel (16 for
-float64). Beside them there are only the gradient, and 48 bytes for each bin of each class.
+float64). Beside them there are only the gradient, and 48 bytes for each bin of each class and 256
+for the class.
 
 Of interpolated logits L is that of the low resolution, and 4 bytes per pixel of the labels are kept
 for the backward pass, which takes 4 more for a while.

@@ -4,10 +4,12 @@ A bin's place has an integer part, the bin, and a fraction, where in the bin the
 come from the bits of a float32 number, without a logarithm or a division, and exactly: the
 reference gets the same ones.
 
-An error of a softmax lies in [0, 1]. What is binned is the smaller of p and 1 - p, in [0, 1/2], so
+An error of a softmax lies in [0, 1]. What is binned is the smaller of p and 1 - p, in [0, 1/2), so
 that the bin of the one is the mirrored bin of the other. Above 1/32 all bins have one width, and
 below it they are the narrower the nearer they are to 0. An error of a hinge lies in [0, infinity),
 and the bins' widths grow with it.
+
+Whatever a number is, its entry in a histogram or a table is one of them: higher bits are left out.
 """
 
 from __future__ import annotations
@@ -30,7 +32,13 @@ _FAR_BITS = tl.constexpr((127 + 18) << 23)
 _ONE_BITS = tl.constexpr(127 << 23)
 _MANTISSA = tl.constexpr((1 << 23) - 1)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
+# Counters of each class for its own pixels in the last bin. There may be very many of them, and
+# sums at one address wait for each other.
+SPREAD = tl.constexpr(64)
 _ONLY_LINE = tl.constexpr(1.0 / 32)
+# 1, but for the last digit of a float32 number: p and it less p are never both 1/2, which would be
+# in the bin beyond the last one.
+_ALMOST_ONE = tl.constexpr(1.0 - 2.0**-24)
 
 
 class Bins(NamedTuple):
@@ -40,6 +48,7 @@ class Bins(NamedTuple):
     each: int  # of a power of two
     digits: int  # of binary digits of a mantissa that tell those apart
     hinge: bool  # whether errors are those of a hinge
+    row: int  # counters of a class: see ``lovasz_kernels.py``
 
 
 class Place(NamedTuple):
@@ -51,9 +60,13 @@ class Place(NamedTuple):
 
 @triton.jit
 def softmax_place(p, BINS: tl.constexpr):
-    """The place of the smaller of p and 1 - p. The larger one lies in the mirrored bin."""
+    """The place of the smaller of p and 1 - p. The larger one lies in the mirrored bin.
+
+    What is no number lies in bin 0.
+    """
     HALF: tl.constexpr = BINS.count // 2
-    nearest = tl.maximum(tl.minimum(p, 1.0 - p).to(tl.float32), _SMALLEST)
+    nearest = tl.minimum(p, _ALMOST_ONE - p).to(tl.float32)
+    nearest = tl.where(nearest > _SMALLEST, nearest, _SMALLEST)
     bits = nearest.to(tl.int32, bitcast=True)
     power, power_fraction = _powers(bits, _SMALLEST_BITS, BINS.digits)
     steps = nearest * HALF
@@ -61,7 +74,7 @@ def softmax_place(p, BINS: tl.constexpr):
     is_small = nearest < _ONLY_LINE
     place = tl.where(is_small, power, whole + HALF // 2)
     fraction = tl.where(is_small, power_fraction, steps - whole.to(tl.float32))
-    return Place(bin=tl.minimum(tl.maximum(place, 0), HALF - 1), fraction=fraction)
+    return Place(bin=place, fraction=fraction)
 
 
 @triton.jit
@@ -74,7 +87,7 @@ def hinge_place(error, BINS: tl.constexpr):
     is_far = nearest >= _FAR
     place = tl.where(is_far, far + _NEAR * BINS.each, near)
     fraction = tl.where(is_far, far_fraction, near_fraction)
-    return Place(bin=tl.minimum(tl.maximum(place, 0), BINS.count - 1), fraction=fraction)
+    return Place(bin=place & (BINS.count - 1), fraction=fraction)
 
 
 @triton.jit
@@ -86,8 +99,16 @@ def _powers(bits, FIRST: tl.constexpr, DIGITS: tl.constexpr):
 
 
 @triton.jit
-def in_histogram(place, is_own, is_mirrored, BINS: tl.constexpr):
-    """The entry in a class's histogram [2, bins]: of other classes' pixels, then of its own.
+def in_histogram(p, BINS: tl.constexpr):
+    """The entry of p in a class's histogram [bins], in the order of p."""
+    COUNT: tl.constexpr = BINS.count
+    place = softmax_place(p, BINS).bin & (COUNT // 2 - 1)
+    return tl.where(p >= 0.5, COUNT - 1 - place, place)
+
+
+@triton.jit
+def in_table(place, is_own, is_mirrored, BINS: tl.constexpr):
+    """The entry in a class's table [2, bins]: of other classes' pixels, then of its own.
 
     Bins are in the order of errors. ``is_mirrored`` is of p: the error of an own pixel is 1 - p.
     """
@@ -95,10 +116,10 @@ def in_histogram(place, is_own, is_mirrored, BINS: tl.constexpr):
     if BINS.hinge:
         entry = place + tl.where(is_own, COUNT, 0)
     else:
-        # The highest bits are all ones: to reverse the order is to invert every digit.
+        # To reverse the order is to invert every digit.
         mirrored = tl.where(is_mirrored, COUNT - 1, 0)
         entry = place ^ mirrored ^ tl.where(is_own, 2 * COUNT - 1, 0)
-    return entry
+    return entry & (2 * COUNT - 1)
 
 
 @triton.jit

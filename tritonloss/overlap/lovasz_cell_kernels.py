@@ -1,10 +1,11 @@
 """The kernels of the Lovász losses of interpolated logits: those of ``lovasz_kernels`` over cells.
 
-Going forward, each pixel's log-sum-exp is written once. A program of a histogram goes through
-several tiles of cells (``cells.py``) for a few classes, interpolates these once more, and keeps
-their counts in registers. Going back, the projection of every pixel, the sum over its classes of
-the probability times its increment, is written by a kernel of its own. The gradient is then that of
-any other loss (``cell_kernels.py``), whose slopes look up increments.
+Going forward, each pixel's log-sum-exp is written once, and its own class counts its probability. A
+program of a histogram goes through several tiles of cells (``cells.py``) for a few classes,
+interpolates these once more, and keeps the counts of all pixels in registers. Going back, the
+projection of every pixel, the sum over its classes of the probability times its increment, is
+written by a kernel of its own. The gradient is then that of any other loss (``cell_kernels.py``),
+whose slopes look up increments.
 
 A pixel of the labels takes 8 bytes, 4 of them in the backward pass alone; of a hinge none.
 """
@@ -19,7 +20,6 @@ import triton.language as tl
 from .._engine.cell_walk import fold_cells, lines_of_rows, load_pixel_of, of_pixels
 from .._engine.cells import (
     Axis,
-    along_row,
     cells_of,
     further,
     load_corner,
@@ -33,9 +33,9 @@ from .._engine.class_cells import _places_of, _slot_of, _walk_of
 from .._engine.math import LOG2_E
 from .._engine.pixels import Given, Pixel, class_of, is_own, nothing_yet
 from ..pixelwise.softmax import softmax_of_lanes
-from .lovasz_bins import hinge_place, in_histogram, softmax_place
+from .lovasz_bins import hinge_place, in_histogram, in_table, softmax_place
 from .lovasz_gradient_kernels import _interpolated
-from .lovasz_kernels import hinge_error
+from .lovasz_kernels import add_to_histograms, count_own, count_pixels, hinge_error
 
 # --- slopes ---------------------------------------------------------------------------------------
 
@@ -87,7 +87,7 @@ def _increment(factors, block, SLOT: tl.constexpr, given, BINS: tl.constexpr, TI
     p = tl.exp2(block.logits[SLOT] * LOG2_E - factors.log_sum)
     place = softmax_place(p, BINS)
     own = is_own(factors.own, block, SLOT, TILE)
-    entry = in_histogram(place.bin, own, p >= 0.5, BINS)
+    entry = in_table(place.bin, own, p >= 0.5, BINS)
     row = given.own_table + class_of(block, SLOT, TILE) * (4 * BINS.count)
     return p, _interpolated(row, entry, place.fraction)
 
@@ -107,7 +107,7 @@ def hinge_slope(
     logit = block.logits[SLOT]
     error = 1.0 - tl.where(own, logit, logit * -1.0)
     place = hinge_place(error, OPTIONS)
-    entry = in_histogram(place.bin, own, own, OPTIONS)
+    entry = in_table(place.bin, own, own, OPTIONS)
     increment = _interpolated(given.own_table, entry, place.fraction)
     gradient = tl.where(error > 0, increment, 0.0)
     return tl.where(error < float("inf"), gradient, float("nan"))
@@ -134,7 +134,8 @@ def _cell_statistics_kernel(
     logits_ptr,  # [N, C, h, w]
     target_ptr,  # [N, H, W]
     log_sum_ptr,  # [N, H, W]: see Factors
-    counts_ptr,  # [groups, 2]: wrong pixels of each group
+    histogram_ptr,  # [groups, C, counters]
+    counts_ptr,  # [groups, 2]: wrong pixels of each group, and counted ones
     row_starts_ptr,  # [h + 2]: of every row of cells the first row of pixels
     row_shares_ptr,  # [H]: the share of the nodes below
     column_starts_ptr,  # [w + 2]
@@ -146,11 +147,11 @@ def _cell_statistics_kernel(
     programs,  # of an image
     TERMS: tl.constexpr,
     PER_IMAGE: tl.constexpr,
+    BINS: tl.constexpr,
     TILE: tl.constexpr,
     CELLS: tl.constexpr,
 ):
     """Reads the labels once, and the logits once for the rows and columns that a lane has."""
-    LANES: tl.constexpr = TILE.pixels
     PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
     rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
     columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
@@ -161,21 +162,44 @@ def _cell_statistics_kernel(
     states = fold_cells(walk, full, TERMS, TILE, CELLS)
 
     places = _places_of(cells, sizes, CELLS)
-    wrong = tl.zeros((LANES,), tl.int32)
+    image = (tl.program_id(0) // programs).to(tl.int64)
+    group = image if PER_IMAGE else 0
+    counters = histogram_ptr + group * (TILE.classes * BINS.row)
+    all_valid = ()
+    all_counted = ()
     for k in tl.static_range(PIXELS):
         (state,) = states[k]
         statistics = softmax_of_lanes(state, TILE)
         # The sum is about 1 at least: the largest logit times log2 e is rounded.
         is_number = tl.abs(statistics.log_sum) < float("inf")
         valid = walk.pixels[k].label >= 0
-        wrong += (valid & ~is_number).to(tl.int32)
+        is_counted = valid & is_number
         log_sum = statistics.largest + statistics.log_sum
-        log_sum = tl.where(valid & is_number, log_sum, float("inf"))
+        log_sum = tl.where(is_counted, log_sum, float("inf"))
         tl.store(log_sum_ptr + places[k], log_sum, mask=walk.pixels[k].inside)
-    image = (tl.program_id(0) // programs).to(tl.int64)
-    group = image if PER_IMAGE else 0
-    count = tl.sum(wrong).to(counts_ptr.dtype.element_ty)
-    tl.atomic_add(counts_ptr + 2 * group, count, mask=count > 0, sem="relaxed")
+        p = _own_probability(walk, log_sum, k, TILE, CELLS)
+        count_own(counters, p, walk.pixels[k].own, is_counted, BINS)
+        all_valid = all_valid + (valid,)
+        all_counted = all_counted + (is_counted,)
+    count_pixels(counts_ptr + 2 * group, together(all_valid), together(all_counted))
+
+
+@triton.jit
+def _own_probability(walk, log_sum, K: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr):
+    """The probability of its own class at a lane's pixel: the bits that the histogram finds."""
+    own = tl.maximum(walk.pixels[K].own, 0).to(tl.int64)
+    nodes = walk.nodes
+    logit, down, step, step_down = load_corner(nodes, nodes.pointer + own * nodes.stride, TILE)
+    corner = (logit * LOG2_E, down * LOG2_E, step * LOG2_E, step_down * LOG2_E)
+    left, step = _along_row(corner, walk.row_shares[K // CELLS.columns])
+    return tl.exp2(tl.fma(walk.column_shares[K % CELLS.columns], step, left) - log_sum)
+
+
+@triton.jit
+def _along_row(corner, share):
+    """(left logit, step to the right) as ``cells.along_row``, whatever else is multiplied."""
+    logit, down, step, step_down = corner
+    return tl.fma(share, down, logit), tl.fma(share, step_down, step)
 
 
 # --- histograms -----------------------------------------------------------------------------------
@@ -216,40 +240,35 @@ def _interpolated_logits(tile, channel, TILE: tl.constexpr, CELLS: tl.constexpr)
     )
     logits = ()
     for r in tl.static_range(ROWS):
-        left, step = along_row(corner, tile.row_shares[r])
+        left, step = _along_row(corner, tile.row_shares[r])
         for c in tl.static_range(COLUMNS):
-            logits = logits + (left + tile.column_shares[c] * step,)
+            logits = logits + (tl.fma(tile.column_shares[c], step, left),)
     return together(logits)
 
 
 @triton.jit
-def _labels_and_sums(tile, log_sum_ptr, sizes, CELLS: tl.constexpr):
-    """(labels as they are, log-sum-exps) of all pixels of a tile, in one vector each."""
+def _log_sums(tile, log_sum_ptr, sizes, CELLS: tl.constexpr):
+    """The log-sum-exps of all pixels of a tile, in one vector."""
     PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
-    labels = ()
     log_sums = ()
     for k in tl.static_range(PIXELS):
         here = further(tile.cells, k // CELLS.columns, k % CELLS.columns, sizes)
         inside = here.first < here.end
-        label = tl.load(here.label, mask=inside, other=0).to(tl.int32)
-        labels = labels + (label,)
         log_sum = tl.load(log_sum_ptr + here.place, mask=inside, other=float("inf"))
         log_sums = log_sums + (log_sum,)
-    return together(labels), together(log_sums)
+    return together(log_sums)
 
 
 @triton.jit
 def _cell_histogram_kernel(
     logits_ptr,  # [N, C, h, w]
-    target_ptr,  # [N, H, W]
     log_sum_ptr,  # [N, H, W]
-    histogram_ptr,  # [groups, C, 2, bins]
+    histogram_ptr,  # [groups, C, counters]
     row_starts_ptr,
     row_shares_ptr,
     column_starts_ptr,
     column_shares_ptr,
     logits_strides,
-    target_strides,
     sizes,
     tiles,  # of an image
     chunks,  # of tiles of an image
@@ -259,8 +278,8 @@ def _cell_histogram_kernel(
     TILE: tl.constexpr,
     CELLS: tl.constexpr,
 ):
-    """Reads labels, statistics and logits once more; counts the errors of a few classes."""
-    ENTRIES: tl.constexpr = 2 * BINS.count
+    """Reads log-sum-exps, and logits once more; counts the probabilities of a few classes."""
+    COUNT: tl.constexpr = BINS.count
     CLASSES: tl.constexpr = TILE.unroll  # of a program
     CLASS_GROUPS: tl.constexpr = (TILE.classes + CLASSES - 1) // CLASSES
     program = tl.program_id(0)
@@ -269,36 +288,26 @@ def _cell_histogram_kernel(
     image = chunk // chunks
     first_tile = (chunk - image * chunks) * rounds
     logits = (logits_ptr, logits_strides)
-    target = (target_ptr, target_strides)
     rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
     columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
 
     counts = ()
     for _ in tl.static_range(CLASSES):
-        counts = counts + (tl.zeros((ENTRIES,), tl.int32),)
+        counts = counts + (tl.zeros((COUNT,), tl.int32),)
     for i in tl.range(0, rounds):
         place = place_in_image(image, first_tile + i, tiles, sizes, TILE, CELLS)
-        tile = _tile_of(logits, target, (rows, columns), place, sizes, CELLS)
-        label, log_sum = _labels_and_sums(tile, log_sum_ptr, sizes, CELLS)
+        # Of labels it needs none: any map will do.
+        tile = _tile_of(logits, (log_sum_ptr, (0, 0, 0)), (rows, columns), place, sizes, CELLS)
+        log_sum = _log_sums(tile, log_sum_ptr, sizes, CELLS)
         added = ()
         for j in tl.static_range(CLASSES):
             channel = tl.minimum(first_class + j, TILE.classes - 1)
             p = tl.exp2(_interpolated_logits(tile, channel, TILE, CELLS) - log_sum)
-            in_bin = softmax_place(p, BINS)
-            entry = in_histogram(in_bin.bin, label == channel, p >= 0.5, BINS)
-            counted = tl.histogram(entry, ENTRIES, mask=log_sum < float("inf"))
-            added = added + (counts[j] + counted,)
+            added = added + (counts[j] + tl.histogram(in_histogram(p, BINS), COUNT),)
         counts = added
 
     group = image.to(tl.int64) if PER_IMAGE else 0
-    entries = tl.arange(0, ENTRIES)
-    for j in tl.static_range(CLASSES):
-        channel = tl.minimum(first_class + j, TILE.classes - 1)
-        row = histogram_ptr + (group * TILE.classes + channel) * ENTRIES
-        counted = tl.where(first_class + j < TILE.classes, counts[j], 0)
-        tl.atomic_add(
-            row + entries, counted.to(row.dtype.element_ty), mask=counted > 0, sem="relaxed"
-        )
+    add_to_histograms(histogram_ptr, counts, group, first_class, BINS, TILE)
 
 
 @triton.jit

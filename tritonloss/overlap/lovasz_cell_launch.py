@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 
-from .._core.backend import warp_size
+from .._core.backend import all_registers, warp_size
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._engine.cell_grid import axes_of, cell_heuristic, over_cells, over_strips, pointers_of
@@ -33,13 +33,24 @@ from .lovasz_cell_kernels import (
     softmax_is_silent,
     softmax_slope,
 )
-from .lovasz_terms import HINGE, IS_QUICK, SOFTMAX, Counts, Options, Results, bins_of
+from .lovasz_terms import (
+    FEW_BINS,
+    HINGE,
+    SOFTMAX,
+    Counts,
+    Options,
+    Results,
+    bins_of,
+    is_quick,
+)
 
 # Programs of a histogram that a large GPU has work for, and the most tiles that one goes through.
 _PROGRAMS = 1056
 _MOST_ROUNDS = 16
 # Of a pass for statistics: pixels of a lane at once, and classes in one block.
 _SUMMED = (8, 4)
+# As many as that needs. With fewer ptxas spills, and with all of them fewer programs fit.
+_REGISTERS = 80
 # Of a look-up for every pixel and class: pixels of a lane at once, and classes in one block.
 _PROJECTED = (4, 2)
 _LOOKED_UP = (4, 3)
@@ -90,16 +101,17 @@ def count_over_cells(
     """Write the log-sum-exp of every pixel, and count the errors in every bin of every class."""
     key = kind(logits), kind(target), options, counts.of_groups.dtype
     axes = pointers_of(axes_of(logits, target, options.align_corners))
-    tensors: dict[str, Any] = {"logits_ptr": logits, "target_ptr": target}
+    tensors: dict[str, Any] = {"logits_ptr": logits, "histogram_ptr": counts.histogram}
+    of_labels: dict[str, Any] = {"target_ptr": target, "counts_ptr": counts.of_groups}
     if loss.binary:
-        tensors |= {"histogram_ptr": counts.histogram, "counts_ptr": counts.of_groups}
+        tensors |= of_labels
     else:
         statistics = prepared(
             ("lovasz_cell_statistics", *key), lambda: _prepare_statistics(logits, target, options)
         )
         assert results.log_sum is not None
-        statistics(**tensors, log_sum_ptr=results.log_sum, counts_ptr=counts.of_groups, **axes)
-        tensors |= {"log_sum_ptr": results.log_sum, "histogram_ptr": counts.histogram}
+        tensors["log_sum_ptr"] = results.log_sum
+        statistics(**tensors, **of_labels, **axes)
     histogram = prepared(
         ("lovasz_cell_histogram", loss.name, *key),
         lambda: _prepare_histogram(loss, logits, target, options),
@@ -120,25 +132,34 @@ def _prepare_statistics(
     }
     programs, arguments = over_cells([SOFTMAX], logits, target, walk, axes, heuristic)
     arguments["TILE"] = arguments["TILE"]._replace(scaled=False)
+    registers = dict.fromkeys(all_registers(), _REGISTERS)
     constants = {
         **arguments,
+        **({} if arguments["TILE"].double else registers),
         "logits_strides": logits.stride(),
         "target_strides": target.stride(),
         "programs": programs // logits.size(0),
         "TERMS": terms_of((Term(SOFTMAX, ()),), logits, walk, save=False),
         "PER_IMAGE": options.per_image,
+        "BINS": bins_of(SOFTMAX, options),
     }
     return PreparedLaunch(_cell_statistics_kernel, (programs,), constants, False)
 
 
-def histogram_heuristic(loss: Loss, most: int) -> Configuration:
-    """As many pixels of a lane at once as at the labels' resolution, or a few less."""
-    pixels = 8
-    if warp_size() == 64:
-        pixels = 4 if loss.binary else 8
-    elif not IS_QUICK:
-        pixels = 2 if loss.binary else 4
-    return {**_at_once(pixels, most), "UNROLL": 1 if loss.binary else 2, "num_warps": 8}
+def histogram_heuristic(loss: Loss, most: int, bins: int) -> Configuration:
+    """Pixels of a lane at once: a hinge, which has two histograms, has fewer.
+
+    Where a histogram takes registers for its bins there is one class. Of cells with few pixels
+    there are more, so that as many pixels as elsewhere share what a histogram takes once.
+    """
+    pixels, classes = 16, 4
+    if loss.binary:
+        classes, pixels = 1, 8 if is_quick() else 4 if warp_size() == 64 else 2
+    elif not is_quick():
+        classes, pixels = 1, 16 if bins <= FEW_BINS else 4
+    at_once = _at_once(pixels, most)
+    few = 4 * int(at_once["PIXEL_ROWS"]) * int(at_once["PIXEL_COLUMNS"]) <= pixels
+    return {**at_once, "UNROLL": classes, "num_warps": 16 if few and is_quick() else 8}
 
 
 def _at_once(pixels: int, most: int) -> Configuration:
@@ -152,7 +173,8 @@ def _prepare_histogram(
     loss: Loss, logits: torch.Tensor, target: torch.Tensor, options: Options
 ) -> PreparedLaunch:
     axes = axes_of(logits, target, options.align_corners)
-    heuristic = histogram_heuristic(loss, axes[1].most)
+    bins = bins_of(loss, options)
+    heuristic = histogram_heuristic(loss, axes[1].most, bins.count)
     all_tiles, arguments = over_cells([loss], logits, target, walk_of(options), axes, heuristic)
     del arguments["full"]
     images = logits.size(0)
@@ -164,14 +186,15 @@ def _prepare_histogram(
         **arguments,
         "TILE": tile._replace(scaled=not loss.binary),  # powers of 2
         "logits_strides": logits.stride(),
-        "target_strides": target.stride(),
         "tiles": tiles,
         "chunks": chunks,
         "rounds": rounds,
         "PER_IMAGE": options.per_image,
-        "BINS": bins_of(loss, options),
+        "BINS": bins,
     }
-    kernel = _cell_hinge_histogram_kernel if loss.binary else _cell_histogram_kernel
+    kernel: Any = _cell_histogram_kernel
+    if loss.binary:
+        kernel, constants["target_strides"] = _cell_hinge_histogram_kernel, target.stride()
     return PreparedLaunch(kernel, (images * chunks * class_groups,), constants, False)
 
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .._engine.math import LOG2_E
 from .._engine.pixel_walk import (
     View,
     _load_block,
@@ -18,8 +17,8 @@ from .._engine.pixel_walk import (
     view_of,
 )
 from .._engine.pixels import class_of, for_classes, nearest_class, nothing_yet, sum_of_lanes
-from .lovasz_bins import hinge_place, in_histogram, softmax_place
-from .lovasz_kernels import hinge_error
+from .lovasz_bins import hinge_place, in_table, softmax_place
+from .lovasz_kernels import hinge_error, probability
 
 
 class Softmax(NamedTuple):
@@ -112,7 +111,7 @@ def _increment(
 ):
     """(p, dL/dp) of a slot's classes."""
     table_ptr, stride = table
-    p = tl.exp2((block.logits[SLOT] - softmax.largest) * LOG2_E - softmax.log_sum)
+    p = probability(block.logits[SLOT], softmax.largest, softmax.log_sum)
     channel = class_of(block, SLOT, TILE)
     nearest = nearest_class(channel, TILE)
     mask = _slot_mask(inside, block.exists[SLOT], TILE)
@@ -121,7 +120,7 @@ def _increment(
         increment = tl.load(pointers, mask=mask, other=0.0)
     else:
         place = softmax_place(p, BINS)
-        entry = in_histogram(place.bin, softmax.own == channel, p >= 0.5, BINS)
+        entry = in_table(place.bin, softmax.own == channel, p >= 0.5, BINS)
         row = table_ptr + nearest * (4 * BINS.count)
         increment = _interpolated(row, entry, place.fraction)
     return p, increment
@@ -243,7 +242,7 @@ def _hinge_gradient_kernel(
         increment = tl.load(table_ptr + place, mask=run.inside, other=0.0)
     else:
         place = hinge_place(error, BINS)
-        entry = in_histogram(place.bin, is_own, is_own, BINS)
+        entry = in_table(place.bin, is_own, is_own, BINS)
         increment = _interpolated(table_ptr + group * (4 * BINS.count), entry, place.fraction)
 
     # no increment where there is no error, and no number where the error is none

@@ -1,10 +1,15 @@
 """The kernels of the Lovász losses by bins: statistics, histograms, increments, gradients.
 
-Going forward the softmax's statistics are written once per pixel, and every class is counted with
-them: how many errors there are in each bin, of the class's own pixels and of others. From these
-counts a small kernel makes the loss and a table of increments. Going back every logit looks up the
-increment of its error. Counts are integers, and the same in any order: atomic sums of them are
-deterministic.
+Going forward the softmax's statistics are written once per pixel, and the pixel's own class counts
+its probability there. Then every class counts with them the probabilities of all pixels: where
+those of its own are subtracted, the errors of the others are left. From these counts a small kernel
+makes the loss and a table of increments. Going back every logit looks up the increment of its
+error. Counts are integers, and the same in any order: atomic sums of them are deterministic.
+
+The counters of a class are [bins] of the probabilities of all pixels, [bins] of those of its own,
+and [SPREAD], whose sum belongs to the last of these. A pixel that is not counted has p = 0 for all
+pixels: how many are counted is counted, too. Those of a hinge are [bins] of others' errors and
+[bins] of own ones.
 """
 
 from __future__ import annotations
@@ -12,11 +17,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._engine.math import LN_2, LOG2_E, log2_one_plus
-from .._engine.pixel_walk import Run, View, far_offsets, fold, load_pixels, run_of_pixels, view_of
+from .._engine.cells import divided
+from .._engine.math import LN_2, LOG2_E, log2_one_plus, sanitised_label
+from .._engine.pixel_walk import (
+    Run,
+    View,
+    fold,
+    load_pixels,
+    look_up_own,
+    run_of_pixels,
+    view_of,
+)
+from .._engine.pixels import Pixel
 from .._engine.sums import Sums, comes_last, leave
 from ..pixelwise.softmax import softmax_of_lanes
-from .lovasz_bins import hinge_place, in_histogram, softmax_place, width_of
+from .lovasz_bins import SPREAD, hinge_place, in_histogram, width_of
 
 # --- statistics -----------------------------------------------------------------------------------
 
@@ -27,7 +42,8 @@ def _softmax_statistics_kernel(
     target_ptr,  # [N, H, W]
     largest_ptr,  # [N, H, W]: the largest logit
     log_sum_ptr,  # [N, H, W]: see softmax.py; infinity at pixels that are not counted
-    counts_ptr,  # [groups, 2]: wrong pixels of each group
+    histogram_ptr,  # [groups, C, counters]
+    counts_ptr,  # [groups, 2]: wrong pixels of each group, and counted ones
     logits_strides,
     target_strides,
     pixels,  # of an image, in grains
@@ -37,9 +53,10 @@ def _softmax_statistics_kernel(
     TERMS: tl.constexpr,
     IGNORED: tl.constexpr,
     PER_IMAGE: tl.constexpr,
+    BINS: tl.constexpr,  # None if nothing is counted but wrong pixels
     TILE: tl.constexpr,
 ):
-    """Reads labels and logits once, writes two numbers for every pixel."""
+    """Reads labels and logits once, writes two numbers for every pixel, and counts it."""
     run = run_of_pixels(pixels, width, tiles, TILE)
     pixel = load_pixels(target_ptr, target_strides, run, IGNORED, False, TILE)
     view = view_of(logits_ptr, logits_strides, run, TILE)
@@ -50,19 +67,47 @@ def _softmax_statistics_kernel(
     # The sum is at least 1, for the largest logit: a logarithm that is not at least 0 is wrong.
     is_number = (statistics.log_sum >= 0) & (statistics.log_sum < float("inf"))
     valid = pixel.label >= 0
-    wrong = tl.sum((valid & ~is_number).to(tl.int32))
+    is_counted = valid & is_number
     group = run.image if PER_IMAGE else 0
-    # fmt: off
-    tl.atomic_add(
-        counts_ptr + 2 * group, wrong.to(counts_ptr.dtype.element_ty), mask=wrong > 0,
-        sem="relaxed",
-    )
-    # fmt: on
+    count_pixels(counts_ptr + 2 * group, valid, is_counted)
 
     position = run.image * pixels * TILE.grain + run.first + run.local
-    log_sum = tl.where(valid & is_number, statistics.log_sum, float("inf"))
+    log_sum = tl.where(is_counted, statistics.log_sum, float("inf"))
     tl.store(largest_ptr + position, statistics.largest, mask=pixel.inside)
     tl.store(log_sum_ptr + position, log_sum, mask=pixel.inside)
+
+    if BINS is not None:
+        p = probability(look_up_own(view, pixel, TILE), statistics.largest, log_sum)
+        counters = histogram_ptr + group * (TILE.classes * BINS.row)
+        count_own(counters, p, pixel.own, is_counted, BINS)
+
+
+@triton.jit
+def probability(logits, largest, log_sum):
+    """The probabilities of logits. All passes have to get the same bits: others have other bins."""
+    return tl.exp2((logits - largest) * LOG2_E - log_sum)
+
+
+@triton.jit
+def count_pixels(counts_ptr, valid, is_counted):
+    """Count a program's valid pixels that are wrong, and those that are counted."""
+    tally = tl.sum(tl.where(is_counted, 1, valid.to(tl.int32) << 16))
+    wrong = (tally >> 16).to(counts_ptr.dtype.element_ty)
+    counted = (tally & 0xFFFF).to(counts_ptr.dtype.element_ty)
+    tl.atomic_add(counts_ptr, wrong, mask=wrong > 0, sem="relaxed")
+    tl.atomic_add(counts_ptr + 1, counted, mask=counted > 0, sem="relaxed")
+
+
+@triton.jit
+def count_own(counters_ptr, p, own, is_counted, BINS: tl.constexpr):
+    """Count every pixel's probability of its own class, in the counters of that class."""
+    COUNT: tl.constexpr = BINS.count
+    entry = in_histogram(p, BINS)
+    spread = 2 * COUNT + tl.program_id(0) % SPREAD
+    counter = own * BINS.row + tl.where(entry == COUNT - 1, spread, COUNT + entry)
+    counter = tl.where(is_counted, counter, -1)
+    one = tl.full((), 1, counters_ptr.dtype.element_ty)
+    tl.atomic_add(counters_ptr + counter.to(tl.int64), one, mask=counter >= 0, sem="relaxed")
 
 
 # --- histograms -----------------------------------------------------------------------------------
@@ -71,23 +116,22 @@ def _softmax_statistics_kernel(
 @triton.jit
 def _softmax_histogram_kernel(
     logits_ptr,  # [N, C, H, W]
-    target_ptr,  # [N, H, W]
     largest_ptr,  # [N, H, W]
     log_sum_ptr,  # [N, H, W]
-    histogram_ptr,  # [groups, C, 2, bins]
+    histogram_ptr,  # [groups, C, counters]
     logits_strides,
-    target_strides,
     pixels,  # of an image, in grains
-    width,
+    width,  # what divides by it
     chunks,  # of an image
     rounds,  # tiles of a chunk
     PER_IMAGE: tl.constexpr,
     APART: tl.constexpr,
+    FAR: tl.constexpr,
     BINS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Reads labels, statistics and logits once more; counts the errors of a few classes."""
-    ENTRIES: tl.constexpr = 2 * BINS.count
+    """Reads statistics, and logits once more; counts the probabilities of a few classes."""
+    COUNT: tl.constexpr = BINS.count
     CLASSES: tl.constexpr = TILE.unroll  # of a program
     CLASS_GROUPS: tl.constexpr = (TILE.classes + CLASSES - 1) // CLASSES
     program = tl.program_id(0)
@@ -99,36 +143,41 @@ def _softmax_histogram_kernel(
 
     counts = ()
     for _ in tl.static_range(CLASSES):
-        counts = counts + (tl.zeros((ENTRIES,), tl.int32),)
+        counts = counts + (tl.zeros((COUNT,), tl.int32),)
     for i in tl.range(0, rounds):
-        # labels and statistics of a tile
+        # statistics of a tile
         run = _run_of_tile(image, chunk * rounds + i, pixels, width, TILE)
-        label = _raw_labels(target_ptr, target_strides, run, TILE)
         first = image * pixels * TILE.grain + run.first
         largest = tl.load(largest_ptr + first + run.local, mask=run.inside, other=0.0)
         log_sum = tl.load(log_sum_ptr + first + run.local, mask=run.inside, other=float("inf"))
-        is_counted = log_sum < float("inf")
 
         # a histogram of every class
-        view = _view_of_tile(logits_ptr, logits_strides, run, APART, TILE)
+        view = _view_of_tile(logits_ptr, logits_strides, run, APART, FAR, TILE)
         added = ()
         for j in tl.static_range(CLASSES):
             channel = tl.minimum(first_class + j, TILE.classes - 1)
             pointers = view.pointer + channel.to(tl.int64) * view.stride + view.offsets
             logits = tl.load(pointers, mask=run.inside, other=0.0).to(largest.dtype)
-            p = tl.exp2((logits - largest) * LOG2_E - log_sum)
-            place = softmax_place(p, BINS)
-            entry = in_histogram(place.bin, label == channel, p >= 0.5, BINS)
-            added = added + (counts[j] + tl.histogram(entry, ENTRIES, mask=is_counted),)
+            entry = in_histogram(probability(logits, largest, log_sum), BINS)
+            added = added + (counts[j] + tl.histogram(entry, COUNT),)
         counts = added
 
-    entries = tl.arange(0, ENTRIES)
-    for j in tl.static_range(CLASSES):
+    add_to_histograms(histogram_ptr, counts, group, first_class, BINS, TILE)
+
+
+@triton.jit
+def add_to_histograms(
+    histogram_ptr, counts, group, first_class, BINS: tl.constexpr, TILE: tl.constexpr
+):
+    """Add a program's counts of a few classes to those of all programs."""
+    COUNT: tl.constexpr = BINS.count
+    index = tl.arange(0, COUNT)
+    for j in tl.static_range(len(counts)):
         channel = tl.minimum(first_class + j, TILE.classes - 1)
-        row = histogram_ptr + (group * TILE.classes + channel) * ENTRIES
+        row = histogram_ptr + (group * TILE.classes + channel) * BINS.row
         counted = tl.where(first_class + j < TILE.classes, counts[j], 0)
         tl.atomic_add(
-            row + entries, counted.to(row.dtype.element_ty), mask=counted > 0, sem="relaxed"
+            row + index, counted.to(row.dtype.element_ty), mask=counted > 0, sem="relaxed"
         )
 
 
@@ -147,6 +196,7 @@ def _hinge_histogram_kernel(
     IGNORED: tl.constexpr,
     PER_IMAGE: tl.constexpr,
     APART: tl.constexpr,
+    FAR: tl.constexpr,
     BINS: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -166,8 +216,8 @@ def _hinge_histogram_kernel(
     tally = tl.zeros((PIXELS,), tl.int32)  # of own pixels, and above 16 bits of wrong ones
     for i in tl.range(0, rounds):
         run = _run_of_tile(image, chunk * rounds + i, pixels, width, TILE)
-        pixel = load_pixels(target_ptr, target_strides, run, IGNORED, True, TILE)
-        view = _view_of_tile(logits_ptr, logits_strides, run, APART, TILE)
+        pixel = _pixels_of_tile(target_ptr, target_strides, run, IGNORED, FAR, TILE)
+        view = _view_of_tile(logits_ptr, logits_strides, run, APART, FAR, TILE)
         logits = tl.load(view.pointer + view.offsets, mask=run.inside, other=0.0)
         error = hinge_error(logits.to(tl.float64 if TILE.double else tl.float32), pixel)
 
@@ -208,26 +258,58 @@ def _run_of_tile(image, tile, pixels, width, TILE: tl.constexpr):
 
 
 @triton.jit
-def _view_of_tile(pointer, strides, run, APART: tl.constexpr, TILE: tl.constexpr):
-    """A run's view of logits; APART: their pixels lie at even distances, not side by side."""
+def _view_of_tile(
+    pointer, strides, run, APART: tl.constexpr, FAR: tl.constexpr, TILE: tl.constexpr
+):
+    """A run's view of logits.
+
+    APART: their pixels lie at even distances, not side by side. FAR: 32 bits may not be enough for
+    where they lie in an image.
+    """
     if APART:
         start = pointer + run.image * strides[0] + run.first * strides[3]
         view = View(pointer=start, offsets=run.local * strides[3], stride=strides[1])
-    else:
+    elif TILE.flat:
         view = view_of(pointer, strides, run, TILE)
+    else:
+        start, offsets = _in_rows(
+            pointer + run.image * strides[0], strides[2], strides[3], run, FAR
+        )
+        view = View(pointer=start, offsets=offsets, stride=strides[1])
     return view
 
 
 @triton.jit
-def _raw_labels(target_ptr, strides, run, TILE: tl.constexpr):
-    """The labels of a run as they are."""
-    GRAIN: tl.constexpr = TILE.grain
-    start = target_ptr + run.image * strides[0] * GRAIN
+def _pixels_of_tile(
+    target_ptr, strides, run, IGNORED: tl.constexpr, FAR: tl.constexpr, TILE: tl.constexpr
+):
+    """The pixels of a run with labels 0 and 1."""
     if TILE.flat:
-        pointers = start + run.first + run.local
+        pixel = load_pixels(target_ptr, strides, run, IGNORED, True, TILE)
     else:
-        pointers = start + far_offsets(run, strides[1], strides[2])
-    return tl.load(pointers, mask=run.inside, other=0).to(tl.int32)
+        start, offsets = _in_rows(
+            target_ptr + run.image * strides[0], strides[1], strides[2], run, FAR
+        )
+        loaded = tl.load(start + offsets, mask=run.inside, other=0)
+        label = sanitised_label(loaded, run.inside, tl.full((), 2, tl.int32), IGNORED)
+        pixel = Pixel(label=label, own=label, inside=run.inside)
+    return pixel
+
+
+@triton.jit
+def _in_rows(pointer, row_stride, column_stride, run, FAR: tl.constexpr):
+    """(pointer to a run's first row, offsets of its pixels), in a map with any strides."""
+    if FAR:
+        row = run.first // run.width[0]
+        column = (run.first - row * run.width[0]).to(tl.int32)
+    else:
+        row, column = divided(run.first.to(tl.int32), run.width)
+    down, column = divided(column + run.local, run.width)
+    if FAR:
+        offsets = down.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
+    else:
+        offsets = down * row_stride + column * column_stride
+    return pointer + row.to(tl.int64) * row_stride, offsets
 
 
 # --- loss and increments --------------------------------------------------------------------------
@@ -235,7 +317,7 @@ def _raw_labels(target_ptr, strides, run, TILE: tl.constexpr):
 
 @triton.jit
 def _increments_kernel(
-    histogram_ptr,  # [groups, C, 2, bins]
+    histogram_ptr,  # [groups, C, counters]
     counts_ptr,  # [groups, 2]
     table_ptr,  # [groups, C, 2 bins, 2]: increments of every entry of the histogram
     class_loss_ptr,  # [2, groups, C]: the loss of every class, and whether it takes part
@@ -260,12 +342,8 @@ def _increments_kernel(
     index = tl.arange(0, COUNT)
 
     # counts at the edges of the bins, from the largest errors down
-    others = tl.load(histogram_ptr + row * (2 * COUNT) + index)
-    own = tl.load(histogram_ptr + row * (2 * COUNT) + COUNT + index)
-    if BINS.hinge:
-        own_total = tl.load(counts_ptr + 2 * (program // classes) + 1)
-    else:
-        own_total = tl.sum(own)
+    pixels = tl.load(counts_ptr + 2 * (program // classes) + 1)
+    others, own, own_total = _counts_of_errors(histogram_ptr + row * BINS.row, pixels, BINS)
     others_low = tl.cumsum(others, 0, reverse=True)
     own_low = tl.cumsum(own, 0, reverse=True)
     others_high = others_low - others
@@ -299,6 +377,29 @@ def _increments_kernel(
     leave(sums, 0, counted)
     if comes_last(sums):
         _store_mean(loss_ptr, scale_ptr, class_loss_ptr, counts_ptr, (groups, classes), CLASSES)
+
+
+@triton.jit
+def _counts_of_errors(counters_ptr, pixels, BINS: tl.constexpr):
+    """(others' errors in each bin, own ones, own pixels in all) of a class.
+
+    ``pixels`` are those that are counted, or of a hinge the own ones.
+    """
+    COUNT: tl.constexpr = BINS.count
+    index = tl.arange(0, COUNT)
+    others = tl.load(counters_ptr + index)
+    if BINS.hinge:
+        own = tl.load(counters_ptr + COUNT + index)
+        own_total = pixels
+    else:
+        own = tl.load(counters_ptr + COUNT + index)
+        spread = tl.sum(tl.load(counters_ptr + 2 * COUNT + tl.arange(0, SPREAD)))
+        others -= tl.where(index == 0, tl.sum(others) - pixels, 0)
+        others -= own + tl.where(index == COUNT - 1, spread, 0)
+        # the error of an own pixel is 1 - p
+        own = tl.load(counters_ptr + 2 * COUNT - 1 - index) + tl.where(index == 0, spread, 0)
+        own_total = tl.sum(own)
+    return others, own, own_total
 
 
 @triton.jit

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import triton
 
-from .._core.backend import device_guard, warp_size
+from .._core.backend import all_registers, device_guard, warp_size
 from .._core.configurations import Configuration, launch_configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._core.process_groups import add_over_ranks
 from .._core.tuning_inputs import random_map
+from .._engine.cell_grid import _divisor, _even
 from .._engine.pixel_grid import _classes_in_lanes, _grain, _is_flat, in_grains, over_pixels
 from .._engine.pixel_terms import Loss, Term, Walk, terms_of
 from .._engine.pixel_tuning import pixel_candidates
@@ -33,7 +34,7 @@ from .lovasz_kernels import (
     _softmax_statistics_kernel,
 )
 from .lovasz_terms import (
-    IS_QUICK,
+    FEW_BINS,
     SOFTMAX,
     Counts,
     Options,
@@ -42,6 +43,7 @@ from .lovasz_terms import (
     chosen,
     filled_by_kernels,
     is_interpolated,
+    is_quick,
     kept,
     zero_counts,
 )
@@ -159,7 +161,9 @@ def _launch_statistics(
             "TERMS": terms_of((Term(SOFTMAX, ()),), logits, Walk(None, "sum"), save=False),
             "IGNORED": ignored_class(options.ignore_index, logits.size(1), target.dtype),
             "PER_IMAGE": options.per_image,
+            "BINS": None if options.exact else bins_of(SOFTMAX, options),
             **arguments,
+            **all_registers(),
         }
         return PreparedLaunch(_softmax_statistics_kernel, (programs,), constants, tile.grain > 1)
 
@@ -169,6 +173,7 @@ def _launch_statistics(
         "target_ptr": target,
         "largest_ptr": results.largest,
         "log_sum_ptr": results.log_sum,
+        "histogram_ptr": counts.histogram,
         "counts_ptr": counts.of_groups,
     }
     prepared(key, prepare)(**tensors)
@@ -178,22 +183,20 @@ def _launch_statistics(
 
 
 def histogram_heuristic(loss: Loss) -> Configuration:
-    """A configuration that is always valid: 8 pixels per lane, of a few classes at a time.
+    """A configuration that is always valid: several pixels per lane, of a few classes at a time.
 
-    There are fewer where a histogram takes registers for its bins: so few that nothing is spilled.
+    Where a histogram takes registers for its bins there is one class, and no spill.
     """
-    warps, pixels = 8, 8
-    if not IS_QUICK and warp_size() == 32:
-        pixels = 2 if loss.binary else 4
-    return {
-        "PIXELS": pixels * warps * warp_size(),
-        "CLASSES": 1 if loss.binary else 2,
-        "num_warps": warps,
-    }
+    warps, pixels, classes = 8, 8, 2
+    if loss.binary:
+        classes, pixels = 1, 8 if is_quick() or warp_size() == 64 else 2
+    elif not is_quick():
+        classes, pixels = 1, 16
+    return {"PIXELS": pixels * warps * warp_size(), "CLASSES": classes, "num_warps": warps}
 
 
 def _over_tiles(
-    loss: Loss, logits: torch.Tensor, target: torch.Tensor
+    loss: Loss, logits: torch.Tensor, target: torch.Tensor, bins: int
 ) -> tuple[int, dict[str, Any]]:
     """(programs, arguments) of a histogram, whose programs go through several tiles each."""
     images, classes = logits.shape[:2]
@@ -213,12 +216,16 @@ def _over_tiles(
         even = False  # a tile's pixels are counted in 32 bits
     per_lane = max(pixels // (warps * warp_size()), 1)
     grain = _grain(per_lane, logits, target) if side_by_side else 1
-    # Without whole aligned grains every pixel has an address, which takes registers. (Grains of 2
-    # would be one more kernel to compile.)
+    # Without whole aligned grains every pixel has an address, which takes registers: then there are
+    # fewer pixels, where a histogram takes many as well, and of pixels that lie apart one class.
+    # (Grains of 2 would be one more kernel to compile.)
     grain = grain if grain == 4 else 1
-    at_once = min(int(configuration["CLASSES"]), classes) if grain > 1 else 1
-    if loss.binary and grain == 1:  # it has two histograms
-        pixels //= 2
+    apart = even and not side_by_side
+    at_once = _even(classes, 1 if apart else int(configuration["CLASSES"]))
+    fewer = 2 if grain == 1 and (loss.binary or not is_quick()) else 1  # a hinge has two histograms
+    if not (loss.binary or is_quick()) and bins > FEW_BINS:
+        fewer *= 4
+    pixels = max(pixels // fewer, warps * warp_size())
     size = logits.size(2) * logits.size(3)
     tiles, class_groups = triton.cdiv(size, pixels), triton.cdiv(classes, at_once)
     rounds = min(max(images * tiles * class_groups // _PROGRAMS, 1), _MOST_ROUNDS, tiles)
@@ -227,16 +234,24 @@ def _over_tiles(
     tile = Tile(pixels, 1, at_once, grain, flat, classes, double, bundle=1, slots=1)
     return images * chunks * class_groups, {
         "logits_strides": in_grains(logits, tile),
-        "target_strides": in_grains(target, tile),
         "pixels": size // grain,
-        "width": logits.size(3),
+        "width": _divisor(logits.size(3)),
         "chunks": chunks,
         "rounds": rounds,
-        "APART": even and not side_by_side,
+        "APART": apart,
+        "FAR": _is_far(logits, pixels) or _is_far(target, pixels),
         "TILE": tile,
         "num_warps": warps,
         "enable_fp_fusion": True,
     }
+
+
+def _is_far(tensor: torch.Tensor, pixels: int) -> bool:
+    """Whether 32 bits are not enough for an image's pixels, or for how far a tile reaches."""
+    height, width = tensor.shape[-2:]
+    rows = min(triton.cdiv(pixels, width) + 1, height)
+    reach = rows * tensor.stride(-2) + width * tensor.stride(-1)
+    return height * width >= 2**31 or reach >= 2**31
 
 
 def _launch_histogram(
@@ -250,10 +265,12 @@ def _launch_histogram(
     """Count the errors in every bin of every class."""
 
     def prepare() -> PreparedLaunch:
-        programs, arguments = _over_tiles(loss, logits, target)
-        arguments |= {"PER_IMAGE": options.per_image, "BINS": bins_of(loss, options)}
+        bins = bins_of(loss, options)
+        programs, arguments = _over_tiles(loss, logits, target, bins.count)
+        arguments |= {"PER_IMAGE": options.per_image, "BINS": bins}
         if loss.binary:
             kernel: Any = _hinge_histogram_kernel
+            arguments["target_strides"] = in_grains(target, arguments["TILE"])
             arguments["IGNORED"] = ignored_class(options.ignore_index, 2, target.dtype)
         else:
             kernel = _softmax_histogram_kernel
@@ -262,11 +279,10 @@ def _launch_histogram(
     key = "lovasz_histogram", loss.name, kind(logits), kind(target), options, counts[0].dtype
     tensors: dict[str, Any] = {
         "logits_ptr": logits,
-        "target_ptr": target,
         "histogram_ptr": counts.histogram,
     }
     if loss.binary:
-        tensors["counts_ptr"] = counts.of_groups
+        tensors |= {"target_ptr": target, "counts_ptr": counts.of_groups}
     else:
         tensors |= {"largest_ptr": results.largest, "log_sum_ptr": results.log_sum}
     prepared(key, prepare)(**tensors)

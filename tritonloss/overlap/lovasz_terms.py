@@ -9,11 +9,12 @@ import torch
 import triton
 
 from .._core import checks
+from .._core.backend import warp_size
 from .._engine.pixel_terms import Loss
 from .._engine.pixels import Record, no_lookups
 from .._engine.planes import compute_dtype
 from ..pixelwise.softmax import softmax_add, softmax_start
-from .lovasz_bins import Bins
+from .lovasz_bins import SPREAD, Bins
 
 # Nothing but the fold of this record is called.
 SOFTMAX = Loss(
@@ -23,8 +24,11 @@ SOFTMAX = Loss(
 )
 HINGE = SOFTMAX._replace(name="lovasz_hinge", binary=True)
 
-# Whether a histogram takes Triton as long with many bins as with few; on AMD it never does.
+# Whether a histogram takes Triton as long with many bins as with few, on NVIDIA's GPUs.
 IS_QUICK = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) >= (3, 9)
+# Bins of a class that take so few registers, where a histogram takes some for each, that a lane has
+# many pixels.
+FEW_BINS = 1024
 # Pixels from which on 32 bits do not hold their count.
 _MANY = 2**31
 
@@ -65,6 +69,7 @@ def bins_of(loss: Loss, options: Options) -> Bins:
         each=each,
         digits=each.bit_length() - 1,
         hinge=loss.binary,
+        row=options.bins * 2 if loss.binary else options.bins * 4 + SPREAD.value,
     )
 
 
@@ -100,18 +105,23 @@ def kept(results: Results, save: bool) -> Results:
     return results if save else results._replace(table=None, largest=None, log_sum=None)
 
 
+def is_quick() -> bool:
+    """Whether histograms of many bins are quick. On AMD's GPUs lanes vote on every bin."""
+    return IS_QUICK and warp_size() == 32
+
+
 class Counts(NamedTuple):
     """What the kernels count: zeros before that, and integers in the same memory."""
 
-    histogram: torch.Tensor  # [groups * C * 2 * bins of a class]; empty where nothing is binned
-    of_groups: torch.Tensor  # [groups * 2]: pixels whose numbers are none; of a hinge, own pixels
+    histogram: torch.Tensor  # [groups * C * counters of a class]; empty where nothing is binned
+    of_groups: torch.Tensor  # [groups * 2]: pixels whose numbers are none; counted, or own ones
     both: torch.Tensor  # all of that memory
 
 
 def zero_counts(loss: Loss, logits: torch.Tensor, target: torch.Tensor, options: Options) -> Counts:
     """The counts before anything is counted."""
     groups = logits.size(0) if options.per_image else 1
-    entries = 0 if options.exact else groups * logits.size(1) * 2 * bins_of(loss, options).count
+    entries = 0 if options.exact else groups * logits.size(1) * bins_of(loss, options).row
     # Over ranks there may be more, and all have to agree.
     is_few = target.numel() < _MANY and options.group is None
     dtype = torch.int32 if is_few else torch.int64
