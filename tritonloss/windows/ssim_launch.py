@@ -379,8 +379,7 @@ def ssim_heuristic(
             configuration["COLUMNS"] = 2  # with 4, ptxas takes 255 registers and spills 24 bytes
         if backward and window_size <= 3:
             # Of rows that begin anywhere, and of labels of 64 bits, ptxas spills with more.
-            narrow = aligned and not wide and isinstance(options, LossOptions)
-            configuration["UNROLL"] = 4 if narrow else 1 if wide or not aligned else 2
+            configuration["UNROLL"] = 1 if wide or not aligned else 2
         if backward and window_size <= 3 and wide and aligned:
             # With four warps it takes 96 registers even so, and spills 16 bytes.
             configuration |= {"LANES": 2 * int(configuration["LANES"]), "num_warps": 8}
