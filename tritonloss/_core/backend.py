@@ -88,14 +88,15 @@ def warp_size() -> int:
     return int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
-def all_registers() -> dict[str, int]:
-    """The option of a launch that lets a thread have every register that NVIDIA's GPUs give it.
+def registers(most: int = 255) -> dict[str, int]:
+    """The option of a launch that says how many registers of NVIDIA's GPUs a thread may have.
 
-    Left to itself ptxas may decide for 168 or 96, so that more programs fit, and spill the rest.
+    Left to itself ptxas may decide for 168 or 96, so that more programs fit, and spill the rest. Or
+    it may take more than it needs, so that fewer fit.
     """
     if INTERPRETED or triton.runtime.driver.active.get_current_target().backend != "cuda":
         return {}
-    return {"maxnreg": 255}
+    return {"maxnreg": most}
 
 
 # Triton's interpreter replaces functions of its own library while it runs a kernel. A second thread

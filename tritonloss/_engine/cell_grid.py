@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from .._core.backend import all_registers, is_captured, stream_of, warp_size
+from .._core.backend import is_captured, registers, stream_of, warp_size
 from .._core.configurations import Configuration, launch_configuration
 from .cell_kernels import _upsampled_backward_kernel, _upsampled_forward_kernel
 from .cells import CellTile, Sizes
@@ -273,7 +273,7 @@ def over_strips(
         "CELLS": tile_of_cells._replace(even=even),
         "num_warps": int(configuration["num_warps"]),
         "enable_fp_fusion": True,
-        **all_registers(),
+        **registers(),
     }
 
 
