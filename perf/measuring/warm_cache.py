@@ -71,8 +71,7 @@ class Case:
         described = operation.inputs(case, torch.device("meta"))
         with scheduled(operation, case):
             trial = Trial(operation.function, case, tuple(map(_untouched, described)))
-            outputs, leaves = trial.forward()
-            torch.autograd.grad(outputs, leaves, [torch.empty_like(output) for output in outputs])
+            _backward(*trial.forward())
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,7 @@ class SelfTest:
         """Launch its forward and backward pass."""
         example = examples()[self.number]
         logits, target = self_test_inputs("cuda")
-        outputs = [x for x in example(logits.requires_grad_(), target) if x.requires_grad]
-        if outputs:
-            torch.autograd.grad(outputs, logits, [torch.empty_like(output) for output in outputs])
+        _backward(example(logits.requires_grad_(), target), [logits])
 
 
 @dataclass(frozen=True)
@@ -282,6 +279,13 @@ def _run(job: Job) -> tuple[str, str | None]:
     except Exception as error:  # the rest is wanted all the same
         return str(job), f"{type(error).__name__}: {str(error).strip()[:300]}"
     return str(job), None
+
+
+def _backward(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+    """Launch the backward pass, if there is one; matrices of confusion have none."""
+    outputs = [output for output in outputs if output.requires_grad]
+    if outputs:
+        torch.autograd.grad(outputs, leaves, [torch.empty_like(output) for output in outputs])
 
 
 def _untouched(described: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._core.backend import all_registers
+from .._core.backend import registers
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch
 from .cell_grid import axes_of, axes_of_walk, cell_heuristic, over_cells, over_strips
@@ -206,7 +206,7 @@ def _over_cells(
         **more,
     }
     programs, arguments = over_cells(losses, logits, target, walk, axes, configuration)
-    return programs, {**arguments, **all_registers()}
+    return programs, {**arguments, **registers()}
 
 
 def bins_of(classes: int) -> int:

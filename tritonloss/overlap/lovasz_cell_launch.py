@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 
-from .._core.backend import all_registers, warp_size
+from .._core.backend import registers, warp_size
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._engine.cell_grid import axes_of, cell_heuristic, over_cells, over_strips, pointers_of
@@ -132,10 +132,9 @@ def _prepare_statistics(
     }
     programs, arguments = over_cells([SOFTMAX], logits, target, walk, axes, heuristic)
     arguments["TILE"] = arguments["TILE"]._replace(scaled=False)
-    registers = dict.fromkeys(all_registers(), _REGISTERS)
     constants = {
         **arguments,
-        **({} if arguments["TILE"].double else registers),
+        **({} if arguments["TILE"].double else registers(_REGISTERS)),
         "logits_strides": logits.stride(),
         "target_strides": target.stride(),
         "programs": programs // logits.size(0),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import triton
 
-from .._core.backend import all_registers, device_guard, warp_size
+from .._core.backend import device_guard, registers, warp_size
 from .._core.configurations import Configuration, launch_configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._core.process_groups import add_over_ranks
@@ -163,7 +163,7 @@ def _launch_statistics(
             "PER_IMAGE": options.per_image,
             "BINS": None if options.exact else bins_of(SOFTMAX, options),
             **arguments,
-            **all_registers(),
+            **registers(),
         }
         return PreparedLaunch(_softmax_statistics_kernel, (programs,), constants, tile.grain > 1)
 
