@@ -22,7 +22,7 @@ from tests.losses.test_weighted_sum import (
     value_and_gradient,
 )
 from tests.oracle import LAYOUTS, as_layout, segmentation_case
-from tests.ranks import of_two_ranks
+from tests.ranks import of_ranks
 from tritonloss import (
     BinaryCrossEntropyLoss,
     CrossEntropyLoss,
@@ -262,7 +262,7 @@ def loss_on_one_rank(rank: int, device: str) -> dict[str, tuple[Tensor, ...]]:
 
 
 def test_process_groups(device: torch.device, tmp_path: Path) -> None:
-    for rank in of_two_ranks(loss_on_one_rank, tmp_path, device.type):
+    for rank in of_ranks(2, loss_on_one_rank, tmp_path, device.type):
         for per_image in (False, True):
             pairs = zip(rank[f"triton, {per_image}"], rank[f"reference, {per_image}"], strict=True)
             for kernel, reference in pairs:

@@ -88,6 +88,14 @@ def warp_size() -> int:
     return int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
+def architecture() -> int:
+    """The compute capability of NVIDIA's GPU, 90 for 9.0; 0 of others, and in the interpreter."""
+    if INTERPRETED:
+        return 0
+    target = triton.runtime.driver.active.get_current_target()
+    return int(target.arch) if target.backend == "cuda" else 0
+
+
 def registers(most: int = 255) -> dict[str, int]:
     """The option of a launch that says how many registers of NVIDIA's GPUs a thread may have.
 

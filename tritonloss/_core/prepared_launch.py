@@ -12,6 +12,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from . import configurations
+from .kernel_keys import complete_key
 
 _run = JITFunction.run
 _T = TypeVar("_T")
@@ -110,6 +111,7 @@ class PreparedLaunch:
         if not isinstance(self._kernel, JITFunction):  # the interpreter's
             self._kernel[self._grid](**tensors, **self._arguments)
             return None
+        complete_key(self._kernel, self._arguments.values())
         numbers = {p.name for p in self._kernel.params if not p.is_constexpr}
         known = {k: _any(v) if k in numbers else v for k, v in self._arguments.items()}
         pointers = tensors if aligned else {k: _anywhere(v) for k, v in tensors.items()}

@@ -352,7 +352,7 @@ def _chunks_of(plane, row, STRIP: tl.constexpr):
     """
     COLUMNS: tl.constexpr = STRIP.columns
     own = (row.chunk * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
-    if row.number.dtype == tl.int64:
+    if (row.number + row.chunk).dtype == tl.int64:  # the number may be the interpreter's, of Python
         pointer = plane.pointer + own + row.number * plane.row_stride * COLUMNS
     else:
         pointer = row_of(plane, row.number, STRIP) + own

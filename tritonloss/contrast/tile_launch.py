@@ -10,7 +10,7 @@ import triton
 from triton.runtime import driver
 
 from .._core import checks
-from .._core.backend import INTERPRETED
+from .._core.backend import INTERPRETED, architecture
 from .._core.configurations import Configuration, launch_configuration
 from .tiles import Tile
 
@@ -77,25 +77,17 @@ def heuristic(which: str, dims: int, dtype: torch.dtype, own: bool) -> Configura
         return _configuration(64, 32, 32, 128, 8, 2)
     if dims > 128 and which in ("slopes", "hardest") and _is_amd():
         return _configuration(64, 32, 64, 128, 8, 2)
-    architecture = _architecture()
+    arch = architecture()
     if dims > 256:
-        if 90 <= architecture < 120 and not own:
+        if 90 <= arch < 120 and not own:
             return _configuration(64, 32, 512, 512, 8, 2)
         return _configuration(64, 32, 64, 256, 8, 2)
     # From sm_100 to sm_110 narrow tiles take more registers than wide ones, on Triton 3.6.
-    narrow = which in ("positives", "hardest") and not 100 <= architecture < 120
+    narrow = which in ("positives", "hardest") and not 100 <= arch < 120
     if own or narrow:
         return _configuration(64, 32, 256, 256, 8, 2)
     # Keys are read once for all anchors of a tile, which is what Hopper would wait for.
-    return _configuration(128 if architecture == 90 else 64, 64, 256, 256, 8, 2)
-
-
-def _architecture() -> int:
-    """The compute capability of NVIDIA's GPU, 90 for 9.0; 0 of others, and in the interpreter."""
-    if INTERPRETED:
-        return 0
-    target = driver.active.get_current_target()
-    return int(target.arch) if target.backend == "cuda" else 0
+    return _configuration(128 if arch == 90 else 64, 64, 256, 256, 8, 2)
 
 
 def _is_amd() -> bool:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .._core.backend import device_guard, registers, warp_size
+from .._core.backend import architecture, device_guard, registers, warp_size
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._core.process_groups import add_over_ranks
@@ -375,6 +375,8 @@ def ssim_heuristic(
             configuration["COLUMNS"] = 2  # the adjoint of four maps would not fit the registers
         if backward and window_size == 7 and isinstance(options, ImageOptions):
             configuration["UNROLL"] = 1  # with 2, ptxas takes 168 registers and spills 16 bytes
+        if window_size > 7 and not 0 < architecture() < 100:
+            configuration["UNROLL"] = 1  # with 2, from sm_100 on and on AMD's GPUs, 8 to 88 B spill
         if window_size > 7 and not aligned and (wide or isinstance(options, ImageOptions)):
             configuration["COLUMNS"] = 2  # with 4, ptxas takes 255 registers and spills 24 bytes
         if backward and window_size <= 3:
