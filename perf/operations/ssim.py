@@ -189,51 +189,22 @@ def _taps(within: str, rows: Number) -> LoopNotes:
     return LoopNotes("taps", within, lambda given: rows(given) * taps(given["WINDOW.size"]))
 
 
-def _kernels(cases: tuple[str | None, ...]) -> dict[str, KernelNotes]:
-    """The notes of both kernels; ``cases`` are what a program chooses between, None for nothing."""
-
-    def rows(name: str, within: str, rounds: Number) -> tuple[LoopNotes, ...]:
-        return tuple(
-            LoopNotes(f"{name}, {case}" if case else name, within, rounds, case, unroll=_unroll)
-            for case in cases
-        )
-
-    return {
-        "_ssim_forward_kernel": KernelNotes(
-            _outputs, (*rows("rows", "_dissimilarities_of.i", _rows), _taps(".distance", _rows))
+_KERNELS = {
+    "_ssim_forward_kernel": KernelNotes(
+        _outputs, (LoopNotes("rows", ".i", _rows, unroll=_unroll), _taps(".distance", _rows))
+    ),
+    "_ssim_backward_kernel": KernelNotes(
+        share_of_the_map,
+        (
+            LoopNotes("coefficients", "_store_coefficients.i", _coefficient_rows, unroll=_unroll),
+            LoopNotes("gradients", "_store_gradients.i", _gradient_rows, unroll=_unroll),
+            _taps(".distance", _coefficient_rows),
+            _taps(".step", _gradient_rows),
+            LoopNotes("waiting", "_wait_for", _never),
+            LoopNotes("counters", "_put_back", _never),
         ),
-        "_ssim_backward_kernel": KernelNotes(
-            share_of_the_map,
-            (
-                *rows("coefficients", "_store_coefficients.i", _coefficient_rows),
-                LoopNotes("gradients", "_store_gradients.i", _gradient_rows, unroll=_unroll),
-                _taps(".distance", _coefficient_rows),
-                _taps(".step", _gradient_rows),
-                LoopNotes("waiting", "_wait_for", _never),
-                LoopNotes("counters", "_put_back", _never),
-            ),
-        ),
-    }
-
-
-# Whether the probabilities of a program's samples are near each other; see ssim_values.py.
-_ANYWHERE, _NEAR = "x anywhere", "x near"
-# Instructions forward and backward. Of smaller windows those on the line from the loss of single
-# pixels, which filters nothing, to a window of 11.
-_MOST = {3: (80.4, 151.0), 5: (101.5, 193.3), 7: (122.7, 235.5), 11: (165.0, 320.0)}
-_CODE_GOALS = tuple(
-    CodeGoal(
-        text=f"SSIM loss, window {case.options['window_size']}, {direction}: instructions",
-        case=case,
-        kernel=f"_ssim_{direction}_kernel",
-        loop=f"total, {_ANYWHERE}",
-        at_most=most,
-    )
-    for case in (LOSS_SHIPPED[0], LOSS_SHIPPED[3], LOSS_SHIPPED[4], LOSS_SHIPPED[1])
-    for direction, most in zip(
-        ("forward", "backward"), _MOST[case.options["window_size"]], strict=True
-    )
-)
+    ),
+}
 _OPERATORS = (
     "ssim_forward", "ssim_backward", "ssim_loss_backward", "ssim_careful_forward",
     "ssim_careful_backward",
@@ -248,11 +219,17 @@ OPERATIONS = (
         floor=loss_floor,
         cases=LOSS_CASES,
         shipped=(*LOSS_SHIPPED, *LOSS_RARE),
-        kernels=_kernels((_ANYWHERE, _NEAR)),
+        kernels=_KERNELS,
         operators=_OPERATORS,
         goals=(
             *_goals("SSIM loss, window 11", LOSS_BASE),
-            *_CODE_GOALS,
+            CodeGoal(
+                text="SSIM loss, window 11, forward: instructions",
+                case=LOSS_SHIPPED[1],
+                kernel="_ssim_forward_kernel",
+                loop="rows",
+                at_most=165.0,
+            ),
         ),
     ),
     Operation(
@@ -264,7 +241,7 @@ OPERATIONS = (
         floor=image_floor,
         cases=IMAGE_CASES,
         shipped=(*IMAGE_SHIPPED, *IMAGE_RARE),
-        kernels=_kernels((None,)),
+        kernels=_KERNELS,
         operators=_OPERATORS,
         goals=_goals("SSIM of images, window 11", IMAGE_BASE),
         libraries=peers.SSIM,

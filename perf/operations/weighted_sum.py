@@ -174,7 +174,7 @@ UPSAMPLED_RARE = rarely(
     {"shape": SHAPES["coco-stuff"], "options": {**_UPSAMPLED, "activation": "sigmoid"}},
 )
 UPSAMPLED_KERNELS = {
-    **upsampling.OVERLAP_KERNELS,
+    **{k: notes for k, notes in upsampling.OVERLAP_KERNELS.items() if k != "_class_head_kernel"},
     "_joint_head_kernel": KERNELS["_joint_head_kernel"],
 }
 

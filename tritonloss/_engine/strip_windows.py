@@ -88,13 +88,12 @@ def filtered_row(values, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: t
 
 @triton.jit
 def filtered_column(
-    partials, row, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr, start=None
+    partials, row, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """(finished sums, unfinished sums): vertical weighted sums, of which ``row`` finishes one.
 
     Every row is added to all sums that it belongs to, one FMA each (a transposed filter). partials
-    are the (WINDOW - 1) * COLUMNS unfinished sums, with those first that are finished next. Sums
-    of more than one row begin at ``start`` if it is given, else at 0.
+    are the (WINDOW - 1) * COLUMNS unfinished sums, with those first that are finished next.
     """
     finished = ()
     unfinished = ()
@@ -108,11 +107,7 @@ def filtered_column(
                 before = partials[(j + 1) * COLUMNS + v]
                 unfinished = unfinished + (plus(before, row[v], WEIGHTS[WINDOW - 2 - j]),)
         for v in tl.static_range(COLUMNS):
-            if start is None:
-                first = row[v] * WEIGHTS[0]
-            else:
-                first = plus(start, row[v], WEIGHTS[0])
-            unfinished = unfinished + (first,)
+            unfinished = unfinished + (row[v] * WEIGHTS[0],)
     return finished, unfinished
 
 

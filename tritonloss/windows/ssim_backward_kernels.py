@@ -30,7 +30,6 @@ from .._engine.strips import (
     SIZES,
     Program,
     Row,
-    counted,
     load_values,
     plane_of,
     row_limit,
@@ -40,8 +39,8 @@ from .._engine.strips import (
 from .ssim_adjoint import adjoint_rows, folded_column
 from .ssim_kernels import Maps, pair_of
 from .ssim_moments import dissimilarities, load_pair
-from .ssim_sums import about_pivots, advanced, begun
-from .ssim_values import exchange_of, slopes_of, valid_columns
+from .ssim_sums import advanced, begun
+from .ssim_values import exchange_of, valid_columns
 
 _SIZES = (
     *SIZES, "unit_channels", "units_of_image", "units", "ring", "lag", "out_tiles_x", "out_tiles",
@@ -62,7 +61,7 @@ class Pass(NamedTuple):
 class Upstream(NamedTuple):
     """The upstream gradient, and its map's size; a run-time value, like the tuples below."""
 
-    value: Any  # of the mean, times its scale; and what all gradients are multiplied with
+    value: Any  # of the mean, times its scale
     plane: Any  # of the map
     height: Any
     width: Any
@@ -155,11 +154,12 @@ def _programs_of(unit, tile, place, units, STRIP: tl.constexpr):
 
 
 @triton.jit
-def _value_of(grad_ptr, scale_ptr, FACTOR: tl.constexpr, dtype: tl.constexpr, PASS: tl.constexpr):
-    """FACTOR times the gradient of each pixel's dissimilarity; alone, if that is not the same."""
-    value = tl.full((), FACTOR, dtype)
-    if not PASS.mapped:
-        value = value * (tl.load(grad_ptr).to(dtype) * tl.load(scale_ptr))
+def _value_of(grad_ptr, scale_ptr, dtype: tl.constexpr, PASS: tl.constexpr):
+    """The gradient of each pixel's dissimilarity, if it is the same for all; 1 if not."""
+    if PASS.mapped:
+        value = 1.0
+    else:
+        value = tl.load(grad_ptr).to(dtype) * tl.load(scale_ptr)
     return value
 
 
@@ -195,19 +195,15 @@ def _coefficient_planes(pointer, strides, stride, program, STRIP: tl.constexpr):
 
 @triton.jit
 def _coefficients_of(
-    moments, v: tl.constexpr, scale, SIMILARITY: tl.constexpr, UNIT: tl.constexpr
+    moments, v: tl.constexpr, scale, SIMILARITY: tl.constexpr, SQUARE: tl.constexpr
 ):  # fmt: skip
-    """The coefficients of the windows in column v; scale is the gradient of a dissimilarity.
-
-    UNIT is that of the moments, and the coefficients are less by this factor.
-    """
-    SQUARE: tl.constexpr = UNIT * UNIT
-    C1: tl.constexpr = SIMILARITY.c1 * SQUARE
+    """The coefficients of the windows in column v; scale is the gradient of a dissimilarity."""
+    C1: tl.constexpr = SIMILARITY.c1
     mean_x = moments.mean_x[v]
     mean_y = moments.mean_y[v]
     mean_d = moments.mean_d[v]
     found = dissimilarities(moments, v, SIMILARITY, SQUARE)
-    to_structure = 2.0 * scale * found.inverse_e
+    to_structure = (2.0 * SQUARE) * scale * found.inverse_e
     if SIMILARITY.full:
         to_structure = to_structure * found.similar
         to_luminance = 2.0 * scale * found.inverse_d * (1.0 - found.structure)
@@ -218,12 +214,13 @@ def _coefficients_of(
     else:
         direct_x = tl.zeros_like(to_structure)
         direct_y = direct_x
-    slope_d = to_structure * UNIT
+    to_both = -found.structure * to_structure
+    residual_part = to_structure * mean_d
     return Coefficients(
-        constant_x=direct_x - to_structure * (mean_d - found.structure * mean_x),
-        slope_both=negated(found.structure) * slope_d,
-        slope_d=slope_d,
-        constant_y=direct_y + to_structure * (mean_d + found.structure * mean_y),
+        constant_x=direct_x - to_both * mean_x - residual_part,
+        slope_both=to_both,
+        slope_d=to_structure,
+        constant_y=direct_y - to_both * mean_y + residual_part,
     )
 
 
@@ -237,18 +234,16 @@ def _store_coefficients(
     COLUMNS: tl.constexpr = STRIP.columns
     UNROLL: tl.constexpr = STRIP.unroll
     SHIFT: tl.constexpr = 0 if WINDOW.padding == "valid" else -(WINDOW.size // 2)
-    UNIT: tl.constexpr = 1.0 if SIMILARITY.careful else WINDOW.unit
-    history = begun(pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
+    SQUARE: tl.constexpr = 1.0 if SIMILARITY.careful else WINDOW.unit * WINDOW.unit
+    pair, history = begun(pair, program, upstream.rows, SIMILARITY, WINDOW, STRIP, SHIFT)
     rows = tl.minimum(upstream.rows, upstream.height - program.first_row) + (SIZE - 1)
-    for i in tl.range(0, counted(rows, STRIP), UNROLL):
+    for i in tl.range(0, rows, UNROLL):
         for j in tl.static_range(UNROLL):
             moments, history = advanced(
                 i + j, history, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT
             )
-            number = i + j - (SIZE - 1)
-            height = upstream.height - program.first_row
-            limit = row_limit(tl.cast(number, tl.int32), height, upstream.width)
-            number += program.first_row
+            number = program.first_row + (i + j) - (SIZE - 1)
+            limit = tl.where((i + j >= SIZE - 1) & (number < upstream.height), upstream.width, 0)
             row = Row(number=number, chunk=program.chunk, limit=limit)
             if SIMILARITY.from_logits:
                 valid = valid_columns(pair, row, SIMILARITY, STRIP)
@@ -259,12 +254,12 @@ def _store_coefficients(
             maps_d = ()
             maps_y = ()
             for v in tl.static_range(COLUMNS):
-                scale = grad[v] * upstream.value if PASS.mapped else upstream.value
+                scale = grad[v] if PASS.mapped else upstream.value
                 if SIMILARITY.from_logits:
                     scale = tl.where(valid[v], scale, 0.0)
                 else:
                     scale = -scale  # the upstream gradient is that of the similarity
-                found = _coefficients_of(moments, v, scale, SIMILARITY, UNIT)
+                found = _coefficients_of(moments, v, scale, SIMILARITY, SQUARE)
                 maps_x = maps_x + (found.constant_x,)
                 maps_both = maps_both + (found.slope_both,)
                 maps_d = maps_d + (found.slope_d,)
@@ -286,8 +281,8 @@ def _store_gradients(
 ):  # fmt: skip
     """Store a tile of the gradients: the adjoint sums, each times its factor at the pixel."""
     SIZE: tl.constexpr = WINDOW.size
+    WEIGHTS: tl.constexpr = WINDOW.weights
     COLUMNS: tl.constexpr = STRIP.columns
-    WEIGHTS: tl.constexpr = WINDOW.down if COLUMNS > 1 else WINDOW.weights
     UNROLL: tl.constexpr = STRIP.unroll
     SHIFT: tl.constexpr = -(WINDOW.size - 1) if WINDOW.padding == "valid" else -(WINDOW.size // 2)
     MAPS: tl.constexpr = 4 if PASS.both else 3
@@ -295,25 +290,23 @@ def _store_gradients(
     none_yet = repeated(zeros(planes[0], STRIP), (SIZE - 1) * COLUMNS)
     history = repeated(none_yet, MAPS)
     rows = tl.minimum(gradients.rows, pair.height - program.first_row) + (SIZE - 1)
-    for i in tl.range(0, counted(rows, STRIP), UNROLL):
+    for i in tl.range(0, rows, UNROLL):
         for j in tl.static_range(UNROLL):
             # the adjoint, map by map
-            number = program.first_row + (i + j + SHIFT)
-            limit = row_limit(tl.cast(number, tl.int32), gradients.out_height, gradients.out_width)
+            number = program.first_row + (i + j) + SHIFT
+            limit = row_limit(number, gradients.out_height, gradients.out_width)
             row = Row(number=number, chunk=program.chunk, limit=limit)
             row_sums = adjoint_rows(
                 planes, row, pair.width, pair.window, WINDOW, SHIFT, STRIP, MAPS
             )
-            number = program.first_row + (i + j - (SIZE - 1))
-            in_strip = tl.cast(i + j - (SIZE - 1), tl.int32)
+            number = program.first_row + (i + j) - (SIZE - 1)
             sums = ()
             unfinished = ()
             for m in tl.static_range(MAPS):
                 if WINDOW.padding == "reflect":
                     finished, partials = folded_column(
-                        history[m], row_sums[m], program.first_row + in_strip, pair.height, dtype,
-                        WINDOW, COLUMNS,
-                    )  # fmt: skip
+                        history[m], row_sums[m], number, pair.height, dtype, WINDOW, COLUMNS
+                    )
                 else:
                     finished, partials = filtered_column(
                         history[m], row_sums[m], WEIGHTS, SIZE, COLUMNS
@@ -323,14 +316,11 @@ def _store_gradients(
             history = unfinished
 
             # the sums times their factors at the pixel
-            limit = row_limit(in_strip, pair.height - program.first_row, pair.width)
+            limit = tl.where((i + j >= SIZE - 1) & (number < pair.height), pair.width, 0)
             out_row = Row(number=number, chunk=program.chunk, limit=limit)
-            if SIMILARITY.from_logits and not SIMILARITY.careful:
-                values = slopes_of(pair, out_row, program.channel, SIMILARITY, STRIP)
-            else:
-                values = load_pair(
-                    pair, out_row, program.channel, SIMILARITY, STRIP, 0, COLUMNS, "zeros"
-                )
+            values = load_pair(
+                pair, out_row, program.channel, SIMILARITY, STRIP, 0, COLUMNS, "zeros"
+            )
             found = Coefficients(
                 constant_x=sums[0], slope_both=sums[1], slope_d=sums[2], constant_y=sums[MAPS - 1]
             )
@@ -338,14 +328,15 @@ def _store_gradients(
             gradient_y = ()
             for v in tl.static_range(COLUMNS):
                 x = values.x[v]
+                d = values.d[v]
+                if SIMILARITY.from_logits and not SIMILARITY.careful:
+                    # To all its digits. Beside small constants it has to be what the means saw.
+                    d = tl.where(values.y[v] > 0.5, negated(values.rest[v]), x)
                 # The first two nearly cancel.
-                residual_part = found.slope_d[v] * values.d[v]
+                residual_part = found.slope_d[v] * d
                 gradient = (found.constant_x[v] + residual_part) + found.slope_both[v] * x
                 if SIMILARITY.from_logits:
-                    slope = values.rest[v]
-                    if SIMILARITY.careful:
-                        slope = x * slope
-                    gradient = tl.where(values.valid[v], gradient * slope, 0.0)
+                    gradient = tl.where(values.valid[v], gradient * (x * values.rest[v]), 0.0)
                 gradient_x = gradient_x + (gradient,)
                 if PASS.both:
                     slope = found.slope_both[v]
@@ -393,7 +384,6 @@ def _ssim_backward_kernel(
     tiles,
     window,
     SIMILARITY: tl.constexpr,
-    NEAR: tl.constexpr,  # a Similarity, for programs whose x are near each other; or None
     WINDOW: tl.constexpr,
     OUT_STRIP: tl.constexpr,  # of the coefficients
     STRIP: tl.constexpr,  # of the gradients
@@ -401,9 +391,6 @@ def _ssim_backward_kernel(
 ):
     """Works on a tile of coefficients or of gradients, whichever comes next in the list."""
     dtype: tl.constexpr = coefficients_ptr.dtype.element_ty
-    # Coefficients are less by the unit of moments, and adjoint sums more by that of the window.
-    UNIT: tl.constexpr = 1.0 if SIMILARITY.careful else WINDOW.unit
-    FACTOR: tl.constexpr = UNIT / WINDOW.unit if STRIP.columns > 1 else UNIT
     ticket = tl.atomic_add(progress_ptr, 1, sem="relaxed", scope="gpu")
     step = ticket // (out_tiles + tiles)
     tile = ticket % (out_tiles + tiles)
@@ -435,22 +422,14 @@ def _ssim_backward_kernel(
         if is_first:
             upstream = Upstream(
                 rows=out_rows,
-                value=_value_of(grad_ptr, scale_ptr, FACTOR, dtype, PASS),
+                value=_value_of(grad_ptr, scale_ptr, dtype, PASS),
                 plane=plane_of(grad_ptr, grad_strides, program, OUT_STRIP),
                 height=out_height,
                 width=out_width,
             )
-            about = about_pivots(pair, program, out_rows, SIMILARITY, WINDOW, OUT_STRIP)
-            if NEAR is None:
-                _store_coefficients(
-                    about, program, planes, upstream, PASS, SIMILARITY, WINDOW, OUT_STRIP
-                )
-            elif about.share_of_y > 0.5:
-                _store_coefficients(
-                    about, program, planes, upstream, PASS, SIMILARITY, WINDOW, OUT_STRIP
-                )
-            else:
-                _store_coefficients(about, program, planes, upstream, PASS, NEAR, WINDOW, OUT_STRIP)
+            _store_coefficients(
+                pair, program, planes, upstream, PASS, SIMILARITY, WINDOW, OUT_STRIP
+            )
             _count_one(stored_ptr + 2 * unit)
         else:
             gradients = Gradients(

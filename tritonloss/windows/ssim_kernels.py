@@ -11,17 +11,15 @@ from .._engine.strips import (
     SIZES,
     Program,
     Row,
-    counted,
     label_plane_of,
     plane_of,
-    row_limit,
     store_columns,
     strip_program,
     zeros,
 )
 from .._engine.sums import Sums, comes_last, leave, total
 from .ssim_moments import Pair, dissimilarities, dissimilarity
-from .ssim_sums import about_pivots, advanced, begun
+from .ssim_sums import advanced, begun
 from .ssim_values import exchange_of, valid_columns
 
 
@@ -63,8 +61,7 @@ def pair_of(maps, program, exchange_ptr, SIMILARITY: tl.constexpr, STRIP: tl.con
         pivot_d=0.0,
         share_of_y=1.0,
         ones=1.0,
-        level_x=0.0,
-        level_d=0.0,
+        one=1.0,
     )
 
 
@@ -79,63 +76,6 @@ def _of_rows(rows, program, STRIP: tl.constexpr):
         first_column=program.first_column,
         first_row=program.first_row // ROWS * rows,
     )
-
-
-class Output(NamedTuple):
-    """Where the dissimilarities of a strip go; a run-time value."""
-
-    plane: Any  # of the map, if there is one
-    height: Any
-    width: Any
-    rows: Any  # of the strip
-
-
-@triton.jit
-def _dissimilarities_of(
-    pair, program, output, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr,
-    SHIFT: tl.constexpr, MAPPED: tl.constexpr,
-):  # fmt: skip
-    """(sum of the dissimilarities of a strip, how many they are), of each lane."""
-    SIZE: tl.constexpr = WINDOW.size
-    COLUMNS: tl.constexpr = STRIP.columns
-    UNROLL: tl.constexpr = STRIP.unroll
-    SQUARE: tl.constexpr = 1.0 if SIMILARITY.careful else WINDOW.unit * WINDOW.unit
-    dissimilarity_sum = zeros(pair.x, STRIP)
-    count = zeros(pair.x, STRIP)
-    history = begun(pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
-    height = output.height - program.first_row
-    rows = tl.minimum(output.rows, height) + (SIZE - 1)
-    for i in tl.range(0, counted(rows, STRIP), UNROLL):
-        for j in tl.static_range(UNROLL):
-            moments, history = advanced(
-                i + j, history, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT
-            )
-            number = i + j - (SIZE - 1)
-            limit = row_limit(tl.cast(number, tl.int32), height, output.width)
-            number += program.first_row
-            row = Row(number=number, chunk=program.chunk, limit=limit)
-            if SIMILARITY.from_logits:
-                valid = valid_columns(pair, row, SIMILARITY, STRIP)
-            similarities = ()
-            for v in tl.static_range(COLUMNS):
-                if SIMILARITY.from_logits and not SIMILARITY.careful:
-                    different = dissimilarity(moments, v, SIMILARITY, SQUARE)
-                else:
-                    found = dissimilarities(moments, v, SIMILARITY, SQUARE)
-                    different = found.structure
-                    if SIMILARITY.full:
-                        different += found.luminance * (1.0 - found.structure)
-                if SIMILARITY.from_logits:
-                    counts = valid[v]
-                else:
-                    counts = program.chunk * COLUMNS + v < row.limit
-                weight = tl.where(counts, 1.0, 0.0).to(count.dtype)
-                dissimilarity_sum += different * weight
-                count += weight
-                similarities = similarities + (1.0 - different,)
-            if MAPPED:
-                store_columns(output.plane, row, similarities, STRIP)
-    return dissimilarity_sum, count
 
 
 @triton.jit(do_not_specialize=(*SIZES, "rows"))
@@ -161,13 +101,16 @@ def _ssim_forward_kernel(
     window,
     programs,
     SIMILARITY: tl.constexpr,
-    NEAR: tl.constexpr,  # a Similarity, for programs whose x are near each other; or None
     WINDOW: tl.constexpr,
     STRIP: tl.constexpr,
     SHIFT: tl.constexpr,
     MAPPED: tl.constexpr,
 ):
     """Reads x and y once; writes the mean loss of logits, or the mean or map of a similarity."""
+    SIZE: tl.constexpr = WINDOW.size
+    COLUMNS: tl.constexpr = STRIP.columns
+    UNROLL: tl.constexpr = STRIP.unroll
+    SQUARE: tl.constexpr = 1.0 if SIMILARITY.careful else WINDOW.unit * WINDOW.unit
     program = _of_rows(rows, strip_program(channels, tiles_x, tiles_y, STRIP), STRIP)
     maps = Maps(
         x=x_ptr, y=y_ptr, x_strides=x_strides, y_strides=y_strides, classes=channels, height=height,
@@ -178,20 +121,39 @@ def _ssim_forward_kernel(
     map_plane = plane_of(result_ptr, result_strides, program, STRIP)
 
     # row by row: moments, dissimilarities, their sums
-    output = Output(plane=map_plane, height=out_height, width=out_width, rows=rows)
-    pair = about_pivots(pair, program, rows, SIMILARITY, WINDOW, STRIP)
-    if NEAR is None:
-        dissimilarity_sum, count = _dissimilarities_of(
-            pair, program, output, SIMILARITY, WINDOW, STRIP, SHIFT, MAPPED
-        )
-    elif pair.share_of_y > 0.5:
-        dissimilarity_sum, count = _dissimilarities_of(
-            pair, program, output, SIMILARITY, WINDOW, STRIP, SHIFT, MAPPED
-        )
-    else:
-        dissimilarity_sum, count = _dissimilarities_of(
-            pair, program, output, NEAR, WINDOW, STRIP, SHIFT, MAPPED
-        )
+    dissimilarity_sum = zeros(pair.x, STRIP)
+    count = zeros(pair.x, STRIP)
+    pair, history = begun(pair, program, rows, SIMILARITY, WINDOW, STRIP, SHIFT)
+    steps = tl.minimum(rows, out_height - program.first_row) + (SIZE - 1)
+    for i in tl.range(0, steps, UNROLL):
+        for j in tl.static_range(UNROLL):
+            moments, history = advanced(
+                i + j, history, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT
+            )
+            number = program.first_row + (i + j) - (SIZE - 1)
+            limit = tl.where((i + j >= SIZE - 1) & (number < out_height), out_width, 0)
+            row = Row(number=number, chunk=program.chunk, limit=limit)
+            if SIMILARITY.from_logits:
+                valid = valid_columns(pair, row, SIMILARITY, STRIP)
+            similarities = ()
+            for v in tl.static_range(COLUMNS):
+                if SIMILARITY.from_logits and not SIMILARITY.careful:
+                    different = dissimilarity(moments, v, SIMILARITY, SQUARE)
+                else:
+                    found = dissimilarities(moments, v, SIMILARITY, SQUARE)
+                    different = found.structure
+                    if SIMILARITY.full:
+                        different += found.luminance * (1.0 - found.structure)
+                if SIMILARITY.from_logits:
+                    counts = valid[v]
+                else:
+                    counts = program.chunk * COLUMNS + v < limit
+                weight = tl.where(counts, 1.0, 0.0).to(count.dtype)
+                dissimilarity_sum += different * weight
+                count += weight
+                similarities = similarities + (1.0 - different,)
+            if MAPPED:
+                store_columns(map_plane, row, similarities, STRIP)
     if not MAPPED:
         # the mean, by the last program
         sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs, rows=2)

@@ -27,7 +27,6 @@ class Similarity(NamedTuple):
     crowded: bool  # all values of 8-bit labels are classes
     exchanged: bool  # a lane evaluates its own pixels only, and leaves them to its neighbours
     careful: bool  # moments in two levels, for small constants; else plain sums about a pivot
-    share: int | None  # d is x - y if it is 1, x if it is 0; None: each lane decides
 
 
 class Pair(NamedTuple):
@@ -42,10 +41,9 @@ class Pair(NamedTuple):
     exchange_ptr: Any  # where a program's lanes leave their pixels
     pivot_x: Any  # what plain sums of x are taken about
     pivot_d: Any  # and those of d
-    share_of_y: Any  # d is x - y if it is 1, x if it is 0: of all lanes, or of each
+    share_of_y: Any  # d is x - y if it is 1, x if it is 0
     ones: Any  # the sum of a window that is 1 everywhere, to the last bit
-    level_x: Any  # what means are about: the pivots times that sum
-    level_d: Any
+    one: Any  # its inverse
 
 
 class Values(NamedTuple):
@@ -72,24 +70,13 @@ class RowMoments(NamedTuple):
 
 
 class PairMoments(NamedTuple):
-    """Moments of whole windows, a tensor per column; in units of the window if they are sums."""
+    """Moments of whole windows, a tensor per column."""
 
     mean_x: Any
     mean_y: Any
     mean_d: Any
-    divisor: Any  # variance of x + variance of y + C2
+    both: Any  # variance of x + variance of y
     residual: Any  # variance of d
-
-
-@triton.jit
-def source_of(i, pair, program, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
-    """Where row i of the strip comes from."""
-    PADDING: tl.constexpr = WINDOW.padding
-    number = source_row(program.first_row + tl.cast(i + SHIFT, tl.int32), pair.height, PADDING)
-    limit = row_limit(number, pair.height, pair.width)
-    if PADDING == "zeros" or PADDING == "valid":
-        number = program.first_row + (i + SHIFT)  # as wide as the loop counts
-    return Row(number=number, chunk=program.chunk, limit=limit)
 
 
 @triton.jit
@@ -235,15 +222,15 @@ def next_moments(
     PADDING: tl.constexpr = WINDOW.padding
     COLUMNS: tl.constexpr = STRIP.columns
     RADIUS: tl.constexpr = WINDOW.size // 2
-    C2: tl.constexpr = SIMILARITY.c2
 
     # moments along the row
-    row = source_of(i, pair, program, WINDOW, SHIFT)
+    number = source_row(program.first_row + i + SHIFT, pair.height, PADDING)
+    limit = row_limit(number, pair.height, pair.width)
     if COLUMNS == 1:
-        middle = program.chunk + (SHIFT + RADIUS)
-        centre = Row(number=row.number, chunk=middle, limit=row.limit)
+        centre = Row(number=number, chunk=program.chunk + (SHIFT + RADIUS), limit=limit)
         along = _streamed_moments_of_pair(pair, centre, program.channel, SIMILARITY, WINDOW, STRIP)
     else:
+        row = Row(number=number, chunk=program.chunk, limit=limit)
         values = load_pair(
             pair, row, program.channel, SIMILARITY, STRIP, SHIFT, COLUMNS + SIZE - 1, PADDING
         )
@@ -257,7 +244,7 @@ def next_moments(
     mean_x = ()
     mean_y = ()
     mean_d = ()
-    divisor = ()
+    variance_both = ()
     variance_d = ()
     for v in tl.static_range(COLUMNS):
         shift_x, shift_d, spread, spread_d = _moments_about(
@@ -266,10 +253,10 @@ def next_moments(
         mean_x = mean_x + (means_x[RADIUS * COLUMNS + v] + shift_x,)
         mean_d = mean_d + (means_d[RADIUS * COLUMNS + v] + shift_d,)
         mean_y = mean_y + (mean_x[v] - mean_d[v],)
-        divisor = divisor + ((both[v] + spread) + C2,)
+        variance_both = variance_both + (both[v] + spread,)
         variance_d = variance_d + (residual[v] + spread_d,)
     moments = PairMoments(
-        mean_x=mean_x, mean_y=mean_y, mean_d=mean_d, divisor=divisor, residual=variance_d
+        mean_x=mean_x, mean_y=mean_y, mean_d=mean_d, both=variance_both, residual=variance_d
     )
     history = RowMoments(
         mean_x=without_oldest(means_x, SIZE, COLUMNS),
@@ -286,11 +273,10 @@ def dissimilarity(moments, v: tl.constexpr, SIMILARITY: tl.constexpr, SQUARE: tl
 
     With D = m_x^2 + m_y^2 + C1 and E = s_x + s_y + C2 it is (m_d^2 E + s_d (D - m_d^2)) / (D E),
     and D - m_d^2 = 2 m_x m_y + C1.
-
-    SQUARE is the unit of variances.
     """
-    C1: tl.constexpr = SIMILARITY.c1 * SQUARE
-    structure = moments.divisor[v]
+    C1: tl.constexpr = SIMILARITY.c1
+    C2: tl.constexpr = SIMILARITY.c2 * SQUARE
+    structure = moments.both[v] + C2
     if SIMILARITY.full:
         squared = moments.mean_d[v] * moments.mean_d[v]
         twice_product = 2.0 * moments.mean_x[v] * moments.mean_y[v] + C1
@@ -308,17 +294,18 @@ class Dissimilarities(NamedTuple):
     similar: Any  # 1 - u, which is next to 0 where one map's mean is: not a difference
     structure: Any  # v = 1 - S_2
     inverse_d: Any  # 1 / (m_x^2 + m_y^2 + C1)
-    inverse_e: Any  # 1 / (s_x + s_y + C2)
+    inverse_e: Any  # 1 / (s_x + s_y + C2), in the variances' unit
 
 
 @triton.jit
 def dissimilarities(moments, v: tl.constexpr, SIMILARITY: tl.constexpr, SQUARE: tl.constexpr):
     """The Dissimilarities of column v: 1 - S_1, 1 - S_2 and their inverse divisors (Eq. 6)."""
-    C1: tl.constexpr = SIMILARITY.c1 * SQUARE
+    C1: tl.constexpr = SIMILARITY.c1
+    C2: tl.constexpr = SIMILARITY.c2 * SQUARE
     squared = moments.mean_d[v] * moments.mean_d[v]
     twice_product = 2.0 * moments.mean_x[v] * moments.mean_y[v] + C1
     inverse_d = inverse(squared + twice_product)
-    inverse_e = inverse(moments.divisor[v])
+    inverse_e = inverse(moments.both[v] + C2)
     return Dissimilarities(
         luminance=squared * inverse_d,
         similar=twice_product * inverse_d,

@@ -21,13 +21,9 @@ SIZES_OF_SUMS = range(3, 12)
 
 
 class Comparison(NamedTuple):
-    """What the kernels are compiled for: the arithmetic and the window.
-
-    ``near`` is the arithmetic of programs whose x are near each other, if that is another one.
-    """
+    """What the kernels are compiled for: the arithmetic and the window."""
 
     similarity: Similarity
-    near: Similarity | None
     window: SumWindow
 
 
@@ -72,12 +68,8 @@ class LossOptions(NamedTuple):
             crowded=crowded,
             exchanged=exchanged,
             careful=self.careful,
-            share=None if strip.channels_in_lanes or exchanged else 1,
         )
-        is_one = self.careful or similarity.share is None
-        near = None if is_one else similarity._replace(share=0)
-        window = sum_window_of(self.window_size, self.sigma, self.padding)
-        return Comparison(similarity, near, window)
+        return Comparison(similarity, sum_window_of(self.window_size, self.sigma, self.padding))
 
 
 class ImageOptions(NamedTuple):
@@ -114,10 +106,8 @@ class ImageOptions(NamedTuple):
             crowded=False,
             exchanged=False,
             careful=self.careful,
-            share=1,
         )
-        window = sum_window_of(self.window_size, self.sigma, self.padding)
-        return Comparison(similarity, None, window)
+        return Comparison(similarity, sum_window_of(self.window_size, self.sigma, self.padding))
 
 
 Options = LossOptions | ImageOptions

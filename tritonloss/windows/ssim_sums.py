@@ -57,39 +57,15 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def _starts(pair, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr):
-    """What the sums down the rows begin at: C2 is in the divisor of 1 - S_2 without an addition.
-
-    That divisor is s_d + 2 c, where c begins at half of C2. Where only x is filtered, s_d is s_x +
-    s_y - 2 c, and s_x begins at C2.
-    """
-    C2: tl.constexpr = SIMILARITY.c2 * WINDOW.unit * WINDOW.unit
-    zero = zeros(pair.x, STRIP)
-    square = zero
-    if SIMILARITY.share is None:
-        square = zero + (1.0 - pair.share_of_y) * C2
-    elif SIMILARITY.share == 0:
-        square = zero + C2
-    return Sums(first=zero, d=zero, product=zero + 0.5 * C2, square=square)
-
-
-@triton.jit
-def _empty_sums(pair, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr):
+def _empty_sums(pair, WINDOW: tl.constexpr, STRIP: tl.constexpr):
     """What a strip carries before its first row."""
     ROWS: tl.constexpr = (WINDOW.size - 1) * STRIP.columns
-    starts = _starts(pair, SIMILARITY, WINDOW, STRIP)
-    return Sums(
-        first=repeated(starts.first, ROWS),
-        d=repeated(starts.d, ROWS),
-        product=repeated(starts.product, ROWS),
-        square=repeated(starts.square, ROWS),
-    )
+    rows = repeated(zeros(pair.x, STRIP), ROWS)
+    return Sums(first=rows, d=rows, product=rows, square=rows)
 
 
 @triton.jit
-def _filtered(
-    values, history, start, DOWN: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr
-):
+def _filtered(values, history, DOWN: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr):
     """(finished sums, history) of one moment, along the row and down the rows at once.
 
     It is called for one moment after the other: there are not enough registers for the row sums of
@@ -99,7 +75,7 @@ def _filtered(
     ALONG: tl.constexpr = WINDOW.along
     COLUMNS: tl.constexpr = STRIP.columns
     row = filtered_row(values, ALONG, SIZE, COLUMNS)
-    return filtered_column(history, row, DOWN, SIZE, COLUMNS, start)
+    return filtered_column(history, row, DOWN, SIZE, COLUMNS)
 
 
 @triton.jit
@@ -117,28 +93,22 @@ def _next_sums(
     for j in tl.static_range(COUNT):
         products = products + (row.first[j] * row.other[j],)
         squares = squares + (row.d[j] * row.d[j],)
-    first, rest_first = _filtered(row.first, history.first, None, DOWN, WINDOW, STRIP)
-    d, rest_d = _filtered(row.d, history.d, None, DOWN, WINDOW, STRIP)
-    starts = _starts(pair, SIMILARITY, WINDOW, STRIP)
-    product, rest = _filtered(
-        products, history.product, starts.product, DOWN_OF_PRODUCTS, WINDOW, STRIP
-    )
-    square, rest_square = _filtered(
-        squares, history.square, starts.square, DOWN_OF_PRODUCTS, WINDOW, STRIP
-    )
+    first, rest_first = _filtered(row.first, history.first, DOWN, WINDOW, STRIP)
+    d, rest_d = _filtered(row.d, history.d, DOWN, WINDOW, STRIP)
+    product, rest = _filtered(products, history.product, DOWN_OF_PRODUCTS, WINDOW, STRIP)
+    square, rest_square = _filtered(squares, history.square, DOWN_OF_PRODUCTS, WINDOW, STRIP)
     sums = Sums(first=first, d=d, product=product, square=square)
     return sums, Sums(first=rest_first, d=rest_d, product=rest, square=rest_square)
 
 
 @triton.jit
-def _moments_of(sums, pair, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr):
-    """The moments of windows, in units of the window: those of variances are squared."""
+def _moments_of(sums, pair, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
+    """The moments of windows; variances in the square of the window's unit."""
     COLUMNS: tl.constexpr = STRIP.columns
-    C2: tl.constexpr = SIMILARITY.c2 * WINDOW.unit * WINDOW.unit
     mean_x = ()
     mean_y = ()
     mean_d = ()
-    divisors = ()
+    both = ()
     residual = ()
     for v in tl.static_range(COLUMNS):
         first = sums.first[v]
@@ -146,43 +116,29 @@ def _moments_of(sums, pair, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr, STRI
         variance_d = sums.square[v] - d * d
         if SIMILARITY.from_logits:
             # The variance of y is E[y] (1 - E[y]), and exactly 0 where y is 1 in the whole window.
-            y = first
-            rest_of_y = pair.ones - y
-            covariance = sums.product[v] - d * y
-            if SIMILARITY.share == 1:
-                shift_d = d
-                x = shift_d + y
-                covariance += y * rest_of_y
-                divisor = variance_d + 2.0 * covariance
-            elif SIMILARITY.share == 0:
-                x = d + pair.level_d
-                shift_d = x - y
-                divisor = variance_d + y * rest_of_y
-                variance_d = divisor - 2.0 * covariance
-            else:
-                missing = 1.0 - pair.share_of_y
-                shift_d = (d + pair.level_d) - missing * y
-                x = shift_d + y
-                variance_y = y * rest_of_y
-                variance_d += missing * (variance_y - 2.0 * covariance)
-                covariance += pair.share_of_y * variance_y
-                divisor = variance_d + 2.0 * covariance
+            variance_y = first * (pair.ones - first)
+            covariance = sums.product[v] - d * first
+            y = first * pair.one
+            missing = 1.0 - pair.share_of_y
+            shift_d = (d * pair.one + pair.pivot_d) - missing * y
+            x = shift_d + y
+            variance_d += missing * (variance_y - 2.0 * covariance)
+            covariance += pair.share_of_y * variance_y
+            variances = variance_d + 2.0 * covariance
         else:
-            shift_d = d + pair.level_d
-            x = first + pair.level_x
+            shift_d = d * pair.one + pair.pivot_d
+            x = first * pair.one + pair.pivot_x
             y = x - shift_d
             covariance = sums.product[v] - first * (first - d)
             # Of large values rounding may leave a variance far below 0. NaN stays NaN.
             variance_d = tl.maximum(variance_d, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            divisor = tl.maximum(variance_d + 2.0 * covariance, C2)
+            variances = tl.maximum(variance_d + 2.0 * covariance, 0.0)
         mean_x = mean_x + (x,)
         mean_y = mean_y + (y,)
         mean_d = mean_d + (shift_d,)
-        divisors = divisors + (divisor,)
+        both = both + (variances,)
         residual = residual + (variance_d,)
-    return PairMoments(
-        mean_x=mean_x, mean_y=mean_y, mean_d=mean_d, divisor=divisors, residual=residual
-    )
+    return PairMoments(mean_x=mean_x, mean_y=mean_y, mean_d=mean_d, both=both, residual=residual)
 
 
 @triton.jit
@@ -205,36 +161,25 @@ def _ones_of(pair, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def about_pivots(
-    pair, program, rows, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr
-):
-    """The pair with what its plain sums are taken about, from a strip of ``rows`` rows."""
-    if not SIMILARITY.careful:
+def begun(
+    pair, program, rows, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr,
+    SHIFT: tl.constexpr,
+):  # fmt: skip
+    """(pair, history) before the first row of a strip."""
+    if SIMILARITY.careful:
+        history = empty_history(pair, WINDOW, STRIP)
+    else:
         pivots = pivots_of(pair, program, rows, SIMILARITY, STRIP)
         ones = _ones_of(pair, WINDOW)
         pair = Pair(
             x=pair.x, y=pair.y, classes=pair.classes, height=pair.height, width=pair.width,
             window=pair.window, exchange_ptr=pair.exchange_ptr, pivot_x=pivots.x, pivot_d=pivots.d,
-            share_of_y=pivots.share_of_y, ones=ones, level_x=pivots.x * ones,
-            level_d=pivots.d * ones,
+            share_of_y=pivots.share_of_y, ones=ones, one=1.0 / ones,
         )  # fmt: skip
-    return pair
-
-
-@triton.jit
-def begun(
-    pair, program, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr,
-    SHIFT: tl.constexpr,
-):  # fmt: skip
-    """The history before the first row of a strip."""
-    if SIMILARITY.careful:
-        history = empty_history(pair, WINDOW, STRIP)
-    else:
-        history = _empty_sums(pair, SIMILARITY, WINDOW, STRIP)
+        history = _empty_sums(pair, WINDOW, STRIP)
         if SIMILARITY.exchanged:
-            first = tl.full((), 0, tl.int64)
-            leave_row(first, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
-    return history
+            leave_row(0, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
+    return pair, history
 
 
 @triton.jit
@@ -247,7 +192,7 @@ def advanced(
         moments, history = next_moments(i, history, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
     else:
         sums, history = _next_sums(i, history, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
-        moments = _moments_of(sums, pair, SIMILARITY, WINDOW, STRIP)
+        moments = _moments_of(sums, pair, SIMILARITY, STRIP)
     return moments, history
 
 
