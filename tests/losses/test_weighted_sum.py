@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import tritonloss
+from tests.losses.pixelwise.upsampled import upsampled_case
 from tests.oracle import LAYOUTS, as_layout, check_three_way, segmentation_case
 from tests.ranks import of_ranks
 from tritonloss import (
@@ -414,20 +415,25 @@ def test_wrong_members_are_named() -> None:
 # --- ranks ----------------------------------------------------------------------------------------
 
 
-def loss_on_one_rank(rank: int, device: str) -> dict[str, tuple[Tensor, ...]]:
+def loss_on_one_rank(rank: int, device: str, upsample: str | None) -> dict[str, tuple[Tensor, ...]]:
     group = torch.distributed.group.WORLD
+    size = (5, 6) if upsample is None else (2, 3)
     found = {}
     for backend in ("triton", "reference"):
         with tritonloss.use_backend(backend):
             for per_image in (False, True):
-                logits, target = segmentation_case((1, 4, 5, 6), seed=rank, device=device)
+                logits, target = upsampled_case(
+                    size, (5, 6), classes=4, seed=rank, device=torch.device(device)
+                )
                 leaf = logits.requires_grad_()
+                everywhere: dict[str, Any] = {"process_group": group, "upsample": upsample}
                 criterion = WeightedSum(
                     [
-                        (1.0, CrossEntropyLoss()),
-                        (0.5, DiceLoss(process_group=group)),
-                        (2.0, TverskyLoss(per_image=per_image, process_group=group)),
-                        (0.25, SoftIoULoss()),
+                        (1.0, CrossEntropyLoss(**everywhere)),
+                        (0.5, DiceLoss(**everywhere)),
+                        (2.0, TverskyLoss(per_image=per_image, **everywhere)),
+                        (0.25, SoftIoULoss(upsample=upsample)),
+                        (0.5, CrossEntropyLoss(upsample=upsample)),
                     ]
                 )
                 value = criterion(leaf, target)
@@ -437,8 +443,9 @@ def loss_on_one_rank(rank: int, device: str) -> dict[str, tuple[Tensor, ...]]:
     return found
 
 
-def test_process_groups(device: torch.device, tmp_path: Path) -> None:
-    for rank in of_ranks(2, loss_on_one_rank, tmp_path, device.type):
+@pytest.mark.parametrize("upsample", [None, "bilinear"])
+def test_process_groups(upsample: str | None, device: torch.device, tmp_path: Path) -> None:
+    for rank in of_ranks(2, loss_on_one_rank, tmp_path, device.type, upsample):
         for per_image in (False, True):
             pairs = zip(rank[f"triton, {per_image}"], rank[f"reference, {per_image}"], strict=True)
             for kernel, reference in pairs:

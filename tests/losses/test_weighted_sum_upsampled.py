@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,13 +21,11 @@ from tests.losses.test_weighted_sum import (
     value_and_gradient,
 )
 from tests.oracle import LAYOUTS, as_layout, segmentation_case
-from tests.ranks import of_ranks
 from tritonloss import (
     BinaryCrossEntropyLoss,
     CrossEntropyLoss,
     DiceLoss,
     MarginCalibratedLoss,
-    SoftIoULoss,
     TverskyLoss,
     WeightedSum,
 )
@@ -229,41 +226,3 @@ def test_the_same_twice(device: torch.device) -> None:
     criterion = WeightedSum(between(SUMS["two passes"](5, device)))
     first, again = (value_and_gradient(criterion, logits, target) for _ in range(2))
     assert all(map(torch.equal, first, again))
-
-
-# --- ranks ----------------------------------------------------------------------------------------
-
-
-def loss_on_one_rank(rank: int, device: str) -> dict[str, tuple[Tensor, ...]]:
-    group = torch.distributed.group.WORLD
-    found = {}
-    for backend in ("triton", "reference"):
-        with tritonloss.use_backend(backend):
-            for per_image in (False, True):
-                logits, target = upsampled_case(
-                    (2, 3), (5, 6), classes=4, seed=rank, device=torch.device(device)
-                )
-                leaf = logits.requires_grad_()
-                criterion = WeightedSum(
-                    between(
-                        [
-                            (1.0, CrossEntropyLoss(process_group=group)),
-                            (0.5, DiceLoss(process_group=group)),
-                            (2.0, TverskyLoss(per_image=per_image, process_group=group)),
-                            (0.25, SoftIoULoss()),
-                        ]
-                    )
-                )
-                value = criterion(leaf, target)
-                (gradient,) = torch.autograd.grad(value, leaf)
-                assert criterion.terms is not None
-                found[f"{backend}, {per_image}"] = (value.detach(), criterion.terms, gradient)
-    return found
-
-
-def test_process_groups(device: torch.device, tmp_path: Path) -> None:
-    for rank in of_ranks(2, loss_on_one_rank, tmp_path, device.type):
-        for per_image in (False, True):
-            pairs = zip(rank[f"triton, {per_image}"], rank[f"reference, {per_image}"], strict=True)
-            for kernel, reference in pairs:
-                torch.testing.assert_close(kernel, reference)
