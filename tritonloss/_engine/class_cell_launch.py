@@ -122,8 +122,7 @@ def prepare_gradients(
         project = PreparedLaunch(_class_cells_project_kernel, (programs,), constants, False)
         known = _with_projections(known)
     if taken:
-        slopes = with_slopes(known, probabilities, taken)
-        known = TakingTerms(*slopes, probabilities.take_in)
+        known = TakingTerms(*with_slopes(known, probabilities, taken), probabilities.take_in)
     heuristic = dict(cell_heuristic(losses, "backward", axes[1].most))
     if len(terms) - taken > 1:
         heuristic["UNROLL"] = min(int(heuristic["UNROLL"]), _UNROLL_OF_SEVERAL)
