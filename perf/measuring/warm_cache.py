@@ -295,6 +295,11 @@ def _untouched(described: Tensor) -> Tensor:
     return storage.as_strided(described.size(), described.stride(), described.storage_offset())
 
 
+def _kernels(folder: Path) -> set[Path]:
+    """The files of machine code in a cache."""
+    return set(folder.rglob("*.cubin"))
+
+
 def _is_needed(path: Path) -> bool:
     return path.suffix in _KEPT and not path.name.endswith(_ANALYSIS)
 
@@ -363,8 +368,11 @@ def _fill(options: argparse.Namespace) -> list[str]:
         print("the stand-in compiles for sm_90, and this GPU is another: nothing is compiled ahead")
         return []
     here = Path(triton.knobs.cache.dir)
-    work = jobs(options.ops, options.first)
-    return fill(here, work, None, options.workers, options.seconds)
+    work, known = jobs(options.ops, options.first), _kernels(here)
+    troubles = fill(here, work, None, options.workers, options.seconds)
+    compiled = len(_kernels(here) - known)
+    print(f"{compiled} kernels were compiled that {here} did not have")
+    return troubles
 
 
 def _make(options: argparse.Namespace) -> list[str]:

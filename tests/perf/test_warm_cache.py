@@ -17,6 +17,7 @@ from triton.runtime import cache
 from perf.measuring import warm_cache
 from tests.perf.made import ROOT
 
+ONE_CASE = ("--ops", "focal_loss", "--first", "1", "--workers", "1")
 SECOND = """
 import sys
 from pathlib import Path
@@ -55,9 +56,8 @@ def test_a_second_process_with_the_unpacked_cache_compiles_nothing(tmp_path: Pat
     archive, script = tmp_path / "cache.tar.xz", tmp_path / "second.py"
     script.write_text(SECOND)
     made = ran(
-        tmp_path / "unused", "-m", "perf", "gpu-cache", "make", "--ops", "focal_loss",
-        "--first", "1", "--workers", "1", "--cache", str(tmp_path / "made"),
-        "--archive", str(archive),
+        tmp_path / "unused", "-m", "perf", "gpu-cache", "make", *ONE_CASE,
+        "--cache", str(tmp_path / "made"), "--archive", str(archive),
     )  # fmt: skip
     assert "kernels" in made and not (tmp_path / "unused").exists()
     for path in (tmp_path / "made").rglob("*.cubin"):
@@ -68,6 +68,8 @@ def test_a_second_process_with_the_unpacked_cache_compiles_nothing(tmp_path: Pat
     compiled, launched = said.split()[-3], said.split()[-1]
     assert compiled == "0" and int(launched) >= 2
     assert not list(second.rglob("*.ttir")) and list(second.rglob("*.cubin"))
+    said = ran(second, "-m", "perf", "gpu-cache", "fill", *ONE_CASE)
+    assert said.startswith("0 kernels were compiled")
 
 
 def test_another_wheels_cache_is_left_alone(tmp_path: Path) -> None:
