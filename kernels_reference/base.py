@@ -3,6 +3,9 @@
 A map of one class is a binary one: its labels are 0 and 1, and 1 is what belongs to the class.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce
@@ -12,6 +15,11 @@ from torch.nn import functional as F
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype the arithmetic is done in: float32, or float64 for float64 input."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which autocast changes no dtype on a tensor's device."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def at_labels(logits: Tensor, target: Tensor, upsample: str | None, align_corners: bool) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, all_gather
 
-from kernels_reference.base import over_ranks, working_dtype
+from kernels_reference.base import over_ranks, without_autocast, working_dtype
 
 
 def pixel_contrast_loss(
@@ -43,7 +43,8 @@ def pixel_contrast_loss(
         dtype = torch.promote_types(anchors.dtype, keys.dtype)
         anchors, keys = anchors.to(dtype), keys.to(dtype)
 
-    s = anchors @ keys.T / temperature
+    with without_autocast(anchors):
+        s = anchors @ keys.T / temperature
     there = (anchor_classes >= 0)[:, None] & (key_classes >= 0)
     same = anchor_classes[:, None] == key_classes
     positive, negative = there & same, there & ~same
@@ -85,8 +86,10 @@ def hard_ones(hardness: Tensor, there: Tensor, share: float) -> Tensor:
     counts = there.sum(1, keepdim=True)
     taken = (counts.float() * share).ceil().long().clamp(min=1)
     hardness = hardness.detach()
+    if hardness.size(1) == 0:
+        return there
     descending = hardness.masked_fill(~there, -torch.inf).sort(1, descending=True).values
-    last = descending.gather(1, (taken - 1).clamp(max=max(descending.size(1) - 1, 0)))
+    last = descending.gather(1, (taken - 1).clamp(max=descending.size(1) - 1))
     return there & ~(hardness < last)
 
 

@@ -174,6 +174,8 @@ def test_wrong_arguments() -> None:
     wrong: Any = torch.nn.Linear(3, 1)
     with pytest.raises(TypeError, match="surrogate must be an IoUSurrogate; got Linear"):
         neuro_iou_loss(logits, target, wrong)
+    with pytest.raises(ValueError, match="surrogate must be on the device of logits, cpu"):
+        neuro_iou_loss(logits, target, IoUSurrogate().to("meta"))
     with pytest.raises(ValueError, match="from 2 to 1024 classes"):
         neuro_iou_loss(torch.randn(1, 1025, 4, 4), target, IoUSurrogate(), ignore_index=None)
     for options in ({"inputs": 4}, {"score": "margin"}, {"layers": 0}, {"activation": "relu"}):

@@ -408,6 +408,9 @@ def test_wrong_members_are_named() -> None:
     criterion = WeightedSum([(1.0, dice), (1.0, CrossEntropyLoss())])
     with pytest.raises(ValueError, match="weights must be as many as there are losses, 2; got 1"):
         criterion.weights = [1.0]
+    for wrong in (None, 1.0):
+        with pytest.raises(TypeError, match="weights must be a sequence of numbers"):
+            criterion.weights = wrong
     with pytest.raises(ValueError, match=r"weights\[1\] must be finite"):
         criterion.weights = [1.0, float("inf")]
 

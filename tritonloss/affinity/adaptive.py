@@ -20,7 +20,7 @@ class AdaptiveAffinityFieldLoss(nn.Module):
 
     Args:
         classes: C, the number of classes, at least 2.
-        sizes: how far neighbours are apart, a tuple of different numbers from 1 to 64.
+        sizes: how far neighbours are apart, a number from 1 to 64 or a tuple of different ones.
             Default (1, 2, 3).
         margin: the divergence from which on an edge costs nothing. Default 3.
         edge_weight: of the edges' means. Default 1.
@@ -53,7 +53,7 @@ class AdaptiveAffinityFieldLoss(nn.Module):
         self,
         classes: int,
         *,
-        sizes: tuple[int, ...] = (1, 2, 3),
+        sizes: int | tuple[int, ...] = (1, 2, 3),
         margin: float = 3.0,
         edge_weight: float = 1.0,
         non_edge_weight: float = 1.0,
@@ -88,6 +88,12 @@ class AdaptiveAffinityFieldLoss(nn.Module):
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of logits [N, C, H, W] and labels [N, H, W], a scalar."""
+        classes = self.edge_scores.size(0)
+        if isinstance(logits, torch.Tensor) and logits.dim() == 4 and logits.size(1) != classes:
+            raise ValueError(
+                f"logits must have {classes} classes, as the loss was made for; "
+                f"got {checks.described(logits)}"
+            )
         return affinity_field_loss(
             logits,
             target,

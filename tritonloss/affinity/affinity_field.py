@@ -205,7 +205,8 @@ def affinity_field_loss(
 
     Returns:
         The loss in float32 (float64 for float64 logits), 0 with zero gradient where no pair counts.
-        The gradient has the dtype of the logits.
+        The gradient has the dtype of the logits; of several sizes one is added to it after the
+        other, and in 16 bits it is rounded as often.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

@@ -9,6 +9,8 @@ from torch import nn
 from torch.distributed import ProcessGroup, all_gather
 from torch.nn import functional as F
 
+from kernels_reference.base import without_autocast
+
 from .._core import checks
 from .._core.process_groups import check_process_group, ranks_agree
 from .contrast_checks import MOST_DIMS, check_maps
@@ -138,7 +140,7 @@ class MemoryBank(nn.Module):
         labels = resized(target, *embeddings.shape[2:]).to(torch.int64)
         there = has_class(labels, self.ignore_index) & (labels < self.classes)
         labels = torch.where(there & embeddings.isfinite().all(1), labels, -1)
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with without_autocast(embeddings):
             regions = self._regions_of(embeddings, labels)
             pixels, drawn = self._pixels_of(embeddings, labels, generator)
         counts = (labels.flatten(1)[:, None] == self._class_numbers()[:, None]).any(2)

@@ -78,8 +78,8 @@ def pixel_contrast_loss(
         base_temperature: the loss is multiplied by temperature over this. Default 0.07.
         hardest: a share in (0, 1] of each anchor's negatives among the keys, and of its positives,
             to which the loss is restricted: the most similar negatives and the least similar
-            positives, with all that are equal to the last one. Default None: all of them. It needs
-            keys, and takes 8 more passes over them.
+            positives, rounded up, with all that are equal to the last one. Default None: all of
+            them. It needs keys, and takes 8 more passes over them.
         precision: how float32 is multiplied: "tf32x3" (default), in three products of tf32 (on
             AMD's GPUs in float32), or "bf16". Rounded as in the first, unit embeddings of 256
             dimensions had a loss off by 3e-9 of itself at a temperature of 0.1, and a gradient off
@@ -95,7 +95,9 @@ def pixel_contrast_loss(
 
     Returns:
         The loss in float32 (float64 for float64 anchors or keys); 0 with zero gradient where no
-        anchor has a positive. The gradient has the dtype of the anchors.
+        anchor has a positive. The gradient has the dtype of the anchors; where the tiles have 16
+        bits, what pairs add to it is rounded to these first, to 6e-4 (float16) or 5e-3 (bfloat16)
+        of its largest element.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -232,6 +234,8 @@ class PixelContrastLoss(nn.Module):
                 not updated: ``bank.update(embeddings, target)`` after the backward pass does that.
             generator: of the random draws.
         """
+        if bank is not None and not isinstance(bank, MemoryBank):
+            raise TypeError(f"bank must be a MemoryBank or None; got {type(bank).__name__}")
         anchors, labels = sample_anchors(
             embeddings,
             target,

@@ -45,8 +45,8 @@ def generalized_dice_loss(
     A class without a pixel would weigh 1e5, and bring the loss to 1: by default it does not count.
     Of classes of a million pixels the weights are so small that s would rule: lower it there.
 
-    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN, or an infinity
-    of a softmax, makes the loss NaN.
+    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN, or
+    infinity in a softmax, makes the loss NaN; -infinity is a probability of 0.
 
     Args:
         logits: [N, C, H, W], float16, bfloat16 or float32 (or float64), any strides. Or [N, C, L],
@@ -56,8 +56,9 @@ def generalized_dice_loss(
             and 1 if C is 1.
         activation: "softmax" (default) over the classes, of which there must be two or more, or
             "sigmoid" for each class.
-        per_image: whether each image has scores of its own, of which the loss is the mean.
-            Default False: the pixels of the batch are pooled.
+        per_image: whether each image has scores of its own, of which the loss is the mean; an
+            image in which nothing counts has none. Default False: the pixels of the batch are
+            pooled.
         smooth: s, the least that the denominator may be, in [0, 1e6]. Default 1e-5.
         weight: a factor of each class's w_k, floating-point [C], or None (default) for 1. It
             gets no gradient.

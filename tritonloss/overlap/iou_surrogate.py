@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from kernels_reference.base import without_autocast
 
 from .._core import checks
 from .._core.progress import Progress
@@ -202,7 +203,7 @@ class _Network(torch.autograd.Function):
         """The gradients of the inputs and of the weights, by differentiable operations."""
         x, *weights = ctx.saved_tensors
         gradients: list[torch.Tensor | None] = []
-        with _no_autocast(x):
+        with without_autocast(x):
             befores = [x, *_layers(x, ctx.activation, weights)[:-1]]
             for place in reversed(range(len(befores))):
                 weight, before = weights[2 * place].to(x.dtype), befores[place]
@@ -222,7 +223,7 @@ def _layers(
 ) -> list[torch.Tensor]:
     """What each layer returns."""
     found = []
-    with _no_autocast(x):
+    with without_autocast(x):
         for place in range(0, len(weights), 2):
             weight, bias = (each.to(x.dtype) for each in weights[place : place + 2])
             x = F.linear(x, weight, bias)
@@ -230,11 +231,6 @@ def _layers(
                 x = torch.tanh(x) if activation == "tanh" else F.softplus(x)
             found.append(x)
     return found
-
-
-def _no_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
-    """Without autocast on a tensor's device, if that is one that has it."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _slope(activated: torch.Tensor, activation: str) -> torch.Tensor:

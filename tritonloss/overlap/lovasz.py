@@ -88,7 +88,8 @@ def lovasz_softmax_loss(
 
     The counts are integers, however many pixels there are, and the loss is deterministic. Under an
     ignored pixel a logit that is not finite changes nothing. Elsewhere NaN and infinity make the
-    loss NaN, and the gradient of their own pixel; no other pixel's gradient is changed by them.
+    loss NaN, and the gradient of their own pixel; no other pixel's gradient is changed by them. The
+    probability of -infinity is 0.
 
     Args:
         logits: [N, C, H, W] with C >= 2, float16, bfloat16 or float32 (or float64), any strides. Or

@@ -278,6 +278,8 @@ def neuro_iou_loss(
         >>> tritonloss.functional.neuro_iou_loss(logits, target, fit.surrogate).backward()
     """
     _check_options(surrogate, ignore_index, upsample, align_corners)
+    if isinstance(logits, torch.Tensor):
+        checks.check_same_device(logits, "logits", surrogate.scale, "surrogate")
     sums, counts = membership_sums(
         logits,
         target,

@@ -43,8 +43,8 @@ def soft_iou_loss(
 
     over valid pixels. A denominator is at least 1e-7.
 
-    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN, or an infinity
-    of a softmax, makes the loss NaN.
+    Under an ignored pixel a logit that is not finite changes nothing. Elsewhere NaN, or
+    infinity in a softmax, makes the loss NaN; -infinity is a probability of 0.
 
     Args:
         logits: [N, C, H, W], float16, bfloat16 or float32 (or float64), any strides. Or [N, C, L],
@@ -55,10 +55,12 @@ def soft_iou_loss(
         activation: "softmax" (default) over the classes, of which there must be two or more, or
             "sigmoid" for each class.
         per_image: whether each image has scores of its own, of which the loss is the mean
-            (default), or the pixels of the batch are pooled.
+            (default; an image in which nothing counts has none), or the pixels of the batch are
+            pooled.
         smooth: s, in [0, 1e6]. Default 0.
         weight: a weight of each class in the mean, floating-point [C], or None (default) for 1.
-            The mean divides by the weights of what it counts. It gets no gradient.
+            The mean divides by the weights of what it counts, and is NaN where all of them are 0.
+            It gets no gradient.
         classes: which classes the mean counts: "present" (default), those with a valid pixel in
             the image, or in the batch; "all"; or a tuple of different classes.
         include_background: whether class 0 counts. Default True. A single class is never the

@@ -109,6 +109,11 @@ class WeightedSum(nn.Module):
 
     @weights.setter
     def weights(self, weights: Iterable[Weight]) -> None:
+        if not isinstance(weights, Iterable):
+            raise TypeError(
+                f"weights must be a sequence of numbers; got {weights!r} "
+                f"of type {type(weights).__name__}"
+            )
         given = list(weights)
         if len(given) != len(self.losses):
             raise ValueError(

@@ -135,5 +135,5 @@ def test_wrong_options_are_named(
 
 def test_logits_of_other_classes_are_named() -> None:
     logits, target = segmentation_case((1, 4, 6, 7))
-    with pytest.raises(ValueError, match=r"^edge_table must be .* shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"^logits must have 3 classes.* \(1, 4, 6, 7\)"):
         AdaptiveAffinityFieldLoss(3)(logits, target)

@@ -223,8 +223,9 @@ EMPTY = {
 @pytest.mark.parametrize("case", EMPTY)
 def test_nothing_to_contrast_is_zero(case: str, backend: str, device: torch.device) -> None:
     given = [tensor.to(device) for tensor in EMPTY[case]]
-    value, gradient = value_and_gradient(*given, backend=backend)
-    assert value == 0 and gradient.shape == given[0].shape and not gradient.any()
+    for hardest in (None, 0.5) if len(given) == 4 else (None,):
+        value, gradient = value_and_gradient(*given, backend=backend, hardest=hardest)
+        assert value == 0 and gradient.shape == given[0].shape and not gradient.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -422,6 +423,17 @@ def test_precision_of_float32_and_mixed_dtypes(device: torch.device) -> None:
         assert error <= 2.0**-7
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend: str, device: torch.device) -> None:
+    anchors, labels = embeddings(20, 6, device=device).float(), labels_of(20, 3).to(device)
+    expected = value_and_gradient(anchors, labels, backend=backend)
+    leaf = anchors.clone().requires_grad_()
+    with tritonloss.use_backend(backend), torch.autocast(device.type, torch.bfloat16):
+        value = pixel_contrast_loss(leaf, labels)
+    assert torch.equal(value.detach(), expected[0])
+    assert torch.equal(torch.autograd.grad(value, leaf)[0], expected[1])
+
+
 def test_keys_get_no_gradient(device: torch.device) -> None:
     anchors = embeddings(20, 6, device=device).requires_grad_()
     keys = embeddings(30, 6, 2, device=device).requires_grad_()
@@ -461,3 +473,7 @@ def test_wrong_arguments() -> None:
     ):
         with pytest.raises(error, match=f"^{next(iter(options))} must be"):
             pixel_contrast_loss(anchors, labels, **options)  # type: ignore[arg-type]
+    wrong = "bank"
+    maps, target = torch.randn(1, 6, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
+    with pytest.raises(TypeError, match="bank must be a MemoryBank or None; got str"):
+        tritonloss.PixelContrastLoss()(maps, target, target, wrong)
