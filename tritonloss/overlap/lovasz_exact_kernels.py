@@ -40,7 +40,7 @@ def _errors_kernel(
     position = run.image * pixels * TILE.grain + run.first + run.local
 
     if HINGE:
-        error = hinge_error(logits, pixel)
+        error = hinge_error(logits, pixel.label == 1)
         is_number = error < float("inf")
         is_own = (pixel.label == 1) & is_number
         is_error = (pixel.label >= 0) & is_number & (error > 0)

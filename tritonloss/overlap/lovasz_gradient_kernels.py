@@ -234,8 +234,8 @@ def _hinge_gradient_kernel(
     group = run.image if PER_IMAGE else 0
     scale = tl.load(upstream_ptr).to(dtype) * tl.load(scale_ptr + group)
     logits = tl.load(view.pointer + view.offsets, mask=run.inside, other=0.0).to(dtype)
-    error = hinge_error(logits, pixel)
     is_own = pixel.label == 1
+    error = hinge_error(logits, is_own)
 
     if BINS is None:
         place = run.image * pixels * TILE.grain + run.first + run.local
