@@ -33,17 +33,17 @@ from .._engine.class_cells import _places_of, _slot_of, _walk_of
 from .._engine.math import LOG2_E
 from .._engine.pixels import Given, class_of, is_own, nothing_yet
 from ..pixelwise.softmax import softmax_of_lanes
-from .lovasz_bins import hinge_place, in_histogram, in_table, softmax_place
-from .lovasz_gradient_kernels import _interpolated
-from .lovasz_kernels import (
-    add_hinges,
-    add_to_histograms,
-    count_hinges,
-    count_own,
-    count_pixels,
+from .lovasz_bins import (
     hinge_error,
-    no_hinges,
+    hinge_place,
+    in_histogram,
+    in_table,
+    shifted_hinge,
+    softmax_place,
 )
+from .lovasz_gradient_kernels import _interpolated
+from .lovasz_hinge_kernels import add_hinges, count_hinges, no_hinges
+from .lovasz_kernels import add_to_histograms, count_own, count_pixels
 
 # --- slopes ---------------------------------------------------------------------------------------
 
@@ -114,7 +114,7 @@ def hinge_slope(
     own = is_own(factors.own, block, SLOT, TILE)
     logit = block.logits[SLOT]
     error = hinge_error(logit, own)
-    place = hinge_place(error, OPTIONS)
+    place = hinge_place(shifted_hinge(logit, own), OPTIONS)
     entry = in_table(place.bin, own, own, OPTIONS)
     increment = _interpolated(given.own_table, entry, place.fraction)
     gradient = tl.where(error > 0, increment, 0.0)

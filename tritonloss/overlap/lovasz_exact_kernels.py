@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .._engine.math import LOG2_E
 from .._engine.pixel_walk import load_pixels, run_of_pixels, view_of
-from .lovasz_kernels import hinge_error
+from .lovasz_bins import hinge_error
 
 
 @triton.jit

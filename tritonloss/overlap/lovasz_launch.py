@@ -27,8 +27,8 @@ from .lovasz_cell_launch import (
 )
 from .lovasz_exact import launch_exact
 from .lovasz_gradient_kernels import _hinge_gradient_kernel, _softmax_gradient_kernel
+from .lovasz_hinge_kernels import _hinge_histogram_kernel
 from .lovasz_kernels import (
-    _hinge_histogram_kernel,
     _increments_kernel,
     _softmax_histogram_kernel,
     _softmax_statistics_kernel,

@@ -66,7 +66,7 @@ class Results(NamedTuple):
 
 def bins_of(loss: Loss, options: Options) -> Bins:
     """The bins of a class."""
-    each = options.bins // 32
+    each = options.bins // (16 if loss.binary else 32)
     apart = 0 if not loss.binary or IS_QUICK or warp_size() > 32 else _OF_OWN
     row = options.bins * (1 + max(apart, 1)) if loss.binary else options.bins * 4 + SPREAD.value
     return Bins(
