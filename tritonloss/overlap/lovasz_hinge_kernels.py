@@ -1,4 +1,9 @@
-"""The kernel that counts the errors of the Lovász hinge by bins, once per pixel."""
+"""The kernel that counts the errors of the Lovász hinge by bins, every pixel once.
+
+The counters are [bins] of others' errors and [bins] of own ones, or where lanes vote on every bin
+[bins] of all errors and several times [bins] of own ones: a histogram takes half as long then, and
+own errors are few. Bins that no error lies in count the other pixels: ``in_hinge_histogram``.
+"""
 
 from __future__ import annotations
 
@@ -62,9 +67,8 @@ def no_hinges(PIXELS: tl.constexpr, BINS: tl.constexpr):
 def count_hinges(counters_ptr, counts, logits, label, IGNORED: tl.constexpr, BINS: tl.constexpr):
     """A program's counts with those of more pixels, with any labels.
 
-    They are (others' errors, then own ones in twice the bins). Where a histogram takes as long as
-    it has bins, they are (all errors, own pixels without an error), and own errors are counted in
-    memory at once.
+    They are (others' errors and own ones, in twice the bins), or with counters apart (all errors,
+    own pixels without an error), where own errors are counted in memory at once.
     """
     COUNT: tl.constexpr = BINS.count
     valid = (label >= 0) & (label < 2)

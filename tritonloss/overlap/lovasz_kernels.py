@@ -9,7 +9,7 @@ error. Counts are integers, and the same in any order: atomic sums of them are d
 The counters of a class are [bins] of the probabilities of all pixels, [bins] of those of its own,
 and [SPREAD], whose sum belongs to the last of these. A pixel that is not counted has p = 0 for all
 pixels: how many are counted is counted, too. Those of a hinge are [bins] of others' errors and
-[bins] of own ones, and tell all that there is to know of the pixels: see ``in_hinge_histogram``.
+[bins] of own ones, and tell all that there is to know of the pixels: ``lovasz_hinge_kernels.py``.
 """
 
 from __future__ import annotations
