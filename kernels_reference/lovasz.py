@@ -71,12 +71,12 @@ def lovasz_hinge_loss(
     logits = at_labels(logits, target, upsample, align_corners)
     pooled = None if per_image else process_group
     valid = valid_pixels(target, 1, ignore_index)
-    own = one_hot(target, 1) & valid
+    valid_own = one_hot(target, 1) & valid
     z = sanitised(logits, valid)
-    errors = 1 - torch.where(own, z, -z)
+    errors = 1 - torch.where(valid_own, z, -z)
     # -infinity is no error; infinity and NaN make the loss NaN
     is_number = (errors < torch.inf).detach()
-    own, counted = _grouped(own, per_image), _grouped(valid & is_number, per_image)
+    own, counted = _grouped(valid_own, per_image), _grouped(valid & is_number, per_image)
     errors = _grouped(errors, per_image)
     is_error = counted & (errors > 0)
 
@@ -84,7 +84,7 @@ def lovasz_hinge_loss(
         class_losses = _by_rank(errors, own, counted, is_error)
     else:
         bins = 4096 if bins is None else bins
-        in_bin = _hinge_bins(errors.detach(), bins)
+        in_bin = _hinge_bins(_grouped(1.25 - torch.where(valid_own, z, -z), per_image), bins)
         class_losses = _by_bin(errors, own, counted, is_error, in_bin, hinge_edges(bins), pooled)
     mean = _mean(class_losses, _any(counted, pooled), process_group if per_image else None)
     return _not_a_number_if(valid & ~is_number, mean, process_group)
@@ -233,29 +233,28 @@ def softmax_edges(bins: int) -> Tensor:
     return torch.cat((edges[:-1], 1 - edges.flip(0)))
 
 
-def _hinge_bins(errors: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """(bin of the error, where in it that lies).
+def _hinge_bins(shifted: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """(bin of the error, where in it that lies), of the error and 1/4.
 
-    bins / 32 for each of 28 powers of two, and for those from 2^18 on a 32nd of that.
+    bins / 16 for each of 12 powers of two, and for those from 2^10 on a 32nd of that.
     """
-    each = bins // 32
-    nearest = errors.float().nan_to_num(0).clamp(2.0**-10, torch.finfo(torch.float32).max)
-    power, fraction = _powers(nearest, each)
-    far_power, far_fraction = _powers(nearest, each // 32)
-    is_far = nearest >= 2.0**18
-    place = torch.where(is_far, far_power - 18 * (each // 32) + 28 * each, power + 10 * each)
+    each = bins // 16
+    shifted = shifted.detach().float().nan_to_num(0).clamp(0.25, torch.finfo(torch.float32).max)
+    power, fraction = _powers(shifted, each)
+    far_power, far_fraction = _powers(shifted, each // 32)
+    is_far = shifted >= 2.0**10
+    place = torch.where(is_far, far_power - 10 * (each // 32) + 12 * each, power + 2 * each)
     return place, torch.where(is_far, far_fraction, fraction)
 
 
 def hinge_edges(bins: int) -> Tensor:
     """The edges of the bins from 0 up, float64 [bins + 1]."""
-    each = bins // 32
+    each = bins // 16
     step = torch.arange(bins + 1, dtype=torch.float64)
-    power = torch.exp2(step // each - 10) * (1 + step % each / each)
-    beyond, far = step - 28 * each, each // 32
-    far_power = torch.exp2(beyond // far + 18) * (1 + beyond % far / far)
-    edges = torch.where(beyond < 0, power, far_power)
-    edges[0] = 0
+    power = torch.exp2(step // each - 2) * (1 + step % each / each)
+    beyond, far = step - 12 * each, each // 32
+    far_power = torch.exp2(beyond // far + 10) * (1 + beyond % far / far)
+    edges = torch.where(beyond < 0, power, far_power) - 0.25
     return edges.clamp(max=torch.finfo(torch.float32).max)  # the last bins have no width
 
 

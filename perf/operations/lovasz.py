@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -142,19 +142,15 @@ RARE = rarely(
     {"options": {"bins": 2048}},
     {"options": {"bins": 64}},
 )
-BINARY_SHIPPED = (
-    *variations(
-        replace(BINARY[0], everywhere=True),
-        {"dtype": "bfloat16", **_ONCE},
-        {"layout": "strided", **_ONCE},
-        {"options": {"exact": True}, **_ONCE},
-        {"dtype": "float64", **_ONCE},
-    ),
-    *rarely(
-        BINARY[0],
-        {"dtype": "float16"},
-        *({"labels": labels} for labels in ("int16", "int32", "int64")),
-    ),
+BINARY_SHIPPED = variations(
+    replace(BINARY[0], everywhere=True),
+    {"dtype": "bfloat16", **_ONCE},
+    {"layout": "strided", **_ONCE},
+    {"options": {"exact": True}, **_ONCE},
+    {"dtype": "float64", **_ONCE},
+    {"dtype": "float16", **_ONCE},
+    *({"labels": labels, **_ONCE} for labels in ("int16", "int32", "int64")),
+    {"shape": replace(SHAPES["voc"], classes=1), **_ONCE},
 )
 
 # For AMD's GPUs an atomic sum is made of a loop over the lanes of a wave, which has no line.
@@ -198,6 +194,20 @@ GOALS: tuple[Goal | CodeGoal, ...] = (
         }.items()
     ),
 )  # fmt: skip
+
+
+def hinge_goals(words: str, kernel: str, cases: Iterable[Case]) -> tuple[CodeGoal, ...]:
+    """The goal of the histogram in every case that has one, in float64 aside."""
+    return tuple(
+        CodeGoal(
+            f"{words}, histogram, {case.text}: instructions per pixel", case, kernel, "tiles",
+            at_most=COUNTED,
+        )
+        for case in cases
+        if case.dtype != "float64" and not case.options.get("exact")
+    )  # fmt: skip
+
+
 _SMALL = {"PIXELS": 64, "CLASSES": 1, "num_warps": 1}
 
 
@@ -232,5 +242,6 @@ OPERATIONS = (
         shipped=BINARY_SHIPPED,
         kernels=HINGE_KERNELS,
         operators=tuple(f"lovasz_hinge_{which}" for which in ("histogram", "backward")),
+        goals=hinge_goals("Lovász hinge", "_hinge_histogram_kernel", BINARY_SHIPPED),
     ),
 )

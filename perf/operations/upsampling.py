@@ -152,6 +152,11 @@ _OTHERS: tuple[dict[str, Any], ...] = (
 _BINARY = variations(
     replace(BASE, shape=SHAPES["binary"]), {"shape": replace(_STREETS, classes=1)}, {"ratio": 8}
 )
+_BINARY_SHIPPED = variations(
+    replace(_BINARY[0], everywhere=True),
+    {"options": {"exact": True}, **_ONCE},
+    *({**change, **_ONCE} for change in ({"ratio": 8}, *_LOVASZ, *_OTHERS)),
+)
 
 # --- how to read the machine code -----------------------------------------------------------------
 
@@ -478,12 +483,15 @@ OPERATIONS = (
             launch=lovasz.launch(lovasz.lovasz_hinge.LOVASZ_HINGE, lovasz.lovasz_hinge.BINS, "all"),
             kernels=LOVASZ_HINGE_KERNELS,
             cases=_BINARY,
-            shipped=(
-                replace(_BINARY[0], everywhere=True),
-                *variations(_BINARY[0], {"options": {"exact": True}, **_ONCE})[1:],
-                *rarely(_BINARY[0], {"ratio": 8}, *_LOVASZ, *_OTHERS),
+            shipped=_BINARY_SHIPPED,
+            goals=(
+                *memory_goals("Lovász hinge of upsampled logits", 0, _BINARY, 24 * 4096),
+                *lovasz.hinge_goals(
+                    "Lovász hinge of upsampled logits",
+                    "_cell_hinge_histogram_kernel",
+                    _BINARY_SHIPPED,
+                ),
             ),
-            goals=memory_goals("Lovász hinge of upsampled logits", 0, _BINARY, 24 * 4096),
         ),
         operators=(),
     ),

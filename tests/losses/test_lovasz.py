@@ -20,7 +20,8 @@ from tests.slices import operators_with
 from tritonloss._core import prepared_launch
 from tritonloss._core.configurations import forced
 from tritonloss.functional import lovasz_hinge_loss, lovasz_softmax_loss
-from tritonloss.overlap import lovasz_launch, lovasz_terms
+from tritonloss.overlap import lovasz_hinge, lovasz_launch, lovasz_terms
+from tritonloss.overlap.lovasz_operator import number_of_bins
 
 Loss = Callable[..., Tensor]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -341,6 +342,20 @@ def test_rows_that_lie_far_apart(
     assert torch.equal(near[0][0], far[0][0]) and torch.equal(near[1][0], far[1][0])
 
 
+@pytest.mark.parametrize("bins", [1024, 4096])
+def test_errors_of_all_sizes_of_a_hinge(bins: int, device: torch.device) -> None:
+    """None, near 0, at the edges of bins and between them, and very large; to the own side, too."""
+    powers = torch.exp2(torch.arange(-12.0, 60.0, 2))
+    errors = torch.cat((powers, 1.25 * powers, -powers, torch.zeros(4))).view(1, 1, 8, -1)
+    logits = torch.cat((errors - 1, 1 - errors), 2).to(device)
+    target = torch.arange(16, device=device).view(1, 16, 1).expand(1, 16, errors.size(3)) // 8
+    loss = loss_of("hinge", target.to(torch.uint8), bins=bins)
+    (value,), (gradient,) = value_and_gradients(loss, [logits], "triton")
+    (truth,), (expected,) = value_and_gradients(loss, [logits], "reference")
+    torch.testing.assert_close(value, truth)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_own_pixels_that_are_sure(device: torch.device) -> None:
     """Their probabilities are 1, of many pixels of many programs."""
     target = torch.arange(64, device=device).view(1, 8, 8).remainder(3).to(torch.uint8)
@@ -351,16 +366,17 @@ def test_own_pixels_that_are_sure(device: torch.device) -> None:
         check_three_way(loss_of("softmax", target, bins=64), logits, tolerance=4e-6)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("name", SMALL)
 def test_what_is_no_number_makes_the_loss_none(
-    name: str, exact: bool, device: torch.device
+    name: str, exact: bool, sign: float, device: torch.device
 ) -> None:
     logits, target = case(name, (2, 3, 4, 5), device=device)
     target[0, 0, 0] = 0
     options = {**SMALL[name], "exact": exact}
     spoilt = logits.clone()
-    spoilt[0, 0, 0, 0] = float("nan")
+    spoilt[0, 0, 0, 0] = torch.tensor(float("nan")).copysign(torch.tensor(sign))
     void = target.clone()
     void[0, 0, 0] = 255
     for per_image in (False, True):
@@ -454,7 +470,8 @@ def test_bins_are_as_near_to_the_sort_as_they_claim(
         )
     exact, truth = (x.to(device) for x in exact_of(name, stage, prevalence, side))
     error = (value.double() - exact).abs()
-    assert error <= (1 / 1024 if name == "softmax" else exact / 128 + 2**-11)
+    near = 8 / number_of_bins(None, lovasz_hinge.BINS)
+    assert error <= (1 / 1024 if name == "softmax" else exact * near + 2**-11)
     assert error <= (2e-4 if name == "softmax" else 2e-3) * exact.clamp(min=0.1)
     alike = torch.nn.functional.cosine_similarity(gradient.double().flatten(), truth.flatten(), 0)
     assert alike > 0.9999

@@ -6,8 +6,9 @@ reference gets the same ones.
 
 An error of a softmax lies in [0, 1]. What is binned is the smaller of p and 1 - p, in [0, 1/2), so
 that the bin of the one is the mirrored bin of the other. Above 1/32 all bins have one width, and
-below it they are the narrower the nearer they are to 0. An error of a hinge lies in [0, infinity),
-and the bins' widths grow with it.
+below it they are the narrower the nearer they are to 0. An error of a hinge lies in [0, infinity).
+What is binned is the error and 1/4: the bins' widths grow with that, and up to an error of 1/4 all
+have one.
 
 Whatever a number is, its entry in a histogram or a table is one of them: higher bits are left out.
 """
@@ -19,16 +20,19 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-# Powers of two with bins of their own between 2^-22 and 1/32, and between 2^-10 and 2^18.
+# Powers of two with bins of their own between 2^-22 and 1/32, and between 1/4 and 2^10, and those
+# from there on.
 _SMALL = tl.constexpr(17)
-_NEAR = tl.constexpr(28)
+_NEAR = tl.constexpr(12)
+_FARTHER = tl.constexpr(128 - 10)
 _SMALLEST = tl.constexpr(2.0**-22)
-_SMALLEST_OF_HINGE = tl.constexpr(2.0**-10)
-_FAR = tl.constexpr(2.0**18)
+_SHIFT = tl.constexpr(0.25)
+_ONE_SHIFTED = tl.constexpr(1.25)
+_FAR = tl.constexpr(2.0**10)
 # The bits of these float32 numbers, and of 1.
 _SMALLEST_BITS = tl.constexpr((127 - 22) << 23)
-_SMALLEST_OF_HINGE_BITS = tl.constexpr((127 - 10) << 23)
-_FAR_BITS = tl.constexpr((127 + 18) << 23)
+_SHIFT_BITS = tl.constexpr((127 - 2) << 23)
+_FAR_BITS = tl.constexpr((127 + 10) << 23)
 _ONE_BITS = tl.constexpr(127 << 23)
 _MANTISSA = tl.constexpr((1 << 23) - 1)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -49,6 +53,7 @@ class Bins(NamedTuple):
     digits: int  # of binary digits of a mantissa that tell those apart
     hinge: bool  # whether errors are those of a hinge
     row: int  # counters of a class: see ``lovasz_kernels.py``
+    apart: int  # counters of each bin of a hinge for own errors, or 0: see ``count_hinges``
 
 
 class Place(NamedTuple):
@@ -68,7 +73,8 @@ def softmax_place(p, BINS: tl.constexpr):
     nearest = tl.minimum(p, _ALMOST_ONE - p).to(tl.float32)
     nearest = tl.where(nearest > _SMALLEST, nearest, _SMALLEST)
     bits = nearest.to(tl.int32, bitcast=True)
-    power, power_fraction = _powers(bits, _SMALLEST_BITS, BINS.digits)
+    power = _bin_of_power(bits, _SMALLEST_BITS, BINS.digits)
+    power_fraction = _fraction(bits, BINS.digits)
     steps = nearest * HALF
     whole = steps.to(tl.int32)
     is_small = nearest < _ONLY_LINE
@@ -78,24 +84,50 @@ def softmax_place(p, BINS: tl.constexpr):
 
 
 @triton.jit
-def hinge_place(error, BINS: tl.constexpr):
-    """The place of an error above 0."""
-    nearest = tl.maximum(error.to(tl.float32), _SMALLEST_OF_HINGE)
-    bits = nearest.to(tl.int32, bitcast=True)
-    near, near_fraction = _powers(bits, _SMALLEST_OF_HINGE_BITS, BINS.digits)
-    far, far_fraction = _powers(bits, _FAR_BITS, BINS.digits - 5)
-    is_far = nearest >= _FAR
-    place = tl.where(is_far, far + _NEAR * BINS.each, near)
-    fraction = tl.where(is_far, far_fraction, near_fraction)
-    return Place(bin=place & (BINS.count - 1), fraction=fraction)
+def hinge_error(logits, is_own):
+    """1 - z (2 y - 1)."""
+    return 1.0 - tl.where(is_own, logits, logits * -1.0)
 
 
 @triton.jit
-def _powers(bits, FIRST: tl.constexpr, DIGITS: tl.constexpr):
-    """(bin, fraction) of numbers by their bits: 2^DIGITS bins of one width for a power of two."""
-    place = (bits >> (23 - DIGITS)) - (FIRST >> (23 - DIGITS))
+def shifted_hinge(logits, is_own):
+    """The error and 1/4, of which it is told where it lies: rounded once, as the error is."""
+    return tl.where(is_own, logits * -1.0, logits) + _ONE_SHIFTED
+
+
+@triton.jit
+def hinge_place(shifted, BINS: tl.constexpr):
+    """The place of an error above 0, given as ``shifted_hinge``."""
+    shifted = shifted.to(tl.float32)
+    bits = shifted.to(tl.int32, bitcast=True)
+    near_fraction = _fraction(bits, BINS.digits)
+    far_fraction = _fraction(bits, BINS.digits - 5)
+    fraction = tl.where(shifted >= _FAR, far_fraction, near_fraction)
+    return Place(bin=_hinge_bin(bits, BINS) & (BINS.count - 1), fraction=fraction)
+
+
+@triton.jit
+def _hinge_bin(bits, BINS: tl.constexpr):
+    """The bin of a number from 1/4 up, by its bits.
+
+    Below 2^10 the wider bins' numbers are the larger ones, and from there on the smaller ones.
+    """
+    near = _bin_of_power(bits, _SHIFT_BITS, BINS.digits)
+    far = _bin_of_power(bits, _FAR_BITS, BINS.digits - 5)
+    return tl.minimum(near, far + _NEAR * BINS.each)
+
+
+@triton.jit
+def _bin_of_power(bits, FIRST: tl.constexpr, DIGITS: tl.constexpr):
+    """The bin of numbers by their bits: 2^DIGITS bins of one width for a power of two."""
+    return (bits >> (23 - DIGITS)) - (FIRST >> (23 - DIGITS))
+
+
+@triton.jit
+def _fraction(bits, DIGITS: tl.constexpr):
+    """Where in such a bin numbers lie."""
     rest = ((bits << DIGITS) & _MANTISSA) | _ONE_BITS
-    return place, rest.to(tl.float32, bitcast=True) - 1.0
+    return rest.to(tl.float32, bitcast=True) - 1.0
 
 
 @triton.jit
@@ -104,6 +136,28 @@ def in_histogram(p, BINS: tl.constexpr):
     COUNT: tl.constexpr = BINS.count
     place = softmax_place(p, BINS).bin & (COUNT // 2 - 1)
     return tl.where(p >= 0.5, COUNT - 1 - place, place)
+
+
+@triton.jit
+def in_hinge_histogram(shifted, valid, BINS: tl.constexpr):
+    """The bin that a pixel is counted in, whose error is given as ``shifted_hinge``.
+
+    The last bins have no width. In the last of all are pixels without an error, and those that are
+    not valid. Those whose error is no number, or infinite, are in one before that.
+    """
+    COUNT: tl.constexpr = BINS.count
+    nearest = tl.abs(shifted.to(tl.float32))  # so that no NaN is negative
+    if shifted.dtype == tl.float64:
+        nearest = tl.where(shifted < float("inf"), tl.minimum(nearest, _LARGEST), nearest)
+    nearest = tl.maximum(nearest, _SHIFT, propagate_nan=tl.PropagateNan.ALL)
+    place = _hinge_bin(nearest.to(tl.int32, bitcast=True), BINS)
+    return tl.where(valid & ~(shifted <= _SHIFT), place, COUNT - 1) & (COUNT - 1)
+
+
+@triton.jit
+def is_of_hinge(index, BINS: tl.constexpr):
+    """Whether errors lie in a bin, by its number from the smallest errors up."""
+    return index < _NEAR * BINS.each + _FARTHER * (BINS.each // 32)
 
 
 @triton.jit
@@ -146,11 +200,13 @@ def _softmax_edge(index, dtype: tl.constexpr, BINS: tl.constexpr):
 
 @triton.jit
 def _hinge_edge(index, dtype: tl.constexpr, BINS: tl.constexpr):
-    """The edges of the bins from 0 up. There are more bins than numbers: the last have no width."""
+    """The edges of the bins from 0 up, and 1/4.
+
+    There are more bins than numbers: the last have no width.
+    """
     NEAR: tl.constexpr = _NEAR * BINS.each
-    FAR: tl.constexpr = (128 - 18) * (BINS.each // 32)
-    near = ((index << (23 - BINS.digits)) + _SMALLEST_OF_HINGE_BITS).to(tl.float32, bitcast=True)
+    FAR: tl.constexpr = _FARTHER * (BINS.each // 32)
+    near = ((index << (23 - BINS.digits)) + _SHIFT_BITS).to(tl.float32, bitcast=True)
     far = (tl.minimum(index - NEAR, FAR) << (28 - BINS.digits)) + _FAR_BITS
     far = tl.minimum(far.to(tl.float32, bitcast=True), _LARGEST)
-    edge = tl.where(index < NEAR, near, far)
-    return tl.where(index == 0, 0.0, edge).to(dtype)
+    return tl.where(index < NEAR, near, far).to(dtype)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .._engine.cell_walk import fold_cells, lines_of_rows, load_pixel_of, of_pixels
+from .._engine.cell_walk import fold_cells, lines_of_rows, of_pixels
 from .._engine.cells import (
     Axis,
     cells_of,
@@ -31,11 +31,19 @@ from .._engine.cells import (
 )
 from .._engine.class_cells import _places_of, _slot_of, _walk_of
 from .._engine.math import LOG2_E
-from .._engine.pixels import Given, Pixel, class_of, is_own, nothing_yet
+from .._engine.pixels import Given, class_of, is_own, nothing_yet
 from ..pixelwise.softmax import softmax_of_lanes
-from .lovasz_bins import hinge_place, in_histogram, in_table, softmax_place
+from .lovasz_bins import (
+    hinge_error,
+    hinge_place,
+    in_histogram,
+    in_table,
+    shifted_hinge,
+    softmax_place,
+)
 from .lovasz_gradient_kernels import _interpolated
-from .lovasz_kernels import add_to_histograms, count_own, count_pixels, hinge_error
+from .lovasz_hinge_kernels import add_hinges, count_hinges, no_hinges
+from .lovasz_kernels import add_to_histograms, count_own, count_pixels
 
 # --- slopes ---------------------------------------------------------------------------------------
 
@@ -105,8 +113,8 @@ def hinge_slope(
     """The increment of an error; no number where the error is none."""
     own = is_own(factors.own, block, SLOT, TILE)
     logit = block.logits[SLOT]
-    error = 1.0 - tl.where(own, logit, logit * -1.0)
-    place = hinge_place(error, OPTIONS)
+    error = hinge_error(logit, own)
+    place = hinge_place(shifted_hinge(logit, own), OPTIONS)
     entry = in_table(place.bin, own, own, OPTIONS)
     increment = _interpolated(given.own_table, entry, place.fraction)
     gradient = tl.where(error > 0, increment, 0.0)
@@ -314,8 +322,7 @@ def _cell_histogram_kernel(
 def _cell_hinge_histogram_kernel(
     logits_ptr,  # [N, 1, h, w]
     target_ptr,  # [N, H, W]
-    histogram_ptr,  # [groups, 1, 2, bins]
-    counts_ptr,  # [groups, 2]: wrong pixels of each group, and own ones
+    histogram_ptr,  # [groups, 1, counters]
     row_starts_ptr,
     row_shares_ptr,
     column_starts_ptr,
@@ -331,10 +338,9 @@ def _cell_hinge_histogram_kernel(
     TILE: tl.constexpr,
     CELLS: tl.constexpr,
 ):
-    """Reads labels and logits once; counts the errors above 0, in two histograms."""
-    COUNT: tl.constexpr = BINS.count
-    PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
-    LANES: tl.constexpr = TILE.pixels * PIXELS
+    """Reads labels and logits once; counts the errors of others and own ones."""
+    PIXELS: tl.constexpr = TILE.pixels * CELLS.rows * CELLS.columns
+    IGNORED: tl.constexpr = CELLS.ignored
     image = tl.program_id(0) // chunks
     first_tile = (tl.program_id(0) - image * chunks) * rounds
     logits = (logits_ptr, logits_strides)
@@ -342,36 +348,32 @@ def _cell_hinge_histogram_kernel(
     rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
     columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
 
-    own_errors = tl.zeros((COUNT,), tl.int32)
-    errors = tl.zeros((COUNT,), tl.int32)
-    tally = tl.zeros((LANES,), tl.int32)  # as in lovasz_kernels
+    group = image.to(tl.int64) if PER_IMAGE else 0
+    counters_ptr = histogram_ptr + group * BINS.row
+    counts = no_hinges(PIXELS, BINS)
     for i in tl.range(0, rounds):
         place = place_in_image(image, first_tile + i, tiles, sizes, TILE, CELLS)
         tile = _tile_of(logits, target, (rows, columns), place, sizes, CELLS)
-        pixels = of_pixels(load_pixel_of, (tile.cells, sizes), BINS, TILE, CELLS)
-        labels = ()
-        for k in tl.static_range(PIXELS):
-            labels = labels + (pixels[k].label,)
-        label = together(labels)
-        valid = label >= 0
-        is_own = label == 1
-        pixel = Pixel(label=label, own=label, inside=valid)
-        channel = tl.zeros((), tl.int32)
-        error = hinge_error(_interpolated_logits(tile, channel, TILE, CELLS), pixel)
-        is_number = error < float("inf")
-        in_bin = hinge_place(error, BINS)
-        is_error = valid & is_number & (error > 0)
-        own_errors += tl.histogram(in_bin.bin, COUNT, mask=is_error & is_own)
-        errors += tl.histogram(in_bin.bin, COUNT, mask=is_error & ~is_own)
-        tally += tl.where(is_number, is_own.to(tl.int32), valid.to(tl.int32) << 16)
+        label = _labels(tile.cells, sizes, CELLS)
+        interpolated = _interpolated_logits(tile, tl.zeros((), tl.int32), TILE, CELLS)
+        counts = count_hinges(counters_ptr, counts, interpolated, label, IGNORED, BINS)
+    add_hinges(counters_ptr, counts, BINS)
 
-    group = image.to(tl.int64) if PER_IMAGE else 0
-    row = histogram_ptr + group * (2 * COUNT) + tl.arange(0, COUNT)
-    dtype: tl.constexpr = histogram_ptr.dtype.element_ty
-    tl.atomic_add(row, errors.to(dtype), mask=errors > 0, sem="relaxed")
-    tl.atomic_add(row + COUNT, own_errors.to(dtype), mask=own_errors > 0, sem="relaxed")
-    tl.atomic_add(counts_ptr + 2 * group, tl.sum(tally >> 16).to(dtype), sem="relaxed")
-    tl.atomic_add(counts_ptr + 2 * group + 1, tl.sum(tally & 0xFFFF).to(dtype), sem="relaxed")
+
+@triton.jit
+def _labels(cells, sizes, CELLS: tl.constexpr):
+    """The labels of all pixels of a tile as they are, in one vector; 2 where there is no pixel."""
+    PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
+    labels = ()
+    for k in tl.static_range(PIXELS):
+        row = further(cells, k // CELLS.columns, 0, sizes)
+        column = k % CELLS.columns
+        if CELLS.near:
+            pointers = row.label + column
+        else:
+            pointers = row.label + column * row.strides[1]
+        labels = labels + (tl.load(pointers, mask=row.first + column < row.end, other=2),)
+    return together(labels)
 
 
 # --- projections ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 
-from .._core.backend import registers, warp_size
+from .._core.backend import registers
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._engine.cell_grid import axes_of, cell_heuristic, over_cells, over_strips, pointers_of
@@ -44,7 +44,8 @@ from .lovasz_terms import (
     is_quick,
 )
 
-# Programs of a histogram that a large GPU has work for, and the most tiles that one goes through.
+# Programs of a histogram, if they have 8 warps, that a large GPU has work for, and the most tiles
+# that one goes through.
 _PROGRAMS = 1056
 _MOST_ROUNDS = 16
 # Of a pass for statistics: pixels of a lane at once, and classes in one block.
@@ -102,16 +103,15 @@ def count_over_cells(
     key = kind(logits), kind(target), options, counts.of_groups.dtype
     axes = pointers_of(axes_of(logits, target, options.align_corners))
     tensors: dict[str, Any] = {"logits_ptr": logits, "histogram_ptr": counts.histogram}
-    of_labels: dict[str, Any] = {"target_ptr": target, "counts_ptr": counts.of_groups}
     if loss.binary:
-        tensors |= of_labels
+        tensors["target_ptr"] = target
     else:
         statistics = prepared(
             ("lovasz_cell_statistics", *key), lambda: _prepare_statistics(logits, target, options)
         )
         assert results.log_sum is not None
         tensors["log_sum_ptr"] = results.log_sum
-        statistics(**tensors, **of_labels, **axes)
+        statistics(**tensors, target_ptr=target, counts_ptr=counts.of_groups, **axes)
     histogram = prepared(
         ("lovasz_cell_histogram", loss.name, *key),
         lambda: _prepare_histogram(loss, logits, target, options),
@@ -146,19 +146,18 @@ def _prepare_statistics(
 
 
 def histogram_heuristic(loss: Loss, most: int, bins: int) -> Configuration:
-    """Pixels of a lane at once: a hinge, which has two histograms, has fewer.
+    """Pixels of a lane at once, so many that what a histogram takes once is shared.
 
     Where a histogram takes registers for its bins there is one class. Of cells with few pixels
-    there are more, so that as many pixels as elsewhere share what a histogram takes once.
+    there are more, and of a hinge, whose histogram has twice the bins.
     """
-    pixels, classes = 16, 4
-    if loss.binary:
-        classes, pixels = 1, 8 if is_quick() else 4 if warp_size() == 64 else 2
-    elif not is_quick():
+    pixels, classes = 16, 1 if loss.binary else 4
+    if not is_quick():
         classes, pixels = 1, 16 if bins <= FEW_BINS else 4
     at_once = _at_once(pixels, most)
     few = 4 * int(at_once["PIXEL_ROWS"]) * int(at_once["PIXEL_COLUMNS"]) <= pixels
-    return {**at_once, "UNROLL": classes, "num_warps": 16 if few and is_quick() else 8}
+    many = is_quick() and (few or loss.binary)
+    return {**at_once, "UNROLL": classes, "num_warps": 16 if many else 8}
 
 
 def _at_once(pixels: int, most: int) -> Configuration:
@@ -179,7 +178,8 @@ def _prepare_histogram(
     images = logits.size(0)
     tile, tiles = arguments["TILE"], all_tiles // images
     class_groups = triton.cdiv(logits.size(1), tile.unroll)
-    rounds = min(max(all_tiles * class_groups // _PROGRAMS, 1), _MOST_ROUNDS, tiles)
+    work = all_tiles * class_groups * arguments["num_warps"] // 8
+    rounds = min(max(work // _PROGRAMS, 1), _MOST_ROUNDS, tiles)
     chunks = triton.cdiv(tiles, rounds)
     constants = {
         **arguments,
@@ -194,6 +194,7 @@ def _prepare_histogram(
     kernel: Any = _cell_histogram_kernel
     if loss.binary:
         kernel, constants["target_strides"] = _cell_hinge_histogram_kernel, target.stride()
+        constants |= registers(min(2048 // arguments["num_warps"], 255))
     return PreparedLaunch(kernel, (images * chunks * class_groups,), constants, False)
 
 

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .._engine.math import LOG2_E
 from .._engine.pixel_walk import load_pixels, run_of_pixels, view_of
-from .lovasz_kernels import hinge_error
+from .lovasz_bins import hinge_error
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _errors_kernel(
     position = run.image * pixels * TILE.grain + run.first + run.local
 
     if HINGE:
-        error = hinge_error(logits, pixel)
+        error = hinge_error(logits, pixel.label == 1)
         is_number = error < float("inf")
         is_own = (pixel.label == 1) & is_number
         is_error = (pixel.label >= 0) & is_number & (error > 0)

@@ -17,8 +17,8 @@ from .._engine.pixel_walk import (
     view_of,
 )
 from .._engine.pixels import class_of, for_classes, nearest_class, nothing_yet, sum_of_lanes
-from .lovasz_bins import hinge_place, in_table, softmax_place
-from .lovasz_kernels import hinge_error, probability
+from .lovasz_bins import hinge_error, hinge_place, in_table, shifted_hinge, softmax_place
+from .lovasz_kernels import probability
 
 
 class Softmax(NamedTuple):
@@ -234,14 +234,14 @@ def _hinge_gradient_kernel(
     group = run.image if PER_IMAGE else 0
     scale = tl.load(upstream_ptr).to(dtype) * tl.load(scale_ptr + group)
     logits = tl.load(view.pointer + view.offsets, mask=run.inside, other=0.0).to(dtype)
-    error = hinge_error(logits, pixel)
     is_own = pixel.label == 1
+    error = hinge_error(logits, is_own)
 
     if BINS is None:
         place = run.image * pixels * TILE.grain + run.first + run.local
         increment = tl.load(table_ptr + place, mask=run.inside, other=0.0)
     else:
-        place = hinge_place(error, BINS)
+        place = hinge_place(shifted_hinge(logits, is_own), BINS)
         entry = in_table(place.bin, is_own, is_own, BINS)
         increment = _interpolated(table_ptr + group * (4 * BINS.count), entry, place.fraction)
 

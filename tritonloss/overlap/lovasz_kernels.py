@@ -9,7 +9,7 @@ error. Counts are integers, and the same in any order: atomic sums of them are d
 The counters of a class are [bins] of the probabilities of all pixels, [bins] of those of its own,
 and [SPREAD], whose sum belongs to the last of these. A pixel that is not counted has p = 0 for all
 pixels: how many are counted is counted, too. Those of a hinge are [bins] of others' errors and
-[bins] of own ones.
+[bins] of own ones, and tell all that there is to know of the pixels: ``lovasz_hinge_kernels.py``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._engine.cells import divided
-from .._engine.math import LN_2, LOG2_E, log2_one_plus, sanitised_label
+from .._engine.cells import divided, wide
+from .._engine.math import LN_2, LOG2_E, log2_one_plus
 from .._engine.pixel_walk import (
     Run,
     View,
@@ -28,10 +28,9 @@ from .._engine.pixel_walk import (
     run_of_pixels,
     view_of,
 )
-from .._engine.pixels import Pixel
 from .._engine.sums import Sums, comes_last, leave
 from ..pixelwise.softmax import softmax_of_lanes
-from .lovasz_bins import SPREAD, hinge_place, in_histogram, width_of
+from .lovasz_bins import SPREAD, in_histogram, is_of_hinge, width_of
 
 # --- statistics -----------------------------------------------------------------------------------
 
@@ -182,69 +181,6 @@ def add_to_histograms(
 
 
 @triton.jit
-def _hinge_histogram_kernel(
-    logits_ptr,  # [N, 1, H, W]
-    target_ptr,  # [N, H, W]
-    histogram_ptr,  # [groups, 1, 2, bins]
-    counts_ptr,  # [groups, 2]: wrong pixels of each group, and own ones
-    logits_strides,
-    target_strides,
-    pixels,
-    width,
-    chunks,
-    rounds,
-    IGNORED: tl.constexpr,
-    PER_IMAGE: tl.constexpr,
-    APART: tl.constexpr,
-    FAR: tl.constexpr,
-    BINS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Reads labels and logits once; counts the errors above 0.
-
-    In two histograms, since one of twice the bins takes registers that there are not everywhere.
-    """
-    COUNT: tl.constexpr = BINS.count
-    PIXELS: tl.constexpr = TILE.pixels
-    chunk = tl.program_id(0)
-    image = (chunk // chunks).to(tl.int64)
-    chunk = (chunk % chunks).to(tl.int64)
-    group = image if PER_IMAGE else image * 0
-
-    own_errors = tl.zeros((COUNT,), tl.int32)
-    errors = tl.zeros((COUNT,), tl.int32)
-    tally = tl.zeros((PIXELS,), tl.int32)  # of own pixels, and above 16 bits of wrong ones
-    for i in tl.range(0, rounds):
-        run = _run_of_tile(image, chunk * rounds + i, pixels, width, TILE)
-        pixel = _pixels_of_tile(target_ptr, target_strides, run, IGNORED, FAR, TILE)
-        view = _view_of_tile(logits_ptr, logits_strides, run, APART, FAR, TILE)
-        logits = tl.load(view.pointer + view.offsets, mask=run.inside, other=0.0)
-        error = hinge_error(logits.to(tl.float64 if TILE.double else tl.float32), pixel)
-
-        valid = pixel.label >= 0
-        is_number = error < float("inf")
-        is_own = pixel.label == 1
-        place = hinge_place(error, BINS)
-        is_error = valid & is_number & (error > 0)
-        own_errors += tl.histogram(place.bin, COUNT, mask=is_error & is_own)
-        errors += tl.histogram(place.bin, COUNT, mask=is_error & ~is_own)
-        tally += tl.where(is_number, is_own.to(tl.int32), valid.to(tl.int32) << 16)
-
-    row = histogram_ptr + group * (2 * COUNT) + tl.arange(0, COUNT)
-    dtype: tl.constexpr = histogram_ptr.dtype.element_ty
-    tl.atomic_add(row, errors.to(dtype), mask=errors > 0, sem="relaxed")
-    tl.atomic_add(row + COUNT, own_errors.to(dtype), mask=own_errors > 0, sem="relaxed")
-    tl.atomic_add(counts_ptr + 2 * group, tl.sum(tally >> 16).to(dtype), sem="relaxed")
-    tl.atomic_add(counts_ptr + 2 * group + 1, tl.sum(tally & 0xFFFF).to(dtype), sem="relaxed")
-
-
-@triton.jit
-def hinge_error(logits, pixel):
-    """1 - z (2 y - 1)."""
-    return 1.0 - tl.where(pixel.label == 1, logits, logits * -1.0)
-
-
-@triton.jit
 def _run_of_tile(image, tile, pixels, width, TILE: tl.constexpr):
     """The run of pixels of an image's tile; none beyond the image."""
     PIXELS: tl.constexpr = TILE.pixels
@@ -280,36 +216,20 @@ def _view_of_tile(
 
 
 @triton.jit
-def _pixels_of_tile(
-    target_ptr, strides, run, IGNORED: tl.constexpr, FAR: tl.constexpr, TILE: tl.constexpr
-):
-    """The pixels of a run with labels 0 and 1."""
-    if TILE.flat:
-        pixel = load_pixels(target_ptr, strides, run, IGNORED, True, TILE)
-    else:
-        start, offsets = _in_rows(
-            target_ptr + run.image * strides[0], strides[1], strides[2], run, FAR
-        )
-        loaded = tl.load(start + offsets, mask=run.inside, other=0)
-        label = sanitised_label(loaded, run.inside, tl.full((), 2, tl.int32), IGNORED)
-        pixel = Pixel(label=label, own=label, inside=run.inside)
-    return pixel
-
-
-@triton.jit
 def _in_rows(pointer, row_stride, column_stride, run, FAR: tl.constexpr):
-    """(pointer to a run's first row, offsets of its pixels), in a map with any strides."""
+    """(pointer, offsets of a run's pixels from there), in an image's map with any strides."""
     if FAR:
         row = run.first // run.width[0]
-        column = (run.first - row * run.width[0]).to(tl.int32)
+        pointer += row * row_stride
+        column = (run.first - row * run.width[0]).to(tl.int32) + run.local
+        down, _ = divided(column, run.width)
+        row_stride = wide(row_stride)
+        column_stride = wide(column_stride)
     else:
-        row, column = divided(run.first.to(tl.int32), run.width)
-    down, column = divided(column + run.local, run.width)
-    if FAR:
-        offsets = down.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
-    else:
-        offsets = down * row_stride + column * column_stride
-    return pointer + row.to(tl.int64) * row_stride, offsets
+        column = run.first.to(tl.int32) + run.local
+        down, _ = divided(column, run.width)
+    # one row further down, it is a row's columns less to the right
+    return pointer, column * column_stride + down * (row_stride - run.width[0] * column_stride)
 
 
 # --- loss and increments --------------------------------------------------------------------------
@@ -318,7 +238,7 @@ def _in_rows(pointer, row_stride, column_stride, run, FAR: tl.constexpr):
 @triton.jit
 def _increments_kernel(
     histogram_ptr,  # [groups, C, counters]
-    counts_ptr,  # [groups, 2]
+    counts_ptr,  # [groups, 2], of a softmax
     table_ptr,  # [groups, C, 2 bins, 2]: increments of every entry of the histogram
     class_loss_ptr,  # [2, groups, C]: the loss of every class, and whether it takes part
     loss_ptr,  # []
@@ -342,8 +262,12 @@ def _increments_kernel(
     index = tl.arange(0, COUNT)
 
     # counts at the edges of the bins, from the largest errors down
-    pixels = tl.load(counts_ptr + 2 * (program // classes) + 1)
-    others, own, own_total = _counts_of_errors(histogram_ptr + row * BINS.row, pixels, BINS)
+    counters_ptr = histogram_ptr + row * BINS.row
+    if BINS.hinge:
+        others, own, own_total, wrong = _counts_of_hinges(counters_ptr, BINS)
+    else:
+        pixels = tl.load(counts_ptr + 2 * (program // classes) + 1)
+        others, own, own_total = _counts_of_errors(counters_ptr, pixels, BINS)
     others_low = tl.cumsum(others, 0, reverse=True)
     own_low = tl.cumsum(own, 0, reverse=True)
     others_high = others_low - others
@@ -353,6 +277,8 @@ def _increments_kernel(
     low = (own_low + others_low).to(dtype) / tl.maximum(own_total + others_low, 1).to(dtype)
     high = (own_high + others_high).to(dtype) / tl.maximum(own_total + others_high, 1).to(dtype)
     loss = tl.sum((low + high) * 0.5 * width_of(index, dtype, BINS))
+    if BINS.hinge:
+        loss = tl.where(wrong > 0, float("nan"), loss)
 
     # whether the class takes part, and its increments
     if PRESENT:
@@ -376,30 +302,48 @@ def _increments_kernel(
     sums = Sums(scratch=scratch_ptr, tickets=tickets_ptr, programs=programs, rows=1)
     leave(sums, 0, counted)
     if comes_last(sums):
-        _store_mean(loss_ptr, scale_ptr, class_loss_ptr, counts_ptr, (groups, classes), CLASSES)
+        # fmt: off
+        _store_mean(
+            loss_ptr, scale_ptr, class_loss_ptr, counts_ptr, (groups, classes), CLASSES, BINS
+        )
+        # fmt: on
 
 
 @triton.jit
 def _counts_of_errors(counters_ptr, pixels, BINS: tl.constexpr):
-    """(others' errors in each bin, own ones, own pixels in all) of a class.
+    """(others' errors in each bin, own ones, own pixels in all) of a class of a softmax.
 
-    ``pixels`` are those that are counted, or of a hinge the own ones.
+    ``pixels`` are those that are counted.
     """
     COUNT: tl.constexpr = BINS.count
     index = tl.arange(0, COUNT)
     others = tl.load(counters_ptr + index)
-    if BINS.hinge:
-        own = tl.load(counters_ptr + COUNT + index)
-        own_total = pixels
-    else:
-        own = tl.load(counters_ptr + COUNT + index)
-        spread = tl.sum(tl.load(counters_ptr + 2 * COUNT + tl.arange(0, SPREAD)))
-        others -= tl.where(index == 0, tl.sum(others) - pixels, 0)
-        others -= own + tl.where(index == COUNT - 1, spread, 0)
-        # the error of an own pixel is 1 - p
-        own = tl.load(counters_ptr + 2 * COUNT - 1 - index) + tl.where(index == 0, spread, 0)
-        own_total = tl.sum(own)
-    return others, own, own_total
+    own = tl.load(counters_ptr + COUNT + index)
+    spread = tl.sum(tl.load(counters_ptr + 2 * COUNT + tl.arange(0, SPREAD)))
+    others -= tl.where(index == 0, tl.sum(others) - pixels, 0)
+    others -= own + tl.where(index == COUNT - 1, spread, 0)
+    # the error of an own pixel is 1 - p
+    own = tl.load(counters_ptr + 2 * COUNT - 1 - index) + tl.where(index == 0, spread, 0)
+    return others, own, tl.sum(own)
+
+
+@triton.jit
+def _counts_of_hinges(counters_ptr, BINS: tl.constexpr):
+    """(others' errors in each bin, own ones, own pixels in all, pixels whose error is none)."""
+    COUNT: tl.constexpr = BINS.count
+    APART: tl.constexpr = BINS.apart
+    index = tl.arange(0, COUNT)
+    others = tl.load(counters_ptr + index)
+    own = tl.load(counters_ptr + COUNT + index)
+    if APART:
+        for j in tl.static_range(1, APART):
+            own += tl.load(counters_ptr + (1 + j) * COUNT + index)
+        others -= own
+    is_error = is_of_hinge(index, BINS)
+    is_wrong = ~is_error & (index < COUNT - 1)
+    own_total = tl.sum(tl.where(is_wrong, 0, own))
+    wrong = tl.sum(tl.where(is_wrong, own + others, 0))
+    return tl.where(is_error, others, 0), tl.where(is_error, own, 0), own_total, wrong
 
 
 @triton.jit
@@ -449,7 +393,10 @@ def _store_entries(table_ptr, mean, rise, counted, BINS: tl.constexpr):
 
 
 @triton.jit
-def _store_mean(loss_ptr, scale_ptr, class_loss_ptr, counts_ptr, sizes, CLASSES: tl.constexpr):
+def _store_mean(
+    loss_ptr, scale_ptr, class_loss_ptr, counts_ptr, sizes, CLASSES: tl.constexpr,
+    BINS: tl.constexpr,
+):  # fmt: skip
     """Store the mean over groups of the mean over classes, and the factors of their gradients."""
     groups, classes = sizes
     channel = tl.arange(0, CLASSES)
@@ -462,7 +409,9 @@ def _store_mean(loss_ptr, scale_ptr, class_loss_ptr, counts_ptr, sizes, CLASSES:
         )
         number = tl.maximum(tl.sum(counted), 1.0)
         mean = tl.sum(tl.where(counted > 0, losses, 0.0)) / number
-        wrong = tl.load(counts_ptr + 2 * group)
-        loss += tl.where(wrong > 0, float("nan"), mean)
+        if not BINS.hinge:
+            wrong = tl.load(counts_ptr + 2 * group)
+            mean = tl.where(wrong > 0, float("nan"), mean)
+        loss += mean
         tl.store(scale_ptr + group, 1.0 / (number * groups))
     tl.store(loss_ptr, loss / groups)

@@ -27,8 +27,8 @@ from .lovasz_cell_launch import (
 )
 from .lovasz_exact import launch_exact
 from .lovasz_gradient_kernels import _hinge_gradient_kernel, _softmax_gradient_kernel
+from .lovasz_hinge_kernels import _hinge_histogram_kernel
 from .lovasz_kernels import (
-    _hinge_histogram_kernel,
     _increments_kernel,
     _softmax_histogram_kernel,
     _softmax_statistics_kernel,
@@ -48,7 +48,8 @@ from .lovasz_terms import (
     zero_counts,
 )
 
-# Programs of a histogram that a large GPU has work for, and the most tiles that one goes through.
+# Programs of a histogram, if they have 8 warps, that a large GPU has work for, and the most tiles
+# that one goes through.
 _PROGRAMS = 1056
 _MOST_ROUNDS = 16
 # Bins of a class that a lane makes increments of, unless that took more than 16 warps.
@@ -185,13 +186,14 @@ def _launch_statistics(
 def histogram_heuristic(loss: Loss) -> Configuration:
     """A configuration that is always valid: several pixels per lane, of a few classes at a time.
 
-    Where a histogram takes registers for its bins there is one class, and no spill.
+    Where a histogram takes registers for its bins there is one class, and no spill. That of a hinge
+    has twice the bins, which more warps share.
     """
     warps, pixels, classes = 8, 8, 2
-    if loss.binary:
-        classes, pixels = 1, 8 if is_quick() or warp_size() == 64 else 2
-    elif not is_quick():
-        classes, pixels = 1, 16
+    if not is_quick():
+        pixels, classes = 16, 1
+    elif loss.binary:
+        warps, classes = 16, 1
     return {"PIXELS": pixels * warps * warp_size(), "CLASSES": classes, "num_warps": warps}
 
 
@@ -222,13 +224,14 @@ def _over_tiles(
     grain = grain if grain == 4 else 1
     apart = even and not side_by_side
     at_once = _even(classes, 1 if apart else int(configuration["CLASSES"]))
-    fewer = 2 if grain == 1 and (loss.binary or not is_quick()) else 1  # a hinge has two histograms
-    if not (loss.binary or is_quick()) and bins > FEW_BINS:
+    fewer = 2 if grain == 1 and not is_quick() else 1
+    if not is_quick() and bins > FEW_BINS:
         fewer *= 4
     pixels = max(pixels // fewer, warps * warp_size())
     size = logits.size(2) * logits.size(3)
     tiles, class_groups = triton.cdiv(size, pixels), triton.cdiv(classes, at_once)
-    rounds = min(max(images * tiles * class_groups // _PROGRAMS, 1), _MOST_ROUNDS, tiles)
+    work = images * tiles * class_groups * warps // 8
+    rounds = min(max(work // _PROGRAMS, 1), _MOST_ROUNDS, tiles)
     chunks = triton.cdiv(tiles, rounds)
     flat, double = side_by_side or even, logits.dtype == torch.float64
     tile = Tile(pixels, 1, at_once, grain, flat, classes, double, bundle=1, slots=1)
@@ -239,19 +242,18 @@ def _over_tiles(
         "chunks": chunks,
         "rounds": rounds,
         "APART": apart,
-        "FAR": _is_far(logits, pixels) or _is_far(target, pixels),
+        "FAR": _is_far(logits) or _is_far(target),
         "TILE": tile,
         "num_warps": warps,
         "enable_fp_fusion": True,
     }
 
 
-def _is_far(tensor: torch.Tensor, pixels: int) -> bool:
-    """Whether 32 bits are not enough for an image's pixels, or for how far a tile reaches."""
+def _is_far(tensor: torch.Tensor) -> bool:
+    """Whether 32 bits are not enough for where an image's pixels are."""
     height, width = tensor.shape[-2:]
-    rows = min(triton.cdiv(pixels, width) + 1, height)
-    reach = rows * tensor.stride(-2) + width * tensor.stride(-1)
-    return height * width >= 2**31 or reach >= 2**31
+    reach = height * tensor.stride(-2) + width * tensor.stride(-1)
+    return max(height * width, reach) >= 2**30
 
 
 def _launch_histogram(
@@ -272,6 +274,7 @@ def _launch_histogram(
             kernel: Any = _hinge_histogram_kernel
             arguments["target_strides"] = in_grains(target, arguments["TILE"])
             arguments["IGNORED"] = ignored_class(options.ignore_index, 2, target.dtype)
+            arguments["ALIGNED"] = target.stride()[1:] == (target.size(2), 1)
         else:
             kernel = _softmax_histogram_kernel
         return PreparedLaunch(kernel, (programs,), arguments, arguments["TILE"].grain > 1)
@@ -282,7 +285,7 @@ def _launch_histogram(
         "histogram_ptr": counts.histogram,
     }
     if loss.binary:
-        tensors |= {"target_ptr": target, "counts_ptr": counts.of_groups}
+        tensors["target_ptr"] = target
     else:
         tensors |= {"largest_ptr": results.largest, "log_sum_ptr": results.log_sum}
     prepared(key, prepare)(**tensors)

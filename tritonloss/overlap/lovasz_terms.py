@@ -29,6 +29,9 @@ IS_QUICK = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) >= (3, 9)
 # Bins of a class that take so few registers, where a histogram takes some for each, that a lane has
 # many pixels.
 FEW_BINS = 1024
+# Counters of each bin of a hinge for own errors, where each of these is an atomic sum: those at one
+# address wait for each other.
+_OF_OWN = 16
 # Pixels from which on 32 bits do not hold their count.
 _MANY = 2**31
 
@@ -63,13 +66,16 @@ class Results(NamedTuple):
 
 def bins_of(loss: Loss, options: Options) -> Bins:
     """The bins of a class."""
-    each = options.bins // 32
+    each = options.bins // (16 if loss.binary else 32)
+    apart = 0 if not loss.binary or IS_QUICK or warp_size() > 32 else _OF_OWN
+    row = options.bins * (1 + max(apart, 1)) if loss.binary else options.bins * 4 + SPREAD.value
     return Bins(
         count=options.bins if loss.binary else 2 * options.bins,
         each=each,
         digits=each.bit_length() - 1,
         hinge=loss.binary,
-        row=options.bins * 2 if loss.binary else options.bins * 4 + SPREAD.value,
+        row=row,
+        apart=apart,
     )
 
 
