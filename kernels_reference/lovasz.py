@@ -87,7 +87,10 @@ def lovasz_hinge_loss(
         in_bin = _hinge_bins(_grouped(1.25 - torch.where(valid_own, z, -z), per_image), bins)
         class_losses = _by_bin(errors, own, counted, is_error, in_bin, hinge_edges(bins), pooled)
     mean = _mean(class_losses, _any(counted, pooled), process_group if per_image else None)
-    return _not_a_number_if(valid & ~is_number, mean, process_group)
+    wrong = valid & ~is_number
+    # No number, and neither is the gradient of the wrong pixels; that of others is as it is.
+    mean = mean + (torch.where(wrong, z, 0) * torch.where(wrong, torch.nan, 0)).sum()
+    return _not_a_number_if(wrong, mean, process_group)
 
 
 # --- increments -----------------------------------------------------------------------------------

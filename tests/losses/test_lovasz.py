@@ -369,8 +369,9 @@ def test_own_pixels_that_are_sure(device: torch.device) -> None:
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_what_is_no_number_makes_the_loss_none(
-    name: str, exact: bool, sign: float, device: torch.device
+    backend: str, name: str, exact: bool, sign: float, device: torch.device
 ) -> None:
     logits, target = case(name, (2, 3, 4, 5), device=device)
     target[0, 0, 0] = 0
@@ -381,11 +382,11 @@ def test_what_is_no_number_makes_the_loss_none(
     void[0, 0, 0] = 255
     for per_image in (False, True):
         loss = loss_of(name, target, per_image=per_image, **options)
-        (value,), (gradient,) = value_and_gradients(loss, [spoilt], "triton")
+        (value,), (gradient,) = value_and_gradients(loss, [spoilt], backend)
         assert value.isnan() and gradient[0, :, 0, 0].isnan().all()
         gradient[0, :, 0, 0] = 0
         clean = loss_of(name, void, per_image=per_image, **options)
-        (value,), (expected,) = value_and_gradients(clean, [spoilt], "triton")
+        (value,), (expected,) = value_and_gradients(clean, [spoilt], backend)
         assert value.isfinite()
         assert torch.equal(gradient, expected)
 

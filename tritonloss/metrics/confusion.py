@@ -159,8 +159,9 @@ def confusion_matrix(
             logits have.
         upsample: None (default), or "bilinear": the logits are [N, C, h, w] with h <= H and w <= W,
             and what counts is ``F.interpolate(logits.float(), size=(H, W), mode="bilinear")``,
-            which is never in memory. Around an infinite logit it is infinite, where that gives NaN.
-            Without effect where ``logits`` are labels.
+            which is never in memory. Around an infinite logit, where that gives NaN, the kernels
+            take it for infinite, or leave the infinite one out if its share is 0. Without effect
+            where ``logits`` are labels.
         align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
             False.
         ignore_index: label of pixels that are not counted, any integer or None. Default 255, which
@@ -217,8 +218,9 @@ def predict(
         logits: [N, C, h, w], float16, bfloat16, float32 or float64, any strides.
         size: (H, W) of the prediction, H >= h and W >= w, or None for that of the logits (default).
         upsample: "bilinear" (default): what counts is ``F.interpolate(logits.float(), size,
-            mode="bilinear")``; around an infinite logit it is infinite, where that gives NaN. None:
-            the logits have that size.
+            mode="bilinear")``. Around an infinite logit, where that gives NaN, the kernels take it
+            for infinite, or leave the infinite one out if its share is 0. None: the logits have
+            that size.
         align_corners: of the interpolation, as in :func:`torch.nn.functional.interpolate`. Default
             False.
 

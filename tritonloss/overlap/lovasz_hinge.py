@@ -104,7 +104,7 @@ def lovasz_hinge_loss(
     Returns:
         The loss in float32 (float64 for float64 logits), 0 with zero gradient where no pixel is
         valid. The gradient has the dtype of the logits. NaN and an infinite error make the loss
-        NaN, and the gradient of their pixel.
+        NaN, and the gradient of their pixel; an error of -infinity is none.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
