@@ -30,6 +30,7 @@ from .._engine.strips import (
     SIZES,
     Program,
     Row,
+    counted,
     load_values,
     plane_of,
     row_limit,
@@ -237,13 +238,15 @@ def _store_coefficients(
     SQUARE: tl.constexpr = 1.0 if SIMILARITY.careful else WINDOW.unit * WINDOW.unit
     pair, history = begun(pair, program, upstream.rows, SIMILARITY, WINDOW, STRIP, SHIFT)
     rows = tl.minimum(upstream.rows, upstream.height - program.first_row) + (SIZE - 1)
-    for i in tl.range(0, rows, UNROLL):
+    for i in tl.range(0, counted(rows, STRIP), UNROLL):
         for j in tl.static_range(UNROLL):
             moments, history = advanced(
                 i + j, history, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT
             )
-            number = program.first_row + (i + j) - (SIZE - 1)
-            limit = tl.where((i + j >= SIZE - 1) & (number < upstream.height), upstream.width, 0)
+            number = i + j - (SIZE - 1)
+            height = upstream.height - program.first_row
+            limit = row_limit(tl.cast(number, tl.int32), height, upstream.width)
+            number += program.first_row
             row = Row(number=number, chunk=program.chunk, limit=limit)
             if SIMILARITY.from_logits:
                 valid = valid_columns(pair, row, SIMILARITY, STRIP)
@@ -290,23 +293,25 @@ def _store_gradients(
     none_yet = repeated(zeros(planes[0], STRIP), (SIZE - 1) * COLUMNS)
     history = repeated(none_yet, MAPS)
     rows = tl.minimum(gradients.rows, pair.height - program.first_row) + (SIZE - 1)
-    for i in tl.range(0, rows, UNROLL):
+    for i in tl.range(0, counted(rows, STRIP), UNROLL):
         for j in tl.static_range(UNROLL):
             # the adjoint, map by map
-            number = program.first_row + (i + j) + SHIFT
-            limit = row_limit(number, gradients.out_height, gradients.out_width)
+            number = program.first_row + (i + j + SHIFT)
+            limit = row_limit(tl.cast(number, tl.int32), gradients.out_height, gradients.out_width)
             row = Row(number=number, chunk=program.chunk, limit=limit)
             row_sums = adjoint_rows(
                 planes, row, pair.width, pair.window, WINDOW, SHIFT, STRIP, MAPS
             )
-            number = program.first_row + (i + j) - (SIZE - 1)
+            number = program.first_row + (i + j - (SIZE - 1))
+            in_strip = tl.cast(i + j - (SIZE - 1), tl.int32)
             sums = ()
             unfinished = ()
             for m in tl.static_range(MAPS):
                 if WINDOW.padding == "reflect":
                     finished, partials = folded_column(
-                        history[m], row_sums[m], number, pair.height, dtype, WINDOW, COLUMNS
-                    )
+                        history[m], row_sums[m], program.first_row + in_strip, pair.height, dtype,
+                        WINDOW, COLUMNS,
+                    )  # fmt: skip
                 else:
                     finished, partials = filtered_column(
                         history[m], row_sums[m], WEIGHTS, SIZE, COLUMNS
@@ -316,7 +321,7 @@ def _store_gradients(
             history = unfinished
 
             # the sums times their factors at the pixel
-            limit = tl.where((i + j >= SIZE - 1) & (number < pair.height), pair.width, 0)
+            limit = row_limit(in_strip, pair.height - program.first_row, pair.width)
             out_row = Row(number=number, chunk=program.chunk, limit=limit)
             values = load_pair(
                 pair, out_row, program.channel, SIMILARITY, STRIP, 0, COLUMNS, "zeros"

@@ -80,6 +80,17 @@ class PairMoments(NamedTuple):
 
 
 @triton.jit
+def source_of(i, pair, program, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+    """Where row i of the strip comes from."""
+    PADDING: tl.constexpr = WINDOW.padding
+    number = source_row(program.first_row + tl.cast(i + SHIFT, tl.int32), pair.height, PADDING)
+    limit = row_limit(number, pair.height, pair.width)
+    if PADDING == "zeros" or PADDING == "valid":
+        number = program.first_row + (i + SHIFT)  # as wide as the loop counts
+    return Row(number=number, chunk=program.chunk, limit=limit)
+
+
+@triton.jit
 def load_pair(
     pair, row, channel, SIMILARITY: tl.constexpr, STRIP: tl.constexpr, SHIFT: tl.constexpr,
     COUNT: tl.constexpr, PADDING: tl.constexpr,
@@ -224,13 +235,12 @@ def next_moments(
     RADIUS: tl.constexpr = WINDOW.size // 2
 
     # moments along the row
-    number = source_row(program.first_row + i + SHIFT, pair.height, PADDING)
-    limit = row_limit(number, pair.height, pair.width)
+    row = source_of(i, pair, program, WINDOW, SHIFT)
     if COLUMNS == 1:
-        centre = Row(number=number, chunk=program.chunk + (SHIFT + RADIUS), limit=limit)
+        middle = program.chunk + (SHIFT + RADIUS)
+        centre = Row(number=row.number, chunk=middle, limit=row.limit)
         along = _streamed_moments_of_pair(pair, centre, program.channel, SIMILARITY, WINDOW, STRIP)
     else:
-        row = Row(number=number, chunk=program.chunk, limit=limit)
         values = load_pair(
             pair, row, program.channel, SIMILARITY, STRIP, SHIFT, COLUMNS + SIZE - 1, PADDING
         )

@@ -178,7 +178,8 @@ def begun(
         )  # fmt: skip
         history = _empty_sums(pair, WINDOW, STRIP)
         if SIMILARITY.exchanged:
-            leave_row(0, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
+            first = tl.full((), 0, tl.int64)
+            leave_row(first, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
     return pair, history
 
 

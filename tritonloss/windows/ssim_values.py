@@ -18,17 +18,17 @@ from .._engine.math import LOG2_E, label_of, sigmoid_base2
 from .._engine.strips import (
     Row,
     Strip,
+    below,
+    counted,
     is_below,
     join_columns,
     load_columns,
-    row_limit,
     row_of,
-    source_row,
     split_columns,
     widened,
     zeros,
 )
-from .ssim_moments import load_pair
+from .ssim_moments import load_pair, source_of
 
 # Columns that are kept of either neighbour of a strip: whole chunks, and as many as a radius.
 _BESIDE = tl.constexpr(8)
@@ -70,6 +70,7 @@ def pivots_of(pair, program, rows, SIMILARITY: tl.constexpr, STRIP: tl.constexpr
     most = zeros(pair.x, STRIP) - 1.0
     for sample in tl.static_range(4):
         number = tl.minimum(program.first_row + sample * rows // 4, pair.height - 1)
+        number = counted(number, STRIP)
         row = Row(number=number, chunk=program.chunk, limit=pair.width)
         pixel = load_pair(pair, row, program.channel, SIMILARITY, STRIP, 0, 1, "zeros")
         x += pixel.x[0] * 0.25
@@ -98,13 +99,28 @@ def _no_class(pair):
 
 
 @triton.jit
-def _labels(pair, row, STRIP: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr):
+def _loaded(
+    plane, row, SIMILARITY: tl.constexpr, STRIP: tl.constexpr, SHIFT: tl.constexpr,
+    COUNT: tl.constexpr, PADDING: tl.constexpr, OTHER: tl.constexpr = 0,
+):  # fmt: skip
+    """load_columns. Lanes that exchange pixels have no registers for pointers of their own."""
+    if SIMILARITY.exchanged:
+        plane = below(plane, row.number, STRIP)
+        row = Row(number=tl.full((), 0, tl.int32), chunk=row.chunk, limit=row.limit)
+    return load_columns(plane, row, STRIP, SHIFT, COUNT, PADDING, OTHER)
+
+
+@triton.jit
+def _labels(
+    pair, row, SIMILARITY: tl.constexpr, STRIP: tl.constexpr, SHIFT: tl.constexpr,
+    COUNT: tl.constexpr,
+):  # fmt: skip
     """(labels, inside): load_columns with a label that is no class where there is no pixel.
 
     Unless all values of 8 bits are classes: then ``inside`` has to be asked.
     """
     NO_CLASS: tl.constexpr = 255 if pair.y.pointer.dtype.element_ty == tl.uint8 else -1
-    return load_columns(pair.y, row, STRIP, SHIFT, COUNT, "zeros", NO_CLASS)
+    return _loaded(pair.y, row, SIMILARITY, STRIP, SHIFT, COUNT, "zeros", NO_CLASS)
 
 
 @triton.jit
@@ -130,7 +146,7 @@ def _is_valid(label, inside, pair, SIMILARITY: tl.constexpr):
 def valid_columns(pair, row, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
     """Whether each pixel of a chunk is valid: a tensor [lanes] per column."""
     COLUMNS: tl.constexpr = STRIP.columns
-    labels, inside = _labels(pair, row, STRIP, 0, COLUMNS)
+    labels, inside = _labels(pair, row, SIMILARITY, STRIP, 0, COLUMNS)
     valids = ()
     for v in tl.static_range(COLUMNS):
         valids = valids + (_is_valid(labels[v], inside[v], pair, SIMILARITY),)
@@ -156,7 +172,7 @@ def row_values(
         d = _found(i, pair, 1, STRIP, SHIFT, COUNT)
         values = RowValues(first=y, other=d, d=d)
     else:
-        row = _row(i, pair, program, WINDOW, SHIFT)
+        row = source_of(i, pair, program, WINDOW, SHIFT)
         values = _columns(pair, row, program.channel, SIMILARITY, WINDOW, STRIP, SHIFT, COUNT)
     return values
 
@@ -170,7 +186,7 @@ def leave_row(
     LANES: tl.constexpr = STRIP.lanes
     COLUMNS: tl.constexpr = STRIP.columns
     RADIUS: tl.constexpr = WINDOW.size // 2
-    row = _row(i, pair, program, WINDOW, SHIFT)
+    row = source_of(i, pair, program, WINDOW, SHIFT)
     own = _columns(pair, row, program.channel, SIMILARITY, WINDOW, STRIP, 0, COLUMNS)
     y_ptr = _exchanged_row(i, pair, 0, STRIP)
     d_ptr = _exchanged_row(i, pair, 1, STRIP)
@@ -228,15 +244,6 @@ def exchange_of(pointer, number, STRIP: tl.constexpr):
 
 
 @triton.jit
-def _row(i, pair, program, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
-    """Where row i of the strip comes from."""
-    PADDING: tl.constexpr = WINDOW.padding
-    number = source_row(program.first_row + i + SHIFT, pair.height, PADDING)
-    limit = row_limit(number, pair.height, pair.width)
-    return Row(number=number, chunk=program.chunk, limit=limit)
-
-
-@triton.jit
 def _columns(
     pair, row, channel, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr,
     SHIFT: tl.constexpr, COUNT: tl.constexpr,
@@ -244,12 +251,12 @@ def _columns(
     """The Values of COUNT columns; see load_columns."""
     PADDING: tl.constexpr = WINDOW.padding
     REST: tl.constexpr = None if SIMILARITY.from_logits else 0  # invalid logits may be anything
-    first, _ = load_columns(pair.x, row, STRIP, SHIFT, COUNT, PADDING, REST)
+    first, _ = _loaded(pair.x, row, SIMILARITY, STRIP, SHIFT, COUNT, PADDING, REST)
     xs = ()
     ys = ()
     ds = ()
     if SIMILARITY.from_logits:
-        labels, inside = _labels(pair, row, STRIP, SHIFT, COUNT)
+        labels, inside = _labels(pair, row, SIMILARITY, STRIP, SHIFT, COUNT)
         for j in tl.static_range(COUNT):
             y, d = _pixel(first[j], labels[j], inside[j], pair, channel, SIMILARITY)
             ys = ys + (y,)
