@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .._engine.math import negated
 from .._engine.strip_windows import filtered_column, repeated
 from .._engine.strips import (
     SIZES,
@@ -41,7 +40,7 @@ from .ssim_adjoint import adjoint_rows, folded_column
 from .ssim_kernels import Maps, pair_of
 from .ssim_moments import dissimilarities, load_pair
 from .ssim_sums import advanced, begun
-from .ssim_values import exchange_of, valid_columns
+from .ssim_values import exchange_of, slopes_of, valid_columns
 
 _SIZES = (
     *SIZES, "unit_channels", "units_of_image", "units", "ring", "lag", "out_tiles_x", "out_tiles",
@@ -62,7 +61,7 @@ class Pass(NamedTuple):
 class Upstream(NamedTuple):
     """The upstream gradient, and its map's size; a run-time value, like the tuples below."""
 
-    value: Any  # of the mean, times its scale
+    value: Any  # of the mean, times its scale; and what all gradients are multiplied with
     plane: Any  # of the map
     height: Any
     width: Any
@@ -155,12 +154,11 @@ def _programs_of(unit, tile, place, units, STRIP: tl.constexpr):
 
 
 @triton.jit
-def _value_of(grad_ptr, scale_ptr, dtype: tl.constexpr, PASS: tl.constexpr):
-    """The gradient of each pixel's dissimilarity, if it is the same for all; 1 if not."""
-    if PASS.mapped:
-        value = 1.0
-    else:
-        value = tl.load(grad_ptr).to(dtype) * tl.load(scale_ptr)
+def _value_of(grad_ptr, scale_ptr, FACTOR: tl.constexpr, dtype: tl.constexpr, PASS: tl.constexpr):
+    """FACTOR times the gradient of each pixel's dissimilarity; alone, if that is not the same."""
+    value = tl.full((), FACTOR, dtype)
+    if not PASS.mapped:
+        value = value * (tl.load(grad_ptr).to(dtype) * tl.load(scale_ptr))
     return value
 
 
@@ -257,7 +255,7 @@ def _store_coefficients(
             maps_d = ()
             maps_y = ()
             for v in tl.static_range(COLUMNS):
-                scale = grad[v] if PASS.mapped else upstream.value
+                scale = grad[v] * upstream.value if PASS.mapped else upstream.value
                 if SIMILARITY.from_logits:
                     scale = tl.where(valid[v], scale, 0.0)
                 else:
@@ -284,8 +282,8 @@ def _store_gradients(
 ):  # fmt: skip
     """Store a tile of the gradients: the adjoint sums, each times its factor at the pixel."""
     SIZE: tl.constexpr = WINDOW.size
-    WEIGHTS: tl.constexpr = WINDOW.weights
     COLUMNS: tl.constexpr = STRIP.columns
+    WEIGHTS: tl.constexpr = WINDOW.down if COLUMNS > 1 else WINDOW.weights
     UNROLL: tl.constexpr = STRIP.unroll
     SHIFT: tl.constexpr = -(WINDOW.size - 1) if WINDOW.padding == "valid" else -(WINDOW.size // 2)
     MAPS: tl.constexpr = 4 if PASS.both else 3
@@ -323,9 +321,12 @@ def _store_gradients(
             # the sums times their factors at the pixel
             limit = row_limit(in_strip, pair.height - program.first_row, pair.width)
             out_row = Row(number=number, chunk=program.chunk, limit=limit)
-            values = load_pair(
-                pair, out_row, program.channel, SIMILARITY, STRIP, 0, COLUMNS, "zeros"
-            )
+            if SIMILARITY.from_logits and not SIMILARITY.careful:
+                values = slopes_of(pair, out_row, program.channel, SIMILARITY, STRIP)
+            else:
+                values = load_pair(
+                    pair, out_row, program.channel, SIMILARITY, STRIP, 0, COLUMNS, "zeros"
+                )
             found = Coefficients(
                 constant_x=sums[0], slope_both=sums[1], slope_d=sums[2], constant_y=sums[MAPS - 1]
             )
@@ -333,15 +334,14 @@ def _store_gradients(
             gradient_y = ()
             for v in tl.static_range(COLUMNS):
                 x = values.x[v]
-                d = values.d[v]
-                if SIMILARITY.from_logits and not SIMILARITY.careful:
-                    # To all its digits. Beside small constants it has to be what the means saw.
-                    d = tl.where(values.y[v] > 0.5, negated(values.rest[v]), x)
                 # The first two nearly cancel.
-                residual_part = found.slope_d[v] * d
+                residual_part = found.slope_d[v] * values.d[v]
                 gradient = (found.constant_x[v] + residual_part) + found.slope_both[v] * x
                 if SIMILARITY.from_logits:
-                    gradient = tl.where(values.valid[v], gradient * (x * values.rest[v]), 0.0)
+                    slope = values.rest[v]
+                    if SIMILARITY.careful:
+                        slope = x * slope
+                    gradient = tl.where(values.valid[v], gradient * slope, 0.0)
                 gradient_x = gradient_x + (gradient,)
                 if PASS.both:
                     slope = found.slope_both[v]
@@ -396,6 +396,9 @@ def _ssim_backward_kernel(
 ):
     """Works on a tile of coefficients or of gradients, whichever comes next in the list."""
     dtype: tl.constexpr = coefficients_ptr.dtype.element_ty
+    # Adjoint sums are in units of the window, unless a lane has one column.
+    UNIT: tl.constexpr = WINDOW.unit if dtype == tl.float64 else WINDOW.rounded
+    FACTOR: tl.constexpr = 1.0 / UNIT if STRIP.columns > 1 else 1.0
     ticket = tl.atomic_add(progress_ptr, 1, sem="relaxed", scope="gpu")
     step = ticket // (out_tiles + tiles)
     tile = ticket % (out_tiles + tiles)
@@ -427,7 +430,7 @@ def _ssim_backward_kernel(
         if is_first:
             upstream = Upstream(
                 rows=out_rows,
-                value=_value_of(grad_ptr, scale_ptr, dtype, PASS),
+                value=_value_of(grad_ptr, scale_ptr, FACTOR, dtype, PASS),
                 plane=plane_of(grad_ptr, grad_strides, program, OUT_STRIP),
                 height=out_height,
                 width=out_width,

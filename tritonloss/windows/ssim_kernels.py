@@ -61,7 +61,7 @@ def pair_of(maps, program, exchange_ptr, SIMILARITY: tl.constexpr, STRIP: tl.con
         exchange_ptr=exchange_ptr,
         pivot_x=0.0,
         pivot_d=0.0,
-        share_of_y=1.0,
+        share=0.5,
         ones=1.0,
         one=1.0,
     )

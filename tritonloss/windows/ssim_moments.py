@@ -41,7 +41,7 @@ class Pair(NamedTuple):
     exchange_ptr: Any  # where a program's lanes leave their pixels
     pivot_x: Any  # what plain sums of x are taken about
     pivot_d: Any  # and those of d
-    share_of_y: Any  # d is x - y if it is 1, x if it is 0
+    share: Any  # of 2 y in what is filtered as d: x - y if it is 0.5, x if it is 0
     ones: Any  # the sum of a window that is 1 everywhere, to the last bit
     one: Any  # its inverse
 
@@ -74,6 +74,7 @@ class PairMoments(NamedTuple):
 
     mean_x: Any
     mean_y: Any
+    twice_y: Any  # 2 mean_y
     mean_d: Any
     both: Any  # variance of x + variance of y
     residual: Any  # variance of d
@@ -253,6 +254,7 @@ def next_moments(
     means_d = history.mean_d + along.mean_d
     mean_x = ()
     mean_y = ()
+    twice_y = ()
     mean_d = ()
     variance_both = ()
     variance_d = ()
@@ -263,10 +265,16 @@ def next_moments(
         mean_x = mean_x + (means_x[RADIUS * COLUMNS + v] + shift_x,)
         mean_d = mean_d + (means_d[RADIUS * COLUMNS + v] + shift_d,)
         mean_y = mean_y + (mean_x[v] - mean_d[v],)
+        twice_y = twice_y + (2.0 * mean_y[v],)
         variance_both = variance_both + (both[v] + spread,)
         variance_d = variance_d + (residual[v] + spread_d,)
     moments = PairMoments(
-        mean_x=mean_x, mean_y=mean_y, mean_d=mean_d, both=variance_both, residual=variance_d
+        mean_x=mean_x,
+        mean_y=mean_y,
+        twice_y=twice_y,
+        mean_d=mean_d,
+        both=variance_both,
+        residual=variance_d,
     )
     history = RowMoments(
         mean_x=without_oldest(means_x, SIZE, COLUMNS),
@@ -289,7 +297,7 @@ def dissimilarity(moments, v: tl.constexpr, SIMILARITY: tl.constexpr, SQUARE: tl
     structure = moments.both[v] + C2
     if SIMILARITY.full:
         squared = moments.mean_d[v] * moments.mean_d[v]
-        twice_product = 2.0 * moments.mean_x[v] * moments.mean_y[v] + C1
+        twice_product = moments.mean_x[v] * moments.twice_y[v] + C1
         numerator = squared * structure + moments.residual[v] * twice_product
         result = numerator * inverse((squared + twice_product) * structure)
     else:
@@ -304,7 +312,7 @@ class Dissimilarities(NamedTuple):
     similar: Any  # 1 - u, which is next to 0 where one map's mean is: not a difference
     structure: Any  # v = 1 - S_2
     inverse_d: Any  # 1 / (m_x^2 + m_y^2 + C1)
-    inverse_e: Any  # 1 / (s_x + s_y + C2), in the variances' unit
+    inverse_e: Any  # 1 / (s_x + s_y + C2)
 
 
 @triton.jit
@@ -313,7 +321,7 @@ def dissimilarities(moments, v: tl.constexpr, SIMILARITY: tl.constexpr, SQUARE: 
     C1: tl.constexpr = SIMILARITY.c1
     C2: tl.constexpr = SIMILARITY.c2 * SQUARE
     squared = moments.mean_d[v] * moments.mean_d[v]
-    twice_product = 2.0 * moments.mean_x[v] * moments.mean_y[v] + C1
+    twice_product = moments.mean_x[v] * moments.twice_y[v] + C1
     inverse_d = inverse(squared + twice_product)
     inverse_e = inverse(moments.both[v] + C2)
     return Dissimilarities(
