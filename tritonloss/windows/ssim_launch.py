@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .._core.backend import device_guard, registers, warp_size
+from .._core.backend import architecture, device_guard, registers, warp_size
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._core.process_groups import add_over_ranks
@@ -408,9 +408,12 @@ def _registers(direction: str, x: torch.Tensor, options: Options) -> dict[str, i
     """What a launch of the loss says of registers: as many as leave room for 12 warps.
 
     With a window of 7 ptxas would take some more, which do not make the code any shorter but fit 8
-    warps only; with one of 5, backward, as few as fit 16 warps, and spill 8 bytes.
+    warps only; from sm_100 on it needs them forward. With one of 5, backward, it would take as few
+    as fit 16 warps, and spill 8 bytes.
     """
-    asks = options.window_size == 7 or (options.window_size == 5 and direction == "backward")
+    backward = direction == "backward"
+    asks = options.window_size == 7 and (backward or architecture() < 100)
+    asks |= options.window_size == 5 and backward
     asks &= isinstance(options, LossOptions) and not options.careful and x.dtype != torch.float64
     return registers(168) if asks else {}
 
