@@ -373,6 +373,8 @@ def ssim_heuristic(
             configuration["COLUMNS"] = 2  # the adjoint of four maps would not fit the registers
         if backward and window_size == 7 and isinstance(options, ImageOptions):
             configuration["UNROLL"] = 1  # with 2, ptxas takes 168 registers and spills 16 bytes
+        if not backward and window_size > 7 and wide and architecture() >= 100:
+            configuration["UNROLL"] = 1  # with 2, 40 bytes spill
         if backward and window_size > 7 and warp_size() == 64:
             configuration["UNROLL"] = 1  # with 2, 4 bytes spill on AMD's GPUs
         if window_size > 7 and not aligned and (wide or isinstance(options, ImageOptions)):
@@ -408,12 +410,11 @@ def _registers(direction: str, x: torch.Tensor, options: Options) -> dict[str, i
     """What a launch of the loss says of registers: as many as leave room for 12 warps.
 
     With a window of 7 ptxas would take some more, which do not make the code any shorter but fit 8
-    warps only; from sm_100 on it needs them forward. With one of 5, backward, it would take as few
-    as fit 16 warps, and spill 8 bytes.
+    warps only; from sm_100 on it needs them. With one of 5, backward, it would take as few as fit
+    16 warps, and spill 8 bytes.
     """
-    backward = direction == "backward"
-    asks = options.window_size == 7 and (backward or architecture() < 100)
-    asks |= options.window_size == 5 and backward
+    asks = options.window_size == 7 and architecture() < 100
+    asks |= options.window_size == 5 and direction == "backward"
     asks &= isinstance(options, LossOptions) and not options.careful and x.dtype != torch.float64
     return registers(168) if asks else {}
 
