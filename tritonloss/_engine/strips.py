@@ -145,6 +145,12 @@ def row_of(plane, row, STRIP: tl.constexpr):
 
 
 @triton.jit
+def counted(row, STRIP: tl.constexpr):
+    """A row's number as loops count it; see _chunks_of. In 32 bits where no chunks are moved."""
+    return row.to(tl.int64) if STRIP.grain > 1 else row
+
+
+@triton.jit
 def below(plane, row, STRIP: tl.constexpr):
     """The plane whose row 0 is one of this plane's rows.
 
@@ -338,6 +344,22 @@ def _unpacked(units, bit, like, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _chunks_of(plane, row, STRIP: tl.constexpr):
+    """Pointers [LANES, COLUMNS] to each lane's chunk in a row, where chunks are moved at once.
+
+    Rows that a loop counts in 64 bits come last: the pointers to row 0 stay the same in the loop,
+    and planes with the same strides share what is added to them.
+    """
+    COLUMNS: tl.constexpr = STRIP.columns
+    own = (row.chunk * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
+    if (row.number + row.chunk).dtype == tl.int64:  # the number may be the interpreter's, of Python
+        pointer = plane.pointer + own + row.number * plane.row_stride * COLUMNS
+    else:
+        pointer = row_of(plane, row.number, STRIP) + own
+    return pointer
+
+
+@triton.jit
 def load_columns(
     plane, row, STRIP: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr,
     PADDING: tl.constexpr, OTHER: tl.constexpr = 0,
@@ -361,7 +383,7 @@ def load_columns(
         SKIP: tl.constexpr = SHIFT - FIRST * COLUMNS
         CHUNKS: tl.constexpr = (SKIP + COUNT + COLUMNS - 1) // COLUMNS
         start = row.chunk * COLUMNS
-        pointer = row_ptr + (start[:, None] + tl.arange(0, COLUMNS)[None, :])  # [LANES, COLUMNS]
+        pointer = _chunks_of(plane, row, STRIP)
         for j in tl.static_range(CHUNKS):
             exists = is_below(start + (FIRST + j) * COLUMNS, row.limit)
             mask = tl.broadcast_to(exists[:, None], (LANES, COLUMNS))
@@ -408,10 +430,9 @@ def store_columns(plane, row, columns, STRIP: tl.constexpr):
     COLUMNS: tl.constexpr = STRIP.columns
     row_ptr = row_of(plane, row.number, STRIP)
     if STRIP.grain > 1:
-        start = row.chunk * COLUMNS
-        offsets = start[:, None] + tl.arange(0, COLUMNS)[None, :]  # [LANES, COLUMNS]
-        mask = tl.broadcast_to((start < row.limit)[:, None], (LANES, COLUMNS))
-        tl.store(row_ptr + offsets, join_columns(columns, LANES, COLUMNS), mask=mask)
+        inside = row.chunk * COLUMNS < row.limit
+        mask = tl.broadcast_to(inside[:, None], (LANES, COLUMNS))
+        tl.store(_chunks_of(plane, row, STRIP), join_columns(columns, LANES, COLUMNS), mask=mask)
     elif STRIP.shifted:
         dealt = _dealt(columns, LANES, COLUMNS)
         first = row.chunk * COLUMNS - tl.arange(0, LANES) * (COLUMNS - 1)

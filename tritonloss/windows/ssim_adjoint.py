@@ -20,9 +20,12 @@ def adjoint_rows(
     planes, row, width, window, WINDOW: tl.constexpr, SHIFT: tl.constexpr, STRIP: tl.constexpr,
     MAPS: tl.constexpr,
 ):  # fmt: skip
-    """For each of the first MAPS planes the window's adjoint along one row, a tensor per column."""
+    """For each of the first MAPS planes the window's adjoint along one row, a tensor per column.
+
+    In units of the window, unless a lane has one column.
+    """
     SIZE: tl.constexpr = WINDOW.size
-    WEIGHTS: tl.constexpr = WINDOW.weights
+    ALONG: tl.constexpr = WINDOW.along
     COLUMNS: tl.constexpr = STRIP.columns
     rows = ()
     if COLUMNS == 1:
@@ -44,7 +47,7 @@ def adjoint_rows(
     else:
         for m in tl.static_range(MAPS):
             values, _ = load_columns(planes[m], row, STRIP, SHIFT, COLUMNS + SIZE - 1, "zeros")
-            rows = rows + (filtered_row(values, WEIGHTS, SIZE, COLUMNS),)
+            rows = rows + (filtered_row(values, ALONG, SIZE, COLUMNS),)
     return rows
 
 

@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .._engine.math import negated
 from .._engine.strip_windows import filtered_column, repeated
 from .._engine.strips import (
     SIZES,
     Program,
     Row,
+    counted,
     load_values,
     plane_of,
     row_limit,
@@ -40,7 +40,7 @@ from .ssim_adjoint import adjoint_rows, folded_column
 from .ssim_kernels import Maps, pair_of
 from .ssim_moments import dissimilarities, load_pair
 from .ssim_sums import advanced, begun
-from .ssim_values import exchange_of, valid_columns
+from .ssim_values import exchange_of, slopes_of, valid_columns
 
 _SIZES = (
     *SIZES, "unit_channels", "units_of_image", "units", "ring", "lag", "out_tiles_x", "out_tiles",
@@ -61,7 +61,7 @@ class Pass(NamedTuple):
 class Upstream(NamedTuple):
     """The upstream gradient, and its map's size; a run-time value, like the tuples below."""
 
-    value: Any  # of the mean, times its scale
+    value: Any  # of the mean, times its scale; and what all gradients are multiplied with
     plane: Any  # of the map
     height: Any
     width: Any
@@ -154,12 +154,11 @@ def _programs_of(unit, tile, place, units, STRIP: tl.constexpr):
 
 
 @triton.jit
-def _value_of(grad_ptr, scale_ptr, dtype: tl.constexpr, PASS: tl.constexpr):
-    """The gradient of each pixel's dissimilarity, if it is the same for all; 1 if not."""
-    if PASS.mapped:
-        value = 1.0
-    else:
-        value = tl.load(grad_ptr).to(dtype) * tl.load(scale_ptr)
+def _value_of(grad_ptr, scale_ptr, FACTOR: tl.constexpr, dtype: tl.constexpr, PASS: tl.constexpr):
+    """FACTOR times the gradient of each pixel's dissimilarity; alone, if that is not the same."""
+    value = tl.full((), FACTOR, dtype)
+    if not PASS.mapped:
+        value = value * (tl.load(grad_ptr).to(dtype) * tl.load(scale_ptr))
     return value
 
 
@@ -237,13 +236,15 @@ def _store_coefficients(
     SQUARE: tl.constexpr = 1.0 if SIMILARITY.careful else WINDOW.unit * WINDOW.unit
     pair, history = begun(pair, program, upstream.rows, SIMILARITY, WINDOW, STRIP, SHIFT)
     rows = tl.minimum(upstream.rows, upstream.height - program.first_row) + (SIZE - 1)
-    for i in tl.range(0, rows, UNROLL):
+    for i in tl.range(0, counted(rows, STRIP), UNROLL):
         for j in tl.static_range(UNROLL):
             moments, history = advanced(
                 i + j, history, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT
             )
-            number = program.first_row + (i + j) - (SIZE - 1)
-            limit = tl.where((i + j >= SIZE - 1) & (number < upstream.height), upstream.width, 0)
+            number = i + j - (SIZE - 1)
+            height = upstream.height - program.first_row
+            limit = row_limit(tl.cast(number, tl.int32), height, upstream.width)
+            number += program.first_row
             row = Row(number=number, chunk=program.chunk, limit=limit)
             if SIMILARITY.from_logits:
                 valid = valid_columns(pair, row, SIMILARITY, STRIP)
@@ -254,7 +255,7 @@ def _store_coefficients(
             maps_d = ()
             maps_y = ()
             for v in tl.static_range(COLUMNS):
-                scale = grad[v] if PASS.mapped else upstream.value
+                scale = grad[v] * upstream.value if PASS.mapped else upstream.value
                 if SIMILARITY.from_logits:
                     scale = tl.where(valid[v], scale, 0.0)
                 else:
@@ -281,8 +282,8 @@ def _store_gradients(
 ):  # fmt: skip
     """Store a tile of the gradients: the adjoint sums, each times its factor at the pixel."""
     SIZE: tl.constexpr = WINDOW.size
-    WEIGHTS: tl.constexpr = WINDOW.weights
     COLUMNS: tl.constexpr = STRIP.columns
+    WEIGHTS: tl.constexpr = WINDOW.down if COLUMNS > 1 else WINDOW.weights
     UNROLL: tl.constexpr = STRIP.unroll
     SHIFT: tl.constexpr = -(WINDOW.size - 1) if WINDOW.padding == "valid" else -(WINDOW.size // 2)
     MAPS: tl.constexpr = 4 if PASS.both else 3
@@ -290,23 +291,25 @@ def _store_gradients(
     none_yet = repeated(zeros(planes[0], STRIP), (SIZE - 1) * COLUMNS)
     history = repeated(none_yet, MAPS)
     rows = tl.minimum(gradients.rows, pair.height - program.first_row) + (SIZE - 1)
-    for i in tl.range(0, rows, UNROLL):
+    for i in tl.range(0, counted(rows, STRIP), UNROLL):
         for j in tl.static_range(UNROLL):
             # the adjoint, map by map
-            number = program.first_row + (i + j) + SHIFT
-            limit = row_limit(number, gradients.out_height, gradients.out_width)
+            number = program.first_row + (i + j + SHIFT)
+            limit = row_limit(tl.cast(number, tl.int32), gradients.out_height, gradients.out_width)
             row = Row(number=number, chunk=program.chunk, limit=limit)
             row_sums = adjoint_rows(
                 planes, row, pair.width, pair.window, WINDOW, SHIFT, STRIP, MAPS
             )
-            number = program.first_row + (i + j) - (SIZE - 1)
+            number = program.first_row + (i + j - (SIZE - 1))
+            in_strip = tl.cast(i + j - (SIZE - 1), tl.int32)
             sums = ()
             unfinished = ()
             for m in tl.static_range(MAPS):
                 if WINDOW.padding == "reflect":
                     finished, partials = folded_column(
-                        history[m], row_sums[m], number, pair.height, dtype, WINDOW, COLUMNS
-                    )
+                        history[m], row_sums[m], program.first_row + in_strip, pair.height, dtype,
+                        WINDOW, COLUMNS,
+                    )  # fmt: skip
                 else:
                     finished, partials = filtered_column(
                         history[m], row_sums[m], WEIGHTS, SIZE, COLUMNS
@@ -316,11 +319,14 @@ def _store_gradients(
             history = unfinished
 
             # the sums times their factors at the pixel
-            limit = tl.where((i + j >= SIZE - 1) & (number < pair.height), pair.width, 0)
+            limit = row_limit(in_strip, pair.height - program.first_row, pair.width)
             out_row = Row(number=number, chunk=program.chunk, limit=limit)
-            values = load_pair(
-                pair, out_row, program.channel, SIMILARITY, STRIP, 0, COLUMNS, "zeros"
-            )
+            if SIMILARITY.from_logits and not SIMILARITY.careful:
+                values = slopes_of(pair, out_row, program.channel, SIMILARITY, STRIP)
+            else:
+                values = load_pair(
+                    pair, out_row, program.channel, SIMILARITY, STRIP, 0, COLUMNS, "zeros"
+                )
             found = Coefficients(
                 constant_x=sums[0], slope_both=sums[1], slope_d=sums[2], constant_y=sums[MAPS - 1]
             )
@@ -328,15 +334,14 @@ def _store_gradients(
             gradient_y = ()
             for v in tl.static_range(COLUMNS):
                 x = values.x[v]
-                d = values.d[v]
-                if SIMILARITY.from_logits and not SIMILARITY.careful:
-                    # To all its digits. Beside small constants it has to be what the means saw.
-                    d = tl.where(values.y[v] > 0.5, negated(values.rest[v]), x)
                 # The first two nearly cancel.
-                residual_part = found.slope_d[v] * d
+                residual_part = found.slope_d[v] * values.d[v]
                 gradient = (found.constant_x[v] + residual_part) + found.slope_both[v] * x
                 if SIMILARITY.from_logits:
-                    gradient = tl.where(values.valid[v], gradient * (x * values.rest[v]), 0.0)
+                    slope = values.rest[v]
+                    if SIMILARITY.careful:
+                        slope = x * slope
+                    gradient = tl.where(values.valid[v], gradient * slope, 0.0)
                 gradient_x = gradient_x + (gradient,)
                 if PASS.both:
                     slope = found.slope_both[v]
@@ -391,6 +396,9 @@ def _ssim_backward_kernel(
 ):
     """Works on a tile of coefficients or of gradients, whichever comes next in the list."""
     dtype: tl.constexpr = coefficients_ptr.dtype.element_ty
+    # Adjoint sums are in units of the window, unless a lane has one column.
+    UNIT: tl.constexpr = WINDOW.unit if dtype == tl.float64 else WINDOW.rounded
+    FACTOR: tl.constexpr = 1.0 / UNIT if STRIP.columns > 1 else 1.0
     ticket = tl.atomic_add(progress_ptr, 1, sem="relaxed", scope="gpu")
     step = ticket // (out_tiles + tiles)
     tile = ticket % (out_tiles + tiles)
@@ -422,7 +430,7 @@ def _ssim_backward_kernel(
         if is_first:
             upstream = Upstream(
                 rows=out_rows,
-                value=_value_of(grad_ptr, scale_ptr, dtype, PASS),
+                value=_value_of(grad_ptr, scale_ptr, FACTOR, dtype, PASS),
                 plane=plane_of(grad_ptr, grad_strides, program, OUT_STRIP),
                 height=out_height,
                 width=out_width,

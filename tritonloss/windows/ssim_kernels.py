@@ -11,8 +11,10 @@ from .._engine.strips import (
     SIZES,
     Program,
     Row,
+    counted,
     label_plane_of,
     plane_of,
+    row_limit,
     store_columns,
     strip_program,
     zeros,
@@ -59,7 +61,7 @@ def pair_of(maps, program, exchange_ptr, SIMILARITY: tl.constexpr, STRIP: tl.con
         exchange_ptr=exchange_ptr,
         pivot_x=0.0,
         pivot_d=0.0,
-        share_of_y=1.0,
+        share=0.5,
         ones=1.0,
         one=1.0,
     )
@@ -124,15 +126,16 @@ def _ssim_forward_kernel(
     dissimilarity_sum = zeros(pair.x, STRIP)
     count = zeros(pair.x, STRIP)
     pair, history = begun(pair, program, rows, SIMILARITY, WINDOW, STRIP, SHIFT)
-    steps = tl.minimum(rows, out_height - program.first_row) + (SIZE - 1)
-    for i in tl.range(0, steps, UNROLL):
+    left = out_height - program.first_row
+    steps = tl.minimum(rows, left) + (SIZE - 1)
+    for i in tl.range(0, counted(steps, STRIP), UNROLL):
         for j in tl.static_range(UNROLL):
             moments, history = advanced(
                 i + j, history, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT
             )
-            number = program.first_row + (i + j) - (SIZE - 1)
-            limit = tl.where((i + j >= SIZE - 1) & (number < out_height), out_width, 0)
-            row = Row(number=number, chunk=program.chunk, limit=limit)
+            number = i + j - (SIZE - 1)
+            limit = row_limit(tl.cast(number, tl.int32), left, out_width)
+            row = Row(number=program.first_row + number, chunk=program.chunk, limit=limit)
             if SIMILARITY.from_logits:
                 valid = valid_columns(pair, row, SIMILARITY, STRIP)
             similarities = ()

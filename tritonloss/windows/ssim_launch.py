@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .._core.backend import device_guard, warp_size
+from .._core.backend import architecture, device_guard, registers, warp_size
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._core.process_groups import add_over_ranks
@@ -137,6 +137,7 @@ def _forward_plan(
         "WINDOW": comparison.window,
         "SHIFT": 0 if options.padding == "valid" else -(options.window_size // 2),
         "MAPPED": options.mapped,
+        **_registers("forward", x, options),
         **launch,
     }
     kernel = PreparedLaunch(_ssim_forward_kernel, (programs,), arguments, strip.grain > 1)
@@ -245,6 +246,7 @@ def _backward_plan(tensors: tuple[torch.Tensor, ...], options: Options) -> _Back
         "PASS": kinds,
         "num_warps": own.warps,
         "enable_fp_fusion": True,
+        **_registers("backward", x, options),
     }
     aligned = own.strip.grain > 1
     launch = PreparedLaunch(_ssim_backward_kernel, (programs,), arguments, aligned)
@@ -371,12 +373,15 @@ def ssim_heuristic(
             configuration["COLUMNS"] = 2  # the adjoint of four maps would not fit the registers
         if backward and window_size == 7 and isinstance(options, ImageOptions):
             configuration["UNROLL"] = 1  # with 2, ptxas takes 168 registers and spills 16 bytes
+        if not backward and window_size > 7 and wide and architecture() >= 100:
+            configuration["UNROLL"] = 1  # with 2, 40 bytes spill
+        if backward and window_size > 7 and warp_size() == 64:
+            configuration["UNROLL"] = 1  # with 2, 4 bytes spill on AMD's GPUs
         if window_size > 7 and not aligned and (wide or isinstance(options, ImageOptions)):
             configuration["COLUMNS"] = 2  # with 4, ptxas takes 255 registers and spills 24 bytes
         if backward and window_size <= 3:
             # Of rows that begin anywhere, and of labels of 64 bits, ptxas spills with more.
-            narrow = aligned and not wide and isinstance(options, LossOptions)
-            configuration["UNROLL"] = 4 if narrow else 1 if wide or not aligned else 2
+            configuration["UNROLL"] = 1 if wide or not aligned else 2
         if backward and window_size <= 3 and wide and aligned:
             # With four warps it takes 96 registers even so, and spills 16 bytes.
             configuration |= {"LANES": 2 * int(configuration["LANES"]), "num_warps": 8}
@@ -399,6 +404,19 @@ def _configuration(
     aligned, wide = grain_of(4, x, y) > 1, y.dtype == torch.int64
     heuristic = ssim_heuristic(direction, options, aligned, wide)
     return strip_configuration(operator_of(direction, options), x, options.window_size, heuristic)
+
+
+def _registers(direction: str, x: torch.Tensor, options: Options) -> dict[str, int]:
+    """What a launch of the loss says of registers: as many as leave room for 12 warps.
+
+    With a window of 7 ptxas would take some more, which do not make the code any shorter but fit 8
+    warps only; from sm_100 on it needs them. With one of 5, backward, it would take as few as fit
+    16 warps, and spill 8 bytes.
+    """
+    asks = options.window_size == 7 and architecture() < 100
+    asks |= options.window_size == 5 and direction == "backward"
+    asks &= isinstance(options, LossOptions) and not options.careful and x.dtype != torch.float64
+    return registers(168) if asks else {}
 
 
 def _exchanged(comparison: Comparison, strip: Strip, programs: int) -> int:

@@ -41,7 +41,7 @@ class Pair(NamedTuple):
     exchange_ptr: Any  # where a program's lanes leave their pixels
     pivot_x: Any  # what plain sums of x are taken about
     pivot_d: Any  # and those of d
-    share_of_y: Any  # d is x - y if it is 1, x if it is 0
+    share: Any  # of 2 y in what is filtered as d: x - y if it is 0.5, x if it is 0
     ones: Any  # the sum of a window that is 1 everywhere, to the last bit
     one: Any  # its inverse
 
@@ -74,9 +74,21 @@ class PairMoments(NamedTuple):
 
     mean_x: Any
     mean_y: Any
+    twice_y: Any  # 2 mean_y
     mean_d: Any
     both: Any  # variance of x + variance of y
     residual: Any  # variance of d
+
+
+@triton.jit
+def source_of(i, pair, program, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+    """Where row i of the strip comes from."""
+    PADDING: tl.constexpr = WINDOW.padding
+    number = source_row(program.first_row + tl.cast(i + SHIFT, tl.int32), pair.height, PADDING)
+    limit = row_limit(number, pair.height, pair.width)
+    if PADDING == "zeros" or PADDING == "valid":
+        number = program.first_row + (i + SHIFT)  # as wide as the loop counts
+    return Row(number=number, chunk=program.chunk, limit=limit)
 
 
 @triton.jit
@@ -224,13 +236,12 @@ def next_moments(
     RADIUS: tl.constexpr = WINDOW.size // 2
 
     # moments along the row
-    number = source_row(program.first_row + i + SHIFT, pair.height, PADDING)
-    limit = row_limit(number, pair.height, pair.width)
+    row = source_of(i, pair, program, WINDOW, SHIFT)
     if COLUMNS == 1:
-        centre = Row(number=number, chunk=program.chunk + (SHIFT + RADIUS), limit=limit)
+        middle = program.chunk + (SHIFT + RADIUS)
+        centre = Row(number=row.number, chunk=middle, limit=row.limit)
         along = _streamed_moments_of_pair(pair, centre, program.channel, SIMILARITY, WINDOW, STRIP)
     else:
-        row = Row(number=number, chunk=program.chunk, limit=limit)
         values = load_pair(
             pair, row, program.channel, SIMILARITY, STRIP, SHIFT, COLUMNS + SIZE - 1, PADDING
         )
@@ -243,6 +254,7 @@ def next_moments(
     means_d = history.mean_d + along.mean_d
     mean_x = ()
     mean_y = ()
+    twice_y = ()
     mean_d = ()
     variance_both = ()
     variance_d = ()
@@ -253,10 +265,16 @@ def next_moments(
         mean_x = mean_x + (means_x[RADIUS * COLUMNS + v] + shift_x,)
         mean_d = mean_d + (means_d[RADIUS * COLUMNS + v] + shift_d,)
         mean_y = mean_y + (mean_x[v] - mean_d[v],)
+        twice_y = twice_y + (2.0 * mean_y[v],)
         variance_both = variance_both + (both[v] + spread,)
         variance_d = variance_d + (residual[v] + spread_d,)
     moments = PairMoments(
-        mean_x=mean_x, mean_y=mean_y, mean_d=mean_d, both=variance_both, residual=variance_d
+        mean_x=mean_x,
+        mean_y=mean_y,
+        twice_y=twice_y,
+        mean_d=mean_d,
+        both=variance_both,
+        residual=variance_d,
     )
     history = RowMoments(
         mean_x=without_oldest(means_x, SIZE, COLUMNS),
@@ -279,7 +297,7 @@ def dissimilarity(moments, v: tl.constexpr, SIMILARITY: tl.constexpr, SQUARE: tl
     structure = moments.both[v] + C2
     if SIMILARITY.full:
         squared = moments.mean_d[v] * moments.mean_d[v]
-        twice_product = 2.0 * moments.mean_x[v] * moments.mean_y[v] + C1
+        twice_product = moments.mean_x[v] * moments.twice_y[v] + C1
         numerator = squared * structure + moments.residual[v] * twice_product
         result = numerator * inverse((squared + twice_product) * structure)
     else:
@@ -294,7 +312,7 @@ class Dissimilarities(NamedTuple):
     similar: Any  # 1 - u, which is next to 0 where one map's mean is: not a difference
     structure: Any  # v = 1 - S_2
     inverse_d: Any  # 1 / (m_x^2 + m_y^2 + C1)
-    inverse_e: Any  # 1 / (s_x + s_y + C2), in the variances' unit
+    inverse_e: Any  # 1 / (s_x + s_y + C2)
 
 
 @triton.jit
@@ -303,7 +321,7 @@ def dissimilarities(moments, v: tl.constexpr, SIMILARITY: tl.constexpr, SQUARE: 
     C1: tl.constexpr = SIMILARITY.c1
     C2: tl.constexpr = SIMILARITY.c2 * SQUARE
     squared = moments.mean_d[v] * moments.mean_d[v]
-    twice_product = 2.0 * moments.mean_x[v] * moments.mean_y[v] + C1
+    twice_product = moments.mean_x[v] * moments.twice_y[v] + C1
     inverse_d = inverse(squared + twice_product)
     inverse_e = inverse(moments.both[v] + C2)
     return Dissimilarities(

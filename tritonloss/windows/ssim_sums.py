@@ -9,14 +9,16 @@ in two levels lose 1e-5, and small constants need those, of ``ssim_moments.py``.
 Of images q is d = x - y, less a mean of each lane's. Nothing cancels where they are nearly alike:
 with c the covariance of x and y, s_x + s_y = s_d + 2 c. The sums are those of x, d, x y and d^2.
 
-Of the loss q is d, about 0, or x, about its middle: see ``pivots_of``. The sums are those of y, q,
-y q and q^2. The variance of a label is E[y] (1 - E[y]), c = c_yd + s_y, and s_d = s_x + s_y - 2 c.
+Of the loss q is d, about 0, or x, about its middle: see ``pivots_of``. The sums are those of 2 y,
+q, 2 y q and q^2. The variance of a label is E[y] (1 - E[y]); with c that of q and y, either s_d =
+s_q and s_x = s_q + 2 c + s_y, or s_x = s_q and s_d = s_q - 2 c + s_y.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -45,6 +47,7 @@ class SumWindow(NamedTuple):
     along: tuple[float, ...]
     down: tuple[float, ...]
     down_of_products: tuple[float, ...]
+    rounded: float  # ``unit``, of weights that are rounded to float32
 
 
 class Sums(NamedTuple):
@@ -107,6 +110,7 @@ def _moments_of(sums, pair, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
     COLUMNS: tl.constexpr = STRIP.columns
     mean_x = ()
     mean_y = ()
+    twice_y = ()
     mean_d = ()
     both = ()
     residual = ()
@@ -115,30 +119,34 @@ def _moments_of(sums, pair, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
         d = sums.d[v]
         variance_d = sums.square[v] - d * d
         if SIMILARITY.from_logits:
-            # The variance of y is E[y] (1 - E[y]), and exactly 0 where y is 1 in the whole window.
-            variance_y = first * (pair.ones - first)
+            # Four times the variance of y, exactly 0 where y is 1 in the whole window; and twice
+            # the covariance of q and y.
+            spread = first * (2.0 * pair.ones - first)
             covariance = sums.product[v] - d * first
-            y = first * pair.one
-            missing = 1.0 - pair.share_of_y
-            shift_d = (d * pair.one + pair.pivot_d) - missing * y
+            twice = first * pair.one
+            y = 0.5 * twice
+            shift_d = (d * pair.one + pair.pivot_d) - (0.5 - pair.share) * twice
             x = shift_d + y
-            variance_d += missing * (variance_y - 2.0 * covariance)
-            covariance += pair.share_of_y * variance_y
-            variances = variance_d + 2.0 * covariance
+            variance_d += (1.0 - 2.0 * pair.share) * (0.25 * spread - covariance)
+            variances = (variance_d + covariance) + pair.share * spread
         else:
             shift_d = d * pair.one + pair.pivot_d
             x = first * pair.one + pair.pivot_x
             y = x - shift_d
+            twice = 2.0 * y
             covariance = sums.product[v] - first * (first - d)
             # Of large values rounding may leave a variance far below 0. NaN stays NaN.
             variance_d = tl.maximum(variance_d, 0.0, propagate_nan=tl.PropagateNan.ALL)
             variances = tl.maximum(variance_d + 2.0 * covariance, 0.0)
         mean_x = mean_x + (x,)
         mean_y = mean_y + (y,)
+        twice_y = twice_y + (twice,)
         mean_d = mean_d + (shift_d,)
         both = both + (variances,)
         residual = residual + (variance_d,)
-    return PairMoments(mean_x=mean_x, mean_y=mean_y, mean_d=mean_d, both=both, residual=residual)
+    return PairMoments(
+        mean_x=mean_x, mean_y=mean_y, twice_y=twice_y, mean_d=mean_d, both=both, residual=residual
+    )
 
 
 @triton.jit
@@ -174,11 +182,12 @@ def begun(
         pair = Pair(
             x=pair.x, y=pair.y, classes=pair.classes, height=pair.height, width=pair.width,
             window=pair.window, exchange_ptr=pair.exchange_ptr, pivot_x=pivots.x, pivot_d=pivots.d,
-            share_of_y=pivots.share_of_y, ones=ones, one=1.0 / ones,
+            share=pivots.share, ones=ones, one=1.0 / ones,
         )  # fmt: skip
         history = _empty_sums(pair, WINDOW, STRIP)
         if SIMILARITY.exchanged:
-            leave_row(0, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
+            first = tl.full((), 0, tl.int64)
+            leave_row(first, pair, program, SIMILARITY, WINDOW, STRIP, SHIFT)
     return pair, history
 
 
@@ -205,4 +214,5 @@ def sum_window_of(size: int, sigma: float, padding: str) -> SumWindow:
     outermost = window.weights[0] if window.weights[0] > _LEAST_WEIGHT else 1.0
     along = tuple(weight / outermost for weight in window.weights)
     products = tuple(weight / outermost**3 for weight in window.weights)
-    return SumWindow(*window, outermost**-2, along, along, products)
+    rounded = float(torch.tensor(along, dtype=torch.float32).double().sum()) ** 2
+    return SumWindow(*window, outermost**-2, along, along, products, rounded)

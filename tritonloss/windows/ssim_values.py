@@ -14,21 +14,21 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .._engine.math import LOG2_E, label_of, sigmoid_base2
+from .._engine.math import LOG2_E, label_of, negated, sigmoid_base2, sigmoids_base2
 from .._engine.strips import (
     Row,
     Strip,
+    below,
+    counted,
     is_below,
     join_columns,
     load_columns,
-    row_limit,
     row_of,
-    source_row,
     split_columns,
     widened,
     zeros,
 )
-from .ssim_moments import load_pair
+from .ssim_moments import Values, load_pair, source_of
 
 # Columns that are kept of either neighbour of a strip: whole chunks, and as many as a radius.
 _BESIDE = tl.constexpr(8)
@@ -41,13 +41,13 @@ class Pivots(NamedTuple):
 
     x: Any  # of the sums of x
     d: Any  # of those of d
-    share_of_y: Any  # d is x - y if it is 1, x if it is 0
+    share: Any  # of 2 y in what is filtered as d: x - y if it is 0.5, x if it is 0
 
 
 class RowValues(NamedTuple):
     """A tensor per column. x and d are less their pivots, and so is the y of images."""
 
-    first: Any  # x of images, y of the loss
+    first: Any  # x of images, 2 y of the loss
     other: Any  # what it is multiplied with: y of images, d of the loss
     d: Any  # x - y of images, x - y or x of the loss
 
@@ -62,7 +62,8 @@ def pivots_of(pair, program, rows, SIMILARITY: tl.constexpr, STRIP: tl.constexpr
     Of images the means of four pixels. Of the loss, while no x is far from the others, sums of x
     about their middle, whatever y is. Else of d about 0: it is small where a class is predicted
     well, and about another level it would lose its digits there. That is one choice for all lanes
-    if they exchange their pixels.
+    if they exchange their pixels; else each decides for itself, since one that is flat is not near
+    to the others.
     """
     x = zeros(pair.x, STRIP)
     d = zeros(pair.x, STRIP)
@@ -70,6 +71,7 @@ def pivots_of(pair, program, rows, SIMILARITY: tl.constexpr, STRIP: tl.constexpr
     most = zeros(pair.x, STRIP) - 1.0
     for sample in tl.static_range(4):
         number = tl.minimum(program.first_row + sample * rows // 4, pair.height - 1)
+        number = counted(number, STRIP)
         row = Row(number=number, chunk=program.chunk, limit=pair.width)
         pixel = load_pair(pair, row, program.channel, SIMILARITY, STRIP, 0, 1, "zeros")
         x += pixel.x[0] * 0.25
@@ -78,16 +80,16 @@ def pivots_of(pair, program, rows, SIMILARITY: tl.constexpr, STRIP: tl.constexpr
         most = tl.where(pixel.valid[0], tl.maximum(most, pixel.x[0]), most)
     if SIMILARITY.from_logits:
         if SIMILARITY.exchanged:
-            least = zeros(pair.x, STRIP) + tl.min(least)
-            most = zeros(pair.x, STRIP) + tl.max(most)
+            least = tl.min(least)
+            most = tl.max(most)
         is_near = most - least < 0.8
-        d = tl.where(is_near, 0.5 * (least + most), 0.0)
+        d = zeros(pair.x, STRIP) + tl.where(is_near, 0.5 * (least + most), 0.0)
         x = d
-        share = tl.where(is_near, 0.0, 1.0).to(x.dtype)
+        share = tl.where(is_near, 0.0, 0.5).to(x.dtype)
     else:
-        share = zeros(pair.x, STRIP) + 1.0
+        share = 0.5
     finite = (x - x == 0.0) & (d - d == 0.0)
-    return Pivots(x=tl.where(finite, x, 0.0), d=tl.where(finite, d, 0.0), share_of_y=share)
+    return Pivots(x=tl.where(finite, x, 0.0), d=tl.where(finite, d, 0.0), share=share)
 
 
 @triton.jit
@@ -98,13 +100,28 @@ def _no_class(pair):
 
 
 @triton.jit
-def _labels(pair, row, STRIP: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr):
+def _loaded(
+    plane, row, SIMILARITY: tl.constexpr, STRIP: tl.constexpr, SHIFT: tl.constexpr,
+    COUNT: tl.constexpr, PADDING: tl.constexpr, OTHER: tl.constexpr = 0,
+):  # fmt: skip
+    """load_columns. Lanes that exchange pixels have no registers for pointers of their own."""
+    if SIMILARITY.exchanged:
+        plane = below(plane, row.number, STRIP)
+        row = Row(number=tl.full((), 0, tl.int32), chunk=row.chunk, limit=row.limit)
+    return load_columns(plane, row, STRIP, SHIFT, COUNT, PADDING, OTHER)
+
+
+@triton.jit
+def _labels(
+    pair, row, SIMILARITY: tl.constexpr, STRIP: tl.constexpr, SHIFT: tl.constexpr,
+    COUNT: tl.constexpr,
+):  # fmt: skip
     """(labels, inside): load_columns with a label that is no class where there is no pixel.
 
     Unless all values of 8 bits are classes: then ``inside`` has to be asked.
     """
     NO_CLASS: tl.constexpr = 255 if pair.y.pointer.dtype.element_ty == tl.uint8 else -1
-    return load_columns(pair.y, row, STRIP, SHIFT, COUNT, "zeros", NO_CLASS)
+    return _loaded(pair.y, row, SIMILARITY, STRIP, SHIFT, COUNT, "zeros", NO_CLASS)
 
 
 @triton.jit
@@ -130,11 +147,34 @@ def _is_valid(label, inside, pair, SIMILARITY: tl.constexpr):
 def valid_columns(pair, row, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
     """Whether each pixel of a chunk is valid: a tensor [lanes] per column."""
     COLUMNS: tl.constexpr = STRIP.columns
-    labels, inside = _labels(pair, row, STRIP, 0, COLUMNS)
+    labels, inside = _labels(pair, row, SIMILARITY, STRIP, 0, COLUMNS)
     valids = ()
     for v in tl.static_range(COLUMNS):
         valids = valids + (_is_valid(labels[v], inside[v], pair, SIMILARITY),)
     return valids
+
+
+@triton.jit
+def slopes_of(pair, row, channel, SIMILARITY: tl.constexpr, STRIP: tl.constexpr):
+    """What gradients of the loss need of the pixels of a row, to all digits of 1 - x.
+
+    Values of x and d = x - y, and the sigmoid's slope in the place of 1 - x.
+    """
+    COLUMNS: tl.constexpr = STRIP.columns
+    logits, _ = load_columns(pair.x, row, STRIP, 0, COLUMNS, "zeros", None)
+    labels, inside = _labels(pair, row, SIMILARITY, STRIP, 0, COLUMNS)
+    xs = ()
+    ds = ()
+    slopes = ()
+    valids = ()
+    for v in tl.static_range(COLUMNS):
+        x, rest = sigmoids_base2(widened(logits[v]) * LOG2_E)
+        own = labels[v] == label_of(channel, SIMILARITY.ignored)
+        xs = xs + (x,)
+        ds = ds + (tl.where(own, negated(rest), x),)
+        slopes = slopes + (x * rest,)
+        valids = valids + (_is_valid(labels[v], inside[v], pair, SIMILARITY),)
+    return Values(x=xs, y=xs, d=ds, rest=slopes, valid=valids)
 
 
 # --- device functions: values ---------------------------------------------------------------------
@@ -156,7 +196,7 @@ def row_values(
         d = _found(i, pair, 1, STRIP, SHIFT, COUNT)
         values = RowValues(first=y, other=d, d=d)
     else:
-        row = _row(i, pair, program, WINDOW, SHIFT)
+        row = source_of(i, pair, program, WINDOW, SHIFT)
         values = _columns(pair, row, program.channel, SIMILARITY, WINDOW, STRIP, SHIFT, COUNT)
     return values
 
@@ -166,11 +206,11 @@ def leave_row(
     i, pair, program, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr,
     SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Evaluate y and d of row i and leave them to all lanes, for row_values."""
+    """Evaluate 2 y and d of row i and leave them to all lanes, for row_values."""
     LANES: tl.constexpr = STRIP.lanes
     COLUMNS: tl.constexpr = STRIP.columns
     RADIUS: tl.constexpr = WINDOW.size // 2
-    row = _row(i, pair, program, WINDOW, SHIFT)
+    row = source_of(i, pair, program, WINDOW, SHIFT)
     own = _columns(pair, row, program.channel, SIMILARITY, WINDOW, STRIP, 0, COLUMNS)
     y_ptr = _exchanged_row(i, pair, 0, STRIP)
     d_ptr = _exchanged_row(i, pair, 1, STRIP)
@@ -215,7 +255,7 @@ def _found(
 
 @triton.jit
 def _exchanged_row(i, pair, PART: tl.constexpr, STRIP: tl.constexpr):
-    """Pointer to where y (part 0) or d (part 1) of row i is left, of the strip's first column."""
+    """Pointer to where 2 y (part 0) or d (part 1) of row i is left, of the strip's first column."""
     WIDTH: tl.constexpr = STRIP.lanes * STRIP.columns + 2 * _BESIDE
     return pair.exchange_ptr + (i % 2 * (2 * WIDTH) + (PART * WIDTH + _BESIDE))
 
@@ -228,15 +268,6 @@ def exchange_of(pointer, number, STRIP: tl.constexpr):
 
 
 @triton.jit
-def _row(i, pair, program, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
-    """Where row i of the strip comes from."""
-    PADDING: tl.constexpr = WINDOW.padding
-    number = source_row(program.first_row + i + SHIFT, pair.height, PADDING)
-    limit = row_limit(number, pair.height, pair.width)
-    return Row(number=number, chunk=program.chunk, limit=limit)
-
-
-@triton.jit
 def _columns(
     pair, row, channel, SIMILARITY: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr,
     SHIFT: tl.constexpr, COUNT: tl.constexpr,
@@ -244,12 +275,12 @@ def _columns(
     """The Values of COUNT columns; see load_columns."""
     PADDING: tl.constexpr = WINDOW.padding
     REST: tl.constexpr = None if SIMILARITY.from_logits else 0  # invalid logits may be anything
-    first, _ = load_columns(pair.x, row, STRIP, SHIFT, COUNT, PADDING, REST)
+    first, _ = _loaded(pair.x, row, SIMILARITY, STRIP, SHIFT, COUNT, PADDING, REST)
     xs = ()
     ys = ()
     ds = ()
     if SIMILARITY.from_logits:
-        labels, inside = _labels(pair, row, STRIP, SHIFT, COUNT)
+        labels, inside = _labels(pair, row, SIMILARITY, STRIP, SHIFT, COUNT)
         for j in tl.static_range(COUNT):
             y, d = _pixel(first[j], labels[j], inside[j], pair, channel, SIMILARITY)
             ys = ys + (y,)
@@ -269,7 +300,7 @@ def _columns(
 
 @triton.jit
 def _pixel(logit, label, inside, pair, channel, SIMILARITY: tl.constexpr):
-    """(y, what is filtered as d) of a pixel of the loss."""
+    """(2 y, what is filtered as d) of a pixel of the loss."""
     x = sigmoid_base2(widened(logit) * LOG2_E) - pair.pivot_d
     valid = _is_valid(label, inside, pair, SIMILARITY)
     own = label == label_of(channel, SIMILARITY.ignored)
@@ -277,8 +308,8 @@ def _pixel(logit, label, inside, pair, channel, SIMILARITY: tl.constexpr):
         own = own & valid
     # Selected, not multiplied: an infinite logit under an ignored pixel does no harm.
     x = tl.where(valid, x, 0.0 - pair.pivot_d)
-    y = tl.where(own, 1.0, 0.0).to(x.dtype)
-    return y, x - pair.share_of_y * y
+    twice = tl.where(own, 2.0, 0.0).to(x.dtype)
+    return twice, x - pair.share * twice
 
 
 # --- host -----------------------------------------------------------------------------------------
