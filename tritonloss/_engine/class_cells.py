@@ -17,7 +17,7 @@ forward they have the first time through the classes with it, and the last kerne
 A softmax's statistics take 4 bytes per pixel of the labels, those and projections 8.
 
 Instructions per pixel and class of 19, each interpolated over 4 x 4 pixels, at sm_90: forward 13.6
-and back 18.3, with cross entropy 15.2 and 18.5; of cross entropy alone 12.1 and 13.1.
+and back 18.3, with cross entropy 15.1 and 18.5; of cross entropy alone 12.1 and 13.1.
 """
 
 from __future__ import annotations
@@ -229,6 +229,7 @@ def _sum_row(
     for k in tl.static_range(COLUMNS):
         pixel = load_pixel(row.cells, k, TILE, CELLS)
         share = row.column_shares[k]
+        own_logit = own_between(row.nodes, pixel, row.share, share, TILE, CELLS)
         logits = ()
         for j in tl.static_range(COUNT):
             left, step = lines[j]
@@ -236,7 +237,6 @@ def _sum_row(
         block = Block(logits=logits, exists=(), start=0, owned=(), base2=())
         states = of_each(start, (), TERMS, TILE)
         states = of_each(add, (states, block, pixel, row.given), TERMS, TILE)
-        own_logit = own_between(row.nodes, pixel, row.share, share, TILE, CELLS)
         maps = (map_ptrs, row.cells.place + k)
         totals = finish_tile(states, own_logit, maps, pixel, row.given, totals, TERMS, TILE)
         shared = PROBABILITIES.share(states[0], TILE)
@@ -398,10 +398,10 @@ def _class_cells_held_kernel(
         number = program * rounds + i
         place = place_in_image(image.to(tl.int32), number, tiles, sizes, TILE, CELLS)
         cells = cells_of((rows, columns), place, (target_ptr, target_strides), sizes, CELLS)
-        counts = _count_cells(counts, cells, sizes, TERMS, BINS, TILE, CELLS)
         nodes = nodes_around(
             logits_ptr, logits_strides, place.image, place.row, place.column, sizes, CELLS
         )
+        counts = _count_cells(counts, cells, sizes, TERMS, BINS, TILE, CELLS)
         corners = load_corners(nodes, 0, COUNT, TILE)
         column_shares = shares_of_columns(columns, cells, sizes, CELLS)
         for k in tl.range(0, CELLS.rows):
