@@ -15,6 +15,7 @@ from .._core.backend import architecture, registers
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch
 from .cell_grid import (
+    _IS_OLD,
     axes_of,
     axes_of_walk,
     blocks_of,
@@ -48,7 +49,9 @@ _HELD = 20
 _COLUMNS_HELD = 4
 _COLUMNS_HELD_IN_PAIRS = 2
 _PAIRS = 100  # the compute capability from which on they do
-_UNROLL_IN_PAIRS = 7  # classes going back, of 16 bits: of ten, ptxas spills 8 bytes
+# Classes of a lane that shares a cell, where ten are too many: of 16 bits, in pairs, with a loss
+# that is taken in ptxas spills 8 bytes, and without one that of Triton 3.6 spills 32.
+_UNROLL_OF_SHARED = 7
 _MOST_PARTS = 4  # lanes that share a cell going back: of so many, every eighth repeats others' work
 
 # ``Terms`` whose last losses have no slope: the first one's factors take in theirs. And those where
@@ -146,8 +149,9 @@ def prepare_gradients(
     if len(terms) - taken > 1:
         heuristic["UNROLL"] = min(int(heuristic["UNROLL"]), _UNROLL_OF_SEVERAL)
     elif probabilities.compared:
-        if taken and architecture() >= _PAIRS and logits.dtype.itemsize == 2:
-            heuristic["UNROLL"] = min(int(heuristic["UNROLL"]), _UNROLL_IN_PAIRS)
+        in_pairs = architecture() >= _PAIRS and logits.dtype.itemsize == 2
+        if in_pairs if taken else _IS_OLD:
+            heuristic["UNROLL"] = min(int(heuristic["UNROLL"]), _UNROLL_OF_SHARED)
         blocks = blocks_of(logits.size(1), heuristic)
         parts = blocks if blocks <= _MOST_PARTS else 0
     if probabilities.compared and parts == 0:
