@@ -187,6 +187,10 @@ def class_loop(name: str, within: str = "_fold_blocks") -> LoopNotes:
     return LoopNotes(name, within, _blocks, share=_completed)
 
 
+def _tiles(given: Given) -> float:
+    return float(given["rounds"])
+
+
 _BACKWARD = KernelNotes(
     share_of_the_map,
     (
@@ -211,16 +215,19 @@ OVERLAP_KERNELS = {
         share_of_the_map,
         (class_loop("statistics"), class_loop("classes", "_class_cells_forward_kernel")),
     ),
+    "_class_cells_held_kernel": KernelNotes(
+        share_of_the_map,
+        (
+            LoopNotes("tiles", "_class_cells_held_kernel.i", _tiles),
+            LoopNotes("rows", "_class_cells_held_kernel.k", lambda g: _tiles(g) * g["CELLS.rows"]),
+        ),
+    ),
     "_class_head_kernel": overlap.HEAD,
     "_class_cells_project_kernel": KernelNotes(
         share_of_the_map, (class_loop("classes", "_class_cells_project_kernel"),)
     ),
     "_upsampled_backward_kernel": _BACKWARD,
 }
-
-
-def _tiles(given: Given) -> float:
-    return float(given["rounds"])
 
 
 def _of_a_sort(kernels: Mapping[str, KernelNotes]) -> dict[str, KernelNotes]:
@@ -412,7 +419,10 @@ OPERATIONS = (
                 *rarely(BASE, {"ratio": 8}, {"shape": _ROOMS}, {"options": overlap.SIGMOID}),
                 *RARE,
             ),
-            goals=memory_goals("Dice of upsampled logits", 8),
+            goals=(
+                *memory_goals("Dice of upsampled logits", 4, CASES[:1]),
+                *memory_goals("Dice of upsampled logits", 8, CASES[1:2]),
+            ),
         ),
         operators=(),  # its configurations are heuristics
     ),

@@ -29,6 +29,7 @@ from tritonloss import (
     TverskyLoss,
     WeightedSum,
 )
+from tritonloss._core import prepared_launch
 from tritonloss._engine import class_cell_launch
 
 __all__ = ["launched"]  # a fixture
@@ -42,7 +43,8 @@ SIZES: dict[str, tuple[Size, Size]] = {
     "one node": ((1, 1), (5, 7)),
     "several programs": ((3, 40), (4, 43)),
 }
-FORWARD, PROJECT, BACKWARD = (
+HELD, FORWARD, PROJECT, BACKWARD = (
+    "_class_cells_held_kernel",
     "_class_cells_forward_kernel",
     "_class_cells_project_kernel",
     "_upsampled_backward_kernel",
@@ -67,8 +69,18 @@ def between(members: Members, align_corners: bool = False) -> Members:
     return members
 
 
+@pytest.fixture(params=["held", "in blocks"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether lanes hold all classes of a cell, as of many they do not."""
+    if request.param == "in blocks":
+        monkeypatch.setattr(prepared_launch, "_prepared", {})
+        monkeypatch.setattr(class_cell_launch, "_HELD", 0)
+        monkeypatch.setattr(class_cell_launch, "_MOST_PARTS", 0)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("name", [*JOINT, "Lovasz", "two reads"])
-def test_every_mix(name: str, device: torch.device) -> None:
+def test_every_mix(name: str, way: str, device: torch.device) -> None:
     logits, target = upsampled_case((2, 3), (5, 7), classes=5, batch=2, device=device)
     check(between(SUMS[name](5, device)), logits, target)
 
@@ -174,13 +186,17 @@ def test_gradcheck(name: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("name", JOINT)
-def test_losses_share_a_read(name: str, device: torch.device, launched: list[str]) -> None:
+def test_losses_share_a_read(
+    name: str, way: str, device: torch.device, launched: list[str]
+) -> None:
     logits, target = upsampled_case((2, 3), (4, 5), classes=4, device=device)
     value_and_gradient(WeightedSum(between(SUMS[name](4, device))), logits, target)
     if name == "pixelwise":
         expected = ["_upsampled_forward_kernel", BACKWARD]
     elif "sigmoids" in name:
         expected = [FORWARD, BACKWARD]
+    elif way == "held" and name not in ("smoothed and weighted", "two passes"):
+        expected = [HELD, BACKWARD]
     else:
         expected = [FORWARD, PROJECT, BACKWARD]
     assert launched == expected

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .cell_nodes import NodeSums, add_row, if_any, zeros
 from .cell_walk import load_corners, of_pixels
 from .cells import Nodes, along_row, factors_between, wide
 from .math import LOG2_E
-from .pixel_walk import of_each, slope, taken_in
+from .pixel_walk import all_factors, of_each, slope, taken_in
 from .pixels import Block, Pixel, no_class_yet, nothing_yet
 
 # Classes whose pixels' bits are looked at together: the machine reads so many at once.
@@ -40,15 +41,6 @@ class Upstream(NamedTuple):
     scales: Any  # of every loss: what it is multiplied by
 
 
-class NodeSums(NamedTuple):
-    """What a row of cells adds to the nodes' gradients: tuples over a block's classes."""
-
-    above_both: Any  # of the nodes above, those on the left and on the right
-    above_right: Any
-    below_both: Any
-    below_right: Any
-
-
 class Row(NamedTuple):
     """A row of pixels of cells, with a block of classes."""
 
@@ -70,17 +62,6 @@ class Weighed(NamedTuple):
     to_right: Any  # and for that of those on the right
     own: Any  # the bit of the block's class that is its own, another one, or 0 if it is not valid
     factors: Any  # of every loss
-
-
-class Gradient(NamedTuple):
-    """Where the gradients of the nodes of an image go to."""
-
-    pointer: Any  # [cells], to the lane's node of a row and of the first class of all
-    class_stride: Any
-    rows: Any  # [cells], of nodes that are the lane's to store
-    first: Any  # the first class of the block
-    unseen: Any  # the first class that no other program has
-    scale: Any  # what all sums are multiplied by, if they are
 
 
 class Column(NamedTuple):
@@ -181,7 +162,7 @@ def sums_of_cells(
         logit, down, step, step_down = corners[j]
         in_base2 = (logit * LOG2_E, down * LOG2_E, step * LOG2_E, step_down * LOG2_E)
         corners2 = corners2 + (in_base2,)
-    nothing = _zeros(TILE)
+    nothing = zeros(TILE)
     sums = NodeSums(
         above_both=nothing, above_right=nothing, below_both=nothing, below_right=nothing
     )
@@ -211,12 +192,12 @@ def sums_of_cells(
                 span = span_of(walk.column_axis, start, walk.column.end, walk.sizes, TILE, CELLS)
                 in_row = _add_span(in_row, walk, nodes, row, span, TERMS, TILE, CELLS)
         both_sums, right_sums, has_valid = in_row
-        sums = _add_row(sums, both_sums, right_sums, row.share)
+        sums = add_row(sums, both_sums, right_sums, row.share)
         # the next row
         number += 1
         label += walk.column.strides[0]
         place += walk.sizes.columns
-    return _if_any(has_valid, sums, TILE)
+    return if_any(has_valid, sums, TILE)
 
 
 @triton.jit
@@ -234,8 +215,9 @@ def _add_span(
     both = ()
     right = ()
     # All classes at once where many pixels have weights of their own: they would wait too long.
-    USUAL: tl.constexpr = _GROUP if TERMS.silent[0] or COLUMNS <= 4 else UNROLL
-    GROUP: tl.constexpr = _GROUP_TAKING if len(TERMS.slope) < len(TERMS.start) else USUAL
+    ALL: tl.constexpr = CELLS.parts > 0 or not (TERMS.silent[0] or COLUMNS <= 4)
+    USUAL: tl.constexpr = _GROUP_TAKING if len(TERMS.slope) < len(TERMS.start) else _GROUP
+    GROUP: tl.constexpr = UNROLL if ALL else USUAL
     for start in tl.static_range(0, UNROLL, GROUP):
         sums = (both_sums, right_sums)
         to_both, to_right = _add_group(sums, pixels, row, walk, start, TERMS, TILE, CELLS)
@@ -252,8 +234,9 @@ def _add_group(
     CELLS: tl.constexpr,
 ):  # fmt: skip
     """The sums of some classes of a block, from START on, with those of some columns."""
-    USUAL: tl.constexpr = _GROUP if TERMS.silent[0] or CELLS.columns <= 4 else TILE.unroll
-    GROUP: tl.constexpr = _GROUP_TAKING if len(TERMS.slope) < len(TERMS.start) else USUAL
+    ALL: tl.constexpr = CELLS.parts > 0 or not (TERMS.silent[0] or CELLS.columns <= 4)
+    USUAL: tl.constexpr = _GROUP_TAKING if len(TERMS.slope) < len(TERMS.start) else _GROUP
+    GROUP: tl.constexpr = TILE.unroll if ALL else USUAL
     COUNT: tl.constexpr = GROUP if START + GROUP <= TILE.unroll else TILE.unroll - START
     both_sums, right_sums = sums
     logits = ()
@@ -273,19 +256,25 @@ def _add_group(
         right = right + (right_sums[START + j],)
     for k in tl.static_range(len(pixels)):
         pixel = pixels[k]
+        of_pixel = ()
+        owned = ()
+        of_pixel2 = ()
+        for j in tl.static_range(COUNT):
+            of_pixel = of_pixel + (logits[j] + pixel.share * steps[j],)
+            owned = owned + ((pixel.own & (1 << (START + j))) != 0,)
+            of_pixel2 = of_pixel2 + (logits2[j] + pixel.share * steps2[j],)
+        block = Block(
+            logits=of_pixel, exists=(), start=row.first + START, owned=owned, base2=of_pixel2
+        )
+        factors = pixel.factors
+        if CELLS.parts > 0:
+            factors = _compared(factors, block, walk.given, TERMS, TILE, CELLS)
         more_both = ()
         more_right = ()
         for j in tl.static_range(COUNT):
-            block = Block(
-                logits=(logits[j] + pixel.share * steps[j],),
-                exists=(),
-                start=row.first + (START + j),
-                owned=((pixel.own & (1 << (START + j))) != 0,),
-                base2=(logits2[j] + pixel.share * steps2[j],),
-            )
-            gradient = slope(pixel.factors, block, 0, walk.given, TERMS, 0, TILE)
+            gradient = slope(factors, block, j, walk.given, TERMS, 0, TILE)
             for term in tl.static_range(1, len(TERMS.slope)):
-                gradient += slope(pixel.factors, block, 0, walk.given, TERMS, term, TILE)
+                gradient += slope(factors, block, j, walk.given, TERMS, term, TILE)
             to_both = pixel.to_both * gradient
             to_right = pixel.to_right * gradient
             if k > 0 or CELLS.chunks > 1:  # else the sums are 0, and added to it would cost as much
@@ -296,6 +285,31 @@ def _add_group(
         both = more_both
         right = more_right
     return both, right
+
+
+@triton.jit
+def _compared(factors, block, given, TERMS: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr):
+    """The factors of all losses: the first one's with the sum over all of a pixel's classes.
+
+    The block has a lane's share of these; the other lanes of its cell have the others.
+    """
+    FIRST: tl.constexpr = 0
+    UNROLL: tl.constexpr = TILE.unroll
+    PARTS: tl.constexpr = CELLS.parts
+    MEMBERS: tl.constexpr = TILE.pixels // CELLS.parts
+    TWICE: tl.constexpr = CELLS.parts * UNROLL - TILE.classes  # classes that two lanes have
+    lane = tl.arange(0, TILE.pixels)
+    mine = nothing_yet(0.0, TILE)
+    for j in tl.static_range(UNROLL):
+        product = TERMS.product(factors[FIRST], block, j, given[FIRST], TILE)
+        if j < TWICE:
+            product = tl.where(block.start + j < lane // MEMBERS * UNROLL, 0.0, product)
+        mine += product
+    total = mine
+    for k in tl.static_range(1, PARTS):
+        total += tl.gather(mine, (lane + k * MEMBERS) % (PARTS * MEMBERS), 0)
+    first = TERMS.less(factors[FIRST], total, TILE)
+    return of_each(all_factors, (first, factors), TERMS, TILE)
 
 
 @triton.jit
@@ -379,121 +393,4 @@ def _weighed(
         to_right=to_right,
         own=tl.where(valid, 1, 0) << place.to(tl.int32),
         factors=taken_in(factors, TERMS, TILE),
-    )
-
-
-@triton.jit
-def _add_row(sums, both_sums, right_sums, share):
-    """The sums with those of a row that has this share of the nodes below."""
-    above_both = ()
-    above_right = ()
-    below_both = ()
-    below_right = ()
-    above = 1.0 - share
-    for j in tl.static_range(len(both_sums)):
-        above_both = above_both + (sums.above_both[j] + above * both_sums[j],)
-        above_right = above_right + (sums.above_right[j] + above * right_sums[j],)
-        below_both = below_both + (sums.below_both[j] + share * both_sums[j],)
-        below_right = below_right + (sums.below_right[j] + share * right_sums[j],)
-    return NodeSums(
-        above_both=above_both,
-        above_right=above_right,
-        below_both=below_both,
-        below_right=below_right,
-    )
-
-
-@triton.jit
-def _if_any(has_valid, sums, TILE: tl.constexpr):
-    """The sums of cells that have a valid pixel, and 0 of the others."""
-    UNROLL: tl.constexpr = TILE.unroll
-    above_both = ()
-    above_right = ()
-    below_both = ()
-    below_right = ()
-    valid = has_valid != 0
-    for j in tl.static_range(UNROLL):
-        above_both = above_both + (tl.where(valid, sums.above_both[j], 0.0),)
-        above_right = above_right + (tl.where(valid, sums.above_right[j], 0.0),)
-        below_both = below_both + (tl.where(valid, sums.below_both[j], 0.0),)
-        below_right = below_right + (tl.where(valid, sums.below_right[j], 0.0),)
-    return NodeSums(
-        above_both=above_both,
-        above_right=above_right,
-        below_both=below_both,
-        below_right=below_right,
-    )
-
-
-@triton.jit
-def _zeros(TILE: tl.constexpr):
-    """A zero for every class of a block, [cells] each."""
-    UNROLL: tl.constexpr = TILE.unroll
-    zeros = ()
-    for _ in tl.static_range(UNROLL):
-        zeros = zeros + (nothing_yet(0.0, TILE),)
-    return zeros
-
-
-# --- nodes ----------------------------------------------------------------------------------------
-
-
-@triton.jit
-def nothing_waits(TILE: tl.constexpr):
-    """What the nodes above the first row of cells have from the cells before it."""
-    return _zeros(TILE)
-
-
-@triton.jit
-def join_rows(waiting, sums, TILE: tl.constexpr):
-    """The gradients of the nodes above a row of cells, and of those below, so far.
-
-    A lane's node lies between its cell and its neighbour's: it is on the right, and on the left.
-    """
-    UNROLL: tl.constexpr = TILE.unroll
-    LANES: tl.constexpr = TILE.pixels
-    neighbour = tl.minimum(tl.arange(0, LANES) + 1, LANES - 1)
-    complete = ()
-    still_waiting = ()
-    for j in tl.static_range(UNROLL):
-        above = tl.gather(sums.above_both[j] - sums.above_right[j], neighbour, 0)
-        below = tl.gather(sums.below_both[j] - sums.below_right[j], neighbour, 0)
-        complete = complete + (waiting[j] + (sums.above_right[j] + above),)
-        still_waiting = still_waiting + (sums.below_right[j] + below,)
-    return complete, still_waiting
-
-
-@triton.jit
-def store_nodes(
-    gradient, complete, row, SCALED: tl.constexpr, ADDS: tl.constexpr, TILE: tl.constexpr
-):
-    """Store the gradients of the nodes above a row of cells.
-
-    Of the first row of cells, number 0, they are not the program's.
-    """
-    UNROLL: tl.constexpr = TILE.unroll
-    LANES: tl.constexpr = TILE.pixels
-    inside = row <= tl.where(row > 0, gradient.rows, -1)
-    for j in tl.static_range(UNROLL):
-        total = complete[j]
-        if SCALED:
-            total = total * gradient.scale
-        number = gradient.first + j
-        pointers = gradient.pointer + number * gradient.class_stride
-        is_unseen = tl.full((LANES,), 0, tl.int32) + number >= gradient.unseen
-        if ADDS:
-            total += tl.load(pointers, mask=inside & is_unseen, other=0.0).to(total.dtype)
-        tl.store(pointers, total, mask=inside & is_unseen)
-
-
-@triton.jit
-def row_below(gradient, stride):
-    """The same for the next row of nodes."""
-    return Gradient(
-        pointer=gradient.pointer + stride,
-        class_stride=gradient.class_stride,
-        rows=gradient.rows,
-        first=gradient.first,
-        unseen=gradient.unseen,
-        scale=gradient.scale,
     )

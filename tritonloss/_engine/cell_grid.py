@@ -239,8 +239,13 @@ def over_strips(
     walk: Walk,
     axes: Axes,
     configuration: Configuration | None = None,
+    parts: int = 0,
 ) -> tuple[int, dict[str, Any]]:
-    """(programs, arguments) of the kernel that goes back; tuned if no configuration is given."""
+    """(programs, arguments) of the kernel that goes back; tuned if no configuration is given.
+
+    If a cell is that of so many ``parts``, these lanes have a block of its classes each; else a
+    program has one block.
+    """
     highest, widest = (axis.most for axis in axes)
     configuration = configuration or _configuration(losses, "backward", logits, widest)
     columns, nodes = int(configuration["PIXEL_COLUMNS"]), int(configuration["NODE_ROWS"])
@@ -257,20 +262,21 @@ def over_strips(
     if _IS_OLD and nine and any(loss.scaled for loss in losses):
         configuration = {**configuration, "UNROLL": 8}  # ptxas of Triton 3.6 would spill 8 bytes
     tile = _tile(configuration, logits)
-    class_blocks = triton.cdiv(logits.size(1), tile.unroll)
+    class_blocks = 1 if parts > 0 else triton.cdiv(logits.size(1), tile.unroll)
+    members = tile.pixels // max(parts, 1)
     # As many strips as that makes, all of about the same height; more of them, which repeat more of
     # each other's rows, where a large GPU would have too little to do.
     strips = triton.cdiv(logits.size(2), nodes)
-    at_once = class_blocks * logits.size(0) * (logits.size(3) + 1) / warp_size()
+    at_once = class_blocks * logits.size(0) * (logits.size(3) + 1) / members
     while strips * at_once < _WARPS and strips * _FEWEST_ROWS < logits.size(2):
         strips += 1
     nodes = triton.cdiv(logits.size(2), strips)
-    blocks = triton.cdiv(strips * (logits.size(3) + 1), tile.pixels - 1)
+    blocks = triton.cdiv(strips * (logits.size(3) + 1), members - 1)
     tile_of_cells = _cell_tile(losses, logits, target, walk, (1, columns, chunks))
     return class_blocks * blocks * logits.size(0), {
         "sizes": _sizes(logits, target, blocks, highest, rows=1, nodes=nodes),
         "TILE": tile,
-        "CELLS": tile_of_cells._replace(even=even),
+        "CELLS": tile_of_cells._replace(even=even, parts=parts),
         "num_warps": int(configuration["num_warps"]),
         "enable_fp_fusion": True,
         **registers(),
@@ -303,6 +309,11 @@ def _even(classes: int, most: int) -> int:
     return int(min(sizes, key=lambda size: triton.cdiv(classes, size) * size))
 
 
+def blocks_of(classes: int, configuration: Configuration) -> int:
+    """How many blocks of classes there are."""
+    return int(triton.cdiv(classes, _even(classes, int(configuration["UNROLL"]))))
+
+
 def _cell_tile(
     losses: Sequence[Loss],
     logits: torch.Tensor,
@@ -322,6 +333,7 @@ def _cell_tile(
         binary=labels["BINARY"],
         reduced=walk.reduction != "none",
         even=False,
+        parts=0,
     )
 
 

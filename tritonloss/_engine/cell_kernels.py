@@ -5,18 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cell_gradients import (
-    Backward,
-    Gradient,
-    Upstream,
-    column_of_cells,
-    join_rows,
-    nodes_from,
-    nothing_waits,
-    row_below,
-    store_nodes,
-    sums_of_cells,
-)
+from .cell_gradients import Backward, Upstream, column_of_cells, nodes_from, sums_of_cells
+from .cell_nodes import Gradient, join_rows, nothing_waits, row_below, store_nodes
 from .cell_walk import Forward, finish_pixels, fold_cells, load_pixel_of, of_pixels
 from .cells import (
     Axis,
@@ -151,24 +141,33 @@ def _upsampled_backward_kernel(
     TILE: tl.constexpr,
     CELLS: tl.constexpr,
 ):
-    """Walks down a strip of cells with one block of classes; writes every node's gradient once."""
+    """Walks down a strip of cells; writes every node's gradient once.
+
+    A program has one block of classes, or all of them: then a few of its lanes share each cell.
+    """
     COUNT: tl.constexpr = len(TERMS.start)
     LANES: tl.constexpr = TILE.pixels
     SCALED: tl.constexpr = CELLS.reduced and COUNT == 1
-    BLOCKS: tl.constexpr = (TILE.classes + TILE.unroll - 1) // TILE.unroll
+    PARTS: tl.constexpr = CELLS.parts if CELLS.parts > 0 else 1
+    MEMBERS: tl.constexpr = LANES // PARTS
+    BLOCKS: tl.constexpr = 1 if CELLS.parts > 0 else (TILE.classes + TILE.unroll - 1) // TILE.unroll
     # Side by side are blocks of classes, which share labels and maps, then of cells.
     program = tl.program_id(0)
     class_block = program % BLOCKS
     program = program // BLOCKS
     block = program % sizes.blocks
     image = (program // sizes.blocks).to(tl.int64)
+    # A lane's column of cells, in a strip of rows. The last one is there for the nodes between it
+    # and its neighbour.
+    lane = tl.arange(0, LANES)
+    member = lane
+    if PARTS > 1:
+        class_block = lane // MEMBERS
+        member = lane % MEMBERS
     # The last block begins early enough to be a whole one; what it shares, one of them stores.
     unseen = class_block * TILE.unroll
     first_class = tl.minimum(unseen, TILE.classes - TILE.unroll)
-    # A lane's column of cells, in a strip of rows. The last lane is there for the nodes between it
-    # and its neighbour.
-    lane = tl.arange(0, LANES)
-    index = block * (LANES - 1) + lane
+    index = block * (MEMBERS - 1) + member
     strip = index // (sizes.width + 1)
     column = index - strip * (sizes.width + 1)
     first_row = strip * sizes.nodes
@@ -205,7 +204,9 @@ def _upsampled_backward_kernel(
     gradient = Gradient(
         pointer=pointer + column * wide(grad_strides[3]),
         class_stride=wide(grad_strides[1]),
-        rows=tl.where((lane < LANES - 1) & (column < sizes.width), sizes.height - first_row, -1),
+        rows=tl.where(
+            (member < MEMBERS - 1) & (column < sizes.width), sizes.height - first_row, -1
+        ),
         first=first_class,
         unseen=unseen,
         scale=walk.upstream.value * scales[0],

@@ -170,11 +170,7 @@ def finish_pixels(
         valid = pixel.label >= 0
         row_share = walk.row_shares[k // CELLS.columns]
         column_share = walk.column_shares[k % CELLS.columns]
-        # A sanitised label is a class.
-        index = tl.where(pixel.own >= 0, pixel.own, 0)
-        own = interpolated(walk.nodes, index, row_share, column_share, TILE)
-        if CELLS.binary:
-            own = tl.where(pixel.own >= 0, own, 0.0)
+        own = own_between(walk.nodes, pixel, row_share, column_share, TILE, CELLS)
         sums = ()
         for j in tl.static_range(COUNT):
             value, weight, saved = finish(states[k][j], own, pixel, walk.given[j], TERMS, j, TILE)
@@ -185,6 +181,17 @@ def finish_pixels(
             sums = sums + (totals[2 * j] + value, totals[2 * j + 1] + weight)
         totals = sums + (totals[2 * COUNT] + tl.where(valid, 1.0, 0.0),)
     return values, totals
+
+
+@triton.jit
+def own_between(nodes, pixel, row_share, column_share, TILE: tl.constexpr, CELLS: tl.constexpr):
+    """The interpolated logits of the pixels' own classes, 0 where a valid pixel has none."""
+    # A sanitised label is a class.
+    index = tl.where(pixel.own >= 0, pixel.own, 0)
+    own = interpolated(nodes, index, row_share, column_share, TILE)
+    if CELLS.binary:
+        own = tl.where(pixel.own >= 0, own, 0.0)
+    return own
 
 
 # --- of every pixel of a lane ---------------------------------------------------------------------

@@ -39,6 +39,7 @@ class CellTile(NamedTuple):
     binary: bool  # labels are 0 and 1, of one class
     reduced: bool  # the values are: all pixels have one upstream gradient
     even: bool  # going back: all cells have so many columns, those at the borders half of them
+    parts: int  # going back: lanes that share a cell, each with a block of all classes; else 0
 
 
 class Sizes(NamedTuple):

@@ -9,14 +9,28 @@ from collections import namedtuple
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
-from .._core.backend import registers
+from .._core.backend import architecture, registers
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch
-from .cell_grid import axes_of, axes_of_walk, cell_heuristic, over_cells, over_strips
+from .cell_grid import (
+    _IS_OLD,
+    axes_of,
+    axes_of_walk,
+    blocks_of,
+    cell_heuristic,
+    over_cells,
+    over_strips,
+)
 from .cell_kernels import _upsampled_backward_kernel
-from .class_cells import _class_cells_forward_kernel, _class_cells_project_kernel
+from .class_cells import (
+    _class_cells_forward_kernel,
+    _class_cells_held_kernel,
+    _class_cells_project_kernel,
+)
 from .class_sums import Probabilities
+from .pixel_grid import rounds_of
 from .pixel_terms import Loss, Term, Walk, numbers_of, terms_of
 from .pixel_walk import Terms
 
@@ -29,11 +43,23 @@ _MOST_UNROLL = 4
 _PIXELS_OF_SEVERAL = 8
 _UNROLL_OF_SEVERAL = 7
 _WARPS = 1  # going forward: to add up over them would take as long as over all pixels of a lane
+# Classes that a lane holds going forward, and the columns of its pixels; of more classes with cross
+# entropy, or of as many columns on GPUs that add pairs of registers, ptxas spills up to 24 bytes.
+_HELD = 20
+_COLUMNS_HELD = 4
+_COLUMNS_HELD_IN_PAIRS = 2
+_PAIRS = 100  # the compute capability from which on they do
+# Classes of a lane that shares a cell, where ten are too many: of 16 bits, in pairs, with a loss
+# that is taken in ptxas spills 8 bytes, and without one that of Triton 3.6 spills 32.
+_UNROLL_OF_SHARED = 7
+_MOST_PARTS = 4  # lanes that share a cell going back: of so many, every eighth repeats others' work
 
-# ``Terms`` whose last losses have no slope: the first one's factors take in theirs. A type of its
-# own, since every kernel is compiled for its terms, and most take in nothing.
+# ``Terms`` whose last losses have no slope: the first one's factors take in theirs. And those where
+# the first loss compares all of a pixel's classes going back, too. Types of their own, since every
+# kernel is compiled for its terms, and most do neither.
 _named: Any = namedtuple
 TakingTerms = _named("TakingTerms", (*Terms._fields, "take_in"))
+ComparingTerms = _named("ComparingTerms", (*TakingTerms._fields, "product", "less"))
 
 
 class Gradients(NamedTuple):
@@ -74,8 +100,18 @@ def prepare_sums(
     """(the launch of the forward pass, its programs of an image)."""
     images, classes = logits.shape[:2]
     losses = [term.loss for term in terms]
-    pixels = _PIXELS if len(terms) - taken == 1 else _PIXELS_OF_SEVERAL
-    all_programs, arguments = _over_cells(losses, logits, target, walk, pixels, num_warps=_WARPS)
+    alone = len(terms) - taken == 1
+    held = alone and classes <= _HELD and logits.dtype != torch.float64
+    pixels = _PIXELS if alone else _PIXELS_OF_SEVERAL
+    all_programs, arguments = _over_cells(
+        losses, logits, target, walk, pixels, held=held, num_warps=_WARPS
+    )
+    kernel = _class_cells_forward_kernel
+    if held:
+        kernel = _class_cells_held_kernel
+        tiles, rounds = all_programs // images, rounds_of(all_programs)
+        all_programs = images * triton.cdiv(tiles, rounds)
+        arguments |= {"tiles": tiles, "rounds": rounds}
     constants = {
         **arguments,
         "numbers": numbers_of(terms, None)["numbers"],
@@ -87,7 +123,7 @@ def prepare_sums(
         "PROBABILITIES": probabilities,
         "BINS": bins_of(classes),
     }
-    launch = PreparedLaunch(_class_cells_forward_kernel, (all_programs,), constants, False)
+    launch = PreparedLaunch(kernel, (all_programs,), constants, False)
     return launch, all_programs // images
 
 
@@ -108,8 +144,17 @@ def prepare_gradients(
     known = terms_of(terms, logits, walk, True, adds)
     saved = sum(known.stored)
     strides = {"logits_strides": logits.stride(), "target_strides": target.stride()}
-    project = None
-    if probabilities.compared:
+    heuristic = dict(cell_heuristic(losses, "backward", axes[1].most))
+    parts, project = 0, None
+    if len(terms) - taken > 1:
+        heuristic["UNROLL"] = min(int(heuristic["UNROLL"]), _UNROLL_OF_SEVERAL)
+    elif probabilities.compared:
+        in_pairs = architecture() >= _PAIRS and logits.dtype.itemsize == 2
+        if in_pairs if taken else _IS_OLD:
+            heuristic["UNROLL"] = min(int(heuristic["UNROLL"]), _UNROLL_OF_SHARED)
+        blocks = blocks_of(logits.size(1), heuristic)
+        parts = blocks if blocks <= _MOST_PARTS else 0
+    if probabilities.compared and parts == 0:
         programs, arguments = _over_cells(losses[:1], logits, target, walk, _PIXELS)
         constants = {
             **arguments,
@@ -121,12 +166,14 @@ def prepare_gradients(
         }
         project = PreparedLaunch(_class_cells_project_kernel, (programs,), constants, False)
         known = _with_projections(known)
-    if taken:
+    if parts > 0:
+        slopes = known._replace(slope=(probabilities.product_slope,))
+        known = ComparingTerms(
+            *slopes, probabilities.take_in, probabilities.product, probabilities.less
+        )
+    elif taken:
         known = TakingTerms(*with_slopes(known, probabilities, taken), probabilities.take_in)
-    heuristic = dict(cell_heuristic(losses, "backward", axes[1].most))
-    if len(terms) - taken > 1:
-        heuristic["UNROLL"] = min(int(heuristic["UNROLL"]), _UNROLL_OF_SEVERAL)
-    programs, arguments = over_strips(losses, logits, target, walk, axes, heuristic)
+    programs, arguments = over_strips(losses, logits, target, walk, axes, heuristic, parts)
     constants = {
         **arguments,
         **strides,
@@ -191,17 +238,27 @@ def _over_cells(
     target: torch.Tensor,
     walk: Walk,
     pixels: int,
+    held: bool = False,
     **more: int,
 ) -> tuple[int, dict[str, Any]]:
-    """(programs, arguments) of a kernel that goes forward over cells, so many pixels at once."""
+    """(programs, arguments) of a kernel that goes forward over cells, so many pixels of each.
+
+    Of all classes at once, if they are held, pixel after pixel.
+    """
     axes = axes_of(logits, target, walk.align_corners)
     heuristic = cell_heuristic(losses, "forward", axes[1].most)
-    columns = min(int(heuristic["PIXEL_COLUMNS"]), pixels)
+    most = pixels
+    if held:
+        in_pairs = architecture() >= _PAIRS and len(losses) > 1
+        most = _COLUMNS_HELD_IN_PAIRS if in_pairs else _COLUMNS_HELD
+    columns = min(int(heuristic["PIXEL_COLUMNS"]), most)
+    rows = int(heuristic["PIXEL_ROWS"]) * int(heuristic["PIXEL_COLUMNS"]) // columns
+    unroll = min(int(heuristic["UNROLL"]), _MOST_UNROLL)
     configuration: Configuration = {
         **heuristic,
         "PIXEL_COLUMNS": columns,
-        "PIXEL_ROWS": min(int(heuristic["PIXEL_ROWS"]), pixels // columns),
-        "UNROLL": min(int(heuristic["UNROLL"]), _MOST_UNROLL),
+        "PIXEL_ROWS": min(rows, pixels // columns, triton.next_power_of_2(axes[0].most)),
+        "UNROLL": logits.size(1) if held else unroll,
         **more,
     }
     programs, arguments = over_cells(losses, logits, target, walk, axes, configuration)

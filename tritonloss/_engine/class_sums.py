@@ -79,6 +79,11 @@ class Probabilities(NamedTuple):
             slope that is the sum of both costs less than two.
         take_in: (factors, those of such a loss, TILE) -> the factors of both.
         slope: as ``Record.slope``, of factors that have taken in another's.
+        product: (factors, block, SLOT, given, TILE) -> a slot's probability times its gradient, and
+            what has been taken in besides, where the lanes of a cell have all of a pixel's classes
+            between them and the block knows which one is its own.
+        less: (factors, total, TILE) -> the factors with the sum of all products of the pixel.
+        product_slope: as ``Record.slope``, from a slot's product and that sum.
     """
 
     compared: bool
@@ -93,6 +98,9 @@ class Probabilities(NamedTuple):
     takes: Function | None = None
     take_in: Function | None = None
     slope: Function | None = None
+    product: Function | None = None
+    less: Function | None = None
+    product_slope: Function | None = None
 
 
 class Plane(NamedTuple):
@@ -263,6 +271,41 @@ def store_counts(plane, counts, BINARY: tl.constexpr, BINS: tl.constexpr, CLASSE
     mask = (number >= 0) & (number < CLASSES)
     tl.store(pointer + number * plane.stride, counts.to(tl.float32), mask=mask)
     tl.store(pointer + CLASSES * plane.stride, tl.sum(counts).to(tl.float32))
+
+
+@triton.jit
+def no_values(TERMS: tl.constexpr, TILE: tl.constexpr):
+    """A lane's sums of values, and of weights, of the pixelwise losses, before the first tile."""
+    dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
+    LANES: tl.constexpr = TILE.pixels // (TILE.grain if TILE.lanes == 1 else 1)
+    nothing = ()
+    for _ in tl.static_range(2 * (len(TERMS.start) - 1)):
+        nothing = nothing + (tl.zeros((LANES,), dtype),)
+    return nothing
+
+
+@triton.jit
+def finish_tile(states, own, maps, pixel, given, totals, TERMS: tl.constexpr, TILE: tl.constexpr):
+    """A lane's sums with a tile more; the maps of all losses are stored.
+
+    ``maps`` is (pointers, where the pixels are in a map).
+    """
+    map_ptrs, position = maps
+    _, _, saved = finish(states[0], own, pixel, (), TERMS, 0, TILE)
+    store_maps(map_ptrs, position, saved, pixel, TERMS, 0)
+    valid = pixel.label >= 0
+    more = ()
+    for k in tl.static_range(1, len(TERMS.start)):
+        value, weight, saved = finish(states[k], own, pixel, given[k], TERMS, k, TILE)
+        store_maps(map_ptrs, position, saved, pixel, TERMS, k)
+        value = tl.where(valid, value, 0.0)
+        more = more + (totals[2 * k - 2] + _in_lane(value, TILE),)
+        if TERMS.weighs[k]:
+            weight = tl.where(valid, weight, 0.0)
+            more = more + (totals[2 * k - 1] + _in_lane(weight, TILE),)
+        else:  # all weights are the number of valid pixels
+            more = more + (totals[2 * k - 1],)
+    return more
 
 
 @triton.jit

@@ -24,13 +24,14 @@ import triton.language as tl
 from .class_heads import _PARTS, add_parts, sum_losses
 from .class_sums import (
     Plane,
-    _in_lane,
     _nothing,
     _project_block,
     _project_blocks,
     _sum_blocks,
     add_to_sums,
     count_labels,
+    finish_tile,
+    no_values,
     project,
     run_at,
     store_counts,
@@ -44,7 +45,6 @@ from .pixel_walk import (
     add_again,
     all_factors,
     factors_of,
-    finish,
     fold,
     given_to,
     join,
@@ -54,7 +54,6 @@ from .pixel_walk import (
     of_each,
     saved_by,
     start,
-    store_maps,
     view_of,
     write_gradients,
 )
@@ -79,41 +78,6 @@ class Places(NamedTuple):
 
 
 # --- device functions: forward --------------------------------------------------------------------
-
-
-@triton.jit
-def _no_values(TERMS: tl.constexpr, TILE: tl.constexpr):
-    """A lane's sums of values, and of weights, of the pixelwise losses, before the first tile."""
-    dtype: tl.constexpr = tl.float64 if TILE.double else tl.float32
-    LANES: tl.constexpr = TILE.pixels // (TILE.grain if TILE.lanes == 1 else 1)
-    nothing = ()
-    for _ in tl.static_range(2 * (len(TERMS.start) - 1)):
-        nothing = nothing + (tl.zeros((LANES,), dtype),)
-    return nothing
-
-
-@triton.jit
-def _finish_tile(states, own, maps, pixel, given, totals, TERMS: tl.constexpr, TILE: tl.constexpr):
-    """A lane's sums with a tile more; the maps of all losses are stored.
-
-    ``maps`` is (pointers, where the pixels are in a map).
-    """
-    map_ptrs, position = maps
-    _, _, saved = finish(states[0], own, pixel, (), TERMS, 0, TILE)
-    store_maps(map_ptrs, position, saved, pixel, TERMS, 0)
-    valid = pixel.label >= 0
-    more = ()
-    for k in tl.static_range(1, len(TERMS.start)):
-        value, weight, saved = finish(states[k], own, pixel, given[k], TERMS, k, TILE)
-        store_maps(map_ptrs, position, saved, pixel, TERMS, k)
-        value = tl.where(valid, value, 0.0)
-        more = more + (totals[2 * k - 2] + _in_lane(value, TILE),)
-        if TERMS.weighs[k]:
-            weight = tl.where(valid, weight, 0.0)
-            more = more + (totals[2 * k - 1] + _in_lane(weight, TILE),)
-        else:  # all weights are the number of valid pixels
-            more = more + (totals[2 * k - 1],)
-    return more
 
 
 @triton.jit
@@ -212,7 +176,7 @@ def _joint_forward_kernel(
         own = own + (_nothing(TILE),)
         all_pixels = all_pixels + (_nothing(TILE),)
     counts = tl.zeros((BINS,), tl.int32)
-    totals = _no_values(TERMS, TILE)
+    totals = no_values(TERMS, TILE)
     valid = tl.full((), 0, tl.int32)
     for i in tl.range(0, rounds):
         run = run_at(image, program * rounds + i, pixels, width, TILE)
@@ -234,7 +198,7 @@ def _joint_forward_kernel(
             states = fold(view, pixel, given, full, TERMS, TILE)
         own_logits = look_up_own(view, pixel, TILE)
         maps = (map_ptrs, image * pixels * TILE.grain + run.first + run.local)
-        totals = _finish_tile(states, own_logits, maps, pixel, given, totals, TERMS, TILE)
+        totals = finish_tile(states, own_logits, maps, pixel, given, totals, TERMS, TILE)
 
         shared = PROBABILITIES.share(states[0], TILE)
         if HELD:

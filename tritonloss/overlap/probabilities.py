@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .._engine.class_sums import Probabilities
-from .._engine.math import LOG2_E, inverse, sigmoid_base2, sigmoids_base2
+from .._engine.math import LOG2_E, inverse, negated, sigmoid_base2, sigmoids_base2
 from .._engine.pixel_terms import Loss
 from .._engine.pixels import (
     Record,
@@ -62,7 +62,7 @@ class _Factors(NamedTuple):
     other_gain: Any  # and of all others
     gain: Any  # after that number has been multiplied by this
     before: Any  # [pixels]: what the projection is made of
-    taken: Any  # what is taken from the own class's slope in the end, if anything is
+    taken: Any  # a tuple: what is taken from the own class's slope in the end, if anything is
 
 
 class _Before(NamedTuple):
@@ -138,7 +138,7 @@ def _projected(before, projection, own, TILE: tl.constexpr):
         other_gain=for_classes(-gain * projection, TILE),
         gain=for_classes(gain, TILE),
         before=before,
-        taken=0.0,
+        taken=(),
     )
 
 
@@ -170,12 +170,16 @@ def _softmax_project(factors, projection, pixel, TILE: tl.constexpr):
 def _softmax_factors(
     scale, saved, looked_up, pixel, given, OPTIONS: tl.constexpr, TILE: tl.constexpr
 ):
-    """The factors with a projection that is saved after the statistics."""
-    log_sum, projection = saved
-    factors = _softmax_prepare(scale, (log_sum,), looked_up, pixel, given, TILE)
-    # Of a pixel that is not valid anything may be saved, but the slopes have to be 0.
-    projection = tl.where(pixel.label >= 0, projection, 0.0)
-    return _softmax_project(factors, projection, pixel, TILE)
+    """The factors with a projection, if it is saved after the statistics."""
+    if len(saved) == 1:
+        factors = _softmax_prepare(scale, saved, looked_up, pixel, given, TILE)
+    else:
+        log_sum, projection = saved
+        factors = _softmax_prepare(scale, (log_sum,), looked_up, pixel, given, TILE)
+        # Of a pixel that is not valid anything may be saved, but the slopes have to be 0.
+        projection = tl.where(pixel.label >= 0, projection, 0.0)
+        factors = _softmax_project(factors, projection, pixel, TILE)
+    return factors
 
 
 @triton.jit
@@ -194,9 +198,54 @@ def _softmax_slope(
 
 
 @triton.jit
+def _softmax_product(factors, block, SLOT: tl.constexpr, given, TILE: tl.constexpr):
+    """A slot's p_k G_k - B y_k. The pixelwise loss that is taken in has A = B."""
+    here = is_own(factors.own, block, SLOT, TILE)
+    power = _power(factors, block, SLOT, TILE)
+    other = load_table(given.other_table, block, SLOT, TILE)
+    own = other + load_table(given.own_table, block, SLOT, TILE)
+    product = power * (other * factors.gain)
+    # Under a condition of its own, so that it takes no selection besides.
+    if len(factors.taken) == 0:
+        more = power * (own * factors.gain)
+    else:
+        more = tl.fma(power, own * factors.gain, negated(factors.taken[0]))
+    return tl.where(here, more, product)
+
+
+@triton.jit
+def _softmax_less(factors, total, TILE: tl.constexpr):
+    """The factors with the sum of all products: that of p_j G_j, less A.
+
+    The slope p_k (G_k - sum of p_j G_j) + A p_k - B y_k is then the product less p_k times that.
+    """
+    return _Factors(
+        largest=factors.largest,
+        own=factors.own,
+        own_gain=factors.own_gain,
+        other_gain=negated(total),
+        gain=factors.gain,
+        before=factors.before,
+        taken=factors.taken,
+    )
+
+
+@triton.jit
+def _softmax_product_slope(
+    factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE: tl.constexpr
+):
+    """A slot's product less the probability times the sum of all products."""
+    product = _softmax_product(factors, block, SLOT, given, TILE)
+    return tl.fma(_power(factors, block, SLOT, TILE), factors.other_gain, product)
+
+
+@triton.jit
 def _softmax_take_in(factors, other, TILE: tl.constexpr):
     """The factors with those of a loss whose slopes are A p_k - B y_k."""
     gain = for_classes(factors.before.factor, TILE) * other.all_classes
+    taken = other.own_class
+    if len(factors.taken) > 0:
+        taken += factors.taken[0]
     return _Factors(
         largest=factors.largest,
         own=factors.own,
@@ -204,7 +253,7 @@ def _softmax_take_in(factors, other, TILE: tl.constexpr):
         other_gain=factors.other_gain + gain,
         gain=factors.gain,
         before=factors.before,
-        taken=factors.taken + other.own_class,
+        taken=(taken,),
     )
 
 
@@ -213,7 +262,7 @@ def _softmax_joint_slope(
     factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE: tl.constexpr
 ):
     gradient = _softmax_slope(factors, block, SLOT, given, OPTIONS, TILE)
-    return less_where(is_own(factors.own, block, SLOT, TILE), gradient, factors.taken)
+    return less_where(is_own(factors.own, block, SLOT, TILE), gradient, factors.taken[0])
 
 
 SOFTMAX = Probabilities(
@@ -229,6 +278,9 @@ SOFTMAX = Probabilities(
     softmax_slope,
     _softmax_take_in,
     _softmax_joint_slope,
+    _softmax_product,
+    _softmax_less,
+    _softmax_product_slope,
 )
 
 # --- sigmoid --------------------------------------------------------------------------------------
@@ -286,7 +338,7 @@ def _sigmoid_prepare(scale, saved, looked_up, pixel, given, TILE: tl.constexpr):
         other_gain=for_classes(tl.zeros_like(scale), TILE),
         gain=for_classes(scale, TILE),
         before=(),
-        taken=0.0,
+        taken=(),
     )
 
 

@@ -12,7 +12,8 @@ import tritonloss
 from tests.losses.overlap.cases import ACTIVATIONS, Loss, check, kernel_gradient
 from tests.losses.pixelwise.upsampled import Size, upsampled_case
 from tests.oracle import LAYOUTS, as_layout
-from tritonloss._engine import cell_grid, class_cell_launch
+from tritonloss._core import prepared_launch
+from tritonloss._engine import cell_grid, class_cell_launch, pixel_grid
 from tritonloss.functional import dice_loss, soft_iou_loss, tversky_loss
 
 pytestmark = pytest.mark.parity
@@ -40,6 +41,13 @@ def small_cells(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(class_cell_launch, "cell_heuristic", lambda *_: size)
 
 
+def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No lane holds all classes of a cell, as of many none does."""
+    monkeypatch.setattr(prepared_launch, "_prepared", {})
+    monkeypatch.setattr(class_cell_launch, "_HELD", 0)
+    monkeypatch.setattr(class_cell_launch, "_MOST_PARTS", 0)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -48,13 +56,45 @@ def test_every_ratio(activation: str, align_corners: bool, size: str, device: to
     check(dice_loss, logits, target, activation=activation, align_corners=align_corners, **BILINEAR)
 
 
+@pytest.mark.parametrize("size", ["2", "3.3", "8", "several programs"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_ratio_in_blocks(
+    activation: str, size: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_blocks(monkeypatch)
+    logits, target = upsampled_case(*SIZES[size], batch=2, device=device)
+    check(dice_loss, logits, target, activation=activation, **BILINEAR)
+
+
+@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_blocks_of_classes_and_images(
-    loss: Loss, activation: str, per_image: bool, device: torch.device
+    loss: Loss,
+    activation: str,
+    per_image: bool,
+    held: bool,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not held:
+        in_blocks(monkeypatch)
     logits, target = upsampled_case((2, 3), (5, 7), classes=6, batch=2, device=device)
     check(loss, logits, target, activation=activation, per_image=per_image, **BILINEAR)
+
+
+@pytest.mark.parametrize("classes", [3, 4, 7, 9, 11, 15, 16, 17])
+def test_lanes_that_share_a_cell(classes: int, device: torch.device) -> None:
+    """One to four of them, each with up to four classes, some of which two of them have."""
+    logits, target = upsampled_case((3, 12), (6, 31), classes=classes, device=device)
+    check(dice_loss, logits, target, **BILINEAR)
+
+
+def test_several_tiles_of_a_program(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared_launch, "_prepared", {})
+    monkeypatch.setattr(pixel_grid, "PROGRAMS", 3)
+    logits, target = upsampled_case((3, 30), (13, 71), classes=3, batch=2, device=device)
+    check(dice_loss, logits, target, **BILINEAR)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -104,9 +144,18 @@ def test_all_pixels_ignored(activation: str, device: torch.device) -> None:
     assert value == 0 and (gradient == 0).all()
 
 
+@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nodes_under_void_do_no_harm(activation: str, value: float, device: torch.device) -> None:
+def test_nodes_under_void_do_no_harm(
+    activation: str,
+    value: float,
+    held: bool,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not held:
+        in_blocks(monkeypatch)
     logits, target = upsampled_case((4, 5), (8, 15), device=device)
     target[:, :, 6:] = 255  # from the centre of the third column of nodes on
     hidden = torch.zeros(1, 1, 4, 5, dtype=torch.bool, device=device)
