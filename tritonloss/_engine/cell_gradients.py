@@ -256,25 +256,19 @@ def _add_group(
         right = right + (right_sums[START + j],)
     for k in tl.static_range(len(pixels)):
         pixel = pixels[k]
-        of_pixel = ()
-        owned = ()
-        of_pixel2 = ()
-        for j in tl.static_range(COUNT):
-            of_pixel = of_pixel + (logits[j] + pixel.share * steps[j],)
-            owned = owned + ((pixel.own & (1 << (START + j))) != 0,)
-            of_pixel2 = of_pixel2 + (logits2[j] + pixel.share * steps2[j],)
-        block = Block(
-            logits=of_pixel, exists=(), start=row.first + START, owned=owned, base2=of_pixel2
-        )
+        lines = (logits, steps, logits2, steps2)
         factors = pixel.factors
         if CELLS.parts > 0:
+            block = _block_of(lines, pixel, row.first, START, 0, COUNT)
             factors = _compared(factors, block, walk.given, TERMS, TILE, CELLS)
         more_both = ()
         more_right = ()
         for j in tl.static_range(COUNT):
-            gradient = slope(factors, block, j, walk.given, TERMS, 0, TILE)
-            for term in tl.static_range(1, len(TERMS.slope)):
-                gradient += slope(factors, block, j, walk.given, TERMS, term, TILE)
+            if CELLS.parts > 0:
+                gradient = _slopes_of(factors, block, j, walk.given, TERMS, TILE)
+            else:  # a class has registers only while it is its turn
+                block = _block_of(lines, pixel, row.first, START, j, 1)
+                gradient = _slopes_of(factors, block, 0, walk.given, TERMS, TILE)
             to_both = pixel.to_both * gradient
             to_right = pixel.to_right * gradient
             if k > 0 or CELLS.chunks > 1:  # else the sums are 0, and added to it would cost as much
@@ -285,6 +279,31 @@ def _add_group(
         both = more_both
         right = more_right
     return both, right
+
+
+@triton.jit
+def _block_of(lines, pixel, first, START: tl.constexpr, FROM: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT classes of a pixel, from class FROM on of the group that begins with START."""
+    logits, steps, logits2, steps2 = lines
+    of_pixel = ()
+    owned = ()
+    of_pixel2 = ()
+    for j in tl.static_range(FROM, FROM + COUNT):
+        of_pixel = of_pixel + (logits[j] + pixel.share * steps[j],)
+        owned = owned + ((pixel.own & (1 << (START + j))) != 0,)
+        of_pixel2 = of_pixel2 + (logits2[j] + pixel.share * steps2[j],)
+    return Block(
+        logits=of_pixel, exists=(), start=first + (START + FROM), owned=owned, base2=of_pixel2
+    )
+
+
+@triton.jit
+def _slopes_of(factors, block, SLOT: tl.constexpr, given, TERMS: tl.constexpr, TILE: tl.constexpr):
+    """The sum of all losses' slopes."""
+    gradient = slope(factors, block, SLOT, given, TERMS, 0, TILE)
+    for term in tl.static_range(1, len(TERMS.slope)):
+        gradient += slope(factors, block, SLOT, given, TERMS, term, TILE)
+    return gradient
 
 
 @triton.jit

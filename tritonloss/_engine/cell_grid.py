@@ -252,9 +252,7 @@ def over_strips(
     # Not more than the image has: all that a lane has at once are columns of it.
     columns = min(columns, 1 << (target.size(2).bit_length() - 1))
     chunks = triton.cdiv(widest, columns)
-    # The ratio is a power of two: then PyTorch's arithmetic is exact.
-    even = columns == widest > 1 and columns * logits.size(3) == target.size(2)
-    even = even and not walk.align_corners
+    even = are_even(columns, widest, logits, target, walk)
     if not even and any(loss.scaled for loss in losses):
         # Corners in base 2 as well, of ten classes: ptxas takes 168 registers, and spills 8 bytes.
         configuration = {**configuration, "UNROLL": min(int(configuration["UNROLL"]), 7)}
@@ -307,6 +305,17 @@ def _even(classes: int, most: int) -> int:
     blocks = triton.cdiv(classes, most)
     sizes = [triton.cdiv(classes, count) for count in (blocks, blocks + 1)]
     return int(min(sizes, key=lambda size: triton.cdiv(classes, size) * size))
+
+
+def are_even(
+    columns: int, widest: int, logits: torch.Tensor, target: torch.Tensor, walk: Walk
+) -> bool:
+    """Whether all cells are of so many columns of pixels, and the ratio is a power of two.
+
+    Then PyTorch's arithmetic is exact.
+    """
+    exact = columns == widest > 1 and columns * logits.size(3) == target.size(2)
+    return exact and not walk.align_corners
 
 
 def blocks_of(classes: int, configuration: Configuration) -> int:

@@ -16,6 +16,7 @@ from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch
 from .cell_grid import (
     _IS_OLD,
+    are_even,
     axes_of,
     axes_of_walk,
     blocks_of,
@@ -49,8 +50,10 @@ _HELD = 20
 _COLUMNS_HELD = 4
 _COLUMNS_HELD_IN_PAIRS = 2
 _PAIRS = 100  # the compute capability from which on they do
-# Classes of a lane that shares a cell, where ten are too many: of 16 bits, in pairs, with a loss
-# that is taken in ptxas spills 8 bytes, and without one that of Triton 3.6 spills 32.
+# Classes of a lane that shares a cell, where ten are too many: with more columns of pixels ptxas
+# spills 56 bytes, and 8 if cells differ in their columns; of 16 bits, in pairs, with a loss that is
+# taken in 8, and without one that of Triton 3.6 spills 32.
+_COLUMNS_OF_SHARED = 4
 _UNROLL_OF_SHARED = 7
 _MOST_PARTS = 4  # lanes that share a cell going back: of so many, every eighth repeats others' work
 
@@ -149,8 +152,11 @@ def prepare_gradients(
     if len(terms) - taken > 1:
         heuristic["UNROLL"] = min(int(heuristic["UNROLL"]), _UNROLL_OF_SEVERAL)
     elif probabilities.compared:
+        columns = int(heuristic["PIXEL_COLUMNS"])
+        few = columns <= _COLUMNS_OF_SHARED
+        few = few and are_even(columns, axes[1].most, logits, target, walk)
         in_pairs = architecture() >= _PAIRS and logits.dtype.itemsize == 2
-        if in_pairs if taken else _IS_OLD:
+        if not few or (in_pairs if taken else _IS_OLD):
             heuristic["UNROLL"] = min(int(heuristic["UNROLL"]), _UNROLL_OF_SHARED)
         blocks = blocks_of(logits.size(1), heuristic)
         parts = blocks if blocks <= _MOST_PARTS else 0
