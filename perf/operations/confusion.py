@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels_reference import confusion_matrix as reference
-from perf.operations import peers, upsampling
+from perf.operations import cell_loops, peers, upsampling
 from perf.operations.contract import (
     SHAPES,
     Case,
@@ -138,7 +138,7 @@ _UPSAMPLED_SHIPPED = (
 # --- machine code and goals -----------------------------------------------------------------------
 
 _FOLD = class_loop("classes", "_fold_blocks")
-_FOLD_CELLS = upsampling.class_loop("classes")
+_FOLD_CELLS = cell_loops.class_loop("classes")
 _COUNT = LoopNotes("draws", "_count_drawn", _draws)
 # Of the instructions: the first that shipped, and a twentieth.
 GOALS = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,22 +12,18 @@ from torch import Tensor
 
 import kernels_reference
 from kernels_reference.base import at_labels
-from perf.operations import lovasz, margin_calibration, neuro_iou, overlap
+from perf.operations import cell_loops, lovasz, margin_calibration, neuro_iou, overlap
 from perf.operations.contract import (
     SHAPES,
     Case,
     CodeGoal,
     Floor,
-    Given,
     Goal,
-    KernelNotes,
-    LoopNotes,
     Operation,
     Shape,
     random_labels,
     random_map,
     rarely,
-    share_of_the_map,
     variations,
 )
 from perf.operations.cross_entropy import torch_cross_entropy as cross_entropy_at_labels
@@ -123,6 +119,8 @@ SHIPPED = variations(
     {"shape": _THINGS, **_ONCE},
     {"shape": _THINGS, "ratio": 8, **_ONCE},
 )
+# Too many classes for a lane to hold.
+MANY_CLASSES = variations(SHIPPED[0], {"shape": _ROOMS, **_ONCE})[1:]
 # What changes the code around the loss, whatever the loss.
 AROUND = variations(
     replace(BASE, everywhere=False),
@@ -157,120 +155,6 @@ _BINARY_SHIPPED = variations(
     {"options": {"exact": True}, **_ONCE},
     *({**change, **_ONCE} for change in ({"ratio": 8}, *_LOVASZ, *_OTHERS)),
 )
-
-# --- how to read the machine code -----------------------------------------------------------------
-
-
-def _blocks(given: Given) -> float:
-    return float((given["TILE.classes"] - 1) // given["TILE.unroll"])
-
-
-def _completed(given: Given) -> float:
-    return _blocks(given) * given["TILE.unroll"] / given["TILE.classes"]
-
-
-def _rows_of_cells(given: Given) -> float:
-    return float(given["sizes.nodes"] + 1)
-
-
-def _rows_of_pixels(given: Given) -> float:
-    """As many as cells have on average. A warp with cells of two strips has the more of both."""
-    return _rows_of_cells(given) * given["sizes.rows"] / (given["sizes.height"] + 1)
-
-
-def _chunks(given: Given) -> float:
-    return _rows_of_pixels(given) * given["CELLS.chunks"]
-
-
-def class_loop(name: str, within: str = "_fold_blocks") -> LoopNotes:
-    """Notes of a loop over blocks of classes, all but the last one."""
-    return LoopNotes(name, within, _blocks, share=_completed)
-
-
-def _tiles(given: Given) -> float:
-    return float(given["rounds"])
-
-
-_BACKWARD = KernelNotes(
-    share_of_the_map,
-    (
-        LoopNotes("rows of cells", "_upsampled_backward_kernel.i", _rows_of_cells),
-        LoopNotes("rows of pixels", "sums_of_cells._", _rows_of_pixels),
-        LoopNotes("chunks of columns", "sums_of_cells.chunk", _chunks),
-    ),
-)
-KERNELS = {
-    "_upsampled_forward_kernel": KernelNotes(share_of_the_map, (class_loop("classes"),)),
-    "_upsampled_backward_kernel": _BACKWARD,
-}
-TWO_PASSES = {
-    "_upsampled_forward_kernel": KernelNotes(
-        share_of_the_map, (class_loop("top two"), class_loop("penalties"))
-    ),
-    "_upsampled_backward_kernel": _BACKWARD,
-}
-
-OVERLAP_KERNELS = {
-    "_class_cells_forward_kernel": KernelNotes(
-        share_of_the_map,
-        (class_loop("statistics"), class_loop("classes", "_class_cells_forward_kernel")),
-    ),
-    "_class_cells_held_kernel": KernelNotes(
-        share_of_the_map,
-        (
-            LoopNotes("tiles", "_class_cells_held_kernel.i", _tiles),
-            LoopNotes("rows", "_class_cells_held_kernel.k", lambda g: _tiles(g) * g["CELLS.rows"]),
-        ),
-    ),
-    "_class_head_kernel": overlap.HEAD,
-    "_class_cells_project_kernel": KernelNotes(
-        share_of_the_map, (class_loop("classes", "_class_cells_project_kernel"),)
-    ),
-    "_upsampled_backward_kernel": _BACKWARD,
-}
-
-
-def _of_a_sort(kernels: Mapping[str, KernelNotes]) -> dict[str, KernelNotes]:
-    """Those of the losses by a sort, which interpolates in memory: all but the histograms'."""
-    return {name: notes for name, notes in kernels.items() if "histogram" not in name}
-
-
-# Lovász: a histogram's program has several tiles.
-LOVASZ_KERNELS = {
-    **_of_a_sort(lovasz.KERNELS),
-    "_cell_statistics_kernel": KernelNotes(
-        share_of_the_map, (class_loop("classes"), lovasz.ATOMICS)
-    ),
-    "_cell_histogram_kernel": KernelNotes(
-        share_of_the_map, (LoopNotes("tiles", "_cell_histogram_kernel.i", _tiles),)
-    ),
-    "_cell_project_kernel": KernelNotes(
-        share_of_the_map, (class_loop("classes", "_cell_project_kernel"),)
-    ),
-    "_upsampled_backward_kernel": _BACKWARD,
-}
-LOVASZ_HINGE_KERNELS = {
-    **_of_a_sort(lovasz.HINGE_KERNELS),
-    "_cell_hinge_histogram_kernel": KernelNotes(
-        share_of_the_map,
-        (LoopNotes("tiles", "_cell_hinge_histogram_kernel.i", _tiles), lovasz.ATOMICS),
-    ),
-    "_upsampled_backward_kernel": _BACKWARD,
-}
-
-NEURO_KERNELS = {
-    "_membership_cells_kernel": KernelNotes(
-        share_of_the_map,
-        (
-            replace(class_loop("classes"), rounds=lambda given: _tiles(given) * _blocks(given)),
-            *neuro_iou.OF_TILES,
-            LoopNotes("tiles", "_membership_cells_kernel", _tiles),
-            LoopNotes("tiles", "", _tiles),
-        ),
-    ),
-    "_membership_project_kernel": KernelNotes(share_of_the_map),
-    "_upsampled_backward_kernel": _BACKWARD,
-}
 
 # --- goals ----------------------------------------------------------------------------------------
 
@@ -344,7 +228,7 @@ def _operation(
         "floor": floor,
         "cases": CASES,
         "shipped": (*SHIPPED, *RARE),
-        "kernels": KERNELS,
+        "kernels": cell_loops.KERNELS,
         # Going forward, a row of each cell at once; going back, of nodes.
         "small_launch": {"ROWS": 1, "num_warps": 1},
     }
@@ -399,7 +283,7 @@ OPERATIONS = (
         margin.MARGIN_CALIBRATED,
         margin.Options(),
         launch=launch(margin.MARGIN_CALIBRATED, margin.Options(), margin_calibration.offsets),
-        kernels=TWO_PASSES,
+        kernels=cell_loops.TWO_PASSES,
         cases=CASES[:3],
         shipped=(SHIPPED[0], *rarely(BASE, {"ratio": 8}), *RARE),
         goals=memory_goals("Margin-calibrated loss of upsampled logits", 8),
@@ -412,11 +296,12 @@ OPERATIONS = (
             scores.OVERLAP,
             scores.DICE,
             launch=overlap.launch("dice_loss"),
-            kernels=OVERLAP_KERNELS,
+            kernels=cell_loops.OVERLAP_KERNELS,
             cases=CASES[:3],
             shipped=(
                 SHIPPED[0],
-                *rarely(BASE, {"ratio": 8}, {"shape": _ROOMS}, {"options": overlap.SIGMOID}),
+                *MANY_CLASSES,
+                *rarely(BASE, {"ratio": 8}, {"options": overlap.SIGMOID}),
                 *RARE,
             ),
             goals=(
@@ -434,7 +319,7 @@ OPERATIONS = (
             neuro_iou.MEMBERSHIP_SUMS,
             None,
             launch=neuro_iou.launch,
-            kernels=NEURO_KERNELS,
+            kernels=cell_loops.NEURO_KERNELS,
             cases=CASES[:3],
             shipped=(
                 SHIPPED[0],
@@ -459,7 +344,7 @@ OPERATIONS = (
             lovasz.lovasz.LOVASZ_SOFTMAX,
             None,
             launch=lovasz.launch(lovasz.lovasz.LOVASZ_SOFTMAX, lovasz.lovasz.BINS, "present"),
-            kernels=LOVASZ_KERNELS,
+            kernels=cell_loops.LOVASZ_KERNELS,
             cases=CASES[:3],
             shipped=(
                 SHIPPED[0],
@@ -491,7 +376,7 @@ OPERATIONS = (
             inputs=mask_inputs,
             floor=lambda case: floor(replace(case, shape=replace(case.shape, classes=1))),
             launch=lovasz.launch(lovasz.lovasz_hinge.LOVASZ_HINGE, lovasz.lovasz_hinge.BINS, "all"),
-            kernels=LOVASZ_HINGE_KERNELS,
+            kernels=cell_loops.LOVASZ_HINGE_KERNELS,
             cases=_BINARY,
             shipped=_BINARY_SHIPPED,
             goals=(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import kernels_reference
-from perf.operations import overlap, pixel_cases, upsampling
+from perf.operations import cell_loops, overlap, pixel_cases, upsampling
 from perf.operations.contract import (
     SHAPES,
     Case,
@@ -164,12 +164,12 @@ _UPSAMPLED = upsampling.BASE.options
 UPSAMPLED_SHIPPED = variations(
     replace(upsampling.BASE, everywhere=True),
     {"shape": upsampling.MANY_STREETS, "ratio": 8, **_ONCE},
+    {"shape": SHAPES["coco-stuff"], **_ONCE},
 )
 UPSAMPLED_RARE = rarely(
     upsampling.BASE,
     {"dtype": "bfloat16"},
     {"ratio": 3.3},
-    {"shape": SHAPES["coco-stuff"]},
     {"options": {**_UPSAMPLED, "activation": "sigmoid"}},
     {"shape": SHAPES["coco-stuff"], "options": {**_UPSAMPLED, "activation": "sigmoid"}},
 )
@@ -186,7 +186,7 @@ _UPSAMPLED_CODE = tuple(
     for kernel, limit in (("_class_cells_held_kernel", 15.3), ("_upsampled_backward_kernel", 18.6))
 )
 UPSAMPLED_KERNELS = {
-    **{k: notes for k, notes in upsampling.OVERLAP_KERNELS.items() if k != "_class_head_kernel"},
+    **{k: notes for k, notes in cell_loops.OVERLAP_KERNELS.items() if k != "_class_head_kernel"},
     "_joint_head_kernel": KERNELS["_joint_head_kernel"],
 }
 
