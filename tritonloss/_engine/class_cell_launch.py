@@ -147,19 +147,12 @@ def prepare_gradients(
     known = terms_of(terms, logits, walk, True, adds)
     saved = sum(known.stored)
     strides = {"logits_strides": logits.stride(), "target_strides": target.stride()}
-    heuristic = dict(cell_heuristic(losses, "backward", axes[1].most))
+    heuristic: dict[str, Any] = dict(cell_heuristic(losses, "backward", axes[1].most))
     parts, project = 0, None
     if len(terms) - taken > 1:
-        heuristic["UNROLL"] = min(int(heuristic["UNROLL"]), _UNROLL_OF_SEVERAL)
+        heuristic["UNROLL"] = min(heuristic["UNROLL"], _UNROLL_OF_SEVERAL)
     elif probabilities.compared:
-        columns = int(heuristic["PIXEL_COLUMNS"])
-        few = columns <= _COLUMNS_OF_SHARED
-        few = few and are_even(columns, axes[1].most, logits, target, walk)
-        in_pairs = architecture() >= _PAIRS and logits.dtype.itemsize == 2
-        if not few or (in_pairs if taken else _IS_OLD):
-            heuristic["UNROLL"] = min(int(heuristic["UNROLL"]), _UNROLL_OF_SHARED)
-        blocks = blocks_of(logits.size(1), heuristic)
-        parts = blocks if blocks <= _MOST_PARTS else 0
+        parts, heuristic = _shared(heuristic, logits, target, walk, axes[1].most, taken > 0)
     if probabilities.compared and parts == 0:
         programs, arguments = _over_cells(losses[:1], logits, target, walk, _PIXELS)
         constants = {
@@ -191,6 +184,25 @@ def prepare_gradients(
     }
     back = PreparedLaunch(_upsampled_backward_kernel, (programs,), constants, False)
     return Gradients(project, back, saved)
+
+
+def _shared(
+    heuristic: dict[str, Any],
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    walk: Walk,
+    widest: int,
+    takes: bool,
+) -> tuple[int, dict[str, Any]]:
+    """(lanes that share a cell, the configuration); 0 lanes if they would be too many."""
+    columns = heuristic["PIXEL_COLUMNS"]
+    many = columns > _COLUMNS_OF_SHARED or not are_even(columns, widest, logits, target, walk)
+    in_pairs = architecture() >= _PAIRS and logits.dtype.itemsize == 2
+    shared = dict(heuristic)
+    if many or (in_pairs if takes else _IS_OLD):
+        shared["UNROLL"] = min(heuristic["UNROLL"], _UNROLL_OF_SHARED)
+    parts = blocks_of(logits.size(1), shared)
+    return (parts, shared) if parts <= _MOST_PARTS else (0, heuristic)
 
 
 def _with_projections(known: Terms) -> Terms:
