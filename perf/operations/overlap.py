@@ -60,7 +60,7 @@ CASES = variations(
     {"shape": SHAPES["binary"], "options": {"activation": "sigmoid"}, "against_compile": False},
 )
 # As many classes as stay in registers; with more, it is another kernel.
-HELD = Shape("held", 4, 32, 512, 1024)
+HELD = Shape("held", 4, 32, 1024, 2048)
 SIGMOID = {"activation": "sigmoid"}
 _ONCE = {"everywhere": False}
 SHIPPED = variations(
@@ -141,8 +141,12 @@ KERNELS = {
 # --- goals ----------------------------------------------------------------------------------------
 
 # 1.3 times those of cross entropy at sm_90, forward and backward: 13.1 and 12.8, and in
-# channels_last 34.1 and 28.5.
-_LIMITS = {"contiguous": (17.0, 16.6), "channels_last": (44.3, 37.1)}
+# channels_last 34.1 and 28.5. Of 32 classes, together: 10.1 and 10.8.
+_LIMITS = {
+    "contiguous": (17.0, 16.6),
+    "channels_last": (44.3, 37.1),
+    "contiguous, 32 classes": (12.7, 14.5),
+}
 
 
 def _goals(words: str) -> tuple[Goal | CodeGoal, ...]:
@@ -157,16 +161,14 @@ def _goals(words: str) -> tuple[Goal | CodeGoal, ...]:
         ),
         *(
             CodeGoal(
-                f"{words}, {direction}, {case.layout}: instructions per pixel and class",
+                f"{words}, {direction}, {which}: instructions per pixel and class",
                 case,
                 f"_class_sums_{direction}_kernel",
                 "total",
                 at_most=limit,
             )
-            for case in SHIPPED[:2]
-            for direction, limit in zip(
-                ("forward", "backward"), _LIMITS[case.layout], strict=True
-            )
+            for case, which in zip((*SHIPPED[:2], SHIPPED[4]), _LIMITS, strict=True)
+            for direction, limit in zip(("forward", "backward"), _LIMITS[which], strict=True)
         ),
     )  # fmt: skip
 

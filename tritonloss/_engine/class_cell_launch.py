@@ -31,7 +31,7 @@ from .class_cells import (
     _class_cells_project_kernel,
 )
 from .class_sums import Probabilities
-from .pixel_grid import rounds_of
+from .pixel_grid import PAIRS, rounds_of
 from .pixel_terms import Loss, Term, Walk, numbers_of, terms_of
 from .pixel_walk import Terms
 
@@ -49,7 +49,6 @@ _WARPS = 1  # going forward: to add up over them would take as long as over all 
 _HELD = 20
 _COLUMNS_HELD = 4
 _COLUMNS_HELD_IN_PAIRS = 2
-_PAIRS = 100  # the compute capability from which on they do
 # Classes of a lane that shares a cell, where ten are too many: with more columns of pixels ptxas
 # spills 56 bytes, and 8 if cells differ in their columns; of 16 bits, in pairs, with a loss that is
 # taken in 8, and without one that of Triton 3.6 spills 32.
@@ -197,7 +196,7 @@ def _shared(
     """(lanes that share a cell, the configuration); 0 lanes if they would be too many."""
     columns = heuristic["PIXEL_COLUMNS"]
     many = columns > _COLUMNS_OF_SHARED or not are_even(columns, widest, logits, target, walk)
-    in_pairs = architecture() >= _PAIRS and logits.dtype.itemsize == 2
+    in_pairs = architecture() >= PAIRS and logits.dtype.itemsize == 2
     shared = dict(heuristic)
     if many or (in_pairs if takes else _IS_OLD):
         shared["UNROLL"] = min(heuristic["UNROLL"], _UNROLL_OF_SHARED)
@@ -267,7 +266,7 @@ def _over_cells(
     heuristic = cell_heuristic(losses, "forward", axes[1].most)
     most = pixels
     if held:
-        in_pairs = architecture() >= _PAIRS and len(losses) > 1
+        in_pairs = architecture() >= PAIRS and len(losses) > 1
         most = _COLUMNS_HELD_IN_PAIRS if in_pairs else _COLUMNS_HELD
     columns = min(int(heuristic["PIXEL_COLUMNS"]), most)
     rows = int(heuristic["PIXEL_ROWS"]) * int(heuristic["PIXEL_COLUMNS"]) // columns

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from .._core.backend import device_guard
+from .._core.backend import architecture, device_guard, registers
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .._core.process_groups import add_over_ranks
 from .cell_grid import axes_of_walk
@@ -31,7 +31,7 @@ from .class_sums import (
     _class_sums_backward_kernel,
     _class_sums_forward_kernel,
 )
-from .pixel_grid import in_grains, over_pixels, rounds_of
+from .pixel_grid import PAIRS, in_grains, over_pixels, rounds_of
 from .pixel_terms import Loss, Term, Walk, labels_of, terms_of
 from .planes import compute_dtype
 from .sums import tickets
@@ -293,6 +293,9 @@ def _prepare_sums(
         "images": images,
         "BINS": bins_of(classes),
     }
+    if architecture() >= PAIRS:
+        # ptxas else decides for 80 registers with 150 classes, and spills up to 16 bytes
+        constants |= registers()
     grid = (images * programs,)
     return PreparedLaunch(_class_sums_forward_kernel, grid, constants, tile.grain > 1), programs
 

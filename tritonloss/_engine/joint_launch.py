@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from .._core.backend import device_guard
+from .._core.backend import device_guard, registers
 from .._core.configurations import Configuration
 from .._core.prepared_launch import PreparedLaunch, kind, prepared
 from .cell_grid import axes_of_walk
@@ -285,6 +285,7 @@ def _prepare_sums(
         "TERMS": terms_of(terms, logits, joint.walk, save),
         "PROBABILITIES": probabilities,
         "BINS": bins_of(classes),
+        **registers(),
     }
     grid = (images * programs,)
     return PreparedLaunch(_joint_forward_kernel, grid, constants, tile.grain > 1), programs

@@ -8,13 +8,17 @@ from typing import Any
 import torch
 import triton
 
-from .._core.backend import warp_size
+from .._core.backend import architecture, warp_size
 from .._core.configurations import Configuration, launch_configuration
 from .._core.prepared_launch import is_aligned
 from .pixel_kernels import _pixelwise_backward_kernel, _pixelwise_forward_kernel
 from .pixel_terms import Loss, Walk, Way, labels_of
 from .pixels import Tile
 
+# Classes of a lane that has four pixels, where more would spill: beside several states, and going
+# forward on GPUs that add pairs of registers, those of this compute capability and above.
+_WIDE = 20
+PAIRS = 100
 # Classes of a bundle where neighbouring addresses are classes (channels_last).
 _LAST_BUNDLE = 64
 
@@ -85,6 +89,8 @@ def pixel_heuristic(losses: Sequence[Loss], direction: str, logits: torch.Tensor
     else:
         lanes, slots = 1, classes
         wide = max(loss.held_wide for loss in losses)
+        if len(losses) > 2 or (forward and architecture() >= PAIRS):
+            wide = min(wide, _WIDE)
         pixels, unroll = 2 if wide < slots <= held else 4, most if forward else 8
     return {
         "PIXELS": pixels * warps * warp_size() // lanes,

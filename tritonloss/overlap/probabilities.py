@@ -41,9 +41,8 @@ from ..pixelwise.softmax import (
     softmax_start,
 )
 
-# Classes of a lane that stay in registers, with two sums of each; logits of two pixels.
+# Classes of a lane that stay in registers, with two sums of each; logits of up to four pixels.
 _HELD = 32
-_HELD_WIDE = 20  # of four pixels
 
 
 class _Shared(NamedTuple):
@@ -408,7 +407,7 @@ LOSSES = {
         of_logits=True,
         held=_HELD,
         held_back=_HELD,
-        held_wide=_HELD_WIDE,
+        held_wide=_HELD,
     ),
     "sigmoid": Loss(
         "class_sums",
@@ -423,7 +422,7 @@ LOSSES = {
         saved=_saves_nothing,
         held=_HELD,
         held_back=_HELD,
-        held_wide=_HELD_WIDE,
+        held_wide=_HELD,
         binary=True,
     ),
 }
