@@ -69,13 +69,16 @@ def between(members: Members, align_corners: bool = False) -> Members:
     return members
 
 
-@pytest.fixture(params=["held", "in blocks"])
+@pytest.fixture(params=["held", "shared", "in blocks"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether lanes hold all classes of a cell, as of many they do not."""
+    """Whether a lane holds all classes of a cell, or shares them with another, or neither."""
+    monkeypatch.setattr(prepared_launch, "_prepared", {})
     if request.param == "in blocks":
-        monkeypatch.setattr(prepared_launch, "_prepared", {})
-        monkeypatch.setattr(class_cell_launch, "_HELD", 0)
+        monkeypatch.setattr(class_cell_launch, "_MOST_HOLDERS", 0)
         monkeypatch.setattr(class_cell_launch, "_MOST_PARTS", 0)
+    elif request.param == "shared":
+        monkeypatch.setattr(class_cell_launch, "_HELD", 0)
+        monkeypatch.setattr(class_cell_launch, "_HELD_OF_SHARED", 3)
     return str(request.param)
 
 
@@ -108,7 +111,7 @@ def test_every_layout(layout: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("size", ["2", "8"])
-@pytest.mark.parametrize("classes", [2, 19, 33])
+@pytest.mark.parametrize("classes", [2, 19, 33, 41])
 @pytest.mark.shipped_sizes
 def test_configurations_that_ship(classes: int, size: str, device: torch.device) -> None:
     """Blocks of classes, of losses of one pass and of two."""
@@ -125,7 +128,9 @@ def test_one_channel(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("name", ["cross entropy, dice", "sigmoids"])
-def test_sixty_four_lanes(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sixty_four_lanes(
+    name: str, way: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As many as a warp of AMD's data centre GPUs has."""
     monkeypatch.setattr(class_cell_launch, "_WARPS", 2)
     logits, target = upsampled_case((3, 40), (4, 43), classes=6, device=device)
@@ -195,7 +200,7 @@ def test_losses_share_a_read(
         expected = ["_upsampled_forward_kernel", BACKWARD]
     elif "sigmoids" in name:
         expected = [FORWARD, BACKWARD]
-    elif way == "held" and name not in ("smoothed and weighted", "two passes"):
+    elif way != "in blocks" and name not in ("smoothed and weighted", "two passes"):
         expected = [HELD, BACKWARD]
     else:
         expected = [FORWARD, PROJECT, BACKWARD]

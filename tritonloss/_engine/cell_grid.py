@@ -210,8 +210,12 @@ def over_cells(
     walk: Walk,
     axes: Axes,
     configuration: Configuration | None = None,
+    parts: int = 0,
 ) -> tuple[int, dict[str, Any]]:
-    """(programs, arguments) of a kernel that goes forward; tuned if no configuration is given."""
+    """(programs, arguments) of a kernel that goes forward; tuned if no configuration is given.
+
+    If a cell is that of so many ``parts``, these lanes have a block of its classes each.
+    """
     highest, widest = (axis.most for axis in axes)
     configuration = configuration or _configuration(losses, "forward", logits, widest)
     columns, rows = int(configuration["PIXEL_COLUMNS"]), int(configuration["PIXEL_ROWS"])
@@ -219,14 +223,19 @@ def over_cells(
     # Once for a cell and class, what losses of powers of 2 would do once for a pixel and class.
     scaled = all(loss.scaled for loss in losses)
     tile = _tile(configuration, logits)._replace(scaled=scaled)
-    blocks = triton.cdiv((logits.size(2) + 1) * (logits.size(3) + 1), tile.pixels)
+    if parts > 0:
+        count = triton.cdiv(logits.size(1), parts)
+        tile = tile._replace(unroll=count, slots=count)
+    members = tile.pixels // max(parts, 1)
+    blocks = triton.cdiv((logits.size(2) + 1) * (logits.size(3) + 1), members)
     programs = blocks * chunks * bands * logits.size(0)
     classes = logits.size(1)
+    tile_of_cells = _cell_tile(losses, logits, target, walk, (rows, columns, chunks))
     return programs, {
         "sizes": _sizes(logits, target, blocks, highest, rows),
         "full": (classes - 1) // tile.unroll * tile.unroll,
         "TILE": tile,
-        "CELLS": _cell_tile(losses, logits, target, walk, (rows, columns, chunks)),
+        "CELLS": tile_of_cells._replace(parts=parts),
         "num_warps": int(configuration["num_warps"]),
         "enable_fp_fusion": True,
     }

@@ -39,7 +39,7 @@ class CellTile(NamedTuple):
     binary: bool  # labels are 0 and 1, of one class
     reduced: bool  # the values are: all pixels have one upstream gradient
     even: bool  # going back: all cells have so many columns, those at the borders half of them
-    parts: int  # going back: lanes that share a cell, each with a block of all classes; else 0
+    parts: int  # lanes that share a cell, each with a block of all classes; else 0
 
 
 class Sizes(NamedTuple):
@@ -131,7 +131,12 @@ def place_of(tile, sizes, TILE: tl.constexpr, CELLS: tl.constexpr):
     rest, block = divided(tile, sizes.by_blocks)
     chunk = rest % CELLS.chunks
     image, band = divided(rest // CELLS.chunks, sizes.by_bands)
-    row, column = divided(block * TILE.pixels + tl.arange(0, TILE.pixels), sizes.by_row)
+    if CELLS.parts == 0:
+        cell = block * TILE.pixels + tl.arange(0, TILE.pixels)
+    else:  # the lanes of a cell are as far apart as there are cells
+        MEMBERS: tl.constexpr = TILE.pixels // CELLS.parts
+        cell = block * MEMBERS + tl.arange(0, TILE.pixels) % MEMBERS
+    row, column = divided(cell, sizes.by_row)
     return Place(image=image.to(tl.int64), row=row, column=column, band=band, chunk=chunk)
 
 

@@ -25,12 +25,9 @@ from .cell_grid import (
     over_strips,
 )
 from .cell_kernels import _upsampled_backward_kernel
-from .class_cells import (
-    _class_cells_forward_kernel,
-    _class_cells_held_kernel,
-    _class_cells_project_kernel,
-)
+from .class_cells import _class_cells_forward_kernel, _class_cells_project_kernel
 from .class_sums import Probabilities
+from .held_cells import _class_cells_held_kernel
 from .pixel_grid import PAIRS, rounds_of
 from .pixel_terms import Loss, Term, Walk, numbers_of, terms_of
 from .pixel_walk import Terms
@@ -49,6 +46,9 @@ _WARPS = 1  # going forward: to add up over them would take as long as over all 
 _HELD = 20
 _COLUMNS_HELD = 4
 _COLUMNS_HELD_IN_PAIRS = 2
+# Lanes that share a cell going forward, and classes of each: of 19, ptxas of Triton 3.6 spills.
+_MOST_HOLDERS = 4
+_HELD_OF_SHARED = 18
 # Classes of a lane that shares a cell, where ten are too many: with more columns of pixels ptxas
 # spills 56 bytes, and 8 if cells differ in their columns; of 16 bits, in pairs, with a loss that is
 # taken in 8, and without one that of Triton 3.6 spills 32.
@@ -103,13 +103,13 @@ def prepare_sums(
     images, classes = logits.shape[:2]
     losses = [term.loss for term in terms]
     alone = len(terms) - taken == 1
-    held = alone and classes <= _HELD and logits.dtype != torch.float64
     pixels = _PIXELS if alone else _PIXELS_OF_SEVERAL
+    holders = _holders(losses, logits, target, walk) if alone else 0
     all_programs, arguments = _over_cells(
-        losses, logits, target, walk, pixels, held=held, num_warps=_WARPS
+        losses, logits, target, walk, pixels, holders, num_warps=_WARPS
     )
     kernel = _class_cells_forward_kernel
-    if held:
+    if holders > 0:
         kernel = _class_cells_held_kernel
         tiles, rounds = all_programs // images, rounds_of(all_programs)
         all_programs = images * triton.cdiv(tiles, rounds)
@@ -255,31 +255,51 @@ def _over_cells(
     target: torch.Tensor,
     walk: Walk,
     pixels: int,
-    held: bool = False,
+    holders: int = 0,
     **more: int,
 ) -> tuple[int, dict[str, Any]]:
     """(programs, arguments) of a kernel that goes forward over cells, so many pixels of each.
 
-    Of all classes at once, if they are held, pixel after pixel.
+    Of all classes at once, pixel after pixel, if so many lanes hold them between them.
     """
     axes = axes_of(logits, target, walk.align_corners)
     heuristic = cell_heuristic(losses, "forward", axes[1].most)
-    most = pixels
-    if held:
-        in_pairs = architecture() >= PAIRS and len(losses) > 1
-        most = _COLUMNS_HELD_IN_PAIRS if in_pairs else _COLUMNS_HELD
-    columns = min(int(heuristic["PIXEL_COLUMNS"]), most)
+    columns = min(int(heuristic["PIXEL_COLUMNS"]), pixels)
+    if holders > 0:
+        columns = _columns_held(losses, columns)
     rows = int(heuristic["PIXEL_ROWS"]) * int(heuristic["PIXEL_COLUMNS"]) // columns
+    rows = min(rows, pixels // columns, triton.next_power_of_2(axes[0].most))
     unroll = min(int(heuristic["UNROLL"]), _MOST_UNROLL)
     configuration: Configuration = {
         **heuristic,
         "PIXEL_COLUMNS": columns,
-        "PIXEL_ROWS": min(rows, pixels // columns, triton.next_power_of_2(axes[0].most)),
-        "UNROLL": logits.size(1) if held else unroll,
+        "PIXEL_ROWS": max(rows, holders),  # each of them counts the labels of some rows
+        "UNROLL": logits.size(1) if holders > 0 else unroll,
         **more,
     }
-    programs, arguments = over_cells(losses, logits, target, walk, axes, configuration)
+    parts = holders if holders > 1 else 0
+    programs, arguments = over_cells(losses, logits, target, walk, axes, configuration, parts)
     return programs, {**arguments, **registers()}
+
+
+def _holders(losses: list[Loss], logits: torch.Tensor, target: torch.Tensor, walk: Walk) -> int:
+    """Lanes that hold a pixel's classes between them, going forward; 0 if these are too many.
+
+    Each finishes one of as many pixels, side by side: cells have to be as wide.
+    """
+    widest = axes_of(logits, target, walk.align_corners)[1].most
+    columns = int(cell_heuristic(losses, "forward", widest)["PIXEL_COLUMNS"])
+    classes = logits.size(1)
+    lanes = triton.next_power_of_2(triton.cdiv(classes, _HELD_OF_SHARED)) if classes > _HELD else 1
+    if logits.dtype == torch.float64 or lanes > min(_MOST_HOLDERS, _columns_held(losses, columns)):
+        return 0
+    return int(lanes)
+
+
+def _columns_held(losses: list[Loss], columns: int) -> int:
+    """Columns of pixels of a lane that holds the classes, of so many."""
+    in_pairs = architecture() >= PAIRS and len(losses) > 1
+    return min(columns, _COLUMNS_HELD_IN_PAIRS if in_pairs else _COLUMNS_HELD)
 
 
 def bins_of(classes: int) -> int:

@@ -22,8 +22,6 @@ and back 18.3, with cross entropy 15.1 and 18.5; of cross entropy alone 12.1 and
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -33,20 +31,15 @@ from .cell_walk import (
     finish_pixels,
     fold_cells,
     lines_of_rows,
-    load_corners,
     load_pixel_of,
     of_pixels,
-    own_between,
 )
 from .cells import (
     Axis,
-    along_row,
     cells_of,
     further,
-    load_pixel,
     look_up_between,
     nodes_around,
-    place_in_image,
     place_of_program,
     shares_of_columns,
     shares_of_rows,
@@ -54,27 +47,12 @@ from .cells import (
 )
 from .class_sums import (
     Plane,
-    add_to_sums,
     count_labels,
-    finish_tile,
-    no_values,
     store_counts,
     store_values,
 )
-from .pixel_walk import add, given_to, of_each, start
+from .pixel_walk import given_to, of_each
 from .pixels import Block, Given, Pixel, nothing_yet
-
-
-class Row(NamedTuple):
-    """A row of pixels of cells, with all classes."""
-
-    cells: Any  # what is left of them from the row on
-    nodes: Any  # around the cells
-    corners: Any  # of every class
-    share: Any  # of the nodes below
-    column_shares: Any  # of every column that of the right nodes
-    given: Any  # to every loss
-
 
 # --- device functions -----------------------------------------------------------------------------
 
@@ -169,14 +147,15 @@ def _store_block(
             all_pixels = tl.where(pixel.label >= 0, more, all_pixels)
         sums = sums + (_of_two(own, all_pixels, 1, TILE),)
 
-    _store_of_two(plane, sums, first, TILE)
+    _store_of_two(plane, sums, first, TILE, CELLS)
 
 
 @triton.jit
-def _store_of_two(plane, sums, first, TILE: tl.constexpr):
-    """Store the sums of up to four classes over all lanes."""
+def _store_of_two(plane, sums, first, TILE: tl.constexpr, CELLS: tl.constexpr):
+    """Store the sums of up to four classes from ``first`` on, over all lanes that have them."""
     COUNT: tl.constexpr = len(sums)
-    tl.static_assert(COUNT <= 4 and TILE.pixels <= 64)
+    MEMBERS: tl.constexpr = TILE.pixels // (CELLS.parts if CELLS.parts > 0 else 1)
+    tl.static_assert(COUNT <= 4 and MEMBERS >= 8 and MEMBERS <= 64)
     # a class for every second lane, then the sums over the lanes of a class
     nothing = nothing_yet(0.0, TILE)
     early = _of_two(sums[0], sums[1] if COUNT > 1 else nothing, 2, TILE)
@@ -185,24 +164,20 @@ def _store_of_two(plane, sums, first, TILE: tl.constexpr):
         late = _of_two(sums[2], sums[3] if COUNT > 3 else nothing, 2, TILE)
     total = _of_two(early, late, 4, TILE)
     lane = tl.arange(0, TILE.pixels)
-    total += tl.gather(total, lane ^ 8, 0)
-    total += tl.gather(total, lane ^ 16, 0)
-    if TILE.pixels > 32:
+    if MEMBERS > 8:
+        total += tl.gather(total, lane ^ 8, 0)
+    if MEMBERS > 16:
+        total += tl.gather(total, lane ^ 16, 0)
+    if MEMBERS > 32:
         total += tl.gather(total, lane ^ 32, 0)
-    slot = lane >> 1
+    if CELLS.parts == 0:
+        slot = lane >> 1
+        kept = slot < COUNT
+    else:  # of the lanes that have a class twice the one whose own it is
+        slot = lane % MEMBERS >> 1
+        kept = (slot < COUNT) & (first + slot >= lane // MEMBERS * TILE.unroll)
     pointers = plane.pointer + (first + slot) * plane.stride
-    tl.store(tl.where((lane & 1) != 0, pointers + plane.kind, pointers), total, mask=slot < COUNT)
-
-
-@triton.jit
-def _count_cells(
-    counts, cells, sizes, TERMS: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr,
-    CELLS: tl.constexpr,
-):  # fmt: skip
-    """Counts of labels with those of all pixels of a lane."""
-    PIXELS: tl.constexpr = CELLS.rows * CELLS.columns
-    pixels = of_pixels(load_pixel_of, (cells, sizes), TERMS, TILE, CELLS)
-    return _count_pixels(counts, pixels, PIXELS, BINS)
+    tl.store(tl.where((lane & 1) != 0, pointers + plane.kind, pointers), total, mask=kept)
 
 
 @triton.jit
@@ -212,36 +187,6 @@ def _count_pixels(counts, pixels, PIXELS: tl.constexpr, BINS: tl.constexpr):
         labels = labels + (pixels[k].label,)
     label = together(labels)
     return count_labels(counts, Pixel(label=label, own=label, inside=label >= 0), BINS)
-
-
-@triton.jit
-def _sum_row(
-    sums, row, map_ptrs, TERMS: tl.constexpr, PROBABILITIES: tl.constexpr, TILE: tl.constexpr,
-    CELLS: tl.constexpr,
-):  # fmt: skip
-    """A lane's sums with a row of its pixels more, whose maps are stored: pixel after pixel."""
-    COUNT: tl.constexpr = TILE.classes
-    COLUMNS: tl.constexpr = CELLS.columns
-    own, all_pixels, totals = sums
-    lines = ()
-    for j in tl.static_range(COUNT):
-        lines = lines + (along_row(row.corners[j], row.share),)
-    for k in tl.static_range(COLUMNS):
-        pixel = load_pixel(row.cells, k, TILE, CELLS)
-        share = row.column_shares[k]
-        own_logit = own_between(row.nodes, pixel, row.share, share, TILE, CELLS)
-        logits = ()
-        for j in tl.static_range(COUNT):
-            left, step = lines[j]
-            logits = logits + (left + share * step,)
-        block = Block(logits=logits, exists=(), start=0, owned=(), base2=())
-        states = of_each(start, (), TERMS, TILE)
-        states = of_each(add, (states, block, pixel, row.given), TERMS, TILE)
-        maps = (map_ptrs, row.cells.place + k)
-        totals = finish_tile(states, own_logit, maps, pixel, row.given, totals, TERMS, TILE)
-        shared = PROBABILITIES.share(states[0], TILE)
-        own, all_pixels = add_to_sums((own, all_pixels), shared, block, pixel, PROBABILITIES, TILE)
-    return own, all_pixels, totals
 
 
 @triton.jit
@@ -343,90 +288,6 @@ def _class_cells_forward_kernel(
         for first in tl.range(0, full, STEP):
             _store_block(plane, shared, walk, first, STEP, PROBABILITIES, TILE, CELLS)
     _store_block(plane, shared, walk, FULL, TILE.classes - FULL, PROBABILITIES, TILE, CELLS)
-
-
-@triton.jit
-def _class_cells_held_kernel(
-    logits_ptr,  # [N, C, h, w]
-    target_ptr,  # [N, H, W]
-    own_ptrs,  # of every loss [C]: a table for a pixel's own class, if the loss has one
-    other_ptrs,  # of every loss [C]: a table for the other classes, if the loss has one
-    map_ptrs,  # [N, H, W] each: what the losses leave to the backward pass
-    parts_ptr,  # [3, N, C + 1, programs of an image]: own, all, counts
-    values_ptr,  # [pixelwise losses, 2, programs]: sums of values, and of weights
-    row_starts_ptr,  # [h + 2]: of every row of cells the first row of pixels
-    row_shares_ptr,  # [H]: the share of the nodes below
-    column_starts_ptr,  # [w + 2]
-    column_shares_ptr,  # [W]
-    numbers,  # of every loss, a tuple
-    logits_strides,
-    target_strides,
-    sizes,
-    full,
-    tiles,  # of an image
-    rounds,  # tiles of a program
-    programs,  # of an image
-    images,
-    TERMS: tl.constexpr,
-    PROBABILITIES: tl.constexpr,
-    BINS: tl.constexpr,
-    TILE: tl.constexpr,
-    CELLS: tl.constexpr,
-):
-    """Reads the logits once, and the labels twice; each of its programs leaves its sums."""
-    COUNT: tl.constexpr = TILE.classes
-    OTHERS: tl.constexpr = len(TERMS.start) - 1
-    image = (tl.program_id(0) // programs).to(tl.int64)
-    program = tl.program_id(0) % programs
-    rows = Axis(starts=row_starts_ptr, shares=row_shares_ptr)
-    columns = Axis(starts=column_starts_ptr, shares=column_shares_ptr)
-    given = of_each(given_to, (own_ptrs, other_ptrs, numbers), TERMS, TILE)
-    plane = Plane(
-        pointer=parts_ptr + image * (COUNT + 1) * programs + program,
-        stride=programs.to(tl.int64),
-        kind=images.to(tl.int64) * (COUNT + 1) * programs,
-    )
-
-    own = ()
-    all_pixels = ()
-    for _ in tl.static_range(COUNT):
-        own = own + (nothing_yet(0.0, TILE),)
-        all_pixels = all_pixels + (nothing_yet(0.0, TILE),)
-    counts = tl.zeros((BINS,), tl.int32)
-    totals = no_values(TERMS, TILE)
-    for i in tl.range(0, rounds):
-        number = program * rounds + i
-        place = place_in_image(image.to(tl.int32), number, tiles, sizes, TILE, CELLS)
-        cells = cells_of((rows, columns), place, (target_ptr, target_strides), sizes, CELLS)
-        nodes = nodes_around(
-            logits_ptr, logits_strides, place.image, place.row, place.column, sizes, CELLS
-        )
-        counts = _count_cells(counts, cells, sizes, TERMS, BINS, TILE, CELLS)
-        corners = load_corners(nodes, 0, COUNT, TILE)
-        column_shares = shares_of_columns(columns, cells, sizes, CELLS)
-        for k in tl.range(0, CELLS.rows):
-            here = further(cells, k, 0, sizes)
-            row = Row(
-                cells=here,
-                nodes=nodes,
-                corners=corners,
-                share=tl.load(rows.shares + tl.minimum(here.top, sizes.rows - 1)),
-                column_shares=column_shares,
-                given=given,
-            )
-            own, all_pixels, totals = _sum_row(
-                (own, all_pixels, totals), row, map_ptrs, TERMS, PROBABILITIES, TILE, CELLS
-            )
-
-    # those of a class where it is the label, and of all pixels, side by side in neighbouring lanes
-    for first in tl.static_range(0, COUNT, 4):
-        both = ()
-        for j in tl.static_range(first, first + 4):
-            if j < COUNT:
-                both = both + (_of_two(own[j], all_pixels[j], 1, TILE),)
-        _store_of_two(plane, both, first, TILE)
-    store_counts(plane, counts, CELLS.binary, BINS, COUNT)
-    store_values(values_ptr, totals, tl.sum(counts), programs * images, OTHERS, TERMS)
 
 
 @triton.jit

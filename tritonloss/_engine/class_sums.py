@@ -63,6 +63,10 @@ class Probabilities(NamedTuple):
         compared: whether they are those of a softmax: what the classes of a pixel share needs a
             pass over all of them, and a slope depends on the probabilities of all.
         share: (state, TILE) -> what the probabilities of a pixel's classes share, a tuple.
+        join: (state, PARTS, TILE) -> the state of all of a pixel's classes, where so many lanes
+            have a block of them each (``cells.py``).
+        share_of_part: (state, the joined one, TILE) -> what the probabilities of a block share.
+        select: (condition, state, other state) -> one of both, lane by lane.
         probability: (shared, block, SLOT, TILE) -> the probabilities of a slot; anything where
             the pixel is not valid.
         power: likewise -> what they are once they are multiplied by what comes next.
@@ -88,6 +92,9 @@ class Probabilities(NamedTuple):
 
     compared: bool
     share: Function
+    join: Function
+    share_of_part: Function
+    select: Function
     probability: Function
     power: Function
     factor: Function

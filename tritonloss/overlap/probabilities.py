@@ -29,6 +29,7 @@ from .._engine.pixels import (
     sum_of_lanes,
 )
 from ..pixelwise.softmax import (
+    SoftmaxState,
     exponent,
     exponent_of_largest,
     softmax_add,
@@ -43,6 +44,7 @@ from ..pixelwise.softmax import (
 
 # Classes of a lane that stay in registers, with two sums of each; logits of up to four pixels.
 _HELD = 32
+_MOST_STEPS = tl.constexpr(2)  # in which lanes that share a cell exchange: up to four of them
 
 
 class _Shared(NamedTuple):
@@ -83,6 +85,38 @@ def _softmax_share(state, TILE: tl.constexpr):
     beyond = tl.exp2(exponent_of_largest(state.largest, largest, TILE))
     total = for_classes(sum_of_lanes(state.total * beyond, TILE), TILE)
     return _Shared(largest=state.largest, factor=beyond * inverse(total))
+
+
+@triton.jit
+def _softmax_join(state, PARTS: tl.constexpr, TILE: tl.constexpr):
+    """With twice as many lanes in each step, so that all lanes of a pixel have the same sum."""
+    FIRST: tl.constexpr = TILE.pixels // PARTS
+    lane = tl.arange(0, TILE.pixels)
+    largest = state.largest
+    for k in tl.static_range(_MOST_STEPS):
+        if 1 << k < PARTS:
+            largest = tl.maximum(largest, tl.gather(largest, lane ^ (FIRST << k), 0))
+    total = state.total * tl.exp2(exponent_of_largest(state.largest, largest, TILE))
+    for k in tl.static_range(_MOST_STEPS):
+        if 1 << k < PARTS:
+            total += tl.gather(total, lane ^ (FIRST << k), 0)
+    return SoftmaxState(largest=largest, bundle=state.bundle, total=total)
+
+
+@triton.jit
+def _softmax_share_of_part(state, joined, TILE: tl.constexpr):
+    """Relative to the largest logit of the block, whose powers are there already."""
+    beyond = tl.exp2(exponent_of_largest(state.largest, joined.largest, TILE))
+    return _Shared(largest=state.largest, factor=beyond * inverse(joined.total))
+
+
+@triton.jit
+def _softmax_select(condition, state, other):
+    return SoftmaxState(
+        largest=tl.where(condition, state.largest, other.largest),
+        bundle=other.bundle,  # nothing, of logits that are in no memory
+        total=tl.where(condition, state.total, other.total),
+    )
 
 
 @triton.jit
@@ -267,6 +301,9 @@ def _softmax_joint_slope(
 SOFTMAX = Probabilities(
     True,
     _softmax_share,
+    _softmax_join,
+    _softmax_share_of_part,
+    _softmax_select,
     _softmax_probability,
     _softmax_power,
     _softmax_factor,
@@ -309,6 +346,21 @@ def _sigmoid_finish(state, own, pixel, given, OPTIONS: tl.constexpr, TILE: tl.co
 
 @triton.jit
 def _sigmoid_share(state, TILE: tl.constexpr):
+    return state
+
+
+@triton.jit
+def _sigmoid_join(state, PARTS: tl.constexpr, TILE: tl.constexpr):
+    return state
+
+
+@triton.jit
+def _sigmoid_share_of_part(state, joined, TILE: tl.constexpr):
+    return state
+
+
+@triton.jit
+def _sigmoid_select(condition, state, other):
     return state
 
 
@@ -374,6 +426,9 @@ def _sigmoid_slope(
 SIGMOID = Probabilities(
     False,
     _sigmoid_share,
+    _sigmoid_join,
+    _sigmoid_share_of_part,
+    _sigmoid_select,
     _sigmoid_probability,
     _sigmoid_power,
     _sigmoid_factor,

@@ -42,10 +42,27 @@ def small_cells(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No lane holds all classes of a cell, as of many none does."""
+    """No lanes hold all classes of a cell, as of many none do."""
+    monkeypatch.setattr(prepared_launch, "_prepared", {})
+    monkeypatch.setattr(class_cell_launch, "_MOST_HOLDERS", 0)
+    monkeypatch.setattr(class_cell_launch, "_MOST_PARTS", 0)
+
+
+def shared(monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
+    """Going forward, lanes have so many classes of a cell."""
     monkeypatch.setattr(prepared_launch, "_prepared", {})
     monkeypatch.setattr(class_cell_launch, "_HELD", 0)
-    monkeypatch.setattr(class_cell_launch, "_MOST_PARTS", 0)
+    monkeypatch.setattr(class_cell_launch, "_HELD_OF_SHARED", classes)
+
+
+@pytest.fixture(params=["held", "shared", "in blocks"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether a lane holds all classes of a cell, or shares up to six with another, or neither."""
+    if request.param == "in blocks":
+        in_blocks(monkeypatch)
+    elif request.param == "shared":
+        shared(monkeypatch, 3)
+    return str(request.param)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -66,19 +83,11 @@ def test_every_ratio_in_blocks(
     check(dice_loss, logits, target, activation=activation, **BILINEAR)
 
 
-@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_blocks_of_classes_and_images(
-    loss: Loss,
-    activation: str,
-    per_image: bool,
-    held: bool,
-    device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
+    loss: Loss, activation: str, per_image: bool, way: str, device: torch.device
 ) -> None:
-    if not held:
-        in_blocks(monkeypatch)
     logits, target = upsampled_case((2, 3), (5, 7), classes=6, batch=2, device=device)
     check(loss, logits, target, activation=activation, per_image=per_image, **BILINEAR)
 
@@ -90,10 +99,30 @@ def test_lanes_that_share_a_cell(classes: int, device: torch.device) -> None:
     check(dice_loss, logits, target, **BILINEAR)
 
 
-def test_several_tiles_of_a_program(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lanes", [2, 4])
+@pytest.mark.parametrize("classes", [9, 10, 11, 12])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_lanes_that_share_a_cell_going_forward(
+    activation: str,
+    classes: int,
+    lanes: int,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each finishes one of as many pixels, and the last one has some of another's classes."""
+    shared(monkeypatch, -(-classes // lanes))
+    size = {"PIXEL_COLUMNS": 4, "PIXEL_ROWS": 1, "NODE_ROWS": 2, "UNROLL": 4, "num_warps": 1}
+    monkeypatch.setattr(class_cell_launch, "cell_heuristic", lambda *_: size)
+    logits, target = upsampled_case((3, 12), (7, 41), classes=classes, device=device)
+    check(dice_loss, logits, target, activation=activation, **BILINEAR)
+
+
+def test_several_tiles_of_a_program(
+    way: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prepared_launch, "_prepared", {})
     monkeypatch.setattr(pixel_grid, "PROGRAMS", 3)
-    logits, target = upsampled_case((3, 30), (13, 71), classes=3, batch=2, device=device)
+    logits, target = upsampled_case((3, 30), (13, 71), classes=4, batch=2, device=device)
     check(dice_loss, logits, target, **BILINEAR)
 
 
@@ -122,9 +151,9 @@ def test_one_channel(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_large_logits(activation: str, device: torch.device) -> None:
+def test_large_logits(activation: str, way: str, device: torch.device) -> None:
     """The log-sum-exp, one number of each pixel, is rounded by up to 2^-24 of itself."""
-    logits, target = upsampled_case((3, 4), (7, 9), device=device)
+    logits, target = upsampled_case((3, 4), (7, 9), classes=4, device=device)
     from tests.oracle import check_three_way
 
     for extreme in (1e4 * logits.sign(), torch.full_like(logits, -1e4)):
@@ -144,19 +173,12 @@ def test_all_pixels_ignored(activation: str, device: torch.device) -> None:
     assert value == 0 and (gradient == 0).all()
 
 
-@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nodes_under_void_do_no_harm(
-    activation: str,
-    value: float,
-    held: bool,
-    device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
+    activation: str, value: float, way: str, device: torch.device
 ) -> None:
-    if not held:
-        in_blocks(monkeypatch)
-    logits, target = upsampled_case((4, 5), (8, 15), device=device)
+    logits, target = upsampled_case((4, 5), (8, 15), classes=4, device=device)
     target[:, :, 6:] = 255  # from the centre of the third column of nodes on
     hidden = torch.zeros(1, 1, 4, 5, dtype=torch.bool, device=device)
     hidden[..., 3:] = True
@@ -182,6 +204,17 @@ def test_what_is_kept_is_small(device: torch.device) -> None:
     own = [x for x in saved if x.data_ptr() not in (leaf.data_ptr(), target.data_ptr())]
     assert sum(x.nbytes for x in own if x.shape == target.shape) / target.numel() == 4
     assert not [x for x in own if x.dim() > 3]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_no_numbers(value: float, way: str, device: torch.device) -> None:
+    """What makes the loss NaN does so in whichever lane; a class that is impossible does not."""
+    for number in range(4):
+        logits, target = upsampled_case((3, 4), (7, 9), classes=4, device=device)
+        logits[:, number] = value
+        with tritonloss.use_backend("triton"):
+            found = dice_loss(logits, target.where(target != number, 255), **BILINEAR)
+        assert found.isfinite() == (value < 0)
 
 
 def test_it_is_the_loss_of_interpolated_logits(device: torch.device) -> None:
