@@ -161,7 +161,7 @@ def sums_of_cells(
     for j in tl.static_range(UNROLL):
         logit, down, step, step_down = corners[j]
         in_base2 = (logit * LOG2_E, down * LOG2_E, step * LOG2_E, step_down * LOG2_E)
-        corners2 = corners2 + (in_base2,)
+        corners2 = corners2 + (corners[j] if TILE.scaled else in_base2,)
     nothing = zeros(TILE)
     sums = NodeSums(
         above_both=nothing, above_right=nothing, below_both=nothing, below_right=nothing

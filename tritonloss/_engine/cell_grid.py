@@ -262,13 +262,14 @@ def over_strips(
     columns = min(columns, 1 << (target.size(2).bit_length() - 1))
     chunks = triton.cdiv(widest, columns)
     even = are_even(columns, widest, logits, target, walk)
-    if not even and any(loss.scaled for loss in losses):
+    scaled = all(loss.scaled for loss in losses)
+    if not even and any(loss.scaled for loss in losses) and not scaled:
         # Corners in base 2 as well, of ten classes: ptxas takes 168 registers, and spills 8 bytes.
         configuration = {**configuration, "UNROLL": min(int(configuration["UNROLL"]), 7)}
     nine = _even(logits.size(1), int(configuration["UNROLL"])) == 9
-    if _IS_OLD and nine and any(loss.scaled for loss in losses):
+    if _IS_OLD and nine and scaled and losses[0].binary:
         configuration = {**configuration, "UNROLL": 8}  # ptxas of Triton 3.6 would spill 8 bytes
-    tile = _tile(configuration, logits)
+    tile = _tile(configuration, logits)._replace(scaled=scaled)
     class_blocks = 1 if parts > 0 else triton.cdiv(logits.size(1), tile.unroll)
     members = tile.pixels // max(parts, 1)
     # As many strips as that makes, all of about the same height; more of them, which repeat more of

@@ -46,9 +46,10 @@ _WARPS = 1  # going forward: to add up over them would take as long as over all 
 _HELD = 20
 _COLUMNS_HELD = 4
 _COLUMNS_HELD_IN_PAIRS = 2
-# Lanes that share a cell going forward, and classes of each: of 19, ptxas of Triton 3.6 spills.
+# Lanes that share a cell going forward, and classes of each: of 20 ptxas spills, and of 18 that of
+# Triton 3.6.
 _MOST_HOLDERS = 4
-_HELD_OF_SHARED = 18
+_HELD_OF_SHARED = 16 if _IS_OLD else 18
 # Classes of a lane that shares a cell, where ten are too many: with more columns of pixels ptxas
 # spills 56 bytes, and 8 if cells differ in their columns; of 16 bits, in pairs, with a loss that is
 # taken in 8, and without one that of Triton 3.6 spills 32.

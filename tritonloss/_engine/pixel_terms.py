@@ -28,7 +28,7 @@ class Loss(NamedTuple):
         held_back: the same of the backward pass.
         held_wide: up to how many of these a lane has four pixels and not two.
         binary: whether a single class is allowed, with labels 0 and 1.
-        scaled: whether ``add`` and ``finish`` know what to do where ``Tile.scaled`` says so.
+        scaled: whether its functions know what to do where ``Tile.scaled`` says so.
         of_logits: whether what is saved depends on the logits alone. Losses of one walk with the
             same ``saved`` then share their maps.
     """

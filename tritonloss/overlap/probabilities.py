@@ -32,6 +32,7 @@ from ..pixelwise.softmax import (
     SoftmaxState,
     exponent,
     exponent_of_largest,
+    exponent_of_slot,
     softmax_add,
     softmax_again,
     softmax_bundles,
@@ -177,7 +178,7 @@ def _projected(before, projection, own, TILE: tl.constexpr):
 
 @triton.jit
 def _power(factors, block, SLOT: tl.constexpr, TILE: tl.constexpr):
-    return tl.exp2(exponent(block.logits[SLOT], factors.largest, TILE))
+    return tl.exp2(exponent_of_slot(block, SLOT, factors.largest, TILE))
 
 
 @triton.jit
@@ -459,6 +460,7 @@ LOSSES = {
             silent=always,  # the probabilities of a pixel that is not valid are 0
         ),
         saved=softmax_saves,
+        scaled=True,
         of_logits=True,
         held=_HELD,
         held_back=_HELD,

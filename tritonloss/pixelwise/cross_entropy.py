@@ -167,6 +167,7 @@ LOSS = Loss(
     ),
     saved=softmax_saves,
     of_logits=True,
+    scaled=True,
 )
 
 # --- operator -------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ more classes, and in float64, the two numbers are saved as they are.
 Of interpolated logits the log-sum-exp is saved alone, four bytes per pixel. They are in no memory,
 and to find the largest again would take a second pass over the classes. Rounded to float32, the
 log-sum-exp is off by up to 2^-24 of itself, and every probability is off by as much: 2e-6 if the
-logits are about 30. The interpolation rounds the logits themselves by that much. A second number
-would end this, and double the memory per pixel.
+logits are about 30. The interpolation rounds the logits themselves by that much. A pixel that is
+sure loses nothing: its log-sum-exp is the largest logit, to the last bit of both, since both passes
+interpolate logits times log2 e and only subtract from them (``Tile.scaled``). A second number would
+do as much for all others, and double the memory per pixel.
 """
 
 from __future__ import annotations
@@ -83,23 +85,36 @@ class SoftmaxFactors(NamedTuple):
 
 
 # --- relative to the largest logit ----------------------------------------------------------------
-# Logits in memory are held as they are. Of interpolated ones the largest is multiplied by log2 e
-# once per block. Its rounding moves all classes of the pixel alike, and so nothing.
+# Logits in memory are held as they are. Interpolated ones have been multiplied by log2 e before, or,
+# where a loss beside the softmax wants them as they are, the largest is, once per block. Its
+# rounding moves all classes of the pixel alike, and so nothing.
 
 
 @triton.jit
 def reference(logit, TILE: tl.constexpr):
     """A logit as the largest one is held."""
-    return logit * LOG2_E if TILE.bundle == 0 else logit
+    return logit * LOG2_E if TILE.bundle == 0 and not TILE.scaled else logit
 
 
 @triton.jit
 def exponent(logit, largest, TILE: tl.constexpr):
     """(z - largest) log2 e."""
-    if TILE.bundle == 0:
+    if TILE.scaled:
+        result = logit - largest
+    elif TILE.bundle == 0:
         result = tl.fma(logit, tl.full((), LOG2_E, logit.dtype), negated(largest))
     else:
         result = (logit - largest) * LOG2_E
+    return result
+
+
+@triton.jit
+def exponent_of_slot(block, SLOT: tl.constexpr, largest, TILE: tl.constexpr):
+    """(z - largest) log2 e of a slot's logits."""
+    if len(block.base2) > 0:
+        result = block.base2[SLOT] - largest
+    else:
+        result = exponent(block.logits[SLOT], largest, TILE)
     return result
 
 
@@ -241,8 +256,12 @@ def softmax_slope(
     factors, block, SLOT: tl.constexpr, given, OPTIONS: tl.constexpr, TILE: tl.constexpr
 ):
     """The gradient of a slot's logits: A p_k - B y_k - D w_k."""
-    scaled = (block.logits[SLOT] - factors.largest) * LOG2_E
-    gradient = tl.exp2(scaled - factors.log_sum) * factors.all_classes
+    if TILE.bundle == 0:  # relative to the log-sum-exp
+        power = tl.exp2(exponent_of_slot(block, SLOT, factors.log_sum, TILE))
+    else:
+        scaled = (block.logits[SLOT] - factors.largest) * LOG2_E
+        power = tl.exp2(scaled - factors.log_sum)
+    gradient = power * factors.all_classes
     here = is_own(factors.own, block, SLOT, TILE)
     if len(block.owned) == 0:
         gradient -= tl.where(here, factors.own_class, 0.0)
