@@ -119,8 +119,13 @@ SHIPPED = variations(
     {"shape": _THINGS, **_ONCE},
     {"shape": _THINGS, "ratio": 8, **_ONCE},
 )
-# Too many classes for a lane to hold.
-MANY_CLASSES = variations(SHIPPED[0], {"shape": _ROOMS, **_ONCE})[1:]
+# Too many classes for a lane to hold: two lanes share them, or four, or none holds them.
+MANY_CLASSES = variations(
+    SHIPPED[0],
+    {"shape": Shape("voc-16", 16, 21, 512, 512), **_ONCE},
+    {"shape": Shape("context", 8, 60, 512, 512)},
+    {"shape": _ROOMS, **_ONCE},
+)[1:]
 # What changes the code around the loss, whatever the loss.
 AROUND = variations(
     replace(BASE, everywhere=False),

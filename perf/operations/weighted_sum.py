@@ -162,10 +162,13 @@ _EXTRA = (CASES[0].shape.elements * 4 + 4 * CASES[0].shape.pixels + 2**16) / 2**
 # --- interpolated logits --------------------------------------------------------------------------
 
 _UPSAMPLED = upsampling.BASE.options
-UPSAMPLED_SHIPPED = variations(
-    replace(upsampling.BASE, everywhere=True),
-    {"shape": upsampling.MANY_STREETS, "ratio": 8, **_ONCE},
-    {"shape": SHAPES["coco-stuff"], **_ONCE},
+UPSAMPLED_SHIPPED = (
+    variations(
+        replace(upsampling.BASE, everywhere=True),
+        {"shape": upsampling.MANY_STREETS, "ratio": 8, **_ONCE},
+        {"shape": SHAPES["coco-stuff"], **_ONCE},
+    )
+    + upsampling.MANY_CLASSES[:2]
 )
 UPSAMPLED_RARE = rarely(
     upsampling.BASE,
@@ -175,7 +178,7 @@ UPSAMPLED_RARE = rarely(
     {"shape": SHAPES["coco-stuff"], "options": {**_UPSAMPLED, "activation": "sigmoid"}},
 )
 _WORDS = "Cross entropy and dice of upsampled logits"
-# Together 1.35 times the instructions of cross entropy alone at sm_90.
+# Together 1.35 times the 12.4 and 13.3 instructions of cross entropy alone at sm_90.
 _UPSAMPLED_CODE = tuple(
     CodeGoal(
         f"{_WORDS} in one read, {kernel}: instructions per pixel and class",
@@ -184,7 +187,7 @@ _UPSAMPLED_CODE = tuple(
         "total",
         at_most=limit,
     )
-    for kernel, limit in (("_class_cells_held_kernel", 15.3), ("_upsampled_backward_kernel", 18.6))
+    for kernel, limit in (("_class_cells_held_kernel", 15.8), ("_upsampled_backward_kernel", 18.8))
 )
 UPSAMPLED_KERNELS = {
     **{k: notes for k, notes in cell_loops.OVERLAP_KERNELS.items() if k != "_class_head_kernel"},

@@ -332,13 +332,17 @@ def interpolated(nodes, index, row_share, column_share, TILE: tl.constexpr):
     """Each pixel's logit of the class ``index``, [cells], which has to be one."""
     logits = nodes.pointer + index * nodes.stride
     above_left, above_right, below_left, below_right = _load_nodes(nodes, logits, TILE)
+    # As every class is interpolated, rounding for rounding: of a sure pixel the largest logit and
+    # its own are the same.
     step = above_right - above_left
-    left = above_left + row_share * (below_left - above_left)
-    step += row_share * ((below_right - below_left) - step)
+    down = below_left - above_left
+    step_down = (below_right - below_left) - step
+    left = scaled(above_left, TILE) + row_share * scaled(down, TILE)
+    step = scaled(step, TILE) + row_share * scaled(step_down, TILE)
     logit = left + column_share * step
     # Where a node's logit is not finite, neither is this; then it is as in ``load_corner``.
     total = (above_left + above_right) + (below_left + below_right)
-    return scaled(tl.where(tl.abs(logit) < float("inf"), logit, total), TILE)
+    return tl.where(tl.abs(logit) < float("inf"), logit, scaled(total, TILE))
 
 
 @triton.jit

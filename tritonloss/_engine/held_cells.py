@@ -159,14 +159,14 @@ def _sum_row(
     own, all_pixels, totals = sums
     for k in tl.static_range(COLUMNS):
         pixel = load_pixel(row.cells, k, TILE, CELLS)
-        share = row.column_shares[k]
-        own_logit = own_between(row.nodes, pixel, row.share, share, TILE, CELLS)
         block = _block_of(row, k, TILE)
         states = _states_of(row, block, pixel, TERMS, TILE)
-        maps = (map_ptrs, row.cells.place + k)
-        totals = finish_tile(states, own_logit, maps, pixel, row.given, totals, TERMS, TILE)
         shared = PROBABILITIES.share(states[0], TILE)
         own, all_pixels = add_to_sums((own, all_pixels), shared, block, pixel, PROBABILITIES, TILE)
+        share = row.column_shares[k]
+        own_logit = own_between(row.nodes, pixel, row.share, share, TILE, CELLS)
+        maps = (map_ptrs, row.cells.place + k)
+        totals = finish_tile(states, own_logit, maps, pixel, row.given, totals, TERMS, TILE)
     return own, all_pixels, totals
 
 

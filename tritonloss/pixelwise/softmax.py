@@ -85,9 +85,9 @@ class SoftmaxFactors(NamedTuple):
 
 
 # --- relative to the largest logit ----------------------------------------------------------------
-# Logits in memory are held as they are. Interpolated ones have been multiplied by log2 e before, or,
-# where a loss beside the softmax wants them as they are, the largest is, once per block. Its
-# rounding moves all classes of the pixel alike, and so nothing.
+# Logits in memory are held as they are. Interpolated ones have been multiplied by log2 e before,
+# or, where a loss beside the softmax wants them as they are, the largest one is, once per block:
+# its rounding moves all classes of the pixel alike, and so nothing.
 
 
 @triton.jit

@@ -265,11 +265,11 @@ def test_no_pixels(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_extreme_logits(loss: Loss, dtype: torch.dtype, device: torch.device) -> None:
-    """A logit of 1e4, or a log-sum-exp, is rounded by up to 2^-24 of it, and probabilities so."""
+    """They are rounded by up to 2^-24 of themselves, but a pixel that is sure loses no digit."""
     logits, target = upsampled_case((3, 4), (7, 9), dtype=dtype, device=device)
     function = partial(loss, target=target, **BILINEAR)
     for extreme in (1e4 * logits.sign(), torch.full_like(logits, -1e4)):
-        check_three_way(function, extreme, gradient_tolerance=1e4 * 2.0**-24)
+        check_three_way(function, extreme, gradient_tolerance=2e-6)
 
 
 @pytest.mark.parametrize("shift", [0.0, 30.0, -1e4])
