@@ -51,8 +51,8 @@ _COLUMNS_HELD_IN_PAIRS = 2
 _MOST_HOLDERS = 4
 _HELD_OF_SHARED = 16 if _IS_OLD else 18
 # Classes of a lane that shares a cell, where ten are too many: with more columns of pixels ptxas
-# spills 56 bytes, and 8 if cells differ in their columns; of 16 bits, in pairs, with a loss that is
-# taken in 8, and without one that of Triton 3.6 spills 32.
+# spills 56 bytes, and 8 if cells differ in their columns; in pairs of registers 8 with a loss that
+# is taken in, and without one that of Triton 3.6 spills 32.
 _COLUMNS_OF_SHARED = 4
 _UNROLL_OF_SHARED = 7
 _MOST_PARTS = 4  # lanes that share a cell going back: of so many, every eighth repeats others' work
@@ -197,7 +197,7 @@ def _shared(
     """(lanes that share a cell, the configuration); 0 lanes if they would be too many."""
     columns = heuristic["PIXEL_COLUMNS"]
     many = columns > _COLUMNS_OF_SHARED or not are_even(columns, widest, logits, target, walk)
-    in_pairs = architecture() >= PAIRS and logits.dtype.itemsize == 2
+    in_pairs = architecture() >= PAIRS
     shared = dict(heuristic)
     if many or (in_pairs if takes else _IS_OLD):
         shared["UNROLL"] = min(heuristic["UNROLL"], _UNROLL_OF_SHARED)

@@ -144,6 +144,22 @@ def _block_of(row, K: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def _own_of(row, block, pixel, K: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr):
+    """The logits of the pixels' own classes in a column, 0 where there is none.
+
+    Where the sums of own pixels compare each class, they cost less from registers than from memory;
+    but beside labels of 64 bits ptxas would spill 120 bytes.
+    """
+    if row.cells.label.dtype.element_ty == tl.int64:
+        own = own_between(row.nodes, pixel, row.share, row.column_shares[K], TILE, CELLS)
+    else:
+        own = nothing_yet(0.0, TILE)
+        for j in tl.static_range(len(block.logits)):
+            own = tl.where(pixel.own == j, block.logits[j], own)
+    return own
+
+
+@triton.jit
 def _states_of(row, block, pixel, TERMS: tl.constexpr, TILE: tl.constexpr):
     states = of_each(start, (), TERMS, TILE)
     return of_each(add, (states, block, pixel, row.given), TERMS, TILE)
@@ -158,13 +174,13 @@ def _sum_row(
     COLUMNS: tl.constexpr = CELLS.columns
     own, all_pixels, totals = sums
     for k in tl.static_range(COLUMNS):
+        block = _block_of(row, k, TILE)
         pixel = load_pixel(row.cells, k, TILE, CELLS)
         block = _block_of(row, k, TILE)
         states = _states_of(row, block, pixel, TERMS, TILE)
         shared = PROBABILITIES.share(states[0], TILE)
         own, all_pixels = add_to_sums((own, all_pixels), shared, block, pixel, PROBABILITIES, TILE)
-        share = row.column_shares[k]
-        own_logit = own_between(row.nodes, pixel, row.share, share, TILE, CELLS)
+        own_logit = _own_of(row, block, pixel, k, TILE, CELLS)
         maps = (map_ptrs, row.cells.place + k)
         totals = finish_tile(states, own_logit, maps, pixel, row.given, totals, TERMS, TILE)
     return own, all_pixels, totals
