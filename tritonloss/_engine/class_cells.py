@@ -1,7 +1,7 @@
 """Class sums over logits that are interpolated: the walk over cells (``cells.py``).
 
-Of few classes lanes hold all sums going forward (``held_cells.py``). Going back, a few lanes share a
-cell, with a block of the classes each. The projection of a pixel is over all of them: a sum over
+Of few classes lanes hold all sums going forward (``held_cells.py``). Going back, a few lanes share
+a cell, with a block of the classes each. The projection of a pixel is over all of them: a sum over
 these lanes. Its terms are there for the slopes, too (``cell_gradients.py``).
 
 Of more classes, or where another loss has slopes of its own, a lane goes forward through the
