@@ -19,8 +19,7 @@ statistics to the backward pass, 4 bytes per pixel. No map with classes is made 
 Instructions per pixel and class, of float32, before loads and stores: forward 5 for the softmax's
 statistics, whose powers are the probabilities' too, 1 for the sum of all and 2 for that of the
 label; backward 3 for the exponential, 1 for the sum over classes, 2 for the look-up, 2 for the
-slope and 1 for ignored pixels. Of 19 classes at sm_90 all of the kernels' are 12.9 and 15.8, those
-of cross entropy 12.4 and 12.8.
+slope and 1 for ignored pixels. All are 12.9 and 15.8 of 19 classes (cross entropy: 12.4 and 12.8).
 """
 
 from __future__ import annotations
@@ -63,18 +62,16 @@ class Probabilities(NamedTuple):
         compared: whether they are those of a softmax: what the classes of a pixel share needs a
             pass over all of them, and a slope depends on the probabilities of all.
         share: (state, TILE) -> what the probabilities of a pixel's classes share, a tuple.
-        join: (state, PARTS, TILE) -> the state of all of a pixel's classes, where so many lanes
-            have a block of them each (``cells.py``).
+        join: (state, PARTS, TILE) -> that of all classes, where so many lanes have a block each.
         share_of_part: (state, the joined one, TILE) -> what the probabilities of a block share.
         select: (condition, state, other state) -> one of both, lane by lane.
         probability: (shared, block, SLOT, TILE) -> the probabilities of a slot; anything where
             the pixel is not valid.
         power: likewise -> what they are once they are multiplied by what comes next.
         factor: (shared, block, TILE) -> [pixels], the same for all of a pixel's classes.
-        prepare: (scale, saved, looked_up, pixel, given, TILE) -> the factors of the slopes, but
-            for the projection: the sum over a pixel's classes of the probability times its
-            gradient. ``given.own_table`` holds what each class's own pixels get on top of
-            ``given.other_table``, which all pixels get.
+        prepare: (scale, saved, looked_up, pixel, given, TILE) -> the factors of the slopes but for
+            the projection, the sum over a pixel's classes of the probability times its gradient.
+            ``given.own_table`` is what own pixels get on top of ``given.other_table``, for all.
         term: (factors, block, SLOT, given, TILE) -> a slot's part of a sum over the classes.
         projection: (factors, total, own, pixel, TILE) -> the projection, [pixels], from that sum
             and the logits of the pixels' own classes, 0 where there is none.
@@ -83,9 +80,8 @@ class Probabilities(NamedTuple):
             slope that is the sum of both costs less than two.
         take_in: (factors, those of such a loss, TILE) -> the factors of both.
         slope: as ``Record.slope``, of factors that have taken in another's.
-        product: (factors, block, SLOT, given, TILE) -> a slot's probability times its gradient, and
-            what has been taken in besides, where the lanes of a cell have all of a pixel's classes
-            between them and the block knows which one is its own.
+        product: (factors, block, SLOT, given, TILE) -> a slot's probability times its gradient and
+            what has been taken in, where the lanes of a cell have all of a pixel's classes.
         less: (factors, total, TILE) -> the factors with the sum of all products of the pixel.
         product_slope: as ``Record.slope``, from a slot's product and that sum.
     """
